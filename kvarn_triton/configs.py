@@ -1,0 +1,76 @@
+"""Every tuned number of the package: which launch parameters a kernel gets for which layout.
+
+Warps are chosen so that a tile stays in registers: about 64 float32 per thread and tile in the encoder.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from .device import INTERPRETED
+from .layout import PageLayout
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Launch parameters of one kernel: warps of a program, software pipeline stages, tokens of a step, programs of an SM."""
+
+    num_warps: int
+    num_stages: int = 1
+    block_t: int = 64
+    programs_per_sm: int = 1
+
+
+def on_device(tensor: torch.Tensor) -> bool:
+    """Return whether kernels run for this tensor: on a GPU, or anywhere in Triton's interpreter."""
+    return tensor.is_cuda or INTERPRETED
+
+
+def uses_ptx() -> bool:
+    """Return whether kernels may contain inline PTX: on NVIDIA GPUs, not on AMD's and not in the interpreter."""
+    return torch.version.hip is None and not INTERPRETED
+
+
+def store_config(layout: PageLayout) -> LaunchConfig:
+    """Return the parameters of the kernels that encode one page tile."""
+    block_d = triton.next_power_of_2(layout.head_dim)
+    num_warps = min(max(layout.page_size * block_d // (32 * 64), 4), 32)
+    return LaunchConfig(num_warps=num_warps, block_t=max(2048 // block_d, 4), programs_per_sm=max(16 // num_warps, 1))
+
+
+def decode_config(layout: PageLayout, group: int) -> LaunchConfig:
+    """Return the parameters of the decode kernel for `group` query heads per kv head."""
+    block_n = max(triton.next_power_of_2(group), 8)
+    accumulators = layout.head_dim * block_n
+    num_warps = max(accumulators // 1024, 1)
+    return LaunchConfig(num_warps=min(num_warps, 8), num_stages=2, block_t=64)
+
+
+PROGRAMS_PER_SM = 8
+"""Decode programs that fill one multiprocessor: one warp of up to 255 registers each."""
+
+
+@functools.lru_cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has; 1 in the interpreter, where more splits only cost time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def default_num_splits(device: torch.device, num_rows: int, max_pages: int, num_warps: int) -> int:
+    """Return into how many runs of pages a sequence is cut, from shapes alone.
+
+    Args:
+        device: where the kernel runs.
+        num_rows: sequences times kv heads.
+        max_pages: the most pages that a sequence can have.
+        num_warps: warps of one decode program.
+    """
+    programs = num_multiprocessors(device) * max(PROGRAMS_PER_SM // num_warps, 1)
+    return max(min(-(-programs // max(num_rows, 1)), max_pages, MAX_SPLITS), 1)
+
+
+MAX_SPLITS = 256

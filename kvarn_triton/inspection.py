@@ -1,0 +1,181 @@
+"""Compile the package's kernels for GPUs that are not here, and count what the compiler made of them.
+
+Inside `compile_for("sm90")` the public functions compile the kernels that they would launch, with the very arguments and
+configurations of the call, and launch nothing:
+
+    with compile_for("sm90") as kernels:
+        store_pages(k, v, pages, page_ids, layout)
+    print(resources(kernels[0]))
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from . import configs
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm86": GPUTarget("cuda", 86, 32),
+    "sm89": GPUTarget("cuda", 89, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "sm120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+"""Every architecture that the kernels are compiled for in the tests."""
+
+SHARED_MEMORY_LIMIT = {
+    "sm80": 163 * 1024,
+    "sm86": 99 * 1024,
+    "sm89": 99 * 1024,
+    "sm90": 227 * 1024,
+    "sm100": 227 * 1024,
+    "sm120": 99 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
+}
+"""Most bytes of shared memory that one program can have (CUDA programming guide, table of compute capabilities; CDNA ISA)."""
+
+_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
+
+
+class _OfflineDriver:
+    """As much of a driver as `JITFunction.warmup` asks for; one device number per target, because kernels are cached by it."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        device = 1000 + list(TARGETS.values()).index(target)
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: device
+        self.get_current_stream = lambda device=0: 0
+
+
+@dataclass
+class Compiled:
+    """One compiled kernel: its name, grid, target and Triton's object."""
+
+    name: str
+    grid: tuple[int, ...]
+    target: str
+    kernel: Any
+
+
+@contextlib.contextmanager
+def compile_for(target: str) -> Iterator[list[Compiled]]:
+    """Make launches compile for `target` and return at once; yields the list to which compiled kernels are added.
+
+    Args:
+        target: a key of `TARGETS`.
+
+    Raises:
+        RuntimeError: in Triton's interpreter, where nothing is compiled.
+    """
+    if configs.INTERPRETED:
+        raise RuntimeError("compile_for: expected Triton's compiler, got the interpreter (TRITON_INTERPRET)")
+    compiled: list[Compiled] = []
+    run = JITFunction.run
+
+    def warm(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append(Compiled(self.fn.__name__, tuple(grid), target, kernel))
+        return kernel
+
+    had_gpu = torch.cuda.is_available()
+    driver.set_active(_OfflineDriver(TARGETS[target]))
+    try:
+        with (
+            mock.patch.object(JITFunction, "run", warm),
+            mock.patch.object(configs, "on_device", lambda tensor: True),
+            mock.patch.object(configs, "uses_ptx", lambda: TARGETS[target].backend == "cuda"),
+        ):
+            yield compiled
+    finally:
+        if had_gpu:
+            driver.reset_active()
+
+
+@dataclass
+class Resources:
+    """What one program of a kernel uses: per thread registers and stack bytes, per program shared bytes and instructions.
+
+    Attributes:
+        registers: registers of a thread; AMD counts vector registers.
+        stack: bytes of local memory of a thread; spilled registers are among them.
+        shared: bytes of shared memory of a program.
+        num_warps: warps of a program.
+        instructions: static instructions of the whole kernel; 0 where there is no disassembler (AMD).
+        loops: opcode counts of each loop body, largest first: what one trip costs one warp.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    num_warps: int
+    instructions: int
+    loops: list[collections.Counter[str]] = field(default_factory=list)
+
+
+def _run_tool(name: str, flags: list[str], path: str) -> str:
+    command = [os.path.join(_TOOLS, name), *flags, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def find_loops(sass: str) -> list[collections.Counter[str]]:
+    """Return the opcode counts of every loop body in a disassembly, largest first."""
+    lines, labels, loops = sass.splitlines(), {}, []
+    for i, line in enumerate(lines):
+        if label := re.match(r"^\s*(\.L_x_\d+):", line):
+            labels[label.group(1)] = i
+    for i, line in enumerate(lines):
+        branch = re.search(r"BRA\b.*?(\.L_x_\d+)", line)
+        if branch and labels.get(branch.group(1), i) < i:
+            body = lines[labels[branch.group(1)] : i + 1]
+            counts = collections.Counter(op.group(1) for op in map(_OPCODE.search, body) if op)
+            if counts.total() > 4:
+                loops.append(counts)
+    return sorted(loops, key=lambda counts: -counts.total())
+
+
+def resources(compiled: Compiled) -> Resources:
+    """Return what a compiled kernel uses, from the compiler's metadata and the disassembly."""
+    metadata, asm = compiled.kernel.metadata, compiled.kernel.asm
+    if "amdgcn" in asm:
+        numbers = {
+            key: int(match.group(1)) if (match := re.search(rf"\.{key}:\s+(\d+)", asm["amdgcn"])) else 0
+            for key in ("vgpr_count", "private_segment_fixed_size")
+        }
+        return Resources(
+            numbers["vgpr_count"], numbers["private_segment_fixed_size"], metadata.shared, metadata.num_warps, 0
+        )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = _run_tool("cuobjdump", ["-res-usage"], file.name)
+        sass = _run_tool("nvdisasm", ["-c"], file.name)
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match is not None, usage
+    return Resources(
+        registers=int(match.group(1)),
+        stack=int(match.group(2)),
+        shared=metadata.shared,
+        num_warps=metadata.num_warps,
+        instructions=sum(1 for _ in _OPCODE.finditer(sass)),
+        loops=find_loops(sass),
+    )

@@ -1,0 +1,194 @@
+"""The byte format of a quantized page: `PageLayout` and the presets by name.
+
+A record holds the keys and the values of one kv head for `page_size` tokens. `docs/page_format.md` describes it byte by
+byte; the reference packs and unpacks it in PyTorch, the kernels in Triton, and both read their offsets from here.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+import torch
+
+from .checks import require
+
+FORMAT_VERSION = 1
+"""Version of the byte format. It changes whenever a stored page would be read differently."""
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+SUPPORTED_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
+SUPPORTED_PAGE_SIZES = (64, 128)
+
+_ALIGNMENT = 16
+_PRESET = re.compile(r"k([2348])v([2348])_g(64|128)")
+
+
+def _align(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def largest_power_of_two_divisor(n: int) -> int:
+    """Return the largest power of two that divides `n`: the block size of the Hadamard rotation."""
+    return n & -n
+
+
+def fields_per_word(bits: int) -> int:
+    """Return how many codes share one 16-bit word. A 3-bit code is a 2-bit code plus one bit of a byte beside the word."""
+    return 16 // (2 if bits == 3 else bits)
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Sizes and byte offsets of one quantized page of one kv head.
+
+    Args:
+        head_dim: channels of one head; 64, 80, 96, 112, 128, 192, 256 or 512.
+        page_size: tokens of one page; 64 or 128.
+        k_bits: bits of a key code; 2, 3, 4 or 8.
+        v_bits: bits of a value code; 2, 3, 4 or 8.
+
+    Raises:
+        ValueError: for any other value; the message names what is supported.
+
+    The object is hashable and holds nothing but the format, so that kernels take it as one compile-time constant.
+    """
+
+    head_dim: int = 128
+    page_size: int = 128
+    k_bits: int = 4
+    v_bits: int = 2
+
+    def __post_init__(self) -> None:
+        for name, supported in (
+            ("head_dim", SUPPORTED_HEAD_DIMS),
+            ("page_size", SUPPORTED_PAGE_SIZES),
+            ("k_bits", SUPPORTED_BITS),
+            ("v_bits", SUPPORTED_BITS),
+        ):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and value in supported, name, f"one of {', '.join(map(str, supported))}", value
+            )
+
+    @classmethod
+    def from_name(cls, name: str, head_dim: int = 128) -> PageLayout:
+        """Return the layout of a preset such as `k4v2_g128` (4-bit keys, 2-bit values, 128 tokens a page)."""
+        match = _PRESET.fullmatch(name) if isinstance(name, str) else None
+        if match is None:
+            raise ValueError(f"name: expected k<bits>v<bits>_g<page_size>, such as k4v2_g128, got {name!r}")
+        k_bits, v_bits, page_size = map(int, match.groups())
+        return cls(head_dim=head_dim, page_size=page_size, k_bits=k_bits, v_bits=v_bits)
+
+    @property
+    def name(self) -> str:
+        """The preset name, such as `k4v2_g128`."""
+        return f"k{self.k_bits}v{self.v_bits}_g{self.page_size}"
+
+    @functools.cached_property
+    def block_size(self) -> int:
+        """Channels of one block of the Hadamard rotation; codes are interleaved inside these blocks only."""
+        return largest_power_of_two_divisor(self.head_dim)
+
+    @functools.cached_property
+    def k_codes_bytes(self) -> int:
+        """Bytes of the key codes."""
+        return self.page_size * self.head_dim * self.k_bits // 8
+
+    @functools.cached_property
+    def v_codes_bytes(self) -> int:
+        """Bytes of the value codes."""
+        return self.page_size * self.head_dim * self.v_bits // 8
+
+    @functools.cached_property
+    def k_codes_offset(self) -> int:
+        """First byte of the key codes."""
+        return 0
+
+    @functools.cached_property
+    def v_codes_offset(self) -> int:
+        """First byte of the value codes."""
+        return _align(self.k_codes_bytes)
+
+    @functools.cached_property
+    def k_scale_offset(self) -> int:
+        """First byte of the key scales: float16, one per channel."""
+        return self.v_codes_offset + _align(self.v_codes_bytes)
+
+    @functools.cached_property
+    def k_zero_offset(self) -> int:
+        """First byte of the key zeros: float16, one per channel."""
+        return self.k_scale_offset + _align(2 * self.head_dim)
+
+    @functools.cached_property
+    def k_norm_offset(self) -> int:
+        """First byte of the key norms: float16, one per token."""
+        return self.k_zero_offset + _align(2 * self.head_dim)
+
+    @functools.cached_property
+    def v_scale_offset(self) -> int:
+        """First byte of the value scales: float16, one per token."""
+        return self.k_norm_offset + _align(2 * self.page_size)
+
+    @functools.cached_property
+    def v_zero_offset(self) -> int:
+        """First byte of the value zeros: float16, one per token."""
+        return self.v_scale_offset + _align(2 * self.page_size)
+
+    @functools.cached_property
+    def v_norm_offset(self) -> int:
+        """First byte of the value norms: float16, one per channel."""
+        return self.v_zero_offset + _align(2 * self.page_size)
+
+    @functools.cached_property
+    def page_bytes(self) -> int:
+        """Bytes of one record: keys and values of one kv head for `page_size` tokens."""
+        return self.v_norm_offset + _align(2 * self.head_dim)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of keys and values per token and kv head, scales included."""
+        return self.page_bytes / self.page_size
+
+    @property
+    def bits_per_element(self) -> float:
+        """Effective bits of one cached number, scales included."""
+        return 8 * self.page_bytes / (2 * self.page_size * self.head_dim)
+
+    def pages_shape(self, num_pages: int, num_kv_heads: int) -> tuple[int, int, int]:
+        """Return the shape of the uint8 tensor that holds `num_pages` pages."""
+        return (num_pages, num_kv_heads, self.page_bytes)
+
+    def fields(self, pages: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return views of every field of `pages`.
+
+        Args:
+            pages: uint8 [..., page_bytes]; the last dimension contiguous and 2-byte aligned.
+
+        Returns:
+            `k_codes` and `v_codes` as uint8 [..., bytes]; `k_scale`, `k_zero`, `v_norm` as float16 [..., head_dim];
+            `k_norm`, `v_scale`, `v_zero` as float16 [..., page_size]. Writing to a view writes to the page.
+        """
+
+        def halves(offset: int, count: int) -> torch.Tensor:
+            return pages[..., offset : offset + 2 * count].view(torch.float16)
+
+        return {
+            "k_codes": pages[..., self.k_codes_offset : self.k_codes_offset + self.k_codes_bytes],
+            "v_codes": pages[..., self.v_codes_offset : self.v_codes_offset + self.v_codes_bytes],
+            "k_scale": halves(self.k_scale_offset, self.head_dim),
+            "k_zero": halves(self.k_zero_offset, self.head_dim),
+            "k_norm": halves(self.k_norm_offset, self.page_size),
+            "v_scale": halves(self.v_scale_offset, self.page_size),
+            "v_zero": halves(self.v_zero_offset, self.page_size),
+            "v_norm": halves(self.v_norm_offset, self.head_dim),
+        }
+
+
+PRESETS = tuple(
+    f"k{k_bits}v{v_bits}_g{page_size}"
+    for page_size in (128, 64)
+    for k_bits, v_bits in ((8, 8), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
+)
+"""Names of the layouts that the sweep measures. `PageLayout.from_name` takes every other combination too."""

@@ -1,0 +1,151 @@
+"""Merge partial attention results: the splits of one decode call, or two results over disjoint keys.
+
+`_kvarn_merge_splits_kernel`: one program merges the splits of one query head and rotates the sum back. Grid: (query head,
+sequence). `_kvarn_merge_states_kernel`: one program merges one row of two results. Grid: (row,).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs, reference
+from .checks import FLOATS, check_tensor
+from .device import hadamard
+from .layout import PageLayout
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _kvarn_merge_splits_kernel(
+    out_ptr,  # [batch, num_q_heads, head_dim]
+    lse_ptr,  # float32 [batch, num_q_heads], natural logarithm; unused if not RETURN_LSE
+    partial_ptr,  # float32 [batch, num_q_heads, num_splits, head_dim], rotated
+    partial_lse_ptr,  # float32 [batch, num_q_heads, num_splits], base 2
+    num_splits,
+    stride_out_batch,
+    stride_out_head,
+    HEAD_DIM: tl.constexpr,
+    ROTATION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+):
+    head, row = tl.program_id(0), tl.program_id(1)
+    index = (row * tl.num_programs(0) + head).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    m_i = tl.full((1,), float("-inf"), tl.float32)
+    l_i = tl.zeros((1,), tl.float32)
+    acc = tl.zeros((1, BLOCK_D), tl.float32)
+    for start in range(0, num_splits, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        lse = tl.load(partial_lse_ptr + index * num_splits + offs_s, offs_s < num_splits, other=float("-inf"))
+        filled = lse > float("-inf")
+        place = (index * num_splits + offs_s)[:, None] * HEAD_DIM + offs_d[None, :]
+        partial = tl.load(partial_ptr + place, filled[:, None] & mask_d[None, :], other=0.0)
+        m_new = tl.maximum(m_i, tl.max(lse, axis=0))
+        origin = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weights = tl.exp2(lse - origin)
+        alpha = tl.exp2(m_i - origin)
+        l_i = l_i * alpha + tl.sum(weights, axis=0)
+        acc = acc * alpha[:, None] + tl.sum(partial * weights[:, None], axis=0)[None, :]
+        m_i = m_new
+    out = hadamard(acc / tl.where(l_i > 0, l_i, 1.0)[:, None], ROTATION)
+    out_row_ptr = out_ptr + row.to(tl.int64) * stride_out_batch + head * stride_out_head
+    tl.store(out_row_ptr + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask_d[None, :])
+    if RETURN_LSE:
+        tl.store(lse_ptr + index + tl.arange(0, 1), (m_i + tl.log2(l_i)) * LN2)
+
+
+def launch_merge_splits(
+    out: torch.Tensor, lse: torch.Tensor | None, partial: torch.Tensor, partial_lse: torch.Tensor, layout: PageLayout
+) -> None:
+    """Merge `partial` [batch, num_q_heads, num_splits, head_dim] into `out` and `lse`; the arguments are not checked."""
+    batch, num_q_heads, num_splits = partial_lse.shape
+    _kvarn_merge_splits_kernel[(num_q_heads, batch)](
+        out,
+        partial_lse if lse is None else lse,
+        partial,
+        partial_lse,
+        num_splits,
+        out.stride(0),
+        out.stride(1),
+        HEAD_DIM=layout.head_dim,
+        ROTATION=layout.block_size,
+        BLOCK_D=triton.next_power_of_2(layout.head_dim),
+        BLOCK_S=16,
+        RETURN_LSE=lse is not None,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _kvarn_merge_states_kernel(
+    out_ptr,  # [rows, head_dim]
+    lse_ptr,  # float32 [rows], natural logarithm
+    out_a_ptr,  # [rows, head_dim]
+    lse_a_ptr,  # float32 [rows]
+    out_b_ptr,  # [rows, head_dim]
+    lse_b_ptr,  # float32 [rows]
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = offs_d < HEAD_DIM
+    lse_a = tl.load(lse_a_ptr + row)
+    lse_b = tl.load(lse_b_ptr + row)
+    top = tl.maximum(lse_a, lse_b)
+    origin = tl.where(top == float("-inf"), 0.0, top)
+    weight_a = tl.exp(lse_a - origin)
+    weight_b = tl.exp(lse_b - origin)
+    total = weight_a + weight_b
+    part_a = tl.load(out_a_ptr + row * HEAD_DIM + offs_d, mask & (weight_a > 0), other=0.0).to(tl.float32)
+    part_b = tl.load(out_b_ptr + row * HEAD_DIM + offs_d, mask & (weight_b > 0), other=0.0).to(tl.float32)
+    merged = (part_a * weight_a + part_b * weight_b) / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + row * HEAD_DIM + offs_d, merged.to(out_ptr.dtype.element_ty), mask)
+    tl.store(lse_ptr + row, tl.log(total) + origin)
+
+
+def merge_states(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge the attention results of the same queries over two disjoint sets of keys.
+
+    Args:
+        out_a: float16, bfloat16 or float32 [..., head_dim], contiguous.
+        lse_a: float32 [...], natural logarithm of the sum of exponentiated scores; -inf where nothing was attended.
+        out_b: like `out_a`.
+        lse_b: like `lse_a`.
+
+    Returns:
+        `out` like `out_a` and `lse` like `lse_a`, exactly what one call over all keys gives up to rounding. Where both lse
+        are -inf, `out` is zero and `lse` -inf; `out` of an empty side is not read.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, device or stride.
+    """
+    dims = out_a.dim() if isinstance(out_a, torch.Tensor) else 0
+    check_tensor("out_a", out_a, [None] * dims, FLOATS, contiguous_dims=dims)
+    check_tensor("lse_a", lse_a, out_a.shape[:-1], torch.float32, device=out_a.device, contiguous_dims=dims - 1)
+    check_tensor("out_b", out_b, out_a.shape, out_a.dtype, device=out_a.device, contiguous_dims=dims)
+    check_tensor("lse_b", lse_b, out_a.shape[:-1], torch.float32, device=out_a.device, contiguous_dims=dims - 1)
+    if not configs.on_device(out_a):
+        return reference.merge_states(out_a, lse_a, out_b, lse_b)
+    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
+    if lse.numel():
+        _kvarn_merge_states_kernel[(lse.numel(),)](
+            out,
+            lse,
+            out_a,
+            lse_a,
+            out_b,
+            lse_b,
+            HEAD_DIM=out_a.shape[-1],
+            BLOCK_D=triton.next_power_of_2(out_a.shape[-1]),
+            num_warps=1,
+        )
+    return out, lse

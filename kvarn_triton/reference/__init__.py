@@ -1,0 +1,35 @@
+"""The whole method in plain PyTorch: the specification of this package, and its implementation for CPU tensors.
+
+Read `codec` first (what happens to one tile), then `cache` (pages, tails and attention). Each public function has the name,
+the arguments and the meaning of the kernel's launcher in `kvarn_triton`. Nothing here imports a kernel.
+"""
+
+from .cache import (
+    append_tokens,
+    commit_pages,
+    decode_attention,
+    dequantize_pages,
+    gather_cache,
+    merge_states,
+    raw_slots,
+    store_pages,
+)
+from .codec import dequantize, encode, hadamard, pack, quantize, unpack, variance_normalize
+
+__all__ = [
+    "append_tokens",
+    "commit_pages",
+    "decode_attention",
+    "dequantize",
+    "dequantize_pages",
+    "encode",
+    "gather_cache",
+    "hadamard",
+    "merge_states",
+    "pack",
+    "quantize",
+    "raw_slots",
+    "store_pages",
+    "unpack",
+    "variance_normalize",
+]

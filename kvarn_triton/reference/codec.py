@@ -1,0 +1,280 @@
+"""From activations to packed codes and back: rotation, balancing, rounding and packing of tiles.
+
+Every function works on any device and in any floating dtype up to float64; half precision is computed in float32. The
+kernels compute the same operations in the same order, so codes, packed bytes and stored scales are equal bit for bit in
+float32 (`docs/numerics.md`). Three choices make that possible, and none of them changes the method of arXiv 2606.03458:
+sums are binary trees of a fixed shape, scales are kept as factors instead of logarithms, and tiles are multiplied by
+reciprocals instead of divided.
+
+A tile is [..., page_size, head_dim]: tokens by channels. `per` says which axis has one quantization scale and zero each:
+"channel" for keys, "token" for values.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+
+from ..encoder import DEFAULT, Encoder
+from ..layout import fields_per_word, largest_power_of_two_divisor
+
+Per = Literal["channel", "token"]
+
+STD_MIN, STD_MAX = 1e-3, 1e3
+"""Bounds of the factor by which one step changes a scale."""
+SCALE_MIN, SCALE_MAX = math.exp(-0.3), math.exp(10.0)
+"""Bounds of a balancing scale; the paper's code keeps its logarithm between -0.3 and 10."""
+IMBALANCE_EPS = 1e-8
+RANGE_EPS = 1e-10
+"""Least scale of a quantized row, so that a constant row has code 0 instead of 0 / 0."""
+TILE_SCALE_MAX = 1e19
+"""The square of anything larger overflows float32."""
+GAUGE_MIN, GAUGE_MAX = -13, 11
+"""Powers of two that move from scale and zero into norm; within these norm itself stays a normal float16."""
+HALF_MAX = 65504.0
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the reference computes for an input of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def hadamard(x: torch.Tensor, *, block_size: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return `x` with its last dimension multiplied by an orthonormal, block-diagonal Hadamard matrix (paper, section 3).
+
+    Args:
+        x: [..., head_dim], any floating dtype.
+        block_size: channels of one block, a power of two that divides head_dim; by default the largest.
+        out: where to write; may be `x`.
+
+    Returns:
+        A tensor like `x`. The matrix is symmetric, so a second call undoes the first up to rounding.
+    """
+    size = block_size or largest_power_of_two_divisor(x.shape[-1])
+    y = x.to(working_dtype(x.dtype)).reshape(-1, size)
+    half = size // 2
+    while half:
+        pairs = y.reshape(-1, size // (2 * half), 2, half)
+        a, b = pairs[:, :, 0], pairs[:, :, 1]
+        y = torch.stack((a + b, a - b), dim=2).reshape(-1, size)
+        half //= 2
+    y = (y * size**-0.5).reshape(x.shape).to(x.dtype)
+    return y if out is None else out.copy_(y)
+
+
+def sum_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Sum [..., tokens, channels] over tokens, always adding the second half to the first: [..., 1, channels]."""
+    while x.shape[-2] > 1:
+        half = x.shape[-2] // 2
+        x = x[..., :half, :] + x[..., half:, :]
+    return x
+
+
+def sum_channels(x: torch.Tensor) -> torch.Tensor:
+    """Sum [..., tokens, channels] over channels, always adding neighbours: [..., tokens, 1]."""
+    size = 1 << (x.shape[-1] - 1).bit_length()
+    x = torch.nn.functional.pad(x, (0, size - x.shape[-1]))
+    while x.shape[-1] > 1:
+        x = x[..., 0::2] + x[..., 1::2]
+    return x
+
+
+def sqrt(x: torch.Tensor) -> torch.Tensor:
+    """Return the correctly rounded square root; `torch.sqrt` of float32 on a CPU can be one unit off in the last place."""
+    return torch.sqrt(x.double()).to(x.dtype)
+
+
+def std_per_channel(x: torch.Tensor) -> torch.Tensor:
+    """Return the standard deviation (ddof 1, mean subtracted first) of each channel over its tokens: [..., 1, channels]."""
+    n = x.shape[-2]
+    deviation = x - sum_tokens(x) * (1.0 / n)
+    return sqrt(sum_tokens(deviation * deviation) * (1.0 / (n - 1)))
+
+
+def std_per_token(x: torch.Tensor) -> torch.Tensor:
+    """Return the standard deviation (ddof 1, mean subtracted first) of each token over its channels: [..., tokens, 1]."""
+    n = x.shape[-1]
+    deviation = x - sum_channels(x) * (1.0 / n)
+    return sqrt(sum_channels(deviation * deviation) * (1.0 / (n - 1)))
+
+
+def _next_scale(std: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Multiply `scale` by the clamped std of `tile / scale`, given `std` of the tile that is not divided by `scale`."""
+    return torch.clamp(torch.clamp(std, scale * STD_MIN, scale * STD_MAX), SCALE_MIN, SCALE_MAX)
+
+
+def _spread(std: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return largest over least of `std / scale` of each tile: [..., 1, 1]."""
+    std = std * (1.0 / scale)
+    return std.amax((-2, -1), keepdim=True) / std.amin((-2, -1), keepdim=True).clamp_min(IMBALANCE_EPS)
+
+
+def variance_normalize(
+    tiles: torch.Tensor, *, per: Per, encoder: Encoder = DEFAULT
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Balance tiles so that all tokens and all channels have about the same standard deviation (paper, algorithm 1).
+
+    Args:
+        tiles: [..., page_size, head_dim].
+        per: "channel" normalizes tokens first (keys), "token" normalizes channels first (values).
+        encoder: number of iterations, and whether tiles are divided by their root mean square first.
+
+    Returns:
+        `balanced` like `tiles`, `token_scale` [..., page_size] and `channel_scale` [..., head_dim], all in the working dtype,
+        with tiles = balanced * token_scale * channel_scale. Of all states seen, the one of least imbalance (sum of the two
+        ratios of largest to least standard deviation); of equal ones, the latest. With `encoder.equivariant` the scale of the
+        axis named by `per` includes the root mean square.
+    """
+    tiles = tiles.to(working_dtype(tiles.dtype))
+    tile_scale = _tile_scale(tiles, encoder)
+    balanced, token_scale, channel_scale = _balance(tiles * (1.0 / tile_scale), per, encoder.iterations)
+    if per == "channel":
+        channel_scale = channel_scale * tile_scale
+    else:
+        token_scale = token_scale * tile_scale
+    return balanced, token_scale.squeeze(-1), channel_scale.squeeze(-2)
+
+
+def _tile_scale(tiles: torch.Tensor, encoder: Encoder) -> torch.Tensor:
+    """Return what a tile is divided by before it is balanced: its root mean square, or 1 as published."""
+    if not encoder.equivariant:
+        return torch.ones_like(tiles[..., :1, :1])
+    count = tiles.shape[-1] * tiles.shape[-2]
+    rms = sqrt(sum_channels(sum_tokens(tiles * tiles)) * (1.0 / count)).clamp_max(TILE_SCALE_MAX)
+    return torch.where(rms > 0, rms, 1.0)
+
+
+def _balance(tile: torch.Tensor, per: Per, iterations: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    token_scale = torch.ones_like(tile[..., :, :1])
+    channel_scale = torch.ones_like(tile[..., :1, :])
+    token_std, channel_std = std_per_token(tile), std_per_channel(tile)
+    best = _spread(token_std, token_scale) + _spread(channel_std, channel_scale)
+    best_token_scale, best_channel_scale = token_scale, channel_scale
+    for _ in range(iterations):
+        if per == "channel":
+            token_scale = _next_scale(token_std, token_scale)
+            channel_std = std_per_channel(tile * (1.0 / token_scale))
+            channel_scale = _next_scale(channel_std, channel_scale)
+            token_std = std_per_token(tile * (1.0 / channel_scale))
+        else:
+            channel_scale = _next_scale(channel_std, channel_scale)
+            token_std = std_per_token(tile * (1.0 / channel_scale))
+            token_scale = _next_scale(token_std, token_scale)
+            channel_std = std_per_channel(tile * (1.0 / token_scale))
+        imbalance = _spread(token_std, token_scale) + _spread(channel_std, channel_scale)
+        better = imbalance <= best
+        best = torch.where(better, imbalance, best)
+        best_token_scale = torch.where(better, token_scale, best_token_scale)
+        best_channel_scale = torch.where(better, channel_scale, best_channel_scale)
+    balanced = tile * (1.0 / best_token_scale) * (1.0 / best_channel_scale)
+    return balanced, best_token_scale, best_channel_scale
+
+
+def quantize(tiles: torch.Tensor, bits: int, *, per: Per) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round tiles to `2**bits` evenly spaced values between the least and the largest of each channel or token.
+
+    Args:
+        tiles: [..., page_size, head_dim].
+        bits: 2, 3, 4 or 8.
+        per: the axis with one scale and zero each.
+
+    Returns:
+        `codes` uint8 like `tiles`; `scale` and `zero` [..., head_dim] or [..., page_size] in the working dtype. Ties round to
+        even; a constant row has code 0 and its value as zero.
+    """
+    tiles = tiles.to(working_dtype(tiles.dtype))
+    levels, dim = 2**bits - 1, -2 if per == "channel" else -1
+    zero = tiles.amin(dim, keepdim=True)
+    scale = ((tiles.amax(dim, keepdim=True) - zero) * (1.0 / levels)).clamp_min(RANGE_EPS)
+    codes = torch.round((tiles - zero) * (1.0 / scale)).clamp(0, levels).to(torch.uint8)
+    return codes, scale.squeeze(dim), zero.squeeze(dim)
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, per: Per) -> torch.Tensor:
+    """Return `codes * scale + zero` in the working dtype of `scale`; the inverse of `quantize` up to rounding."""
+    dim = -2 if per == "channel" else -1
+    dtype = working_dtype(scale.dtype)
+    return codes.to(dtype) * scale.to(dtype).unsqueeze(dim) + zero.to(dtype).unsqueeze(dim)
+
+
+def encode(
+    tiles: torch.Tensor, bits: int, *, per: Per, encoder: Encoder = DEFAULT
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Balance and quantize rotated tiles and absorb the balancing scales (paper, section 3).
+
+    Args:
+        tiles: [..., page_size, head_dim], rotated.
+        bits: 2, 3, 4 or 8.
+        per: "channel" for keys, "token" for values.
+        encoder: options of the encoder.
+
+    Returns:
+        `codes` uint8 like `tiles`; `scale` and `zero` of the axis named by `per` and `norm` of the other one, in the working
+        dtype, so that tiles are about (codes * scale + zero) * norm. A power of two is moved from scale and zero to norm, so
+        that the largest dequantized magnitude before norm lies in [0.5, 1): exact, and it keeps all three inside float16.
+    """
+    tiles = tiles.to(working_dtype(tiles.dtype))
+    tile_scale = _tile_scale(tiles, encoder)
+    balanced, token_scale, channel_scale = _balance(tiles * (1.0 / tile_scale), per, encoder.iterations)
+    codes, scale, zero = quantize(balanced, bits, per=per)
+    token_scale, channel_scale, tile_scale = token_scale.squeeze(-1), channel_scale.squeeze(-2), tile_scale.squeeze(-1)
+    own, norm = (channel_scale, token_scale) if per == "channel" else (token_scale, channel_scale)
+    scale, zero = scale * own * tile_scale, zero * own * tile_scale
+    top = torch.maximum(zero.abs(), (scale * (2**bits - 1) + zero).abs()).amax(-1, keepdim=True)
+    exponent = torch.frexp(top).exponent.clamp(GAUGE_MIN, GAUGE_MAX)
+    gauge = torch.ldexp(torch.ones_like(top), exponent)
+    return codes, scale * (1.0 / gauge), zero * (1.0 / gauge), norm * gauge
+
+
+def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
+    """Pack codes into the bytes of a page (`docs/page_format.md`).
+
+    Args:
+        codes: uint8 [..., page_size, head_dim], each below 2**bits.
+        bits: 2, 3, 4 or 8.
+        per: "channel" stores words of one token together (keys), "token" words of one channel group together (values).
+
+    Returns:
+        uint8 [..., page_size * head_dim * bits / 8].
+    """
+    *lead, page_size, head_dim = codes.shape
+    fields = fields_per_word(bits)
+    block = largest_power_of_two_divisor(head_dim)
+    planes = codes.reshape(*lead, page_size, head_dim // block, fields, block // fields).to(torch.int32)
+    shifts = torch.arange(fields, dtype=torch.int32, device=codes.device)[:, None]
+
+    def combine(part: torch.Tensor, width: int) -> torch.Tensor:
+        words = (part << (shifts * width)).sum(-2).reshape(*lead, page_size, head_dim // fields)
+        return words if per == "channel" else words.transpose(-1, -2)
+
+    low_bits = min(bits, 2) if bits == 3 else bits
+    words = combine(planes & (2**low_bits - 1), low_bits).flatten(-2)
+    packed = torch.stack((words & 255, words >> 8), dim=-1).to(torch.uint8).flatten(-2)
+    if bits == 3:
+        packed = torch.cat((packed, combine(planes >> 2, 1).flatten(-2).to(torch.uint8)), dim=-1)
+    return packed
+
+
+def unpack(packed: torch.Tensor, bits: int, page_size: int, head_dim: int, *, per: Per) -> torch.Tensor:
+    """Return the codes uint8 [..., page_size, head_dim] that `pack` packed into uint8 [..., page_size * head_dim * bits / 8]."""
+    lead = packed.shape[:-1]
+    fields = fields_per_word(bits)
+    block = largest_power_of_two_divisor(head_dim)
+    num_words = page_size * head_dim // fields
+    shifts = torch.arange(fields, dtype=torch.int32, device=packed.device)[:, None]
+
+    def separate(words: torch.Tensor, width: int) -> torch.Tensor:
+        if per == "channel":
+            words = words.reshape(*lead, page_size, head_dim // fields)
+        else:
+            words = words.reshape(*lead, head_dim // fields, page_size).transpose(-1, -2)
+        words = words.reshape(*lead, page_size, head_dim // block, 1, block // fields)
+        return ((words >> (shifts * width)) & (2**width - 1)).reshape(*lead, page_size, head_dim)
+
+    pairs = packed[..., : 2 * num_words].to(torch.int32).reshape(*lead, num_words, 2)
+    codes = separate(pairs[..., 0] | (pairs[..., 1] << 8), 2 if bits == 3 else bits)
+    if bits == 3:
+        codes = codes | (separate(packed[..., 2 * num_words :].to(torch.int32), 1) << 2)
+    return codes.to(torch.uint8)
