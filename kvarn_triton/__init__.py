@@ -1,0 +1,41 @@
+"""Low-bit KV-cache kernels in Triton: the KVarN method (arXiv 2606.03458) from activations to attention output."""
+
+from . import reference
+from .append import append_tokens, raw_slots
+from .balance import variance_normalize
+from .commit import commit_pages
+from .decode import decode_attention, decode_workspace_size
+from .encoder import DEFAULT, PUBLISHED, Encoder
+from .gather import dequantize_pages
+from .layout import FORMAT_VERSION, PRESETS, PageLayout
+from .merge import merge_states
+from .packing import pack, unpack
+from .quantization import dequantize, quantize
+from .rotation import hadamard
+from .store import store_pages
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEFAULT",
+    "FORMAT_VERSION",
+    "PRESETS",
+    "PUBLISHED",
+    "Encoder",
+    "PageLayout",
+    "append_tokens",
+    "commit_pages",
+    "decode_attention",
+    "decode_workspace_size",
+    "dequantize",
+    "dequantize_pages",
+    "hadamard",
+    "merge_states",
+    "pack",
+    "quantize",
+    "raw_slots",
+    "reference",
+    "store_pages",
+    "unpack",
+    "variance_normalize",
+]

@@ -83,3 +83,22 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Check that `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def check_pages(pages: object, page_bytes: int) -> int:
+    """Check a tensor of pages against the bytes of a record and return its number of kv heads."""
+    check_tensor("pages", pages, [None, None, page_bytes], torch.uint8)
+    assert isinstance(pages, torch.Tensor)
+    check_aligned("pages", pages, 16)
+    return pages.shape[1]
+
+
+def check_tiles(name: str, tiles: object, page_sizes: Sequence[int], head_dims: Sequence[int], dtypes: object) -> None:
+    """Check a contiguous tensor [..., page_size, head_dim] of supported sizes."""
+    dims = tiles.dim() if isinstance(tiles, torch.Tensor) else 2
+    if dims < 2:
+        raise ValueError(f"{name}: expected shape [..., page_size, head_dim], got {list(tiles.shape)}")  # type: ignore[attr-defined]
+    check_tensor(name, tiles, [None] * dims, dtypes, contiguous_dims=dims)  # type: ignore[arg-type]
+    assert isinstance(tiles, torch.Tensor)
+    check_choice(f"{name}.shape[-2]", tiles.shape[-2], page_sizes)
+    check_choice(f"{name}.shape[-1]", tiles.shape[-1], head_dims)

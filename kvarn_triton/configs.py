@@ -35,11 +35,16 @@ def uses_ptx() -> bool:
     return torch.version.hip is None and not INTERPRETED
 
 
+def tile_warps(page_size: int, head_dim: int) -> int:
+    """Return the warps of a program that keeps a tile [page_size, head_dim] in registers."""
+    return min(max(page_size * triton.next_power_of_2(head_dim) // (32 * 64), 4), 32)
+
+
 def store_config(layout: PageLayout) -> LaunchConfig:
     """Return the parameters of the kernels that encode one page tile."""
-    block_d = triton.next_power_of_2(layout.head_dim)
-    num_warps = min(max(layout.page_size * block_d // (32 * 64), 4), 32)
-    return LaunchConfig(num_warps=num_warps, block_t=max(2048 // block_d, 4), programs_per_sm=max(16 // num_warps, 1))
+    num_warps = tile_warps(layout.page_size, layout.head_dim)
+    block_t = row_block(triton.next_power_of_2(layout.head_dim))
+    return LaunchConfig(num_warps=num_warps, block_t=block_t, programs_per_sm=max(16 // num_warps, 1))
 
 
 def decode_config(layout: PageLayout, group: int) -> LaunchConfig:
@@ -74,3 +79,8 @@ def default_num_splits(device: torch.device, num_rows: int, max_pages: int, num_
 
 
 MAX_SPLITS = 256
+
+
+def row_block(block_d: int) -> int:
+    """Return how many rows of `block_d` channels one step of a streaming kernel handles: 4,096 elements."""
+    return max(4096 // block_d, 1)

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 from . import configs, reference
-from .checks import FLOATS, check_aligned, check_tensor, require
+from .append import check_raw_table
+from .checks import FLOATS, check_aligned, check_pages, check_tensor, require
 from .device import (
     INTERPRETED,
     channel_of_field,
@@ -322,9 +323,8 @@ def decode_workspace_size(
 
 def _check_decode(q, pages, block_table, seq_lens, layout, raw_pages, raw_table, num_quantized, sink_len, out) -> int:
     """Check the arguments of `decode_attention` and return the number of kv heads."""
-    check_tensor("pages", pages, [None, None, layout.page_bytes], torch.uint8)
-    check_aligned("pages", pages, 16)
-    num_kv_heads, device = pages.shape[1], pages.device
+    num_kv_heads = check_pages(pages, layout.page_bytes)
+    device = pages.device
     check_tensor("q", q, [None, None, layout.head_dim], FLOATS, device=device)
     batch, num_q_heads = q.shape[0], q.shape[1]
     group = num_q_heads // max(num_kv_heads, 1)
@@ -334,18 +334,13 @@ def _check_decode(q, pages, block_table, seq_lens, layout, raw_pages, raw_table,
         )
     check_tensor("block_table", block_table, [batch, None], torch.int32, device=device)
     check_tensor("seq_lens", seq_lens, [batch], torch.int32, device=device)
-    require(isinstance(sink_len, int) and sink_len >= 0, "sink_len", "an integer of at least 0", sink_len)
     if raw_pages is None:
         if raw_table is not None or num_quantized is not None or sink_len:
             raise ValueError("raw_pages: expected a tensor beside raw_table, num_quantized or sink_len, got None")
     else:
         check_tensor("raw_pages", raw_pages, [None, 2, num_kv_heads, layout.page_size, layout.head_dim], FLOATS, device=device)
         check_tensor("raw_table", raw_table, [batch, None], torch.int32, device=device)
-        least = -(-sink_len // layout.page_size) + 1
-        if raw_table.shape[1] < least:
-            raise ValueError(
-                f"raw_table: expected at least {least} columns (sink pages and one tail slot), got {raw_table.shape[1]}"
-            )
+        check_raw_table(raw_table, sink_len, layout.page_size)
         check_tensor("num_quantized", num_quantized, [batch], torch.int32, device=device)
     if out is not None:
         check_tensor("out", out, q.shape, q.dtype, device=device)

@@ -13,45 +13,11 @@ import triton
 import triton.language as tl
 
 from . import configs, reference
-from .checks import FLOATS, INDICES, check_aligned, check_tensor
-from .device import channel_of_field, encode_tile, hadamard, to_half
+from .checks import FLOATS, INDICES, check_pages, check_tensor
+from .device import encode_tile, hadamard, to_half
 from .encoder import DEFAULT, Encoder
 from .layout import PageLayout, fields_per_word
-
-
-@triton.jit
-def pack_codes(
-    codes_ptr,
-    packed_ptr,
-    stride_codes,
-    G: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BITS: tl.constexpr,
-    FIELDS: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Pack codes [G, HEAD_DIM] of any integer dtype in memory into the bytes of a page, BLOCK_R tokens at a time."""
-    WORDS: tl.constexpr = HEAD_DIM // FIELDS
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    offs_w = tl.arange(0, BLOCK_W)[None, :]
-    for first in range(0, G, BLOCK_R):
-        offs_t = first + tl.arange(0, BLOCK_R)[:, None]
-        mask = (offs_w < WORDS) & (offs_t >= 0)
-        words = tl.zeros((BLOCK_R, BLOCK_W), tl.int32)
-        top = tl.zeros((BLOCK_R, BLOCK_W), tl.int32)
-        for f in tl.static_range(FIELDS):
-            channel = channel_of_field(offs_w, f, BLOCK, FIELDS)
-            codes = tl.load(codes_ptr + offs_t * stride_codes + channel, mask, other=0).to(tl.int32)
-            words = words | ((codes & (2**WIDTH - 1)) << (f * WIDTH))
-            if BITS == 3:
-                top = top | ((codes >> 2) << f)
-        place = offs_t * WORDS + offs_w if PER_CHANNEL else offs_w * G + offs_t
-        tl.store(packed_ptr.to(tl.pointer_type(tl.uint16)) + place, words.to(tl.uint16), mask)
-        if BITS == 3:
-            tl.store(packed_ptr + 2 * G * WORDS + place, top.to(tl.uint8), mask)
+from .packing import pack_codes
 
 
 @triton.jit
@@ -203,7 +169,7 @@ def store_pages(
     Raises:
         ValueError: for a wrong shape, dtype, device or stride; nothing is written. Ids and starts are not read to be checked.
     """
-    num_kv_heads = check_pages(pages, layout)
+    num_kv_heads = check_pages(pages, layout.page_bytes)
     check_tensor("page_ids", page_ids, [None], INDICES, device=pages.device)
     num_pages = page_ids.shape[0]
     check_tensor("k", k, [None, num_kv_heads, layout.head_dim], FLOATS, device=pages.device)
@@ -248,10 +214,3 @@ def store_pages(
         num_warps=config.num_warps,
         enable_fp_fusion=False,
     )
-
-
-def check_pages(pages: torch.Tensor, layout: PageLayout) -> int:
-    """Check a tensor of pages against its layout and return its number of kv heads."""
-    check_tensor("pages", pages, [None, None, layout.page_bytes], torch.uint8)
-    check_aligned("pages", pages, 16)
-    return pages.shape[1]

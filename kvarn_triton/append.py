@@ -1,0 +1,142 @@
+"""Append tokens to the raw pool: rotate keys and values and scatter them to slots, all heads in one launch.
+
+One program writes the keys or the values of a run of tokens of one kv head. Grid: (run, kv head, keys or values). Bytes moved:
+each activation in and out once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs, reference
+from .checks import FLOATS, INDICES, check_choice, check_tensor, require
+from .device import hadamard
+from .layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, largest_power_of_two_divisor
+
+
+@triton.jit
+def _kvarn_append_tokens_kernel(
+    raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, head_dim]
+    k_ptr,  # [num_tokens, num_kv_heads, head_dim]
+    v_ptr,  # [num_tokens, num_kv_heads, head_dim]
+    slots_ptr,  # [num_tokens]
+    num_tokens,
+    stride_raw_page,
+    stride_raw_half,
+    stride_raw_head,
+    stride_raw_token,
+    stride_k_token,
+    stride_k_head,
+    stride_v_token,
+    stride_v_head,
+    stride_slots,
+    G: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    head, half = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    slots = tl.load(slots_ptr + tokens * stride_slots, tokens < num_tokens, other=-1).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (slots >= 0)[:, None] & (offs_d < HEAD_DIM)
+    if half == 0:
+        source_ptr = k_ptr + tokens * stride_k_token + head * stride_k_head
+    else:
+        source_ptr = v_ptr + tokens * stride_v_token + head * stride_v_head
+    x = tl.load(source_ptr[:, None] + offs_d, mask, other=0.0).to(tl.float32)
+    rotated = hadamard(x, BLOCK).to(raw_pages_ptr.dtype.element_ty)
+    place = slots // G * stride_raw_page + half * stride_raw_half + head * stride_raw_head + slots % G * stride_raw_token
+    tl.store(raw_pages_ptr + place[:, None] + offs_d, rotated, mask)
+
+
+def check_raw_pages(raw_pages: object, num_kv_heads: int | None = None, device: torch.device | None = None) -> None:
+    """Check a tensor of raw pages."""
+    check_tensor("raw_pages", raw_pages, [None, 2, num_kv_heads, None, None], FLOATS, device=device)
+    assert isinstance(raw_pages, torch.Tensor)
+    check_choice("raw_pages.shape[3]", raw_pages.shape[3], SUPPORTED_PAGE_SIZES)
+    check_choice("raw_pages.shape[4]", raw_pages.shape[4], SUPPORTED_HEAD_DIMS)
+
+
+def append_tokens(k: torch.Tensor, v: torch.Tensor, raw_pages: torch.Tensor, slots: torch.Tensor) -> None:
+    """Rotate the keys and values of tokens and write them into the raw pool.
+
+    Args:
+        k: float16, bfloat16 or float32 [num_tokens, num_kv_heads, head_dim], after the position encoding, not rotated; any
+            strides whose innermost is 1.
+        v: like `k`.
+        raw_pages: float16, bfloat16 or float32 [num_raw_pages, 2, num_kv_heads, page_size, head_dim], written in place; index
+            0 of the second dimension holds keys, 1 values.
+        slots: int32 or int64 [num_tokens]; raw page id * page_size + offset in the page (`raw_slots`). Below 0: skipped.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, device or stride; nothing is written. Slots are not read to be checked.
+    """
+    check_raw_pages(raw_pages)
+    num_kv_heads, page_size, head_dim = raw_pages.shape[2:]
+    check_tensor("k", k, [None, num_kv_heads, head_dim], FLOATS, device=raw_pages.device)
+    check_tensor("v", v, k.shape, k.dtype, device=raw_pages.device)
+    check_tensor("slots", slots, [k.shape[0]], INDICES, device=raw_pages.device, contiguous_dims=0)
+    if not configs.on_device(raw_pages):
+        reference.append_tokens(k, v, raw_pages, slots)
+        return
+    num_tokens = k.shape[0]
+    if num_tokens == 0:
+        return
+    block_d = triton.next_power_of_2(head_dim)
+    block_r = min(configs.row_block(block_d) // 4, triton.next_power_of_2(num_tokens))
+    _kvarn_append_tokens_kernel[(triton.cdiv(num_tokens, block_r), num_kv_heads, 2)](
+        raw_pages,
+        k,
+        v,
+        slots,
+        num_tokens,
+        *raw_pages.stride()[:4],
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        slots.stride(0),
+        G=page_size,
+        HEAD_DIM=head_dim,
+        BLOCK=largest_power_of_two_divisor(head_dim),
+        BLOCK_D=block_d,
+        BLOCK_R=block_r,
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
+
+
+def raw_slots(positions: torch.Tensor, raw_table: torch.Tensor, *, sink_len: int, page_size: int) -> torch.Tensor:
+    """Return where tokens live in the raw pool, computed on the device: what `append_tokens` takes as `slots`.
+
+    Args:
+        positions: int32 or int64 [batch, n], positions in each sequence; below 0 for padding.
+        raw_table: int32 [batch, num_sink_pages + num_tail_slots].
+        sink_len: tokens at the start of every sequence that stay raw.
+        page_size: 64 or 128.
+
+    Returns:
+        int64 [batch, n]; -1 for padding.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, device or option.
+    """
+    check_tensor("positions", positions, [None, None], INDICES, contiguous_dims=0)
+    check_tensor("raw_table", raw_table, [positions.shape[0], None], torch.int32, device=positions.device, contiguous_dims=0)
+    check_choice("page_size", page_size, SUPPORTED_PAGE_SIZES)
+    check_raw_table(raw_table, sink_len, page_size)
+    return reference.raw_slots(positions, raw_table, sink_len=sink_len, page_size=page_size)
+
+
+def check_raw_table(raw_table: torch.Tensor, sink_len: int, page_size: int) -> None:
+    """Check that a raw table has room for the sink pages and at least one tail slot."""
+    require(isinstance(sink_len, int) and sink_len >= 0, "sink_len", "an integer of at least 0", sink_len)
+    least = -(-sink_len // page_size) + 1
+    if raw_table.shape[1] < least:
+        raise ValueError(
+            f"raw_table: expected at least {least} columns (sink pages and one tail slot), got {raw_table.shape[1]}"
+        )

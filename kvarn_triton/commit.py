@@ -1,0 +1,217 @@
+"""Page completion: quantize the pages of the tail whose tokens are all committed. The device decides which those are.
+
+One program of the first kernel looks at tile after tile of (sequence, new page, kv head, keys or values) and encodes those
+that are due; where none is, it returns at once. The second kernel advances the counts of quantized pages. Grids follow from
+shapes alone, so that both replay from a captured graph. Bytes moved per page that completes: its raw tile and its record.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs, reference
+from .append import check_raw_pages, check_raw_table
+from .checks import check_pages, check_tensor, require
+from .encoder import DEFAULT, Encoder
+from .layout import PageLayout, fields_per_word
+from .store import store_tile
+
+
+@triton.jit
+def _last_due(committed_lens_ptr, num_quantized, row, sink_len, keep_pages, max_new_pages, max_pages, G: tl.constexpr):
+    """Return the number of quantized pages that a row has after this call."""
+    finished = tl.maximum(tl.load(committed_lens_ptr + row) - sink_len, 0) // G - keep_pages
+    return tl.minimum(tl.minimum(finished, num_quantized + max_new_pages), max_pages)
+
+
+@triton.jit(do_not_specialize=["sink_len", "num_sink_pages", "num_tail_slots", "keep_pages", "max_pages", "num_tiles"])
+def _kvarn_commit_pages_kernel(
+    pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
+    scratch_ptr,  # int32 [num_programs, page_size, BLOCK_D]
+    raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, head_dim]
+    raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots]
+    block_table_ptr,  # int32 [batch, max_pages]
+    committed_lens_ptr,  # int32 [batch]
+    num_quantized_ptr,  # int32 [batch]
+    num_tiles,  # batch * max_new_pages * num_kv_heads * 2
+    num_kv_heads,
+    max_new_pages,
+    max_pages,
+    sink_len,
+    num_sink_pages,
+    num_tail_slots,
+    keep_pages,
+    stride_pages_page,
+    stride_pages_head,
+    stride_raw_page,
+    stride_raw_half,
+    stride_raw_head,
+    stride_raw_token,
+    stride_raw_table,
+    stride_table,
+    LAYOUT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    K_FIELDS: tl.constexpr,
+    V_FIELDS: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    EQUIVARIANT: tl.constexpr,
+):
+    G: tl.constexpr = LAYOUT.page_size
+    scratch_ptr += tl.program_id(0) * G * BLOCK_D
+    offs_t = tl.arange(0, G)[:, None]
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (offs_d < LAYOUT.head_dim) & (offs_t >= 0)
+    for tile_index in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        head = (tile_index // 2 % num_kv_heads).to(tl.int64)
+        row = tile_index // (2 * num_kv_heads * max_new_pages)
+        first = tl.load(num_quantized_ptr + row)
+        body = first + tile_index // (2 * num_kv_heads) % max_new_pages
+        last = _last_due(committed_lens_ptr, first, row, sink_len, keep_pages, max_new_pages, max_pages, G)
+        if body < last:
+            column = num_sink_pages + body % num_tail_slots
+            raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column).to(tl.int64)
+            page = tl.load(block_table_ptr + row.to(tl.int64) * stride_table + body).to(tl.int64)
+            tile_ptr = raw_pages_ptr + raw_page * stride_raw_page + head * stride_raw_head
+            tile_ptr += tile_index % 2 * stride_raw_half
+            record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
+            tile = tl.load(tile_ptr + offs_t * stride_raw_token + offs_d, mask, other=0.0).to(tl.float32)
+            if tile_index % 2 == 0:
+                store_tile(
+                    tile, record_ptr, scratch_ptr, False, LAYOUT, K_FIELDS, V_FIELDS, ITERATIONS, EQUIVARIANT, BLOCK_R
+                )
+            else:
+                store_tile(
+                    tile, record_ptr, scratch_ptr, True, LAYOUT, K_FIELDS, V_FIELDS, ITERATIONS, EQUIVARIANT, BLOCK_R
+                )
+            tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["batch", "max_new_pages", "max_pages", "sink_len", "keep_pages"])
+def _kvarn_advance_quantized_kernel(
+    num_quantized_ptr,  # int32 [batch], updated in place
+    committed_lens_ptr,  # int32 [batch]
+    batch,
+    max_new_pages,
+    max_pages,
+    sink_len,
+    keep_pages,
+    G: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask = row < batch
+    first = tl.load(num_quantized_ptr + row, mask, other=0)
+    finished = tl.maximum(tl.load(committed_lens_ptr + row, mask, other=0) - sink_len, 0) // G - keep_pages
+    last = tl.minimum(tl.minimum(finished, first + max_new_pages), max_pages)
+    tl.store(num_quantized_ptr + row, tl.maximum(first, last), mask)
+
+
+def commit_pages(
+    raw_pages: torch.Tensor,
+    pages: torch.Tensor,
+    raw_table: torch.Tensor,
+    block_table: torch.Tensor,
+    committed_lens: torch.Tensor,
+    num_quantized: torch.Tensor,
+    layout: PageLayout,
+    *,
+    sink_len: int = 0,
+    keep_pages: int = 0,
+    max_new_pages: int = 1,
+    encoder: Encoder = DEFAULT,
+) -> None:
+    """Quantize the pages of the tail whose tokens are all committed, and advance `num_quantized`.
+
+    Body page j of a sequence is due if `sink_len + (j + 1 + keep_pages) * page_size <= committed_lens`. It is read from its
+    slot of the tail ring and written to `pages[block_table[row, j]]`. Nothing is read back to the host: the launch is the same
+    whether pages complete or not, and a page is quantized once, because `num_quantized` says which have been.
+
+    Args:
+        raw_pages: float16, bfloat16 or float32 [num_raw_pages, 2, num_kv_heads, page_size, head_dim], rotated.
+        pages: uint8 [num_pages, num_kv_heads, page_bytes], written in place.
+        raw_table: int32 [batch, num_sink_pages + num_tail_slots].
+        block_table: int32 [batch, max_pages]; ids of pages that the sequence will need, set before they complete.
+        committed_lens: int32 [batch], tokens that will not be rolled back; drafts don't count.
+        num_quantized: int32 [batch], body pages in quantized form; updated in place.
+        layout: the page format.
+        sink_len: tokens at the start of every sequence that stay raw.
+        keep_pages: finished pages at the end of a sequence that stay raw; the ring needs a slot for each.
+        max_new_pages: most pages of one sequence that one call quantizes: the tokens of a step over page_size, rounded up.
+        encoder: options of the encoder.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, device, stride or option; nothing is written. Ids and lengths are not read to be
+            checked.
+    """
+    num_kv_heads = check_pages(pages, layout.page_bytes)
+    check_raw_pages(raw_pages, num_kv_heads, pages.device)
+    require(raw_pages.shape[3] == layout.page_size, "raw_pages.shape[3]", str(layout.page_size), raw_pages.shape[3])
+    require(raw_pages.shape[4] == layout.head_dim, "raw_pages.shape[4]", str(layout.head_dim), raw_pages.shape[4])
+    check_tensor("block_table", block_table, [None, None], torch.int32, device=pages.device)
+    batch, max_pages = block_table.shape
+    check_tensor("raw_table", raw_table, [batch, None], torch.int32, device=pages.device)
+    check_raw_table(raw_table, sink_len, layout.page_size)
+    check_tensor("committed_lens", committed_lens, [batch], torch.int32, device=pages.device)
+    check_tensor("num_quantized", num_quantized, [batch], torch.int32, device=pages.device)
+    require(isinstance(keep_pages, int) and keep_pages >= 0, "keep_pages", "an integer of at least 0", keep_pages)
+    require(isinstance(max_new_pages, int) and max_new_pages >= 1, "max_new_pages", "an integer of at least 1", max_new_pages)
+    if not configs.on_device(pages):
+        reference.commit_pages(
+            raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout,
+            sink_len=sink_len, keep_pages=keep_pages, max_new_pages=max_new_pages, encoder=encoder,
+        )  # fmt: skip
+        return
+    if batch == 0:
+        return
+    config = configs.store_config(layout)
+    num_tiles = batch * max_new_pages * num_kv_heads * 2
+    num_programs = min(num_tiles, configs.num_multiprocessors(pages.device) * config.programs_per_sm)
+    num_sink_pages = -(-sink_len // layout.page_size)
+    block_d = triton.next_power_of_2(layout.head_dim)
+    scratch = torch.empty(num_programs, layout.page_size, block_d, dtype=torch.int32, device=pages.device)
+    _kvarn_commit_pages_kernel[(num_programs,)](
+        pages,
+        scratch,
+        raw_pages,
+        raw_table,
+        block_table,
+        committed_lens,
+        num_quantized,
+        num_tiles,
+        num_kv_heads,
+        max_new_pages,
+        max_pages,
+        sink_len,
+        num_sink_pages,
+        raw_table.shape[1] - num_sink_pages,
+        keep_pages,
+        pages.stride(0),
+        pages.stride(1),
+        *raw_pages.stride()[:4],
+        raw_table.stride(0),
+        block_table.stride(0),
+        LAYOUT=layout,
+        BLOCK_D=block_d,
+        BLOCK_R=config.block_t,
+        K_FIELDS=fields_per_word(layout.k_bits),
+        V_FIELDS=fields_per_word(layout.v_bits),
+        ITERATIONS=encoder.iterations,
+        EQUIVARIANT=encoder.equivariant,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+    )
+    _kvarn_advance_quantized_kernel[(triton.cdiv(batch, 256),)](
+        num_quantized,
+        committed_lens,
+        batch,
+        max_new_pages,
+        max_pages,
+        sink_len,
+        keep_pages,
+        G=layout.page_size,
+        BLOCK_B=256,
+        num_warps=1,
+    )

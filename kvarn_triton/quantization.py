@@ -1,0 +1,156 @@
+"""Round tiles to codes and back, as functions of their own. One program handles one tile. Grid: (tile,)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs, reference
+from .checks import FLOATS, check_choice, check_tensor, check_tiles
+from .device import quantize_tile
+from .layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
+from .reference.codec import Per
+
+
+@triton.jit
+def _kvarn_quantize_kernel(
+    codes_ptr,  # uint8 [tiles, page_size, head_dim]
+    scale_ptr,  # float32 [tiles, head_dim] or [tiles, page_size]
+    zero_ptr,  # like scale
+    tiles_ptr,  # [tiles, page_size, head_dim]
+    G: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BITS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64)
+    offs_t = tl.arange(0, G)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    place = index * G * HEAD_DIM + offs_t[:, None] * HEAD_DIM + offs_d[None, :]
+    mask = mask_d[None, :] & (offs_t >= 0)[:, None]
+    tile = tl.load(tiles_ptr + place, mask, other=0.0).to(tl.float32)
+    codes, scale, zero = quantize_tile(tile, mask_d, BITS, PER_CHANNEL)
+    tl.store(codes_ptr + place, codes.to(tl.uint8), mask)
+    if PER_CHANNEL:
+        tl.store(scale_ptr + index * HEAD_DIM + offs_d, scale, mask_d)
+        tl.store(zero_ptr + index * HEAD_DIM + offs_d, zero, mask_d)
+    else:
+        tl.store(scale_ptr + index * G + offs_t, scale)
+        tl.store(zero_ptr + index * G + offs_t, zero)
+
+
+@triton.jit
+def _kvarn_dequantize_kernel(
+    out_ptr,  # float32 [tiles, page_size, head_dim]
+    codes_ptr,  # uint8 [tiles, page_size, head_dim]
+    scale_ptr,  # [tiles, head_dim] or [tiles, page_size]
+    zero_ptr,  # like scale
+    G: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64)
+    offs_t = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (offs_d < HEAD_DIM) & (offs_t >= 0)
+    place = index * G * HEAD_DIM + offs_t * HEAD_DIM + offs_d
+    row = index * HEAD_DIM + offs_d if PER_CHANNEL else index * G + offs_t
+    mask_row = offs_d < HEAD_DIM if PER_CHANNEL else offs_t >= 0
+    scale = tl.load(scale_ptr + row, mask_row, other=0.0).to(tl.float32)
+    zero = tl.load(zero_ptr + row, mask_row, other=0.0).to(tl.float32)
+    codes = tl.load(codes_ptr + place, mask, other=0).to(tl.float32)
+    tl.store(out_ptr + place, codes * scale + zero, mask)
+
+
+def quantize(tiles: torch.Tensor, bits: int, *, per: Per) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round tiles to `2**bits` evenly spaced values between the least and the largest of each channel or token.
+
+    Args:
+        tiles: float16, bfloat16 or float32 [..., page_size, head_dim], contiguous, of sizes that `PageLayout` supports.
+        bits: 2, 3, 4 or 8.
+        per: the axis with one scale and zero each: "channel" (keys) or "token" (values).
+
+    Returns:
+        `codes` uint8 like `tiles`, `scale` and `zero` float32 [..., head_dim] or [..., page_size]. Ties round to even; a
+        constant row has code 0 and its value as zero.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, stride or option.
+    """
+    check_tiles("tiles", tiles, SUPPORTED_PAGE_SIZES, SUPPORTED_HEAD_DIMS, FLOATS)
+    check_choice("bits", bits, SUPPORTED_BITS)
+    check_choice("per", per, ("channel", "token"))
+    if not configs.on_device(tiles):
+        return reference.quantize(tiles, bits, per=per)
+    *lead, page_size, head_dim = tiles.shape
+    codes = torch.empty(tiles.shape, dtype=torch.uint8, device=tiles.device)
+    scale = torch.empty(
+        *lead, head_dim if per == "channel" else page_size, dtype=torch.float32, device=tiles.device
+    )
+    zero = torch.empty_like(scale)
+    num_tiles = tiles.numel() // (page_size * head_dim)
+    if num_tiles:
+        _kvarn_quantize_kernel[(num_tiles,)](
+            codes,
+            scale,
+            zero,
+            tiles,
+            G=page_size,
+            HEAD_DIM=head_dim,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            BITS=bits,
+            PER_CHANNEL=per == "channel",
+            num_warps=configs.tile_warps(page_size, head_dim),
+            enable_fp_fusion=False,
+        )
+    return codes, scale, zero
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, per: Per) -> torch.Tensor:
+    """Return `codes * scale + zero`, the inverse of `quantize` up to rounding.
+
+    Args:
+        codes: uint8 [..., page_size, head_dim], contiguous.
+        scale: float16 or float32 [..., head_dim] (per "channel") or [..., page_size] (per "token"), contiguous.
+        zero: like `scale`.
+        per: as given to `quantize`.
+
+    Returns:
+        float32 like `codes`.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, device, stride or option.
+    """
+    check_tiles("codes", codes, SUPPORTED_PAGE_SIZES, SUPPORTED_HEAD_DIMS, torch.uint8)
+    check_choice("per", per, ("channel", "token"))
+    *lead, page_size, head_dim = codes.shape
+    shape = [*lead, head_dim if per == "channel" else page_size]
+    half_or_float = (torch.float16, torch.float32)
+    check_tensor("scale", scale, shape, half_or_float, device=codes.device, contiguous_dims=len(shape))
+    check_tensor("zero", zero, shape, scale.dtype, device=codes.device, contiguous_dims=len(shape))
+    if not configs.on_device(codes):
+        return reference.dequantize(codes, scale, zero, per=per)
+    out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    num_tiles = codes.numel() // (page_size * head_dim)
+    block_d = triton.next_power_of_2(head_dim)
+    block_r = min(configs.row_block(block_d), page_size)
+    if num_tiles:
+        _kvarn_dequantize_kernel[(num_tiles, page_size // block_r)](
+            out,
+            codes,
+            scale,
+            zero,
+            G=page_size,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_R=block_r,
+            PER_CHANNEL=per == "channel",
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return out
