@@ -44,13 +44,14 @@ def _kvarn_append_tokens_kernel(
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     mask = (slots >= 0)[:, None] & (offs_d < HEAD_DIM)
     if half == 0:
-        source_ptr = k_ptr + tokens * stride_k_token + head * stride_k_head
+        place = (tokens * stride_k_token + head * stride_k_head)[:, None] + offs_d
+        x = tl.load(k_ptr + place, mask, other=0.0).to(tl.float32)
     else:
-        source_ptr = v_ptr + tokens * stride_v_token + head * stride_v_head
-    x = tl.load(source_ptr[:, None] + offs_d, mask, other=0.0).to(tl.float32)
+        place = (tokens * stride_v_token + head * stride_v_head)[:, None] + offs_d
+        x = tl.load(v_ptr + place, mask, other=0.0).to(tl.float32)
     rotated = hadamard(x, BLOCK).to(raw_pages_ptr.dtype.element_ty)
-    place = slots // G * stride_raw_page + half * stride_raw_half + head * stride_raw_head + slots % G * stride_raw_token
-    tl.store(raw_pages_ptr + place[:, None] + offs_d, rotated, mask)
+    slot = slots // G * stride_raw_page + half * stride_raw_half + head * stride_raw_head + slots % G * stride_raw_token
+    tl.store(raw_pages_ptr + slot[:, None] + offs_d, rotated, mask)
 
 
 def check_raw_pages(raw_pages: object, num_kv_heads: int | None = None, device: torch.device | None = None) -> None:

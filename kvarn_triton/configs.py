@@ -47,12 +47,15 @@ def store_config(layout: PageLayout) -> LaunchConfig:
     return LaunchConfig(num_warps=num_warps, block_t=block_t, programs_per_sm=max(16 // num_warps, 1))
 
 
-def decode_config(layout: PageLayout, group: int) -> LaunchConfig:
-    """Return the parameters of the decode kernel for `group` query heads per kv head."""
+def decode_config(layout: PageLayout, group: int, dtype: torch.dtype) -> LaunchConfig:
+    """Return the parameters of the decode kernel for `group` query heads per kv head and queries of `dtype`."""
     block_n = max(triton.next_power_of_2(group), 8)
-    accumulators = layout.head_dim * block_n
-    num_warps = max(accumulators // 1024, 1)
-    return LaunchConfig(num_warps=min(num_warps, 8), num_stages=2, block_t=64)
+    accumulators = triton.next_power_of_2(layout.head_dim) * block_n
+    num_warps = min(max(accumulators // 1024, 1), 8)
+    if dtype == torch.float32:
+        # Products of float32 run on the scalar units: one warp would hold all of a tile's operands and spill.
+        return LaunchConfig(num_warps=max(num_warps, 4), num_stages=1, block_t=32)
+    return LaunchConfig(num_warps=num_warps, num_stages=2, block_t=64)
 
 
 PROGRAMS_PER_SM = 8

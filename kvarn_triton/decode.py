@@ -302,7 +302,15 @@ def _kvarn_decode_attention_kernel(
 
 
 def decode_workspace_size(
-    batch: int, num_q_heads: int, num_kv_heads: int, layout: PageLayout, max_pages: int, device: torch.device, num_splits: int | None = None
+    batch: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    layout: PageLayout,
+    max_pages: int,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float16,
+    num_splits: int | None = None,
 ) -> int:
     """Return how many bytes of workspace `decode_attention` needs.
 
@@ -312,11 +320,12 @@ def decode_workspace_size(
         num_kv_heads: key/value heads.
         layout: the page format.
         max_pages: columns of `block_table` and `raw_table` together.
-        device: where the call will run; the number of splits depends on it.
+        device: where the call will run; the default number of splits depends on it.
+        dtype: dtype of the queries.
         num_splits: as given to `decode_attention`.
     """
     if num_splits is None:
-        num_warps = configs.decode_config(layout, num_q_heads // num_kv_heads).num_warps
+        num_warps = configs.decode_config(layout, num_q_heads // num_kv_heads, dtype).num_warps
         num_splits = configs.default_num_splits(device, batch * num_kv_heads, max_pages, num_warps)
     return 4 * batch * num_q_heads * num_splits * (layout.head_dim + 1)
 
@@ -398,12 +407,12 @@ def decode_attention(
     )
     batch, num_q_heads, head_dim = q.shape
     group = num_q_heads // num_kv_heads
-    config = configs.decode_config(layout, group)
+    config = configs.decode_config(layout, group, q.dtype)
     max_pages = block_table.shape[1] + (0 if raw_table is None else raw_table.shape[1])
     if num_splits is None:
         num_splits = configs.default_num_splits(q.device, batch * num_kv_heads, max_pages, config.num_warps)
     require(isinstance(num_splits, int) and num_splits >= 1, "num_splits", "an integer of at least 1", num_splits)
-    num_bytes = decode_workspace_size(batch, num_q_heads, num_kv_heads, layout, max_pages, q.device, num_splits)
+    num_bytes = decode_workspace_size(batch, num_q_heads, num_kv_heads, layout, max_pages, q.device, num_splits=num_splits)
     if workspace is not None:
         check_tensor("workspace", workspace, [None], torch.uint8, device=q.device)
         check_aligned("workspace", workspace, 16)

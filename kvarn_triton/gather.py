@@ -46,6 +46,30 @@ def _load_tile(
 
 
 @triton.jit
+def _dequantize_run(
+    out_ptr,
+    record_ptr,
+    offs_t,
+    stride_token,
+    valid,
+    VALUES: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
+    """Write the keys or values of tokens `offs_t` of a record, or zeros if it is not valid."""
+    tile = tl.zeros((offs_t.shape[0], BLOCK_D), tl.float32)
+    if valid:
+        tile = _load_tile(record_ptr, offs_t, VALUES, LAYOUT, FIELDS, BLOCK_D)
+    if not ROTATED:
+        tile = hadamard(tile, LAYOUT.block_size)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (offs_d < LAYOUT.head_dim) & (offs_t >= 0)[:, None]
+    tl.store(out_ptr + offs_t[:, None] * stride_token + offs_d, tile.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
 def _kvarn_dequantize_pages_kernel(
     k_ptr,  # [n, page_size, num_kv_heads, head_dim]
     v_ptr,  # [n, page_size, num_kv_heads, head_dim]
@@ -71,22 +95,12 @@ def _kvarn_dequantize_pages_kernel(
     page = tl.load(page_ids_ptr + index).to(tl.int64)
     record_ptr = pages_ptr + tl.maximum(page, 0) * stride_pages_page + head * stride_pages_head
     offs_t = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    tile = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     if tl.program_id(2) % 2 == 0:
-        out_ptr = k_ptr + index * stride_k_page + head * stride_k_head
-        stride_token = stride_k_token
-        if page >= 0:
-            tile = _load_tile(record_ptr, offs_t, False, LAYOUT, K_FIELDS, BLOCK_D)
+        k_ptr += index * stride_k_page + head * stride_k_head
+        _dequantize_run(k_ptr, record_ptr, offs_t, stride_k_token, page >= 0, False, LAYOUT, K_FIELDS, BLOCK_D, ROTATED)
     else:
-        out_ptr = v_ptr + index * stride_v_page + head * stride_v_head
-        stride_token = stride_v_token
-        if page >= 0:
-            tile = _load_tile(record_ptr, offs_t, True, LAYOUT, V_FIELDS, BLOCK_D)
-    if not ROTATED:
-        tile = hadamard(tile, LAYOUT.block_size)
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    mask = (offs_d < LAYOUT.head_dim) & (offs_t >= 0)[:, None]
-    tl.store(out_ptr + offs_t[:, None] * stride_token + offs_d, tile.to(k_ptr.dtype.element_ty), mask)
+        v_ptr += index * stride_v_page + head * stride_v_head
+        _dequantize_run(v_ptr, record_ptr, offs_t, stride_v_token, page >= 0, True, LAYOUT, V_FIELDS, BLOCK_D, ROTATED)
 
 
 def dequantize_pages(

@@ -1,7 +1,7 @@
 """Merge partial attention results: the splits of one decode call, or two results over disjoint keys.
 
 `_kvarn_merge_splits_kernel`: one program merges the splits of one query head and rotates the sum back. Grid: (query head,
-sequence). `_kvarn_merge_states_kernel`: one program merges one row of two results. Grid: (row,).
+sequence). `_kvarn_merge_states_kernel`: one program merges a run of rows of two results. Grid: (run,).
 """
 
 from __future__ import annotations
@@ -90,24 +90,28 @@ def _kvarn_merge_states_kernel(
     lse_a_ptr,  # float32 [rows]
     out_b_ptr,  # [rows, head_dim]
     lse_b_ptr,  # float32 [rows]
+    num_rows,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = offs_d < HEAD_DIM
-    lse_a = tl.load(lse_a_ptr + row)
-    lse_b = tl.load(lse_b_ptr + row)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = rows < num_rows
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    place = rows[:, None] * HEAD_DIM + offs_d
+    mask = mask_r[:, None] & (offs_d < HEAD_DIM)
+    lse_a = tl.load(lse_a_ptr + rows, mask_r, other=float("-inf"))
+    lse_b = tl.load(lse_b_ptr + rows, mask_r, other=float("-inf"))
     top = tl.maximum(lse_a, lse_b)
     origin = tl.where(top == float("-inf"), 0.0, top)
     weight_a = tl.exp(lse_a - origin)
     weight_b = tl.exp(lse_b - origin)
     total = weight_a + weight_b
-    part_a = tl.load(out_a_ptr + row * HEAD_DIM + offs_d, mask & (weight_a > 0), other=0.0).to(tl.float32)
-    part_b = tl.load(out_b_ptr + row * HEAD_DIM + offs_d, mask & (weight_b > 0), other=0.0).to(tl.float32)
-    merged = (part_a * weight_a + part_b * weight_b) / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + row * HEAD_DIM + offs_d, merged.to(out_ptr.dtype.element_ty), mask)
-    tl.store(lse_ptr + row, tl.log(total) + origin)
+    part_a = tl.load(out_a_ptr + place, mask & (weight_a > 0)[:, None], other=0.0).to(tl.float32)
+    part_b = tl.load(out_b_ptr + place, mask & (weight_b > 0)[:, None], other=0.0).to(tl.float32)
+    merged = (part_a * weight_a[:, None] + part_b * weight_b[:, None]) / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out_ptr + place, merged.to(out_ptr.dtype.element_ty), mask)
+    tl.store(lse_ptr + rows, tl.log(total) + origin, mask_r)
 
 
 def merge_states(
@@ -136,16 +140,20 @@ def merge_states(
     if not configs.on_device(out_a):
         return reference.merge_states(out_a, lse_a, out_b, lse_b)
     out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
-    if lse.numel():
-        _kvarn_merge_states_kernel[(lse.numel(),)](
+    num_rows, block_d = lse.numel(), triton.next_power_of_2(out_a.shape[-1])
+    block_r = configs.row_block(block_d)
+    if num_rows:
+        _kvarn_merge_states_kernel[(triton.cdiv(num_rows, block_r),)](
             out,
             lse,
             out_a,
             lse_a,
             out_b,
             lse_b,
+            num_rows,
             HEAD_DIM=out_a.shape[-1],
-            BLOCK_D=triton.next_power_of_2(out_a.shape[-1]),
-            num_warps=1,
+            BLOCK_D=block_d,
+            BLOCK_R=block_r,
+            num_warps=4,
         )
     return out, lse
