@@ -79,13 +79,9 @@ def _kvarn_commit_pages_kernel(
             record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
             tile = tl.load(tile_ptr + offs_t * stride_raw_token + offs_d, mask, other=0.0).to(tl.float32)
             if tile_index % 2 == 0:
-                store_tile(
-                    tile, record_ptr, scratch_ptr, False, LAYOUT, K_FIELDS, V_FIELDS, ITERATIONS, EQUIVARIANT, BLOCK_R
-                )
+                store_tile(tile, record_ptr, scratch_ptr, False, LAYOUT, K_FIELDS, V_FIELDS, ITERATIONS, EQUIVARIANT, BLOCK_R)
             else:
-                store_tile(
-                    tile, record_ptr, scratch_ptr, True, LAYOUT, K_FIELDS, V_FIELDS, ITERATIONS, EQUIVARIANT, BLOCK_R
-                )
+                store_tile(tile, record_ptr, scratch_ptr, True, LAYOUT, K_FIELDS, V_FIELDS, ITERATIONS, EQUIVARIANT, BLOCK_R)
             tl.debug_barrier()
 
 

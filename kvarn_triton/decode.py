@@ -3,11 +3,7 @@
 One program of the first kernel attends with all query heads of one kv head to a run of consecutive pages of one sequence;
 the second kernel merges the runs and undoes the rotation. Grids: (split, kv head, sequence) and (query head, sequence).
 Bytes moved: every record byte of the sequence once, plus 4 * (head_dim + 1) bytes per query head and split twice.
-
-Nothing is dequantized. The scale of a key channel is folded into the query, its zero is one number per head, the norm of a
-token multiplies a score; the scale of a value token is folded into its weight, its zero is one number per head, the norm of
-a channel multiplies the sum of a page. The tensor cores multiply integer codes (`device.field_as_half`). Tokens are the M
-dimension of both products, query heads are N.
+`attend` says what a program does with a page.
 """
 
 from __future__ import annotations
@@ -20,173 +16,14 @@ import triton.language as tl
 
 from . import configs, reference
 from .append import check_raw_table
+from .attend import attend_quantized, attend_raw, load_query
 from .checks import FLOATS, check_aligned, check_pages, check_tensor, require
-from .device import (
-    INTERPRETED,
-    channel_of_field,
-    exponent_of,
-    field_as_half,
-    field_exponent,
-    hadamard,
-    online_softmax,
-    power_of_two,
-    split_fields,
-)
+from .device import INTERPRETED, channel_of_field
 from .layout import PageLayout, fields_per_word
 from .merge import launch_merge_splits
 
-QUERY_EXPONENT = tl.constexpr(4)
-"""Rotated queries are scaled to a largest magnitude in [2**3, 2**4): folded with a scale below 1, neither end of float16 is near."""
 MAX_GROUP = 16
 """Most query heads per kv head."""
-
-
-@triton.jit
-def load_query(
-    q_ptr,
-    stride_q_head,
-    GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    FIELDS: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    """Rotate the queries of one kv head and cut them into planes [words, heads], one per field of a key word.
-
-    Plane f carries the factor 2**-field_exponent(f). Returns the planes and what their product with keys must be
-    multiplied by [heads].
-    """
-    offs_n = tl.arange(0, BLOCK_N)[:, None]
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    mask = (offs_n < GROUP) & (offs_d < LAYOUT.head_dim)
-    q = tl.load(q_ptr + offs_n * stride_q_head + offs_d, mask, other=0.0).to(tl.float32)
-    q = hadamard(q, LAYOUT.block_size)
-    exponent = tl.maximum(exponent_of(tl.max(tl.abs(q), axis=1)), -100) - QUERY_EXPONENT
-    q = q * power_of_two(-exponent)[:, None]
-    planes = ()
-    parts = split_fields(q, LAYOUT.block_size, FIELDS)
-    WIDTH: tl.constexpr = 2 if LAYOUT.k_bits == 3 else LAYOUT.k_bits
-    for f in tl.static_range(FIELDS):
-        planes = planes + (tl.trans(parts[f] * 0.5 ** field_exponent(f, WIDTH)).to(OPERAND),)
-    return planes, power_of_two(exponent)
-
-
-@triton.jit
-def quantized_scores(
-    record_ptr, offs_t, q_planes, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.constexpr, PTX: tl.constexpr
-):
-    """Return q k / 2**QUERY_EXPONENT... scores [tokens, heads] of tokens `offs_t` of a record, before the factors of `load_query`."""
-    BITS: tl.constexpr = LAYOUT.k_bits
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    WORDS: tl.constexpr = LAYOUT.head_dim // FIELDS
-    BLOCK_W: tl.constexpr = q_planes[0].shape[0]
-    BLOCK_N: tl.constexpr = q_planes[0].shape[1]
-    offs_w = tl.arange(0, BLOCK_W)
-    place = offs_t[:, None] * WORDS + offs_w[None, :]
-    mask_w = offs_w < WORDS
-    word_ptr = (record_ptr + LAYOUT.k_codes_offset).to(tl.pointer_type(tl.uint16))
-    words = tl.load(word_ptr + place, mask_w[None, :], other=0)
-    if BITS == 3:
-        byte_ptr = record_ptr + LAYOUT.k_codes_offset + LAYOUT.page_size * WORDS * 2
-        top = tl.load(byte_ptr + place, mask_w[None, :], other=0).to(tl.uint16)
-    scale_ptr = (record_ptr + LAYOUT.k_scale_offset).to(tl.pointer_type(tl.float16))
-    zero_ptr = (record_ptr + LAYOUT.k_zero_offset).to(tl.pointer_type(tl.float16))
-    product = tl.zeros((offs_t.shape[0], BLOCK_N), tl.float32)
-    offset = tl.zeros((BLOCK_W, BLOCK_N), tl.float32)
-    for f in tl.static_range(FIELDS):
-        channel = channel_of_field(offs_w, f, LAYOUT.block_size, FIELDS)
-        scale = tl.load(scale_ptr + channel, mask_w, other=0.0)
-        zero = tl.load(zero_ptr + channel, mask_w, other=0.0).to(tl.float32) * 2.0 ** field_exponent(f, WIDTH)
-        offset += q_planes[f].to(tl.float32) * zero[:, None]
-        folded = q_planes[f] * scale.to(OPERAND)[:, None]
-        codes = field_as_half(words, f, WIDTH, PTX).to(OPERAND)
-        product = tl.dot(codes, folded, product, input_precision="ieee")
-        if BITS == 3:
-            codes = field_as_half(top, f, 1, PTX).to(OPERAND)
-            folded = (folded * (4.0 * 2.0 ** (field_exponent(f, WIDTH) - f))).to(OPERAND)
-            product = tl.dot(codes, folded, product, input_precision="ieee")
-    norm_ptr = (record_ptr + LAYOUT.k_norm_offset).to(tl.pointer_type(tl.float16))
-    norm = tl.load(norm_ptr + offs_t).to(tl.float32)
-    return (product * 16777216.0 + tl.sum(offset, axis=0)[None, :]) * norm[:, None]
-
-
-@triton.jit
-def add_quantized_values(
-    accs,
-    weights,
-    alpha,
-    record_ptr,
-    offs_t,
-    LAYOUT: tl.constexpr,
-    FIELDS: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """Return accs * alpha + values of tokens `offs_t` of a record times their weights [tokens, heads].
-
-    Accumulator f [words, heads] belongs to the channels of field f of the value words.
-    """
-    BITS: tl.constexpr = LAYOUT.v_bits
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    WORDS: tl.constexpr = LAYOUT.head_dim // FIELDS
-    BLOCK_W: tl.constexpr = accs[0].shape[0]
-    offs_w = tl.arange(0, BLOCK_W)
-    mask_w = offs_w < WORDS
-    scale_ptr = (record_ptr + LAYOUT.v_scale_offset).to(tl.pointer_type(tl.float16))
-    zero_ptr = (record_ptr + LAYOUT.v_zero_offset).to(tl.pointer_type(tl.float16))
-    scale = tl.load(scale_ptr + offs_t).to(tl.float32)
-    zero = tl.load(zero_ptr + offs_t).to(tl.float32)
-    offset = tl.sum(weights * zero[:, None], axis=0)
-    folded = (weights * scale[:, None]).to(OPERAND)
-    place = offs_w[:, None] * LAYOUT.page_size + offs_t[None, :]
-    word_ptr = (record_ptr + LAYOUT.v_codes_offset).to(tl.pointer_type(tl.uint16))
-    words = tl.load(word_ptr + place, mask_w[:, None], other=0)
-    if BITS == 3:
-        byte_ptr = record_ptr + LAYOUT.v_codes_offset + LAYOUT.page_size * WORDS * 2
-        top = tl.load(byte_ptr + place, mask_w[:, None], other=0).to(tl.uint16)
-    norm_ptr = (record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16))
-    new = ()
-    for f in tl.static_range(FIELDS):
-        codes = field_as_half(words, f, WIDTH, PTX).to(OPERAND)
-        product = tl.dot(codes, folded, input_precision="ieee") * (16777216.0 / 2.0 ** field_exponent(f, WIDTH))
-        if BITS == 3:
-            codes = field_as_half(top, f, 1, PTX).to(OPERAND)
-            product += tl.dot(codes, folded, input_precision="ieee") * (16777216.0 * 4.0 / 2.0**f)
-        channel = channel_of_field(offs_w, f, LAYOUT.block_size, FIELDS)
-        norm = tl.load(norm_ptr + channel, mask_w, other=0.0).to(tl.float32)
-        new = new + (accs[f] * alpha[None, :] + (product + offset[None, :]) * norm[:, None],)
-    return new
-
-
-@triton.jit
-def raw_scores(k_ptr, stride_token, offs_t, valid, q_planes, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.constexpr):
-    """Return the scores [tokens, heads] of raw keys, before the factors of `load_query`."""
-    WIDTH: tl.constexpr = 2 if LAYOUT.k_bits == 3 else LAYOUT.k_bits
-    offs_w = tl.arange(0, q_planes[0].shape[0])
-    mask = valid[:, None] & (offs_w < LAYOUT.head_dim // FIELDS)[None, :]
-    scores = tl.zeros((offs_t.shape[0], q_planes[0].shape[1]), tl.float32)
-    for f in tl.static_range(FIELDS):
-        channel = channel_of_field(offs_w, f, LAYOUT.block_size, FIELDS)
-        keys = tl.load(k_ptr + offs_t[:, None] * stride_token + channel[None, :], mask, other=0.0)
-        plane = (q_planes[f].to(tl.float32) * 2.0 ** field_exponent(f, WIDTH)).to(OPERAND)
-        scores = tl.dot(keys.to(OPERAND), plane, scores, input_precision="ieee")
-    return scores
-
-
-@triton.jit
-def add_raw_values(
-    accs, weights, alpha, v_ptr, stride_token, offs_t, valid, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.constexpr
-):
-    """Return accs * alpha + raw values times their weights [tokens, heads]."""
-    offs_w = tl.arange(0, accs[0].shape[0])
-    mask = valid[None, :] & (offs_w < LAYOUT.head_dim // FIELDS)[:, None]
-    new = ()
-    for f in tl.static_range(FIELDS):
-        channel = channel_of_field(offs_w, f, LAYOUT.block_size, FIELDS)
-        values = tl.load(v_ptr + offs_t[None, :] * stride_token + channel[:, None], mask, other=0.0)
-        new = new + (tl.dot(values.to(OPERAND), weights.to(OPERAND), accs[f] * alpha[None, :], input_precision="ieee"),)
-    return new
 
 
 @triton.jit(do_not_specialize=["sink_len", "stride_table", "stride_raw_table", "num_sink_pages", "num_tail_slots"])
@@ -231,7 +68,6 @@ def _kvarn_decode_attention_kernel(
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_splits, num_kv_heads = tl.num_programs(0), tl.num_programs(1)
     G: tl.constexpr = LAYOUT.page_size
-    STEPS: tl.constexpr = G // BLOCK_T
     seq_len = tl.load(seq_lens_ptr + row)
     num_body = tl.cdiv(tl.maximum(seq_len - sink_len, 0), G)
     num_sink = tl.cdiv(tl.minimum(seq_len, sink_len), G)
@@ -251,43 +87,25 @@ def _kvarn_decode_attention_kernel(
     accs = ()
     for _ in tl.static_range(V_FIELDS):
         accs = accs + (tl.zeros((BLOCK_V // V_FIELDS, BLOCK_N), tl.float32),)
-    steps_t = tl.arange(0, BLOCK_T)
 
+    heads_ptr = pages_ptr + head.to(tl.int64) * stride_pages_head
+    table_ptr = block_table_ptr + row.to(tl.int64) * stride_table
     first_page = tl.maximum(first - num_sink, 0)
     last_page = tl.minimum(last - num_sink, num_paged)
-    table_ptr = block_table_ptr + row.to(tl.int64) * stride_table
-    heads_ptr = pages_ptr + head.to(tl.int64) * stride_pages_head
-    for i in tl.range(first_page * STEPS, last_page * STEPS, num_stages=NUM_STAGES):
-        page = tl.load(table_ptr + i // STEPS).to(tl.int64)
-        record_ptr = heads_ptr + page * stride_pages_page
-        offs_t = i % STEPS * BLOCK_T + steps_t
-        scores = quantized_scores(record_ptr, offs_t, q_planes, LAYOUT, K_FIELDS, OPERAND, PTX) * q_factor[None, :]
-        valid = sink_len + i // STEPS * G + offs_t < seq_len
-        weights, alpha, m_i, l_i = online_softmax(tl.where(valid[:, None], scores, float("-inf")), m_i, l_i)
-        accs = add_quantized_values(accs, weights, alpha, record_ptr, offs_t, LAYOUT, V_FIELDS, OPERAND, PTX)
-
+    accs, m_i, l_i = attend_quantized(
+        accs, m_i, l_i, q_planes, q_factor, heads_ptr, table_ptr, stride_pages_page, first_page, last_page,
+        seq_len - sink_len, LAYOUT, BLOCK_T, K_FIELDS, V_FIELDS, OPERAND, PTX, NUM_STAGES,
+    )  # fmt: skip
     if HAS_RAW:
-        sink_pages = tl.maximum(tl.minimum(last, num_sink) - first, 0)
-        first_tail = tl.maximum(first, num_sink + num_paged)
-        tail_pages = tl.maximum(last - first_tail, 0)
-        for i in tl.range(0, (sink_pages + tail_pages) * STEPS, num_stages=1):
-            unit = i // STEPS
-            in_sink = unit < sink_pages
-            body = first_tail + unit - sink_pages - num_sink
-            column = tl.where(in_sink, first + unit, num_sink_pages + body % tl.maximum(num_tail_slots, 1))
-            position = tl.where(in_sink, (first + unit) * G, sink_len + body * G)
-            limit = tl.where(in_sink, tl.minimum(sink_len, seq_len), seq_len)
-            page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column).to(tl.int64)
-            k_ptr = raw_pages_ptr + page * stride_raw_page + head.to(tl.int64) * stride_raw_head
-            offs_t = i % STEPS * BLOCK_T + steps_t
-            valid = position + offs_t < limit
-            scores = raw_scores(k_ptr, stride_raw_token, offs_t, valid, q_planes, LAYOUT, K_FIELDS, RAW_OPERAND)
-            scores = tl.where(valid[:, None], scores * q_factor[None, :], float("-inf"))
-            weights, alpha, m_i, l_i = online_softmax(scores, m_i, l_i)
-            v_ptr = k_ptr + stride_raw_half
-            accs = add_raw_values(
-                accs, weights, alpha, v_ptr, stride_raw_token, offs_t, valid, LAYOUT, V_FIELDS, RAW_OPERAND
-            )
+        raw_ptr = raw_pages_ptr + head.to(tl.int64) * stride_raw_head
+        raw_row_ptr = raw_table_ptr + row.to(tl.int64) * stride_raw_table
+        first_tail = tl.maximum(first - num_sink, num_paged)
+        accs, m_i, l_i = attend_raw(
+            accs, m_i, l_i, q_planes, q_factor, raw_ptr, raw_row_ptr, stride_raw_page, stride_raw_half, stride_raw_token,
+            first, tl.maximum(tl.minimum(last, num_sink) - first, 0), first_tail, tl.maximum(last - num_sink - first_tail, 0),
+            num_sink_pages, num_tail_slots, tl.minimum(seq_len, sink_len), seq_len - sink_len,
+            LAYOUT, BLOCK_T, K_FIELDS, V_FIELDS, RAW_OPERAND,
+        )  # fmt: skip
 
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < GROUP
@@ -402,9 +220,7 @@ def decode_attention(
     Raises:
         ValueError: for a wrong shape, dtype, device or stride; nothing is written. Ids and lengths are not read to be checked.
     """
-    num_kv_heads = _check_decode(
-        q, pages, block_table, seq_lens, layout, raw_pages, raw_table, num_quantized, sink_len, out
-    )
+    num_kv_heads = _check_decode(q, pages, block_table, seq_lens, layout, raw_pages, raw_table, num_quantized, sink_len, out)
     batch, num_q_heads, head_dim = q.shape
     group = num_q_heads // num_kv_heads
     config = configs.decode_config(layout, group, q.dtype)

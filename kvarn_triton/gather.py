@@ -18,9 +18,7 @@ from .packing import load_codes
 
 
 @triton.jit
-def _load_tile(
-    record_ptr, offs_t, VALUES: tl.constexpr, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _load_tile(record_ptr, offs_t, VALUES: tl.constexpr, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Return the rotated keys or values float32 [tokens, BLOCK_D] of tokens `offs_t` of a record."""
     BITS: tl.constexpr = LAYOUT.v_bits if VALUES else LAYOUT.k_bits
     CODES: tl.constexpr = LAYOUT.v_codes_offset if VALUES else LAYOUT.k_codes_offset

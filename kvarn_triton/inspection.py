@@ -161,9 +161,7 @@ def resources(compiled: Compiled) -> Resources:
             key: int(match.group(1)) if (match := re.search(rf"\.{key}:\s+(\d+)", asm["amdgcn"])) else 0
             for key in ("vgpr_count", "private_segment_fixed_size")
         }
-        return Resources(
-            numbers["vgpr_count"], numbers["private_segment_fixed_size"], metadata.shared, metadata.num_warps, 0
-        )
+        return Resources(numbers["vgpr_count"], numbers["private_segment_fixed_size"], metadata.shared, metadata.num_warps, 0)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()

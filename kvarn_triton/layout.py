@@ -68,9 +68,7 @@ class PageLayout:
             ("v_bits", SUPPORTED_BITS),
         ):
             value = getattr(self, name)
-            require(
-                isinstance(value, int) and value in supported, name, f"one of {', '.join(map(str, supported))}", value
-            )
+            require(isinstance(value, int) and value in supported, name, f"one of {', '.join(map(str, supported))}", value)
 
     @classmethod
     def from_name(cls, name: str, head_dim: int = 128) -> PageLayout:

@@ -89,9 +89,7 @@ def quantize(tiles: torch.Tensor, bits: int, *, per: Per) -> tuple[torch.Tensor,
         return reference.quantize(tiles, bits, per=per)
     *lead, page_size, head_dim = tiles.shape
     codes = torch.empty(tiles.shape, dtype=torch.uint8, device=tiles.device)
-    scale = torch.empty(
-        *lead, head_dim if per == "channel" else page_size, dtype=torch.float32, device=tiles.device
-    )
+    scale = torch.empty(*lead, head_dim if per == "channel" else page_size, dtype=torch.float32, device=tiles.device)
     zero = torch.empty_like(scale)
     num_tiles = tiles.numel() // (page_size * head_dim)
     if num_tiles:

@@ -1,4 +1,7 @@
-"""The blockwise Hadamard rotation. One program rotates a run of rows. Grid: (run,). Bytes moved: each element in and out once."""
+"""The blockwise Hadamard rotation.
+
+One program rotates a run of rows. Grid: (run,). Bytes moved: each element in and out once.
+"""
 
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int, page_size: int, head_dim: int, *, per: Per) -> torch.Tensor:
-    """Return the codes uint8 [..., page_size, head_dim] that `pack` packed into uint8 [..., page_size * head_dim * bits / 8]."""
+    """Return the codes uint8 [..., page_size, head_dim] that `pack` packed into `packed`."""
     lead = packed.shape[:-1]
     fields = fields_per_word(bits)
     block = largest_power_of_two_divisor(head_dim)
