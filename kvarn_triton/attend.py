@@ -20,6 +20,7 @@ from .device import (
     online_softmax,
     power_of_two,
     split_fields,
+    split_halves,
 )
 
 QUERY_EXPONENT = tl.constexpr(4)
@@ -75,15 +76,13 @@ def quantized_scores(
     if BITS == 3:
         byte_ptr = record_ptr + LAYOUT.k_codes_offset + LAYOUT.page_size * WORDS * 2
         top = tl.load(byte_ptr + place, mask_w[None, :], other=0).to(tl.uint16)
-    scale_ptr = (record_ptr + LAYOUT.k_scale_offset).to(tl.pointer_type(tl.float16))
-    zero_ptr = (record_ptr + LAYOUT.k_zero_offset).to(tl.pointer_type(tl.float16))
+    params_ptr = (record_ptr + LAYOUT.k_params_offset).to(tl.pointer_type(tl.uint32))
     product = tl.zeros((offs_t.shape[0], BLOCK_N), tl.float32)
     offset = tl.zeros((BLOCK_W, BLOCK_N), tl.float32)
     for f in tl.static_range(FIELDS):
         channel = channel_of_field(offs_w, f, LAYOUT.block_size, FIELDS)
-        scale = tl.load(scale_ptr + channel, mask_w, other=0.0)
-        zero = tl.load(zero_ptr + channel, mask_w, other=0.0).to(tl.float32) * 2.0 ** field_exponent(f, WIDTH)
-        offset += q_planes[f].to(tl.float32) * zero[:, None]
+        scale, zero = split_halves(tl.load(params_ptr + channel, mask_w, other=0))
+        offset += q_planes[f].to(tl.float32) * (zero.to(tl.float32) * 2.0 ** field_exponent(f, WIDTH))[:, None]
         folded = q_planes[f] * scale.to(OPERAND)[:, None]
         codes = field_as_half(words, f, WIDTH, PTX).to(OPERAND)
         product = tl.dot(codes, folded, product, input_precision="ieee")
@@ -118,19 +117,17 @@ def add_quantized_values(
     BLOCK_W: tl.constexpr = accs[0].shape[0]
     offs_w = tl.arange(0, BLOCK_W)
     mask_w = offs_w < WORDS
-    scale_ptr = (record_ptr + LAYOUT.v_scale_offset).to(tl.pointer_type(tl.float16))
-    zero_ptr = (record_ptr + LAYOUT.v_zero_offset).to(tl.pointer_type(tl.float16))
-    scale = tl.load(scale_ptr + offs_t).to(tl.float32)
-    zero = tl.load(zero_ptr + offs_t).to(tl.float32)
-    offset = tl.sum(weights * zero[:, None], axis=0)
-    folded = (weights * scale[:, None]).to(OPERAND)
+    params_ptr = (record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32))
+    scale, zero = split_halves(tl.load(params_ptr + offs_t))
+    offset = tl.sum(weights * zero.to(tl.float32)[:, None], axis=0)
+    folded = (weights * scale.to(tl.float32)[:, None]).to(OPERAND)
     place = offs_w[:, None] * LAYOUT.page_size + offs_t[None, :]
     word_ptr = (record_ptr + LAYOUT.v_codes_offset).to(tl.pointer_type(tl.uint16))
     words = tl.load(word_ptr + place, mask_w[:, None], other=0)
     if BITS == 3:
         byte_ptr = record_ptr + LAYOUT.v_codes_offset + LAYOUT.page_size * WORDS * 2
         top = tl.load(byte_ptr + place, mask_w[:, None], other=0).to(tl.uint16)
-    norm_ptr = (record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16))
+    norms_ptr = (record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.uint32))
     new = ()
     for f in tl.static_range(FIELDS):
         codes = field_as_half(words, f, WIDTH, PTX).to(OPERAND)
@@ -138,8 +135,9 @@ def add_quantized_values(
         if BITS == 3:
             codes = field_as_half(top, f, 1, PTX).to(OPERAND)
             product += tl.dot(codes, folded, input_precision="ieee") * (16777216.0 * 4.0 / 2.0**f)
-        channel = channel_of_field(offs_w, f, LAYOUT.block_size, FIELDS)
-        norm = tl.load(norm_ptr + channel, mask_w, other=0.0).to(tl.float32)
+        if f % 2 == 0:
+            norms = split_halves(tl.load(norms_ptr + f // 2 * WORDS + offs_w, mask_w, other=0))
+        norm = norms[f % 2].to(tl.float32)
         new = new + (accs[f] * alpha[None, :] + (product + offset[None, :]) * norm[:, None],)
     return new
 

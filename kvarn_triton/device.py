@@ -225,6 +225,19 @@ def encode_tile(
 
 
 @triton.jit
+def join_halves(low, high):
+    """Put two float16 numbers into one 32-bit word."""
+    return low.to(tl.uint16, bitcast=True).to(tl.uint32) | (high.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+
+
+@triton.jit
+def split_halves(words):
+    """Return the two float16 numbers of 32-bit words, low half first."""
+    low = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+    return low, (words >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
 def word_of_channel(channel, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
     """Return which word of a token holds a channel."""
     return channel // BLOCK * (BLOCK // FIELDS) + channel % (BLOCK // FIELDS)
@@ -305,3 +318,10 @@ def online_softmax(scores, m_i, l_i):
     weights = tl.exp2(scores - origin[None, :])
     alpha = tl.exp2(m_i - origin)
     return weights, alpha, m_new, l_i * alpha + tl.sum(weights, axis=0)
+
+
+@triton.jit
+def place_of_norm(channel, WORDS: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
+    """Return where the norm of a value channel stands: [field // 2, word, field % 2], so that a word holds two fields."""
+    field = field_of_channel(channel, BLOCK, FIELDS)
+    return (field // 2 * WORDS + word_of_channel(channel, BLOCK, FIELDS)) * 2 + field % 2

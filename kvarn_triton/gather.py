@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import configs, reference
 from .checks import FLOATS, INDICES, check_choice, check_pages, check_tensor, require
-from .device import hadamard
+from .device import hadamard, place_of_norm, split_halves
 from .layout import PageLayout, fields_per_word
 from .packing import load_codes
 
@@ -22,8 +22,7 @@ def _load_tile(record_ptr, offs_t, VALUES: tl.constexpr, LAYOUT: tl.constexpr, F
     """Return the rotated keys or values float32 [tokens, BLOCK_D] of tokens `offs_t` of a record."""
     BITS: tl.constexpr = LAYOUT.v_bits if VALUES else LAYOUT.k_bits
     CODES: tl.constexpr = LAYOUT.v_codes_offset if VALUES else LAYOUT.k_codes_offset
-    SCALE: tl.constexpr = LAYOUT.v_scale_offset if VALUES else LAYOUT.k_scale_offset
-    ZERO: tl.constexpr = LAYOUT.v_zero_offset if VALUES else LAYOUT.k_zero_offset
+    PARAMS: tl.constexpr = LAYOUT.v_params_offset if VALUES else LAYOUT.k_params_offset
     NORM: tl.constexpr = LAYOUT.v_norm_offset if VALUES else LAYOUT.k_norm_offset
     D: tl.constexpr = LAYOUT.head_dim
     offs_t = offs_t[:, None]
@@ -33,14 +32,16 @@ def _load_tile(record_ptr, offs_t, VALUES: tl.constexpr, LAYOUT: tl.constexpr, F
     codes = load_codes(
         record_ptr + CODES, offs_t, offs_d, mask_t & mask_d, LAYOUT.page_size, D, LAYOUT.block_size, BITS, FIELDS, not VALUES
     )
-    own = offs_t if VALUES else offs_d
-    own_mask = mask_t if VALUES else mask_d
-    other = offs_d if VALUES else offs_t
-    other_mask = mask_d if VALUES else mask_t
-    scale = tl.load((record_ptr + SCALE).to(tl.pointer_type(tl.float16)) + own, own_mask, other=0.0).to(tl.float32)
-    zero = tl.load((record_ptr + ZERO).to(tl.pointer_type(tl.float16)) + own, own_mask, other=0.0).to(tl.float32)
-    norm = tl.load((record_ptr + NORM).to(tl.pointer_type(tl.float16)) + other, other_mask, other=0.0).to(tl.float32)
-    return (codes.to(tl.float32) * scale + zero) * norm
+    params_ptr = (record_ptr + PARAMS).to(tl.pointer_type(tl.uint32))
+    norm_ptr = (record_ptr + NORM).to(tl.pointer_type(tl.float16))
+    if VALUES:
+        params = tl.load(params_ptr + offs_t, mask_t, other=0)
+        norm = tl.load(norm_ptr + place_of_norm(offs_d, D // FIELDS, LAYOUT.block_size, FIELDS), mask_d, other=0.0)
+    else:
+        params = tl.load(params_ptr + offs_d, mask_d, other=0)
+        norm = tl.load(norm_ptr + offs_t, mask_t, other=0.0)
+    scale, zero = split_halves(params)
+    return (codes.to(tl.float32) * scale.to(tl.float32) + zero.to(tl.float32)) * norm.to(tl.float32)
 
 
 @triton.jit

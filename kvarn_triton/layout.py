@@ -110,34 +110,24 @@ class PageLayout:
         return _align(self.k_codes_bytes)
 
     @functools.cached_property
-    def k_scale_offset(self) -> int:
-        """First byte of the key scales: float16, one per channel."""
+    def k_params_offset(self) -> int:
+        """First byte of the key parameters: per channel one 32-bit word, float16 scale low and float16 zero high."""
         return self.v_codes_offset + _align(self.v_codes_bytes)
 
     @functools.cached_property
-    def k_zero_offset(self) -> int:
-        """First byte of the key zeros: float16, one per channel."""
-        return self.k_scale_offset + _align(2 * self.head_dim)
+    def v_params_offset(self) -> int:
+        """First byte of the value parameters: per token one 32-bit word, float16 scale low and float16 zero high."""
+        return self.k_params_offset + _align(4 * self.head_dim)
 
     @functools.cached_property
     def k_norm_offset(self) -> int:
         """First byte of the key norms: float16, one per token."""
-        return self.k_zero_offset + _align(2 * self.head_dim)
-
-    @functools.cached_property
-    def v_scale_offset(self) -> int:
-        """First byte of the value scales: float16, one per token."""
-        return self.k_norm_offset + _align(2 * self.page_size)
-
-    @functools.cached_property
-    def v_zero_offset(self) -> int:
-        """First byte of the value zeros: float16, one per token."""
-        return self.v_scale_offset + _align(2 * self.page_size)
+        return self.v_params_offset + _align(4 * self.page_size)
 
     @functools.cached_property
     def v_norm_offset(self) -> int:
-        """First byte of the value norms: float16, one per channel."""
-        return self.v_zero_offset + _align(2 * self.page_size)
+        """First byte of the value norms: float16, one per channel, in the order [field // 2, word, field % 2]."""
+        return self.k_norm_offset + _align(2 * self.page_size)
 
     @functools.cached_property
     def page_bytes(self) -> int:
@@ -165,22 +155,28 @@ class PageLayout:
             pages: uint8 [..., page_bytes]; the last dimension contiguous and 2-byte aligned.
 
         Returns:
-            `k_codes` and `v_codes` as uint8 [..., bytes]; `k_scale`, `k_zero`, `v_norm` as float16 [..., head_dim];
-            `k_norm`, `v_scale`, `v_zero` as float16 [..., page_size]. Writing to a view writes to the page.
+            `k_codes` and `v_codes` as uint8 [..., bytes]; `k_scale` and `k_zero` as float16 [..., head_dim]; `k_norm`,
+            `v_scale` and `v_zero` as float16 [..., page_size]; `v_norm` as float16 [..., blocks, field // 2, field % 2,
+            channels], which is [..., head_dim] when it is flattened. Writing to a view writes to the page.
         """
 
         def halves(offset: int, count: int) -> torch.Tensor:
             return pages[..., offset : offset + 2 * count].view(torch.float16)
 
+        k_params = halves(self.k_params_offset, 2 * self.head_dim).unflatten(-1, (self.head_dim, 2))
+        v_params = halves(self.v_params_offset, 2 * self.page_size).unflatten(-1, (self.page_size, 2))
+        fields = fields_per_word(self.v_bits)
+        plane = self.block_size // fields
+        v_norm = halves(self.v_norm_offset, self.head_dim).unflatten(-1, (fields // 2, -1, plane, 2))
         return {
             "k_codes": pages[..., self.k_codes_offset : self.k_codes_offset + self.k_codes_bytes],
             "v_codes": pages[..., self.v_codes_offset : self.v_codes_offset + self.v_codes_bytes],
-            "k_scale": halves(self.k_scale_offset, self.head_dim),
-            "k_zero": halves(self.k_zero_offset, self.head_dim),
+            "k_scale": k_params[..., 0],
+            "k_zero": k_params[..., 1],
             "k_norm": halves(self.k_norm_offset, self.page_size),
-            "v_scale": halves(self.v_scale_offset, self.page_size),
-            "v_zero": halves(self.v_zero_offset, self.page_size),
-            "v_norm": halves(self.v_norm_offset, self.head_dim),
+            "v_scale": v_params[..., 0],
+            "v_zero": v_params[..., 1],
+            "v_norm": v_norm.movedim(-3, -4).movedim(-1, -2),
         }
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import configs, reference
 from .checks import FLOATS, INDICES, check_pages, check_tensor
-from .device import encode_tile, hadamard, to_half
+from .device import encode_tile, hadamard, join_halves, place_of_norm, to_half
 from .encoder import DEFAULT, Encoder
 from .layout import PageLayout, fields_per_word
 from .packing import pack_codes
@@ -41,8 +41,7 @@ def store_tile(
     BITS: tl.constexpr = LAYOUT.v_bits if VALUES else LAYOUT.k_bits
     FIELDS: tl.constexpr = V_FIELDS if VALUES else K_FIELDS
     CODES: tl.constexpr = LAYOUT.v_codes_offset if VALUES else LAYOUT.k_codes_offset
-    SCALE: tl.constexpr = LAYOUT.v_scale_offset if VALUES else LAYOUT.k_scale_offset
-    ZERO: tl.constexpr = LAYOUT.v_zero_offset if VALUES else LAYOUT.k_zero_offset
+    PARAMS: tl.constexpr = LAYOUT.v_params_offset if VALUES else LAYOUT.k_params_offset
     NORM: tl.constexpr = LAYOUT.v_norm_offset if VALUES else LAYOUT.k_norm_offset
     D: tl.constexpr = LAYOUT.head_dim
     offs_d = tl.arange(0, tile.shape[1])
@@ -51,16 +50,14 @@ def store_tile(
     codes, scale, zero, norm = encode_tile(tile, mask_d, D, BITS, not VALUES, ITERATIONS, EQUIVARIANT)
     codes_ptr = scratch_ptr.to(tl.pointer_type(tl.int32))
     tl.store(codes_ptr + offs_t[:, None] * tile.shape[1] + offs_d[None, :], codes)
-    scale_ptr = (record_ptr + SCALE).to(tl.pointer_type(tl.float16))
-    zero_ptr = (record_ptr + ZERO).to(tl.pointer_type(tl.float16))
+    params = join_halves(to_half(scale), to_half(zero))
+    params_ptr = (record_ptr + PARAMS).to(tl.pointer_type(tl.uint32))
     norm_ptr = (record_ptr + NORM).to(tl.pointer_type(tl.float16))
     if VALUES:
-        tl.store(scale_ptr + offs_t, to_half(scale))
-        tl.store(zero_ptr + offs_t, to_half(zero))
-        tl.store(norm_ptr + offs_d, to_half(norm), mask_d)
+        tl.store(params_ptr + offs_t, params)
+        tl.store(norm_ptr + place_of_norm(offs_d, D // FIELDS, LAYOUT.block_size, FIELDS), to_half(norm), mask_d)
     else:
-        tl.store(scale_ptr + offs_d, to_half(scale), mask_d)
-        tl.store(zero_ptr + offs_d, to_half(zero), mask_d)
+        tl.store(params_ptr + offs_d, params, mask_d)
         tl.store(norm_ptr + offs_t, to_half(norm))
     tl.debug_barrier()
     pack_codes(

@@ -24,7 +24,8 @@ def encode_records(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, encoder
         codes, scale, zero, norm = encode(tile, bits, per=per, encoder=encoder)  # type: ignore[arg-type]
         fields[f"{name}_codes"].copy_(pack(codes, bits, per=per))  # type: ignore[arg-type]
         for field, value in (("scale", scale), ("zero", zero), ("norm", norm)):
-            fields[f"{name}_{field}"].copy_(value.clamp(-HALF_MAX, HALF_MAX).to(torch.float16))
+            view = fields[f"{name}_{field}"]
+            view.copy_(value.clamp(-HALF_MAX, HALF_MAX).to(torch.float16).reshape(view.shape))
     return records
 
 
@@ -36,7 +37,7 @@ def decode_records(
     k_codes = unpack(fields["k_codes"], layout.k_bits, layout.page_size, layout.head_dim, per="channel")
     v_codes = unpack(fields["v_codes"], layout.v_bits, layout.page_size, layout.head_dim, per="token")
     k = dequantize(k_codes, fields["k_scale"], fields["k_zero"], per="channel") * fields["k_norm"].unsqueeze(-1)
-    v = dequantize(v_codes, fields["v_scale"], fields["v_zero"], per="token") * fields["v_norm"].unsqueeze(-2)
+    v = dequantize(v_codes, fields["v_scale"], fields["v_zero"], per="token") * fields["v_norm"].flatten(-4).unsqueeze(-2)
     return k, v
 
 

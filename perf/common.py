@@ -1,0 +1,143 @@
+"""What every sweep shares: the registry, the options of the command line, progress lines and who measured what."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import triton
+
+Row = dict[str, Any]
+T = TypeVar("T")
+
+DEFAULT_PRESETS = ("k4v4_g128", "k4v2_g128", "k2v2_g128")
+
+
+@dataclass
+class Options:
+    """What the command line asks for. Empty tuples stand for the sweep's own choice.
+
+    `red` collects (operation, preset, head_dim, group) of every check that failed; timed sweeps look there.
+    """
+
+    presets: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
+    points: tuple[tuple[int, int], ...] = ()
+    targets: tuple[str, ...] = ()
+    quick: bool = False
+    full: bool = False
+    seed: int = 0
+    sections: dict[str, Row] = field(default_factory=dict)
+    red: set[tuple[str, str, int, int]] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One sweep: a function that yields rows, and how its table looks.
+
+    Args:
+        name: the subcommand.
+        run: takes the options, yields rows.
+        needs: "gpu"; "kernels" (a GPU or Triton's interpreter); "compiler" (anything but the interpreter); or "any".
+        headers: row key -> column header, in the table's order.
+        note: what the numbers mean, printed above the table.
+        tabulate: turns all rows into those of the table, if that is more than picking the columns.
+    """
+
+    name: str
+    run: Callable[[Options], Iterator[Row]]
+    needs: str
+    headers: dict[str, str]
+    note: str
+    tabulate: Callable[[list[Row]], list[Row]] | None = None
+
+
+SWEEPS: dict[str, Sweep] = {}
+
+
+def sweep(name: str, **fields: Any) -> Callable[[Callable[[Options], Iterator[Row]]], Callable[[Options], Iterator[Row]]]:
+    """Register a generator of rows as a sweep; `fields` are those of `Sweep`."""
+
+    def register(run: Callable[[Options], Iterator[Row]]) -> Callable[[Options], Iterator[Row]]:
+        SWEEPS[name] = Sweep(name=name, run=run, **fields)
+        return run
+
+    return register
+
+
+def say(text: str) -> None:
+    """Print a line about what is going on, to stderr: stdout holds results only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def progress(title: str, items: Sequence[T], label: Callable[[T], str] = str) -> Iterator[T]:
+    """Iterate over `items` and say before each which one is next."""
+    start = time.perf_counter()
+    for i, item in enumerate(items):
+        say(f"{title} {i + 1}/{len(items)}: {label(item)} ({time.perf_counter() - start:.0f} s)")
+        yield item
+
+
+def _output_of(command: Sequence[str]) -> str | None:
+    try:
+        folder = Path(__file__).resolve().parent
+        text = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return text.splitlines()[0].strip() if text else None
+
+
+def _commit() -> str | None:
+    commit = _output_of(["git", "rev-parse", "--short=12", "HEAD"])
+    if commit is None:
+        return None
+    changed = _output_of(["git", "status", "--porcelain", "--untracked-files=no"])
+    return commit + ("+changes" if changed else "")
+
+
+def _driver() -> str | None:
+    if torch.version.hip is not None:
+        return f"ROCm {torch.version.hip}"
+    return _output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+
+
+def environment(argv: Iterable[str]) -> Row:
+    """Return what identifies a run: device, driver, versions, commit, date and the command line without folders."""
+    has_gpu = torch.cuda.is_available()
+    arguments = " ".join(shlex.quote(Path(arg).name if arg.startswith("/") else arg) for arg in argv)
+    info: Row = {
+        "device": torch.cuda.get_device_name() if has_gpu else None,
+        "driver": _driver() if has_gpu else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": f"python perf/sweep.py {arguments}".strip(),
+    }
+    if has_gpu:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        info["multiprocessors"] = properties.multi_processor_count
+        info["l2_bytes"] = getattr(properties, "L2_cache_size", None)
+        info["memory_bytes"] = properties.total_memory
+    return info
+
+
+def title(info: Row) -> str:
+    """Return the title line: GPU, driver, torch, Triton, commit, date."""
+    gpu = info["device"] or "no GPU: counts and errors, no times"
+    parts = [gpu]
+    if info["driver"]:
+        parts.append(f"driver {info['driver']}")
+    parts += [f"torch {info['torch']}", f"Triton {info['triton']}", f"commit {info['commit'] or 'unknown'}", info["date"]]
+    return " | ".join(parts)

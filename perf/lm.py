@@ -1,0 +1,338 @@
+"""A small byte-level language model, trained on the machine it runs on, for end-to-end tests and accuracy numbers.
+
+Kernels that agree on random tensors can still lose what a model needs, and random weights hide it: their next-token
+distributions are flat. `TinyLM` is a plain transformer (RMSNorm, rotary positions, grouped query heads, SwiGLU) trained
+for a minute or two on text that every machine has, the Python sources of its own standard library. Trained weights are
+kept in the user's cache folder. `lm_cache.py` holds the key/value caches that the model generates with,
+`lm_compare.py` what quantizing them changes.
+
+    python perf/lm.py train --config default
+    python perf/lm.py generate --layout k4v2_g64 --prompt "def main("
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import math
+import os
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+VOCAB_SIZE = 256
+TRAINING_VERSION = 1
+"""Part of the checkpoint's key. It changes whenever the same config and seed would train other weights."""
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""`attend(layer, q, k, v) -> out`, all [batch, n, heads, head_dim]: query heads in q and out, kv heads in k and v."""
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """Shape and training of one model. Two equal configs train the same weights from the same seed and text.
+
+    Args:
+        num_layers, model_dim, mlp_dim: depth and widths.
+        num_q_heads, num_kv_heads, head_dim: attention; `num_kv_heads` divides `num_q_heads`.
+        seq_len: tokens of one training sequence, and the longest context the model is good for.
+        batch_size, steps, learning_rate: of the training; the rate is the peak of a cosine.
+    """
+
+    num_layers: int = 4
+    model_dim: int = 256
+    mlp_dim: int = 704
+    num_q_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    seq_len: int = 512
+    batch_size: int = 4
+    steps: int = 640
+    learning_rate: float = 1.5e-3
+
+
+CONFIGS = {
+    "default": LMConfig(),
+    "d128": LMConfig(head_dim=128),
+    "tiny": LMConfig(num_layers=2, model_dim=128, mlp_dim=352, seq_len=384, steps=500, learning_rate=2e-3),
+}
+"""Configs by name: `default` for numbers, `d128` for head_dim 128, `tiny` for unit tests."""
+
+
+class TinyLM(nn.Module):
+    """A decoder-only transformer over bytes. What attends to what is the caller's: see `forward`."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(VOCAB_SIZE, config.model_dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.model_dim)
+        for name, weight in self.named_parameters():
+            if name.endswith(("attention_out.weight", "mlp_out.weight")):
+                nn.init.zeros_(weight)
+            elif weight.dim() == 2:
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(
+        self, tokens: torch.Tensor, *, positions: torch.Tensor | None = None, attend: Attend | None = None
+    ) -> torch.Tensor:
+        """Return the logits [batch, n, 256] of the byte that follows each token.
+
+        Args:
+            tokens: int64 [batch, n].
+            positions: int [batch, n], where each token stands in its sequence; 0 to n - 1 by default.
+            attend: attention of one layer; keys arrive after the rotary embedding. By default each token attends to the
+                tokens up to itself. A key/value cache is such a function.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        rope = rope_angles(positions, self.config.head_dim)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, rope, attend or causal_attention)
+        return functional.linear(self.norm(x), self.embedding.weight)
+
+
+class Block(nn.Module):
+    """One layer: attention, then a SwiGLU, each added to the residual stream."""
+
+    def __init__(self, config: LMConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.heads = (config.num_q_heads, config.num_kv_heads, config.num_kv_heads)
+        self.attention_norm = nn.RMSNorm(config.model_dim)
+        self.qkv = nn.Linear(config.model_dim, sum(self.heads) * config.head_dim, bias=False)
+        self.attention_out = nn.Linear(config.num_q_heads * config.head_dim, config.model_dim, bias=False)
+        self.mlp_norm = nn.RMSNorm(config.model_dim)
+        self.mlp_in = nn.Linear(config.model_dim, 2 * config.mlp_dim, bias=False)
+        self.mlp_out = nn.Linear(config.mlp_dim, config.model_dim, bias=False)
+
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
+        """Return the residual stream [batch, n, model_dim] after this layer."""
+        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split(self.heads, dim=-2)
+        out = attend(self.layer, apply_rope(q, rope), apply_rope(k, rope), v)
+        x = x + self.attention_out(out.flatten(-2))
+        gate, up = self.mlp_in(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.mlp_out(functional.silu(gate) * up)
+
+
+def rope_angles(positions: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines [batch, n, 1, head_dim / 2] of the rotary embedding."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device) / head_dim
+    angles = positions[..., None, None] * 10000.0**-exponents
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate the channel pairs (c, c + head_dim / 2) of x [batch, n, heads, head_dim] by their angles."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def causal_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attend to the tokens up to and including each token itself; shapes as in `Attend`."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = functional.scaled_dot_product_attention(q, k, v.to(k.dtype), is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+
+
+def load_text() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the training and the held-out text, uint8 [num_bytes] each.
+
+    Both come from the .py files of the running Python's standard library, without tests and tables; in sorted order,
+    every twentieth file is held out. Four spaces become one tab, lest the model spends itself on indentation.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    names = [name for name in names if not _SKIPPED_FOLDERS & set(name.split("/"))]
+    splits = ([name for i, name in enumerate(names) if i % 20], names[::20])
+    texts = (b"\n".join((root / name).read_bytes() for name in split).replace(b"    ", b"\t") for split in splits)
+    train_text, heldout_text = (torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts)
+    return train_text, heldout_text
+
+
+def encode(text: str) -> torch.Tensor:
+    """Return the tokens int64 [num_bytes] of a text."""
+    return torch.tensor(list(text.encode()), dtype=torch.int64)
+
+
+def decode(tokens: torch.Tensor) -> str:
+    """Return the text of tokens [n]; bytes that aren't UTF-8 show as replacement characters."""
+    return bytes(tokens.tolist()).decode(errors="replace")
+
+
+def heldout_prompts(lengths: list[int], num_tokens: int, *, seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Draw passages of held-out text.
+
+    Args:
+        lengths: tokens of each prompt.
+        num_tokens: tokens of each continuation.
+        seed: which passages.
+
+    Returns:
+        prompts, int64 [length] each, and what follows them in the text, int64 [len(lengths), num_tokens].
+    """
+    text = load_text()[1].long()
+    generator = torch.Generator().manual_seed(seed)
+    last_start = len(text) - max(lengths) - num_tokens
+    starts = torch.randint(last_start + 1, (len(lengths),), generator=generator).tolist()
+    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+    prompts = [text[start:end] for start, end in zip(starts, ends, strict=True)]
+    return prompts, torch.stack([text[end : end + num_tokens] for end in ends])
+
+
+def next_byte_loss(model: TinyLM, windows: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross entropy, in nats, of windows [batch, n + 1]: each token but the first is predicted."""
+    device = next(model.parameters()).device
+    windows = windows.to(device).long()
+    with torch.autocast(device.type, torch.bfloat16, enabled=_has_fast_bfloat16(device)):
+        logits = model(windows[:, :-1])
+    return functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+
+
+def _has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 there; on CPUs with AMX 20 times and more."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))
+
+
+@torch.no_grad()
+def bits_per_byte(model: TinyLM, *, num_windows: int = 64) -> float:
+    """Return the loss on `num_windows` evenly spaced windows of the held-out text, in bits per byte."""
+    windows = load_text()[1].unfold(0, model.config.seq_len + 1, 1)
+    windows = windows[torch.linspace(0, len(windows) - 1, num_windows).long()]
+    losses = [next_byte_loss(model, batch).item() for batch in windows.split(8)]
+    return sum(losses) / len(losses) / math.log(2)
+
+
+def train(config: LMConfig, seed: int = 0, *, device: str | torch.device = "cpu") -> TinyLM:
+    """Train a model; the same config, seed, Python and machine give the same weights.
+
+    AdamW, a linear warm-up over the first twentieth of the steps, then a cosine to zero. Progress goes to stderr.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = TinyLM(config).to(device)
+    windows = load_text()[0].unfold(0, config.seq_len + 1, 1)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    warmup = max(1, config.steps // 20)
+    start = time.perf_counter()
+    for step in range(config.steps):
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / config.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(cosine, (step + 1) / warmup)
+        loss = next_byte_loss(model, windows[torch.randint(len(windows), (config.batch_size,), generator=generator)])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % max(1, config.steps // 10) == 0:
+            bits = loss.item() / math.log(2)
+            seconds = time.perf_counter() - start
+            print(f"train: step {step + 1}/{config.steps}, {bits:.2f} bits/byte, {seconds:.0f} s", file=sys.stderr)
+    return model.eval().requires_grad_(False)
+
+
+def checkpoint_path(config: LMConfig, seed: int = 0, *, cache_dir: str | Path | None = None) -> Path:
+    """Return where the weights of `config` and `seed` are kept: in `cache_dir`, or the user's cache folder."""
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvarn_triton"
+    text_digest = hashlib.sha256(load_text()[0].numpy().tobytes()).hexdigest()
+    key = repr((TRAINING_VERSION, dataclasses.astuple(config), seed, text_digest))
+    return Path(cache_dir) / f"lm-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+
+
+def load_or_train(
+    config: LMConfig,
+    seed: int = 0,
+    *,
+    device: str | torch.device = "cpu",
+    cache_dir: str | Path | None = None,
+) -> TinyLM:
+    """Return the trained model on `device`: from its checkpoint, or trained now and kept for the next call.
+
+    The device it was trained on isn't part of the key: weights trained elsewhere are taken as they are.
+    """
+    path = checkpoint_path(config, seed, cache_dir=cache_dir)
+    if path.exists():
+        model = TinyLM(config).to(device)
+        model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        return model.eval().requires_grad_(False)
+    model = train(config, seed, device=device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    torch.save(model.state_dict(), unfinished)
+    unfinished.replace(path)
+    return model
+
+
+def _train_command(args: argparse.Namespace) -> None:
+    config = dataclasses.replace(CONFIGS[args.config], **({"steps": args.steps} if args.steps else {}))
+    model = load_or_train(config, args.seed, device=args.device, cache_dir=args.cache_dir)
+    print(f"checkpoint  {checkpoint_path(config, args.seed, cache_dir=args.cache_dir)}")
+    print(f"parameters  {sum(weight.numel() for weight in model.parameters()):,}")
+    print(f"held out    {bits_per_byte(model):.3f} bits/byte")
+
+
+def _generate_command(args: argparse.Namespace) -> None:
+    from lm_cache import DenseCache, PagedCache, run
+
+    from kvarn_triton import PageLayout
+
+    config = CONFIGS[args.config]
+    model = load_or_train(config, args.seed, device=args.device, cache_dir=args.cache_dir)
+    prompt = encode(args.prompt) if args.prompt else heldout_prompts([args.prompt_tokens], args.num_tokens)[0][0]
+    sizes = {"batch": 1, "capacity": len(prompt) + args.num_tokens, "device": args.device}
+    if args.layout == "dense":
+        cache = DenseCache(config, **sizes)
+    else:
+        layout = PageLayout.from_name(args.layout, head_dim=config.head_dim)
+        cache = PagedCache(config, layout, sink_len=args.sink_len, **sizes)
+    tokens, _ = run(model, cache, [prompt], args.num_tokens)
+    print(f"--- prompt\n{decode(prompt)}\n--- continuation\n{decode(tokens[0])}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Train a small byte-level language model, or generate text with it.")
+    commands = parser.add_subparsers(required=True, metavar="train|generate")
+    train_parser = commands.add_parser("train", help="train a model, unless its checkpoint exists")
+    train_parser.set_defaults(run=_train_command)
+    train_parser.add_argument("--steps", type=int, help="train fewer or more steps than the config says")
+    generate_parser = commands.add_parser("generate", help="continue a prompt, each time with the most likely byte")
+    generate_parser.set_defaults(run=_generate_command)
+    generate_parser.add_argument("--layout", default="k4v2_g64", help="page layout, or 'dense' for the 16-bit cache")
+    generate_parser.add_argument("--sink-len", type=int, help="first tokens kept at 16 bits; one page by default")
+    generate_parser.add_argument("--prompt", help="text to continue; a passage of held-out text by default")
+    generate_parser.add_argument("--prompt-tokens", type=int, default=256, help="length of the held-out passage")
+    generate_parser.add_argument("--num-tokens", type=int, default=200, help="tokens to generate")
+    for command in (train_parser, generate_parser):
+        command.add_argument("--config", choices=CONFIGS, default="default", help="shape and training of the model")
+        command.add_argument("--seed", type=int, default=0, help="seed of the weights and of the training batches")
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument("--cache-dir", help="folder of the checkpoints; the user's cache folder by default")
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
