@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import configs, reference
 from .checks import FLOATS, INDICES, check_choice, check_tensor, require
-from .device import hadamard
+from .device import hadamard, to_half
 from .layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, largest_power_of_two_divisor
 
 
@@ -49,9 +49,11 @@ def _kvarn_append_tokens_kernel(
     else:
         place = (tokens * stride_v_token + head * stride_v_head)[:, None] + offs_d
         x = tl.load(v_ptr + place, mask, other=0.0).to(tl.float32)
-    rotated = hadamard(x, BLOCK).to(raw_pages_ptr.dtype.element_ty)
+    rotated = hadamard(x, BLOCK)
+    if raw_pages_ptr.dtype.element_ty == tl.float16:
+        rotated = to_half(rotated)
     slot = slots // G * stride_raw_page + half * stride_raw_half + head * stride_raw_head + slots % G * stride_raw_token
-    tl.store(raw_pages_ptr + slot[:, None] + offs_d, rotated, mask)
+    tl.store(raw_pages_ptr + slot[:, None] + offs_d, rotated.to(raw_pages_ptr.dtype.element_ty), mask)
 
 
 def check_raw_pages(raw_pages: object, num_kv_heads: int | None = None, device: torch.device | None = None) -> None:
@@ -70,7 +72,7 @@ def append_tokens(k: torch.Tensor, v: torch.Tensor, raw_pages: torch.Tensor, slo
             strides whose innermost is 1.
         v: like `k`.
         raw_pages: float16, bfloat16 or float32 [num_raw_pages, 2, num_kv_heads, page_size, head_dim], written in place; index
-            0 of the second dimension holds keys, 1 values.
+            0 of the second dimension holds keys, 1 values. A float16 pool saturates at 65504.
         slots: int32 or int64 [num_tokens]; raw page id * page_size + offset in the page (`raw_slots`). Below 0: skipped.
 
     Raises:
@@ -121,7 +123,8 @@ def raw_slots(positions: torch.Tensor, raw_table: torch.Tensor, *, sink_len: int
         page_size: 64 or 128.
 
     Returns:
-        int64 [batch, n]; -1 for padding.
+        int64 [batch, n]; -1 for padding. Body pages share the slots of the ring: of a prompt, pass only the positions that stay
+        raw, and -1 for those that `store_pages` quantizes.
 
     Raises:
         ValueError: for a wrong shape, dtype, device or option.

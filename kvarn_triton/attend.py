@@ -2,8 +2,8 @@
 
 Nothing is dequantized. The scale of a key channel is folded into the query, its zero is one number per head, the norm of a
 token multiplies a score; the scale of a value token is folded into its weight, its zero is one number per head, the norm of
-a channel multiplies the sum of a page. The tensor cores multiply integer codes (`device.field_as_half`). Tokens are the M
-dimension of both products, query heads are N.
+a channel multiplies the sum of a page. The tensor cores multiply integer codes (`device.field_as_half`). M are tokens in the
+product with keys and channels in the product with values; N are query heads.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .device import (
     split_halves,
 )
 
-QUERY_EXPONENT = tl.constexpr(4)
-"""Rotated queries are scaled to a largest magnitude in [2**3, 2**4): with a scale below 1, neither end of float16 is near."""
+QUERY_EXPONENT = tl.constexpr(2)
+"""Rotated queries are scaled to a largest magnitude in [2, 4): times the largest stored scale they stay inside float16."""
 
 
 @triton.jit

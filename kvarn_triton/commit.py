@@ -70,10 +70,12 @@ def _kvarn_commit_pages_kernel(
         first = tl.load(num_quantized_ptr + row)
         body = first + tile_index // (2 * num_kv_heads) % max_new_pages
         last = _last_due(committed_lens_ptr, first, row, sink_len, keep_pages, max_new_pages, max_pages, G)
+        page = tl.full((), -1, tl.int64)
         if body < last:
+            page = tl.load(block_table_ptr + row.to(tl.int64) * stride_table + body).to(tl.int64)
+        if page >= 0:
             column = num_sink_pages + body % num_tail_slots
             raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column).to(tl.int64)
-            page = tl.load(block_table_ptr + row.to(tl.int64) * stride_table + body).to(tl.int64)
             tile_ptr = raw_pages_ptr + raw_page * stride_raw_page + head * stride_raw_head
             tile_ptr += tile_index % 2 * stride_raw_half
             record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
@@ -117,6 +119,7 @@ def commit_pages(
     sink_len: int = 0,
     keep_pages: int = 0,
     max_new_pages: int = 1,
+    advance: bool = True,
     encoder: Encoder = DEFAULT,
 ) -> None:
     """Quantize the pages of the tail whose tokens are all committed, and advance `num_quantized`.
@@ -128,14 +131,18 @@ def commit_pages(
     Args:
         raw_pages: float16, bfloat16 or float32 [num_raw_pages, 2, num_kv_heads, page_size, head_dim], rotated.
         pages: uint8 [num_pages, num_kv_heads, page_bytes], written in place.
-        raw_table: int32 [batch, num_sink_pages + num_tail_slots].
-        block_table: int32 [batch, max_pages]; ids of pages that the sequence will need, set before they complete.
+        raw_table: int32 [batch, num_sink_pages + num_tail_slots]. A step of n tokens needs keep_pages + 1 +
+            ceil((n - 1) / page_size) slots.
+        block_table: int32 [batch, max_pages]; ids of pages that the sequence will need, set before they complete. A page with
+            an id below 0 is not written.
         committed_lens: int32 [batch], tokens that will not be rolled back; drafts don't count.
         num_quantized: int32 [batch], body pages in quantized form; updated in place.
         layout: the page format.
         sink_len: tokens at the start of every sequence that stay raw.
         keep_pages: finished pages at the end of a sequence that stay raw; the ring needs a slot for each.
         max_new_pages: most pages of one sequence that one call quantizes: the tokens of a step over page_size, rounded up.
+        advance: whether to count the pages in `num_quantized`. Layers that share their tables share it too: pass False for all
+            layers of a step but the last.
         encoder: options of the encoder.
 
     Raises:
@@ -157,7 +164,7 @@ def commit_pages(
     if not configs.on_device(pages):
         reference.commit_pages(
             raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout,
-            sink_len=sink_len, keep_pages=keep_pages, max_new_pages=max_new_pages, encoder=encoder,
+            sink_len=sink_len, keep_pages=keep_pages, max_new_pages=max_new_pages, advance=advance, encoder=encoder,
         )  # fmt: skip
         return
     if batch == 0:
@@ -199,6 +206,8 @@ def commit_pages(
         num_warps=config.num_warps,
         enable_fp_fusion=False,
     )
+    if not advance:
+        return
     _kvarn_advance_quantized_kernel[(triton.cdiv(batch, 256),)](
         num_quantized,
         committed_lens,

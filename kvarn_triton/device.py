@@ -25,6 +25,7 @@ TILE_SCALE_MAX = tl.constexpr(codec.TILE_SCALE_MAX)
 GAUGE_MIN = tl.constexpr(codec.GAUGE_MIN)
 GAUGE_MAX = tl.constexpr(codec.GAUGE_MAX)
 HALF_MAX = tl.constexpr(codec.HALF_MAX)
+PARAM_MAX = tl.constexpr(codec.PARAM_MAX)
 ROUND_MAGIC = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding and subtracting it rounds a small float32 to the nearest integer, ties to even."""
 
@@ -184,9 +185,9 @@ def exponent_of(x):
 
 
 @triton.jit
-def to_half(x):
-    """Round to float16; saturate instead of overflowing."""
-    return tl.minimum(tl.maximum(x, -HALF_MAX), HALF_MAX).to(tl.float16)
+def to_half(x, LIMIT: tl.constexpr = HALF_MAX):
+    """Round to float16; saturate at LIMIT instead of overflowing."""
+    return tl.minimum(tl.maximum(x, -LIMIT), LIMIT).to(tl.float16)
 
 
 @triton.jit
@@ -220,7 +221,11 @@ def encode_tile(
     reach = tl.maximum(tl.abs(zero), tl.abs(scale * LEVELS + zero))
     if PER_CHANNEL:
         reach = tl.where(mask_d, reach, 0.0)
+        largest_norm = tl.max(norm, axis=0)
+    else:
+        largest_norm = tl.max(tl.where(mask_d, norm, 0.0), axis=0)
     exponent = tl.minimum(tl.maximum(exponent_of(tl.max(reach, axis=0)), GAUGE_MIN), GAUGE_MAX)
+    exponent = tl.minimum(exponent, 15 - exponent_of(largest_norm))
     return codes, scale * power_of_two(-exponent), zero * power_of_two(-exponent), norm * power_of_two(exponent)
 
 

@@ -14,8 +14,8 @@ class Encoder:
     Args:
         iterations: rounds of the balancing (section 2 of `docs/method.md`); 0 to 64, 8 by default as in the paper.
         equivariant: divide each tile by its root mean square before it is balanced, so that `encode(a * tile)` gives the
-            codes of `encode(tile)`. False is the method as published, whose floor on the log scales leaves tiles of small
-            magnitude unbalanced.
+            codes of `encode(tile)`, up to rounding where `a` is no power of two. False is the method as published, whose
+            floor on the log scales leaves tiles of small magnitude unbalanced.
     """
 
     iterations: int = 8

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import configs, reference
 from .checks import FLOATS, INDICES, check_pages, check_tensor
-from .device import encode_tile, hadamard, join_halves, place_of_norm, to_half
+from .device import PARAM_MAX, encode_tile, hadamard, join_halves, place_of_norm, to_half
 from .encoder import DEFAULT, Encoder
 from .layout import PageLayout, fields_per_word
 from .packing import pack_codes
@@ -50,7 +50,7 @@ def store_tile(
     codes, scale, zero, norm = encode_tile(tile, mask_d, D, BITS, not VALUES, ITERATIONS, EQUIVARIANT)
     codes_ptr = scratch_ptr.to(tl.pointer_type(tl.int32))
     tl.store(codes_ptr + offs_t[:, None] * tile.shape[1] + offs_d[None, :], codes)
-    params = join_halves(to_half(scale), to_half(zero))
+    params = join_halves(to_half(scale, PARAM_MAX), to_half(zero, PARAM_MAX))
     params_ptr = (record_ptr + PARAMS).to(tl.pointer_type(tl.uint32))
     norm_ptr = (record_ptr + NORM).to(tl.pointer_type(tl.float16))
     if VALUES:

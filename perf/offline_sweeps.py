@@ -286,10 +286,11 @@ def model(options: Options) -> Iterator[Row]:
     from lm_compare import compare
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = lm.CONFIGS["tiny" if options.quick else "default"]
-    say("model: loading, or training for a minute or two")
+    large = not options.quick and (device == "cuda" or options.full)
+    config = lm.CONFIGS["default" if large else "tiny"]
+    say("model: loading it, or training it now, once, for a minute or more")
     network = lm.load_or_train(config, options.seed, device=device)
-    count, num_tokens = (2, 32) if options.quick else (8, 96) if options.full else (4, 64)
+    count, num_tokens = (2, 32) if options.quick else (8, 96) if large else (4, 64)
     lengths = [config.seq_len - num_tokens - 8 * (i + 1) for i in range(count)]
     prompts, _ = lm.heldout_prompts(lengths, num_tokens, seed=options.seed)
     layouts = [PageLayout.from_name(name, head_dim=config.head_dim) for name in options.presets or MODEL_PRESETS]
@@ -299,4 +300,4 @@ def model(options: Options) -> Iterator[Row]:
             steps = [step for step in row["same_tokens"] if step is not None]
             median = statistics.median(steps) if steps else None
             row |= {"preset": row["layout"], "encoder": name, "first_divergence": median, "sequences": count}
-            yield row | {"device": device, "num_tokens": num_tokens, "prompt_lengths": lengths}
+            yield row | {"config": "default" if large else "tiny", "device": device, "num_tokens": num_tokens, "prompt_lengths": lengths}

@@ -66,7 +66,7 @@ def draw(path: str, info: Row, results: dict[str, list[Row]], sections: Row) -> 
     else:
         raise SystemExit("perf/sweep.py: --plot draws the decode or the error sweep, and neither has rows")
     figure.suptitle(title(info), fontsize=8)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0 if timed else 0.14, 1, 0.97))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -102,7 +102,7 @@ def _draw_decode(plt: Any, rows: list[Row]) -> Any:
 def _draw_error(plt: Any, rows: list[Row]) -> Any:
     """Draw the error of keys, values and attention over bits per element, one line per distribution and encoder."""
     quantities = (("k_error", "keys"), ("v_error", "values"), ("attention_error", "attention output"))
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.6))
+    figure, axes = plt.subplots(1, 3, figsize=(14, 5.4))
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["distribution"] for row in rows))}
     for axis, (key, label) in zip(axes, quantities, strict=True):
         lines: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
@@ -113,10 +113,15 @@ def _draw_error(plt: Any, rows: list[Row]) -> Any:
             xs, ys = zip(*sorted(set(points)), strict=True)
             dashes = {"published": "--", "unbalanced": ":"}.get(encoder, "-")
             text = f"{distribution}, {encoder}" if key == "k_error" else None
-            axis.plot(xs, ys, dashes, marker=".", color=colors[distribution], label=text, linewidth=1)
+            if key == "attention_error":  # presets of different keys and values don't lie on one line
+                markers = {"published": "x", "unbalanced": "_"}.get(encoder, ".")
+                axis.plot(xs, ys, markers, color=colors[distribution])
+            else:
+                axis.plot(xs, ys, dashes, marker=".", color=colors[distribution], label=text, linewidth=1)
         what = "bits per element, scales included" if key == "attention_error" else "bits of a code"
         axis.set(title=f"relative error of {label}", xlabel=what, yscale="log")
-    axes[0].legend(fontsize=6)
+    axes[2].set_title("attention output (. equivariant, x published, _ unbalanced)", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=7)
     return figure
 
 

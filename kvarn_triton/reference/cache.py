@@ -13,7 +13,7 @@ import torch
 
 from ..encoder import DEFAULT, Encoder
 from ..layout import PageLayout
-from .codec import HALF_MAX, dequantize, encode, hadamard, pack, unpack, working_dtype
+from .codec import HALF_MAX, PARAM_MAX, dequantize, encode, hadamard, pack, unpack, working_dtype
 
 
 def encode_records(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, encoder: Encoder = DEFAULT) -> torch.Tensor:
@@ -23,9 +23,9 @@ def encode_records(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, encoder
     for name, tile, bits, per in (("k", k, layout.k_bits, "channel"), ("v", v, layout.v_bits, "token")):
         codes, scale, zero, norm = encode(tile, bits, per=per, encoder=encoder)  # type: ignore[arg-type]
         fields[f"{name}_codes"].copy_(pack(codes, bits, per=per))  # type: ignore[arg-type]
-        for field, value in (("scale", scale), ("zero", zero), ("norm", norm)):
+        for field, value, limit in (("scale", scale, PARAM_MAX), ("zero", zero, PARAM_MAX), ("norm", norm, HALF_MAX)):
             view = fields[f"{name}_{field}"]
-            view.copy_(value.clamp(-HALF_MAX, HALF_MAX).to(torch.float16).reshape(view.shape))
+            view.copy_(value.clamp(-limit, limit).to(torch.float16).reshape(view.shape))
     return records
 
 
@@ -102,6 +102,8 @@ def append_tokens(k: torch.Tensor, v: torch.Tensor, raw_pages: torch.Tensor, slo
     page, offset = slots[kept].long() // page_size, slots[kept].long() % page_size
     for half, x in enumerate((k, v)):
         rotated = hadamard(x[kept].to(working_dtype(x.dtype)))
+        if raw_pages.dtype == torch.float16:
+            rotated = rotated.clamp(-HALF_MAX, HALF_MAX)
         raw_pages[page, half, :, offset] = rotated.to(raw_pages.dtype)
 
 
@@ -117,6 +119,7 @@ def commit_pages(
     sink_len: int = 0,
     keep_pages: int = 0,
     max_new_pages: int = 1,
+    advance: bool = True,
     encoder: Encoder = DEFAULT,
 ) -> None:
     """Quantize finished pages of the tail; see `kvarn_triton.commit_pages`."""
@@ -127,10 +130,13 @@ def commit_pages(
         first = int(num_quantized[b])
         last = min(finished, first + max_new_pages, block_table.shape[1])
         for j in range(first, last):
-            raw = raw_pages[int(raw_table[b, num_sink_pages + j % num_tail_slots])]
-            k, v = raw.to(working_dtype(raw.dtype)).unbind(0)
-            pages[int(block_table[b, j])] = encode_records(k, v, layout, encoder)
-        num_quantized[b] = max(first, last)
+            page = int(block_table[b, j])
+            if page >= 0:
+                raw = raw_pages[int(raw_table[b, num_sink_pages + j % num_tail_slots])]
+                k, v = raw.to(working_dtype(raw.dtype)).unbind(0)
+                pages[page] = encode_records(k, v, layout, encoder)
+        if advance:
+            num_quantized[b] = max(first, last)
 
 
 def gather_cache(

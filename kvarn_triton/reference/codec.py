@@ -32,8 +32,10 @@ RANGE_EPS = 1e-10
 TILE_SCALE_MAX = 1e19
 """The square of anything larger overflows float32."""
 GAUGE_MIN, GAUGE_MAX = -13, 11
-"""Powers of two that move from scale and zero into norm; within these norm itself stays a normal float16."""
+"""Powers of two that may move from scale and zero into norm; norm itself stays below 2**15 and a normal float16."""
 HALF_MAX = 65504.0
+PARAM_MAX = 8192.0
+"""Largest stored scale and zero: times a scaled query it stays inside float16 (`attend.QUERY_EXPONENT`)."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -223,7 +225,8 @@ def encode(
     own, norm = (channel_scale, token_scale) if per == "channel" else (token_scale, channel_scale)
     scale, zero = scale * own * tile_scale, zero * own * tile_scale
     top = torch.maximum(zero.abs(), (scale * (2**bits - 1) + zero).abs()).amax(-1, keepdim=True)
-    exponent = torch.frexp(top).exponent.clamp(GAUGE_MIN, GAUGE_MAX)
+    room = 15 - torch.frexp(norm.amax(-1, keepdim=True)).exponent
+    exponent = torch.minimum(torch.frexp(top).exponent.clamp(GAUGE_MIN, GAUGE_MAX), room)
     gauge = torch.ldexp(torch.ones_like(top), exponent)
     return codes, scale * (1.0 / gauge), zero * (1.0 / gauge), norm * gauge
 
