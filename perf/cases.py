@@ -204,8 +204,8 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
 def decode_errors(case: DecodeCase, out: torch.Tensor, row: int) -> tuple[float, float]:
     """Return the errors of one sequence against float64: of `out`, and of the same formula in the dtype of q.
 
-    The formula is plain attention with PyTorch's operations on the dequantized cache and the rotated query, each rounded
-    to the dtype of q.
+    The formula is plain attention on the dequantized cache: rotated query, keys, values and weights rounded to the dtype of
+    q, sums in float32, which is what a 16-bit kernel computes.
     """
     seq_len, dtype = int(case.seq_lens[row]), case.q.dtype
     if seq_len == 0:
@@ -213,20 +213,19 @@ def decode_errors(case: DecodeCase, out: torch.Tensor, row: int) -> tuple[float,
     options = case.options
     if options:
         options["num_quantized"] = int(options["num_quantized"][row])
-    k, v = reference.gather_cache(
-        case.pages, case.block_table, seq_len, case.layout, row=row, dtype=torch.float64, **options
-    )
+    k, v = reference.gather_cache(case.pages, case.block_table, seq_len, case.layout, row=row, dtype=torch.float64, **options)
     q = case.q[row].unflatten(0, (k.shape[0], -1))
     scale = case.layout.head_dim**-0.5
-    exact = _attend(reference.hadamard(q.double()), k, v, scale)
-    plain = _attend(reference.hadamard(q), k.to(dtype), v.to(dtype), scale)
+    exact = _attend(reference.hadamard(q.double()), k, v, scale, torch.float64)
+    q, k, v = (x.to(dtype).float() for x in (reference.hadamard(q.float()), k, v))
+    plain = _attend(q, k, v, scale, dtype).to(dtype)
     return relative_error(out[row].view_as(exact), exact), relative_error(plain, exact)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """Attend with rotated q [num_kv_heads, group, head_dim] to k, v [num_kv_heads, seq_len, head_dim]; rotate back."""
     weights = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
-    return reference.hadamard(weights @ v)
+    return reference.hadamard(weights.to(dtype).to(v.dtype) @ v)
 
 
 def cache_bytes(case: DecodeCase) -> int:

@@ -122,7 +122,7 @@ def environment(argv: Iterable[str]) -> Row:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": f"python perf/sweep.py {arguments}".strip(),
     }
     if has_gpu:

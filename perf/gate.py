@@ -54,8 +54,10 @@ def gate(options: Options) -> Iterator[Row]:
     if interpreted and not options.full:  # groups share everything but the width of a product
         heads = [(group, dim) for group, dim in heads if (group, dim) in ((4, 128), (8, 64))] or heads[:1]
     dtypes = [torch.float16] if interpreted else [torch.float16, torch.bfloat16]
-    work = [(check, group, dim, preset) for check in (check_cache_writes, check_decode) for group, dim in heads for preset in presets]
-    work = [(check_rotation, group, dim, "") for group, dim in dict((dim, (group, dim)) for group, dim in heads).values()] + work
+    by_dim = {dim: group for group, dim in heads}
+    work = [(check_rotation, group, dim, "") for dim, group in by_dim.items()]
+    for check in (check_cache_writes, check_decode):
+        work += [(check, group, dim, preset) for group, dim in heads for preset in presets]
     for check, group, dim, preset in progress("gate", work, lambda w: f"{w[0].__name__} {w[1]} x {w[2]} {w[3]}".strip()):
         for row in _guarded(check, group, dim, preset, dtypes, options.seed, device):
             row = {"heads": f"{group} x {dim}", "preset": preset, "group": group, "head_dim": dim, **row}
@@ -67,7 +69,7 @@ def gate(options: Options) -> Iterator[Row]:
 def _guarded(check, group: int, dim: int, preset: str, dtypes, seed: int, device: str) -> Iterator[Row]:
     """Yield the rows of a check; an exception is a red row."""
     shape = Shape("gate", 2 * group, 2, dim)
-    operation = {"check_rotation": "hadamard", "check_cache_writes": "store_pages", "check_decode": "decode_attention"}
+    operations = {"check_rotation": "hadamard", "check_cache_writes": "store_pages", "check_decode": "decode_attention"}
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         try:
@@ -75,7 +77,8 @@ def _guarded(check, group: int, dim: int, preset: str, dtypes, seed: int, device
                 yield {"dtype": name, **row}
         except Exception as error:  # whatever it is, the operation must not be timed
             detail = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-            yield {"operation": operation[check.__name__], "dtype": name, "criterion": "runs", "detail": detail, "status": "FAIL"}
+            red = {"criterion": "runs", "detail": detail, "status": "FAIL"}
+            yield {"operation": operations[check.__name__], "dtype": name, **red}
 
 
 def _equal(operation: str, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Row:

@@ -11,7 +11,6 @@ import gc
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 import twin
 from cases import DecodeCase, Shape, build_cache, cache_bytes, decode_errors
 from common import DEFAULT_PRESETS, Options, Row, progress, say, sweep
@@ -66,7 +65,7 @@ def free_memory() -> None:
 def timed_fields(timing: Timing | None, error: str | None, num_bytes: int, roof_gb_s: float) -> Row:
     """Return the fields of a timed provider that moves `num_bytes`, or FAIL."""
     if timing is None:
-        return {"us": None, "spread": "FAIL", "fail": error or "not timed", "bytes": num_bytes}
+        return {"us": None, "fail": error or "not timed", "bytes": num_bytes}
     gb_s = num_bytes / timing.us / 1e3
     return {
         **timing.fields(),
@@ -80,7 +79,7 @@ def timed_fields(timing: Timing | None, error: str | None, num_bytes: int, roof_
 
 def failed(message: str, **fields: object) -> Row:
     """Return a row that says FAIL where its times would be."""
-    return {**fields, "us": None, "spread": "FAIL", "fail": message}
+    return {**fields, "us": None, "fail": message}
 
 
 # --- decode
@@ -214,9 +213,7 @@ def decode_calls(cases: Sequence[DecodeCase]) -> list[Call]:
     """Return the calls of `decode_attention`, without allocations."""
     case = cases[0]
     batch, num_q_heads, _ = case.q.shape
-    num_bytes = kvarn.decode_workspace_size(
-        batch, num_q_heads, case.pages.shape[1], case.layout, case.max_pages, case.q.device
-    )
+    num_bytes = kvarn.decode_workspace_size(batch, num_q_heads, case.pages.shape[1], case.layout, case.max_pages, case.q.device)
     workspace = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
     out = torch.empty_like(case.q)
     return [
@@ -290,7 +287,7 @@ class DenseCalls:
 
         def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
         return [
             lambda q=q, kv=kv: call(q[:, :, None], kv[0], kv[1])  # type: ignore[misc]

@@ -72,8 +72,8 @@ def _error_table(rows: list[Row]) -> list[Row]:
     "error",
     needs="any",
     headers={"distribution": "distribution", "preset": "preset"},
-    note="relative error (Frobenius norm, rotated back) of keys K, values V and attention output of the reference on synthetic\n"
-    "tiles. plain: not balanced; publ.: as published (arXiv 2606.03458); equiv.: this package's default encoder.",
+    note="relative error (Frobenius norm, rotated back) of keys K, values V and attention output of the reference on\n"
+    "synthetic tiles. plain: not balanced; publ.: as published (arXiv 2606.03458); equiv.: this package's default encoder.",
     tabulate=_error_table,
 )
 def error(options: Options) -> Iterator[Row]:
@@ -219,9 +219,7 @@ def kernel_calls(presets: tuple[str, ...]) -> Iterator[KernelCall]:
 
         def commit(case: Any = served, lens: torch.Tensor = lens) -> None:
             tables = case.raw_table, case.block_table
-            kvarn.commit_pages(
-                case.raw_pages, case.pages, *tables, lens, case.num_quantized.clone(), case.layout, sink_len=128
-            )
+            kvarn.commit_pages(case.raw_pages, case.pages, *tables, lens, case.num_quantized.clone(), case.layout, sink_len=128)
 
         yield "decode_attention", f"{preset} pages only", trips, lambda case=case: attend(case)
         yield "decode_attention", f"{preset} served", None, lambda case=served: attend(case)
@@ -254,8 +252,11 @@ def _presetless_calls(k: torch.Tensor, v: torch.Tensor, case: Any) -> Iterator[K
     config = CONFIGS[1]
     trips = 128 // config.block_t
     table = case.block_table[:, :4].contiguous()
-    yield "twin", "16-bit twin", trips, lambda: twin_attention(
-        case.q, plain, table, case.seq_lens, torch.empty_like(case.q), config=config
+    yield (
+        "twin",
+        "16-bit twin",
+        trips,
+        lambda: twin_attention(case.q, plain, table, case.seq_lens, torch.empty_like(case.q), config=config),
     )
 
 
@@ -300,4 +301,5 @@ def model(options: Options) -> Iterator[Row]:
             steps = [step for step in row["same_tokens"] if step is not None]
             median = statistics.median(steps) if steps else None
             row |= {"preset": row["layout"], "encoder": name, "first_divergence": median, "sequences": count}
-            yield row | {"config": "default" if large else "tiny", "device": device, "num_tokens": num_tokens, "prompt_lengths": lengths}
+            row |= {"config": "default" if large else "tiny", "device": device}
+            yield row | {"num_tokens": num_tokens, "prompt_lengths": lengths}

@@ -30,6 +30,7 @@ def print_table(name: str, rows: list[Row]) -> None:
         raise SystemExit("perf/sweep.py: tables need the package tabulate: pip install tabulate") from error
     entry = SWEEPS[name]
     shown = entry.tabulate(rows) if entry.tabulate else rows
+    shown = [row | {"us": "FAIL"} if "fail" in row else row for row in shown]
     headers = {key: head for key, head in entry.headers.items() if any(row.get(key) is not None for row in shown)}
     if entry.tabulate and shown:
         headers |= {key: key for key in shown[0] if key not in entry.headers and not key.startswith("_")}
@@ -38,9 +39,11 @@ def print_table(name: str, rows: list[Row]) -> None:
         print("no rows")
         return
     cells = [[format_cell(row.get(key)) for key in headers] for row in shown]
-    numeric = [all(isinstance(row.get(key), int | float | None) for row in shown) for key in headers]
+    numeric = [all(isinstance(row.get(key), int | float | None) or key == "us" for row in shown) for key in headers]
     align = ["right" if is_number else "left" for is_number in numeric]
     print(tabulate(cells, headers=list(headers.values()), disable_numparse=True, colalign=align), flush=True)
+    for message in dict.fromkeys(row["fail"] for row in rows if "fail" in row):
+        print(f"FAIL: {message}")
 
 
 def write_json(path: str, info: Row, results: dict[str, list[Row]], sections: Row) -> None:
@@ -92,7 +95,8 @@ def _draw_decode(plt: Any, rows: list[Row]) -> Any:
             axes[1][column].plot(contexts, [point[2] for point in points], marker="o", label=label, **style)
         axes[0][column].set(title=f"{shape}, batch {batch}", ylabel="us per call", xscale="log", yscale="log")
         axes[1][column].axhline(100, color="grey", linewidth=1, label="device-to-device copy")
-        axes[1][column].set(xlabel="context (tokens)", ylabel="% of copy bandwidth", xscale="log", ylim=(0, 110))
+        axes[1][column].set(xlabel="context (tokens)", ylabel="% of copy bandwidth", xscale="log")
+        axes[1][column].set_ylim(0, max(110, *axes[1][column].get_ylim()))
         for axis in axes[:, column]:
             axis.set_xscale("log", base=2)
             axis.legend(fontsize=7)

@@ -26,7 +26,8 @@ def _shapes(options: Options) -> list[Shape]:
     chosen = list(reversed(shapes.values()))
     if options.full or options.shapes:
         return chosen
-    return chosen[:1] if options.quick else [chosen[0], *(shape for shape in chosen[1:] if shape.head_dim != chosen[0].head_dim)]
+    others = [shape for shape in chosen[1:] if shape.head_dim != chosen[0].head_dim]
+    return chosen[:1] if options.quick else [chosen[0], *others]
 
 
 def _run(
@@ -66,8 +67,8 @@ def _run(
     "store",
     needs="gpu",
     headers=HEADERS,
-    note="one store_pages call: 16-bit keys and values in, pages out. 16-bit us: a copy of the same keys and values to a 16-bit\n"
-    "cache. B/token: bytes moved per token and kv head.",
+    note="one store_pages call: 16-bit keys and values in, pages out. 16-bit us: a copy of the same keys and values to a\n"
+    "16-bit cache. B/token: bytes moved per token and kv head.",
 )
 def store(options: Options) -> Iterator[Row]:
     """Time `store_pages`."""

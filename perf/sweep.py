@@ -1,8 +1,8 @@
 """Measure kvarn_triton. With a GPU: correctness, then times. Without one: correctness, bytes, errors, compiler counts.
 
-    python perf/sweep.py                          the default job: everything that this machine can measure
-    python perf/sweep.py decode --preset k4v2_g128 --point 8x32768 --json decode.json
-    python perf/sweep.py error --plot error.png
+python perf/sweep.py                          the default job: everything that this machine can measure
+python perf/sweep.py decode --preset k4v2_g128 --point 8x32768 --json decode.json
+python perf/sweep.py error --plot error.png
 """
 
 from __future__ import annotations

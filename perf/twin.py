@@ -137,7 +137,7 @@ def twin_attention(
     seq_lens: torch.Tensor,
     out: torch.Tensor,
     *,
-    config: TwinConfig = TwinConfig(),  # noqa: B008
+    config: TwinConfig = TwinConfig(),
     partial: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attend with one query per sequence to 16-bit pages.

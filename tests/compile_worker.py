@@ -1,0 +1,102 @@
+"""Compile every kernel for one target and print what each uses, as JSON: `python compile_worker.py sm90`.
+
+A process of its own, because kernels that the interpreter has decorated can't be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+import kvarn_triton as kvarn
+from kvarn_triton import PageLayout
+from kvarn_triton.inspection import Compiled, compile_for, resources
+
+MAIN = PageLayout(head_dim=128, page_size=128, k_bits=4, v_bits=2)
+WIDE_TARGETS = ("sm90", "gfx942")
+"""Targets that compile other layouts than MAIN too."""
+
+
+def decode(layout: PageLayout, *, group: int = 8, dtype: torch.dtype = torch.float16, raw: bool = True) -> None:
+    """Call decode_attention for two kv heads."""
+    batch, heads = 2, 2
+    tables = {"block_table": torch.zeros(batch, 2, dtype=torch.int32), "seq_lens": torch.zeros(batch, dtype=torch.int32)}
+    if raw:
+        tables |= {
+            "raw_pages": torch.zeros(4, 2, heads, layout.page_size, layout.head_dim, dtype=dtype),
+            "raw_table": torch.zeros(batch, 2, dtype=torch.int32),
+            "num_quantized": torch.zeros(batch, dtype=torch.int32),
+            "sink_len": layout.page_size,
+        }
+    q = torch.zeros(batch, heads * group, layout.head_dim, dtype=dtype)
+    pages = torch.zeros(layout.pages_shape(4, heads), dtype=torch.uint8)
+    kvarn.decode_attention(q, pages, layout=layout, return_lse=True, **tables)
+
+
+def encode(layout: PageLayout) -> None:
+    """Call store_pages and commit_pages."""
+    pages, ids = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(2, dtype=torch.int32)
+    tokens = torch.zeros(2 * layout.page_size, 2, layout.head_dim, dtype=torch.float16)
+    kvarn.store_pages(tokens, tokens, pages, ids, layout)
+    raw_pages = torch.zeros(4, 2, 2, layout.page_size, layout.head_dim, dtype=torch.float16)
+    kvarn.commit_pages(raw_pages, pages, ids[:, None].repeat(1, 2), ids[:, None], ids, ids, layout)
+
+
+def small_functions(layout: PageLayout) -> None:
+    """Call everything else."""
+    pages, ids = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(2, dtype=torch.int32)
+    tokens = torch.zeros(5, 2, layout.head_dim, dtype=torch.float16)
+    tile = torch.zeros(layout.page_size, layout.head_dim)
+    kvarn.hadamard(tokens)
+    kvarn.append_tokens(tokens, tokens, torch.zeros(4, 2, 2, layout.page_size, layout.head_dim).half(), torch.zeros(5).int())
+    kvarn.dequantize_pages(pages, ids, layout)
+    kvarn.merge_states(tokens, tokens[..., 0].float(), tokens, tokens[..., 0].float())
+    kvarn.variance_normalize(tile, per="channel")
+    codes, scale, zero = kvarn.quantize(tile, 3, per="channel")
+    kvarn.dequantize(codes, scale, zero, per="channel")
+    kvarn.unpack(kvarn.pack(codes, 3, per="token"), 3, layout.page_size, layout.head_dim, per="token")
+
+
+def describe(compiled: Compiled, case: str) -> dict:
+    """Return what one kernel uses."""
+    used = resources(compiled)
+    return {
+        "kernel": compiled.name,
+        "case": case,
+        "stack": used.stack,
+        "shared": used.shared,
+        "registers": used.registers,
+        "num_warps": used.num_warps,
+        "largest_loop": used.loops[0].total() if used.loops else 0,
+    }
+
+
+def main(target: str) -> None:
+    """Compile all cases of a target."""
+    cases = {
+        "decode": lambda: decode(MAIN),
+        "decode quantized only, group 1": lambda: decode(MAIN, group=1, raw=False),
+        "encode": lambda: encode(MAIN),
+        "small": lambda: small_functions(MAIN),
+    }
+    if target in WIDE_TARGETS:
+        cases |= {
+            "decode bfloat16, group 16": lambda: decode(MAIN, group=16, dtype=torch.bfloat16),
+            "decode float32": lambda: decode(PageLayout(64, 64, 3, 8), dtype=torch.float32),
+            "decode head_dim 80": lambda: decode(PageLayout(80, 64, 3, 3), group=5),
+            "decode head_dim 512": lambda: decode(PageLayout(512, 64, 8, 8), group=2),
+            "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3)),
+            "encode head_dim 512": lambda: encode(PageLayout(512, 64, 8, 4)),
+        }
+    rows = []
+    for case, call in cases.items():
+        with compile_for(target) as kernels:
+            call()
+        rows += [describe(kernel, case) for kernel in kernels]
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,35 @@
+"""Set-up of the whole test run: the interpreter where there is no GPU, and poisoned memory everywhere."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated, so before the package is imported
+    torch.set_num_threads(1)  # tensors are small: threads cost more than they gain
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run: the GPU, or the CPU under Triton's interpreter."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Fill every `torch.empty` with NaN, or with the largest integer, so that output that nobody wrote can't pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic")
+        # The interpreter's numpy: log2 of 0 is meant to be -inf, and masked-out lanes compute anything.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="numpy|triton")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="triton")
+        # Triton 3.9 announces another default of enable_fp_fusion; kernels that need it off say so.
+        warnings.filterwarnings("ignore", message=".*FP_FUSION")
+        yield
+    torch.use_deterministic_algorithms(False)

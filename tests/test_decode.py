@@ -1,0 +1,271 @@
+"""decode_attention and merge_states against float64 attention over the same cache.
+
+The error may be twice that of plain attention whose operands are rounded to the working dtype (`testing.attention_in`).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import DTYPES, LAYOUTS, ON_GPU, assert_same_bits, draw, layout_id, strided
+
+from kvarn_triton import (
+    PageLayout,
+    decode_attention,
+    decode_workspace_size,
+    dequantize_pages,
+    merge_states,
+    reference,
+)
+from kvarn_triton.layout import SUPPORTED_PAGE_SIZES
+from kvarn_triton.testing import CacheCase, attention_in, cache_case, relative_error
+
+FLOAT32_ERROR = 2e-6
+"""Sums of a thousand float32 products, in another order than the yardstick's."""
+LSE_ERROR = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-5}
+"""Rounding of a query to 11, 8 or 24 bits times scores of up to 5, and the sum."""
+GROUPS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
+
+
+def check(case: CacheCase, *, working: torch.dtype | None = None, sm_scale: float | None = None, **options) -> torch.Tensor:
+    """Compare a call with float64, the log-sum-exp included; return the result."""
+    working = working or case.q.dtype
+    out, lse = decode_attention(case.q, **case.kwargs, sm_scale=sm_scale, return_lse=True, **options)
+    exact, exact_lse = reference.decode_attention(case.q.double(), **case.kwargs, sm_scale=sm_scale, return_lse=True)
+    assert out.dtype == case.q.dtype and out.shape == case.q.shape and not out.isnan().any()
+    empty = case.seq_lens == 0
+    assert (out[empty] == 0).all() and (lse[empty] == -torch.inf).all()
+    if not empty.all():
+        allowed = 2 * relative_error(attention_in(working, case, sm_scale), exact)
+        assert relative_error(out, exact) <= max(allowed, FLOAT32_ERROR)
+        assert (lse[~empty] - exact_lse[~empty]).abs().max() <= LSE_ERROR[working]
+    return out
+
+
+@pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=[layout_id(layout) for layout in LAYOUTS])
+def test_layouts(index, device):
+    """Every pair of bits, every shape, every group from 1 to 16, every dtype (KF 1, KF 7, KF 9)."""
+    layout = LAYOUTS[index]
+    lengths = [2 * layout.page_size + 9, layout.page_size - 3]
+    dtype, sink_len = DTYPES[index % 3], (0, 16, layout.page_size)[index // 2 % 3]
+    check(cache_case(layout, lengths, group=GROUPS[index % 16], num_kv_heads=1, dtype=dtype, sink_len=sink_len, device=device))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="slow in the interpreter, where test_layouts has each group and dtype once")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups(dtype, device):
+    """Every group with every dtype."""
+    for group in GROUPS:
+        check(cache_case(PageLayout(), [1000, 129], group=group, dtype=dtype, sink_len=128, device=device))
+
+
+@pytest.mark.parametrize("page_size", SUPPORTED_PAGE_SIZES)
+@pytest.mark.parametrize("sink_len", [0, 64, 70])
+def test_lengths(page_size, sink_len, device):
+    """No token, one token, around the ends of sink and page, several pages; a row of padding among them (KF 24)."""
+    body = [0, 1, page_size - 1, page_size, page_size + 1, 3 * page_size + 2]
+    lengths = body + ([1, sink_len - 1] + [sink_len + length for length in body] if sink_len else [])
+    check(cache_case(PageLayout(64, page_size, 4, 2), lengths, group=2, num_kv_heads=1, sink_len=sink_len, device=device))
+
+
+def test_all_rows_empty(device):
+    """A batch of length 0 gives zeros and lse = -inf."""
+    check(cache_case(PageLayout(64, 64, 2, 2), [0, 0], device=device))
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 4, 7, 40])
+def test_splits(num_splits, device):
+    """Any number of splits, more than pages included: empty ones weigh nothing (KF 23)."""
+    case = cache_case(PageLayout(64, 64, 4, 2), [290, 64, 1, 0], group=3, num_kv_heads=1, sink_len=64, device=device)
+    check(case, num_splits=num_splits)
+
+
+@pytest.mark.parametrize("raw_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_raw_dtypes(dtype, raw_dtype, device):
+    """Raw pages may have another dtype than the queries; the coarser one sets the error."""
+    case = cache_case(PageLayout(64, 64, 3, 4), [150], group=2, dtype=dtype, raw_dtype=raw_dtype, sink_len=32, device=device)
+    check(case, working=torch.bfloat16 if torch.bfloat16 in (dtype, raw_dtype) else dtype)
+
+
+@pytest.mark.parametrize("sm_scale", [0.05, 0.3, -0.1])
+def test_sm_scale(sm_scale, device):
+    """Any factor of the scores, negative ones too."""
+    case = cache_case(PageLayout(80, 64, 4, 4), [140], group=2, num_kv_heads=1, sink_len=0, device=device)
+    check(case, sm_scale=sm_scale, working=torch.bfloat16)  # scores of 3 times the usual size round coarser
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("k_scale", "v_scale"), [(1e4, 1.0), (1e-4, 1.0), (1.0, 1e4), (1.0, 1e-4), (1e-4, 1e4)])
+def test_magnitudes(k_scale, v_scale, dtype, device):
+    """Keys and values at both ends of float16: the folded query neither overflows nor vanishes (KF 5).
+
+    sm_scale undoes the scale of the keys, so that the scores are ordinary ones.
+    """
+    layout = PageLayout(64, 64, 4, 2)
+    case = cache_case(
+        layout, [150, 64], group=2, num_kv_heads=1, dtype=dtype, k_scale=k_scale, v_scale=v_scale, sink_len=16, device=device
+    )
+    check(case, sm_scale=layout.head_dim**-0.5 / k_scale)
+
+
+@pytest.mark.parametrize("k_scale", [1e6, 1e9])
+def test_keys_beyond_float16(k_scale, device):
+    """Keys that saturate the fields of a record still give finite scores: a query times the largest scale fits (KF 5)."""
+    arguments = quantized_case(device, dtype=torch.bfloat16, k_scale=k_scale)
+    arguments |= {"sm_scale": 0.125 / k_scale}
+    out = decode_attention(**arguments)
+    assert relative_error(out, reference.decode_attention(**arguments | {"q": arguments["q"].double()})) < 2**-7
+
+
+def test_query_magnitudes(device):
+    """Queries of any magnitude, zero ones too."""
+    case = cache_case(PageLayout(64, 64, 4, 2), [150] * 4, group=2, num_kv_heads=1, dtype=torch.float32, device=device)
+    case.q[0] *= 1e6
+    case.q[1] *= 1e-12
+    case.q[2] = 0
+    out = decode_attention(case.q, **case.kwargs, sm_scale=1e-7)
+    exact = reference.decode_attention(case.q.double(), **case.kwargs, sm_scale=1e-7)
+    for row in range(4):
+        assert relative_error(out[row], exact[row]) < 1e-5
+
+
+def test_out_views_and_strided_arguments(device):
+    """q and out are views; pages, tables and raw pages have outer strides; the bits are those of contiguous tensors."""
+    case = cache_case(PageLayout(80, 64, 3, 3), [150, 70], group=3, sink_len=16, device=device)
+    expected = decode_attention(case.q, **case.kwargs, num_splits=2)
+    pages = torch.full((2, *case.pages.shape), 255, dtype=torch.uint8, device=device).transpose(0, 1)
+    pages[:, 0] = case.pages
+    raw_pages = torch.full((3, *case.raw_pages.shape), float("nan"), dtype=case.q.dtype, device=device).movedim(0, 2)
+    raw_pages[:, :, 1] = case.raw_pages
+    wide = torch.full((2, 9), -1, dtype=torch.int32, device=device)
+    wide[:, :3] = case.block_table[:, :3]
+    memory = torch.full((3, 8, 96), float("nan"), dtype=case.q.dtype, device=device)
+    out = memory[1:, 1:7, 8:88]
+    arguments = case.kwargs | {"pages": pages[:, 0], "raw_pages": raw_pages[:, :, 1], "block_table": wide[:, :3]}
+    assert decode_attention(strided(case.q), **arguments, out=out, num_splits=2) is out
+    assert_same_bits(out, expected)
+    assert memory[0].isnan().all() and memory[:, 0].isnan().all() and memory[..., :8].isnan().all()
+
+
+def test_workspace(device):
+    """A workspace of the size asked for holds the call, whatever its bytes were; one byte less is refused (KF 26)."""
+    case = cache_case(PageLayout(64, 64, 4, 2), [200, 10], group=3, sink_len=16, device=device)
+    columns = case.block_table.shape[1] + case.raw_table.shape[1]
+    for num_splits in (None, 3):
+        size = decode_workspace_size(2, 6, 2, case.layout, columns, device, num_splits=num_splits)
+        workspace = torch.full((size + 64,), 255, dtype=torch.uint8, device=device)
+        out = decode_attention(case.q, **case.kwargs, num_splits=num_splits, workspace=workspace[:size])
+        assert_same_bits(out, decode_attention(case.q, **case.kwargs, num_splits=num_splits))
+        assert (workspace[size:] == 255).all()
+        with pytest.raises(ValueError, match=f"workspace: expected at least {size} bytes, got {size - 1}"):
+            decode_attention(case.q, **case.kwargs, num_splits=num_splits, workspace=workspace[: size - 1])
+
+
+def quantized_case(device, **options) -> dict:
+    """Return the arguments of a call over quantized pages only."""
+    case = cache_case(PageLayout(64, 64, 4, 4), [256, 192], num_tail_slots=1, group=2, device=device, **options)
+    return {"q": case.q, "pages": case.pages, "block_table": case.block_table, "seq_lens": case.seq_lens, "layout": case.layout}
+
+
+def test_without_raw_pages(device):
+    """Everything quantized; the last page may be cut short by a smaller length."""
+    arguments = quantized_case(device)
+    arguments["seq_lens"] -= torch.tensor([0, 37], dtype=torch.int32, device=device)
+    out = decode_attention(**arguments)
+    exact = reference.decode_attention(**arguments | {"q": arguments["q"].double()})
+    assert relative_error(out, exact) < 1e-3  # float16 rounding: 2**-11 of q, weights and out each
+
+
+def test_reads_what_dequantize_pages_returns(device):
+    """Attention over the tensors of dequantize_pages is attention over the pages (KF 1)."""
+    arguments = quantized_case(device, dtype=torch.float32)
+    out = decode_attention(**arguments)
+    for row, length in enumerate([256, 192]):
+        ids = arguments["block_table"][row, : length // 64].contiguous()
+        k, v = (
+            x.flatten(0, 1).double()
+            for x in dequantize_pages(arguments["pages"], ids, arguments["layout"], dtype=torch.float32)
+        )
+        q = arguments["q"][row].unflatten(0, (2, 2)).double()
+        weights = torch.softmax(torch.einsum("hgd,thd->hgt", q, k) / 8, dim=-1)
+        assert relative_error(out[row], torch.einsum("hgt,thd->hgd", weights, v).flatten(0, 1)) < 1e-5
+
+
+def test_batch_invariance(device):
+    """With fixed splits a row's bits don't depend on its place in the batch, on page ids, or on the other rows; twice is the same."""
+    case = cache_case(PageLayout(64, 64, 4, 2), [200, 70, 0, 130], group=4, num_kv_heads=1, sink_len=16, device=device)
+    out, lse = decode_attention(case.q, **case.kwargs, num_splits=3, return_lse=True)
+    again = decode_attention(case.q, **case.kwargs, num_splits=3)
+    assert_same_bits(again, out)
+    order = torch.tensor([3, 1, 0], device=device)
+    rows = {name: getattr(case, name)[order].contiguous() for name in ("block_table", "seq_lens", "raw_table", "num_quantized")}
+    shuffle = torch.randperm(len(case.pages), generator=torch.Generator().manual_seed(7)).to(device)
+    pages = torch.empty_like(case.pages)
+    pages[shuffle] = case.pages
+    rows["block_table"] = shuffle[rows["block_table"].long()].int()
+    arguments = case.kwargs | rows | {"pages": pages}
+    permuted, permuted_lse = decode_attention(case.q[order], **arguments, num_splits=3, return_lse=True)
+    assert_same_bits(permuted, out[order])
+    assert_same_bits(permuted_lse, lse[order])
+
+
+def test_stale_memory_is_not_read(device):
+    """What lies past a sequence's end, in its own last page too, doesn't change a bit (KF 12)."""
+    case = cache_case(PageLayout(64, 64, 4, 2), [150, 20], group=2, num_kv_heads=1, sink_len=32, device=device)
+    out = decode_attention(case.q, **case.kwargs)
+    stale = case.raw_pages.isnan()
+    assert stale.any()
+    case.raw_pages[stale] = 6e4
+    case.pages[(case.pages == 255).all(dim=-1)] = 0x7B
+    assert_same_bits(decode_attention(case.q, **case.kwargs), out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_states(dtype, device):
+    """Two results over disjoint keys; an empty side is not read, two empty ones give zero and -inf (KF 23)."""
+    out_a, out_b = (draw(5, 7, 80, seed=seed, dtype=dtype, device=device) for seed in (0, 1))
+    lse_a, lse_b = 30 * draw(5, 7, seed=2, device=device), 30 * draw(5, 7, seed=3, device=device)
+    lse_a[0], lse_b[1] = -torch.inf, -torch.inf
+    lse_a[2], lse_b[2] = -torch.inf, -torch.inf
+    out_a[lse_a == -torch.inf] = torch.nan
+    out_b[lse_b == -torch.inf] = torch.nan
+    out, lse = merge_states(out_a, lse_a, out_b, lse_b)
+    assert_same_bits(out[0], out_b[0])
+    assert_same_bits(out[1], out_a[1])
+    assert (out[2] == 0).all() and (lse[2] == -torch.inf).all()
+    exact, exact_lse = reference.merge_states(out_a.double(), lse_a, out_b.double(), lse_b)
+    # One rounding of the result; the interpreter's cast to bfloat16 truncates, which doubles it.
+    rounding = {torch.float16: 2**-11, torch.bfloat16: 2**-7, torch.float32: 2**-21}[dtype]
+    assert relative_error(out[3:], exact[3:]) < rounding
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_merged_halves_equal_the_whole(dtype, device):
+    """Attention over each half of the pages, merged by log-sum-exp, is attention over all."""
+    arguments = quantized_case(device, dtype=dtype)
+    whole, whole_lse = decode_attention(**arguments, return_lse=True)
+    lens, parts = arguments["seq_lens"], []
+    for columns, part_lens in ((slice(0, 2), lens.clamp(max=128)), (slice(2, None), (lens - 128).clamp(min=0))):
+        part = arguments | {"block_table": arguments["block_table"][:, columns], "seq_lens": part_lens}
+        parts += decode_attention(**part, return_lse=True)
+    out, lse = merge_states(*parts)
+    assert relative_error(out, whole) < (1e-3 if dtype == torch.float16 else 1e-6)
+    torch.testing.assert_close(lse, whole_lse, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs 7 GB of pages")
+def test_byte_offsets_above_2_to_31(device):
+    """Quantized and raw pages beyond 2**31 bytes are read where they are (KF 28)."""
+    case = cache_case(PageLayout(), [700, 300], group=8, num_kv_heads=1, sink_len=128, device=device)
+    expected = decode_attention(case.q, **case.kwargs)
+    far_page, far_raw = 2**31 // case.layout.page_bytes + 1, 2**31 // case.raw_pages[0].numel() + 1
+    pages = torch.full(case.layout.pages_shape(far_page + len(case.pages), 1), 255, dtype=torch.uint8, device=device)
+    pages[far_page:] = case.pages
+    raw_pages = torch.full(
+        (far_raw + len(case.raw_pages), *case.raw_pages.shape[1:]), torch.nan, dtype=case.q.dtype, device=device
+    )
+    raw_pages[far_raw:] = case.raw_pages
+    far = {"block_table": case.block_table + far_page, "raw_table": case.raw_table + far_raw}
+    assert_same_bits(decode_attention(case.q, **case.kwargs | far | {"pages": pages, "raw_pages": raw_pages}), expected)

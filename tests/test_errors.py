@@ -1,0 +1,320 @@
+"""Refusals: every wrong argument raises a ValueError that names it, before anything is written. And no call waits for the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import ON_GPU, bits_of
+
+import kvarn_triton as kvarn
+from kvarn_triton import Encoder, PageLayout
+from kvarn_triton.testing import cache_case
+
+LAYOUT = PageLayout(64, 64, 4, 2)
+
+
+def valid_arguments(device: torch.device) -> dict[str, dict]:
+    """Return valid keyword arguments of every function that takes tensors."""
+    case = cache_case(LAYOUT, [150, 70], group=3, sink_len=16, device=device)
+    tokens = {name: torch.randn(128, 2, 64, device=device).half() for name in ("k", "v")}
+    ids = torch.tensor([1, 0], dtype=torch.int32, device=device)
+    tile = torch.randn(2, 64, 64, device=device)
+    codes = torch.zeros(2, 64, 64, dtype=torch.uint8, device=device)
+    scale = torch.ones(2, 64, device=device)
+    state, lse = torch.randn(2, 6, 64, device=device), torch.zeros(2, 6, device=device)
+    tables = {"raw_pages": case.raw_pages, "raw_table": case.raw_table, "num_quantized": case.num_quantized}
+    out = torch.randn(2, 64, 2, 64, device=device)
+    return {
+        "hadamard": {"x": torch.randn(3, 64, device=device), "out": torch.randn(3, 64, device=device)},
+        "variance_normalize": {"tiles": tile, "per": "channel"},
+        "quantize": {"tiles": tile, "bits": 4, "per": "channel"},
+        "dequantize": {"codes": codes, "scale": scale, "zero": scale, "per": "token"},
+        "pack": {"codes": codes, "bits": 4, "per": "channel"},
+        "unpack": {
+            "packed": codes.view(2, 4096)[:, :2048].contiguous(),
+            "bits": 4,
+            "page_size": 64,
+            "head_dim": 64,
+            "per": "token",
+        },
+        "store_pages": {**tokens, "pages": case.pages, "page_ids": ids, "layout": LAYOUT, "token_starts": ids},
+        "append_tokens": {**tokens, "raw_pages": case.raw_pages, "slots": torch.arange(128, device=device)},
+        "raw_slots": {
+            "positions": torch.arange(6, device=device).view(2, 3),
+            "raw_table": case.raw_table,
+            "sink_len": 16,
+            "page_size": 64,
+        },
+        "commit_pages": {
+            **tables,
+            "pages": case.pages,
+            "block_table": case.block_table,
+            "committed_lens": case.seq_lens + 100,
+            "layout": LAYOUT,
+            "sink_len": 16,
+        },
+        "dequantize_pages": {"pages": case.pages, "page_ids": ids, "layout": LAYOUT, "out": (out, out.clone())},
+        "decode_attention": {"q": case.q, **case.kwargs, "out": torch.empty_like(case.q)},
+        "merge_states": {"out_a": state, "lse_a": lse, "out_b": state, "lse_b": lse},
+    }
+
+
+def to(dtype: torch.dtype) -> Callable:
+    """Return a change of dtype."""
+    return lambda x: x.to(dtype)
+
+
+def gapped(x: torch.Tensor) -> torch.Tensor:
+    """Return the values of a tensor in every other element of memory."""
+    return torch.stack((x, x), dim=-1)[..., 0]
+
+
+def unaligned(pages: torch.Tensor) -> torch.Tensor:
+    """Return pages that start 8 bytes past a multiple of 16."""
+    memory = torch.zeros(pages.numel() + 8, dtype=torch.uint8, device=pages.device)
+    return memory[8:].view(pages.shape)
+
+
+def set_to(value: object) -> Callable:
+    """Return a replacement by a value."""
+    return lambda _: value
+
+
+PAGE_BYTES = LAYOUT.page_bytes
+NOT_A_TENSOR = (set_to([1, 2]), "expected a tensor, got list")
+GAPPED = (gapped, "expected the last dimension contiguous, got strides")
+PAGES = [
+    ("pages", *NOT_A_TENSOR),
+    ("pages", to(torch.int8), "expected dtype uint8, got int8"),
+    ("pages", lambda x: x[..., :-16], rf"expected shape \[\*, \*, {PAGE_BYTES}\], got \[\d+, 2, {PAGE_BYTES - 16}\]"),
+    ("pages", lambda x: x[0], r"expected shape \[\*, \*, "),
+    ("pages", gapped, "expected the last dimension contiguous"),
+    ("pages", unaligned, "expected address and outer strides in multiples of 16 bytes"),
+]
+TILES = [
+    ("tiles", *NOT_A_TENSOR),
+    ("tiles", to(torch.float64), "expected dtype float16 or bfloat16 or float32, got float64"),
+    ("tiles", lambda x: x[0, 0], r"expected shape \[..., page_size, head_dim\], got \[64\]"),
+    ("tiles", lambda x: x[:, :32].contiguous(), r"tiles.shape\[-2\]: expected one of 64, 128, got 32"),
+    ("tiles", lambda x: x[..., :48].contiguous(), r"tiles.shape\[-1\]: expected one of 64, .*, got 48"),
+    ("tiles", lambda x: x.transpose(1, 2), "expected the last 3 dimensions contiguous, got strides"),
+]
+CODES = [
+    ("codes", to(torch.int32), "expected dtype uint8, got int32"),
+    ("codes", lambda x: x[:, :63].contiguous(), r"codes.shape\[-2\]: expected one of 64, 128, got 63"),
+    ("codes", gapped, "expected the last 3 dimensions contiguous"),
+]
+BITS = [("bits", set_to(bits), f"bits: expected one of 2, 3, 4, 8, got {bits}") for bits in (1, 5, 16)]
+PER = [("per", set_to("row"), "per: expected one of channel, token, got 'row'")]
+TOKENS = [
+    ("k", to(torch.int32), "expected dtype float16 or bfloat16 or float32, got int32"),
+    ("k", lambda x: x[:, :1], r"expected shape \[\*, 2, 64\], got \[128, 1, 64\]"),
+    ("k", lambda x: x[..., :32], r"expected shape \[\*, 2, 64\]"),
+    ("k", *GAPPED),
+    ("v", to(torch.float32), "expected dtype float16, got float32"),
+    ("v", lambda x: x[:-1], r"expected shape \[128, 2, 64\], got \[127, 2, 64\]"),
+    ("v", *GAPPED),
+]
+RAW = [
+    ("raw_pages", to(torch.float64), "expected dtype float16 or bfloat16 or float32, got float64"),
+    ("raw_pages", lambda x: x[:, :1], r"expected shape \[\*, 2, .*, got \["),
+    ("raw_pages", *GAPPED),
+]
+RAW_TABLE = [
+    ("raw_table", to(torch.int64), "expected dtype int32, got int64"),
+    ("raw_table", lambda x: x[:1], r"expected shape \[2, \*\], got \[1, 3\]"),
+    ("raw_table", lambda x: x[:, :1], "expected at least 2 columns .sink pages and one tail slot., got 1"),
+    ("sink_len", set_to(-1), "sink_len: expected an integer of at least 0, got -1"),
+    ("sink_len", set_to(16.0), "sink_len: expected an integer of at least 0, got 16.0"),
+]
+BLOCK_TABLE = [
+    ("block_table", to(torch.int64), "expected dtype int32, got int64"),
+    ("block_table", lambda x: x[0], r"expected shape \[.*\], got \[\d+\]"),
+    ("num_quantized", to(torch.int64), "expected dtype int32, got int64"),
+    ("num_quantized", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
+]
+WRONG: dict[str, list[tuple[str, Callable, str]]] = {
+    "hadamard": [
+        ("x", *NOT_A_TENSOR),
+        ("x", to(torch.int32), "expected dtype float16 or bfloat16 or float32, got int32"),
+        ("x", lambda x: x[:, :48], r"x.shape\[-1\]: expected one of 64, .*, got 48"),
+        ("x", *GAPPED),
+        ("out", lambda x: x[:2], r"expected shape \[3, 64\], got \[2, 64\]"),
+        ("out", to(torch.float16), "expected dtype float32, got float16"),
+        ("out", gapped, "expected the last 2 dimensions contiguous"),
+        *[
+            ("block_size", set_to(size), f"block_size: expected a power of two from 2 to 64, got {size}")
+            for size in (0, 1, 48, 128)
+        ],
+    ],
+    "variance_normalize": TILES + PER,
+    "quantize": TILES + BITS + PER,
+    "dequantize": [
+        *CODES,
+        *PER,
+        ("scale", to(torch.float64), "expected dtype float16 or float32, got float64"),
+        ("scale", lambda x: x[:, :32], r"expected shape \[2, 64\], got \[2, 32\]"),
+        ("scale", gapped, "expected the last 2 dimensions contiguous"),
+        ("zero", to(torch.float16), "expected dtype float32, got float16"),
+        ("zero", lambda x: x[0], r"expected shape \[2, 64\], got \[64\]"),
+    ],
+    "pack": CODES + BITS + PER,
+    "unpack": [
+        *BITS,
+        *PER,
+        ("page_size", set_to(32), "page_size: expected one of 64, 128, got 32"),
+        ("head_dim", set_to(72), "head_dim: expected one of 64, .*, got 72"),
+        ("packed", to(torch.int8), "expected dtype uint8, got int8"),
+        ("packed", lambda x: x[:, :-2], r"expected shape \[\*, 2048\], got \[2, 2046\]"),
+        ("packed", gapped, "expected the last 2 dimensions contiguous"),
+    ],
+    "store_pages": [
+        *PAGES,
+        *TOKENS,
+        ("page_ids", to(torch.int16), "expected dtype int32 or int64, got int16"),
+        ("page_ids", lambda x: x[None], r"expected shape \[\*\], got \[1, 2\]"),
+        ("page_ids", *GAPPED),
+        ("token_starts", to(torch.float32), "expected dtype int32 or int64, got float32"),
+        ("token_starts", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
+    ],
+    "append_tokens": [
+        *TOKENS,
+        *RAW,
+        ("raw_pages", lambda x: x[:, :, :, :32], r"raw_pages.shape\[3\]: expected one of 64, 128, got 32"),
+        ("raw_pages", lambda x: x[..., :48], r"raw_pages.shape\[4\]: expected one of 64, .*, got 48"),
+        ("slots", to(torch.float32), "expected dtype int32 or int64, got float32"),
+        ("slots", lambda x: x[:5], r"expected shape \[128\], got \[5\]"),
+    ],
+    "raw_slots": [
+        *RAW_TABLE,
+        ("positions", to(torch.float32), "expected dtype int32 or int64, got float32"),
+        ("positions", lambda x: x[0], r"expected shape \[\*, \*\], got \[3\]"),
+        ("page_size", set_to(16), "page_size: expected one of 64, 128, got 16"),
+    ],
+    "commit_pages": [
+        *PAGES,
+        *RAW,
+        *RAW_TABLE,
+        *BLOCK_TABLE,
+        ("raw_pages", lambda x: torch.cat((x, x), 3), r"raw_pages.shape\[3\]: expected 64, got 128"),
+        ("raw_pages", lambda x: torch.cat((x, x), 4), r"raw_pages.shape\[4\]: expected 64, got 128"),
+        ("committed_lens", to(torch.int64), "expected dtype int32, got int64"),
+        ("committed_lens", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
+        ("keep_pages", set_to(-1), "keep_pages: expected an integer of at least 0, got -1"),
+        ("max_new_pages", set_to(0), "max_new_pages: expected an integer of at least 1, got 0"),
+    ],
+    "dequantize_pages": [
+        *PAGES,
+        ("page_ids", to(torch.int16), "expected dtype int32 or int64, got int16"),
+        ("dtype", set_to(torch.float64), "dtype: expected one of .*, got torch.float64"),
+        ("out", lambda out: out[0], "out: expected a tuple of two tensors, got 'Tensor'"),
+        ("out", lambda out: (out[0][:1], out[1]), r"out\[0\]: expected shape \[2, 64, 2, 64\], got \[1, 64, 2, 64\]"),
+        ("out", lambda out: (out[0], out[1].half()), r"out\[1\]: expected dtype float32, got float16"),
+        ("out", lambda out: (gapped(out[0]), out[1]), r"out\[0\]: expected the last dimension contiguous"),
+    ],
+    "decode_attention": [
+        *PAGES,
+        *RAW,
+        *RAW_TABLE,
+        *BLOCK_TABLE,
+        ("q", to(torch.float64), "expected dtype float16 or bfloat16 or float32, got float64"),
+        ("q", lambda x: x[..., :32], r"expected shape \[\*, \*, 64\], got \[2, 6, 32\]"),
+        ("q", *GAPPED),
+        ("q", lambda x: x[:, :5], "expected 1 to 16 times as many query heads as the 2 kv heads of pages, got 5"),
+        ("q", lambda x: x[:, :1].expand(2, 34, 64), "expected 1 to 16 times as many .*, got 34"),
+        ("q", lambda x: x[:, :0], "expected 1 to 16 times as many .*, got 0"),
+        ("seq_lens", to(torch.int64), "expected dtype int32, got int64"),
+        ("seq_lens", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
+        ("raw_pages", set_to(None), "expected a tensor beside raw_table, num_quantized or sink_len, got None"),
+        ("raw_table", set_to(None), "expected a tensor, got NoneType"),
+        ("num_quantized", set_to(None), "expected a tensor, got NoneType"),
+        ("out", to(torch.float32), "expected dtype float16, got float32"),
+        ("out", lambda x: x[:1], r"expected shape \[2, 6, 64\], got \[1, 6, 64\]"),
+        ("num_splits", set_to(0), "num_splits: expected an integer of at least 1, got 0"),
+        ("workspace", set_to(torch.zeros(8)), "expected dtype uint8, got float32"),
+    ],
+    "merge_states": [
+        ("out_a", *NOT_A_TENSOR),
+        ("out_a", to(torch.int32), "expected dtype float16 or bfloat16 or float32, got int32"),
+        ("out_a", gapped, "expected the last 3 dimensions contiguous"),
+        ("lse_a", to(torch.float16), "expected dtype float32, got float16"),
+        ("lse_a", lambda x: x[..., None], r"expected shape \[2, 6\], got \[2, 6, 1\]"),
+        ("out_b", to(torch.float16), "expected dtype float32, got float16"),
+        ("out_b", lambda x: x[:1], r"expected shape \[2, 6, 64\], got \[1, 6, 64\]"),
+        ("lse_b", lambda x: x[:1], r"expected shape \[2, 6\], got \[1, 6\]"),
+    ],
+}
+
+
+def tensors_of(arguments: dict) -> list[torch.Tensor]:
+    """Return the tensors among the arguments, those of tuples too."""
+    values = [part for value in arguments.values() for part in (value if isinstance(value, tuple) else (value,))]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("function", WRONG)
+def test_wrong_arguments(function, device):
+    """Each wrong argument is named in the message, and nothing is written."""
+    arguments = valid_arguments(device)[function]
+    before = [tensor.clone() for tensor in tensors_of(arguments)]
+    for name, change, message in WRONG[function]:
+        wrong = arguments | {name: change(arguments.get(name))}
+        pattern = message if message.startswith((name, f"{name}.")) else f"^{name}.*: {message}"
+        with pytest.raises(ValueError, match=pattern):
+            getattr(kvarn, function)(**wrong)
+    for tensor, old in zip(tensors_of(arguments), before, strict=True):
+        assert torch.equal(bits_of(tensor), bits_of(old))
+
+
+@pytest.mark.parametrize("function", WRONG)
+def test_valid_arguments(function, device):
+    """The arguments that the test above spoils are valid."""
+    getattr(kvarn, function)(**valid_arguments(device)[function])
+
+
+def test_too_few_tokens(device):
+    """Default token starts need page_size tokens for each id."""
+    arguments = valid_arguments(device)["store_pages"] | {"token_starts": None}
+    arguments |= {"k": arguments["k"][:127], "v": arguments["v"][:127]}
+    with pytest.raises(ValueError, match="k: expected at least 128 tokens, got 127"):
+        kvarn.store_pages(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"iterations": -1}, "iterations: expected an integer from 0 to 64, got -1"),
+        ({"iterations": 65}, "iterations: .* got 65"),
+        ({"iterations": 8.0}, "iterations: .* got 8.0"),
+        ({"equivariant": 1}, "equivariant: expected True or False, got 1"),
+    ],
+)
+def test_encoder(options, message):
+    """Options of the encoder are checked when it is made."""
+    with pytest.raises(ValueError, match=message):
+        Encoder(**options)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs two kinds of device")
+def test_wrong_device(device):
+    """A tensor on another device is refused by name."""
+    arguments = valid_arguments(device)["decode_attention"]
+    with pytest.raises(ValueError, match="block_table: expected device cuda:0, got cpu"):
+        kvarn.decode_attention(**arguments | {"block_table": arguments["block_table"].cpu()})
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the CPU has nothing to wait for")
+def test_no_synchronization(device):
+    """No function waits for the GPU (KF 31)."""
+    arguments = valid_arguments(device)
+    for function, valid in arguments.items():
+        getattr(kvarn, function)(**valid)  # compiled by now
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for function, valid in arguments.items():
+            getattr(kvarn, function)(**valid)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

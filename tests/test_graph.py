@@ -1,0 +1,95 @@
+"""A serving step captured in a CUDA graph, replayed over page boundaries, gives the bits of eager steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import ON_GPU, assert_same_bits, draw
+
+from kvarn_triton import (
+    PageLayout,
+    append_tokens,
+    commit_pages,
+    decode_attention,
+    decode_workspace_size,
+    raw_slots,
+)
+
+pytestmark = pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+LAYOUT = PageLayout(128, 64, 4, 2)
+BATCH, KV_HEADS, Q_HEADS, STEPS, SINK_LEN = 3, 2, 8, 150, 64
+PADDED_ROW = 2
+
+
+class Step:
+    """Buffers of one decode step: append, commit, attend. Lengths and all decisions live on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        num_pages, columns = 4, 3
+        self.pages = torch.full(LAYOUT.pages_shape(BATCH * num_pages, KV_HEADS), 255, dtype=torch.uint8, device=device)
+        raw_shape = (BATCH * columns, 2, KV_HEADS, LAYOUT.page_size, LAYOUT.head_dim)
+        self.raw_pages = torch.full(raw_shape, torch.nan, dtype=torch.float16, device=device)
+        random = torch.Generator().manual_seed(0)
+        self.block_table = torch.randperm(BATCH * num_pages, generator=random).view(BATCH, -1).int().to(device)
+        self.raw_table = torch.randperm(BATCH * columns, generator=random).view(BATCH, -1).int().to(device)
+        self.num_quantized = torch.zeros(BATCH, dtype=torch.int32, device=device)
+        self.seq_lens = torch.zeros(BATCH, dtype=torch.int32, device=device)
+        self.active = torch.ones(BATCH, dtype=torch.int32, device=device)
+        self.active[PADDED_ROW] = 0
+        self.k, self.v = (torch.zeros(BATCH, KV_HEADS, LAYOUT.head_dim, dtype=torch.float16, device=device) for _ in range(2))
+        self.q = torch.zeros(BATCH, Q_HEADS, LAYOUT.head_dim, dtype=torch.float16, device=device)
+        self.out = torch.zeros_like(self.q)
+        size = decode_workspace_size(BATCH, Q_HEADS, KV_HEADS, LAYOUT, num_pages + columns, device)
+        self.workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+
+    def run(self) -> None:
+        """Append one token to each active sequence and attend."""
+        positions = torch.where(self.active > 0, self.seq_lens, -1)[:, None]
+        slots = raw_slots(positions, self.raw_table, sink_len=SINK_LEN, page_size=LAYOUT.page_size)
+        append_tokens(self.k, self.v, self.raw_pages, slots.flatten())
+        self.seq_lens += self.active
+        tables = self.raw_table, self.block_table, self.seq_lens, self.num_quantized
+        commit_pages(self.raw_pages, self.pages, *tables, LAYOUT, sink_len=SINK_LEN)
+        decode_attention(
+            self.q,
+            self.pages,
+            self.block_table,
+            self.seq_lens,
+            LAYOUT,
+            raw_pages=self.raw_pages,
+            raw_table=self.raw_table,
+            num_quantized=self.num_quantized,
+            sink_len=SINK_LEN,
+            out=self.out,
+            workspace=self.workspace,
+        )
+
+    def restart(self) -> None:
+        """Forget all tokens; the memory keeps its bytes."""
+        self.num_quantized.zero_()
+        self.seq_lens.copy_(torch.tensor([0, 30, 0], dtype=torch.int32))
+        self.raw_pages.zero_()
+
+
+def test_replayed_steps_equal_eager_steps(device):
+    """150 replays, over the ends of the sink and of pages, with a padded row, in recycled memory (KF 12, 24, 25, 30, 31)."""
+    eager, replayed = Step(device), Step(device)
+    for step in (eager, replayed):
+        step.run()  # compiles
+        step.restart()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed.run()
+    replayed.restart()
+    for i in range(STEPS):
+        for name, heads in (("k", KV_HEADS), ("v", KV_HEADS), ("q", Q_HEADS)):
+            value = draw(BATCH, heads, LAYOUT.head_dim, seed=3 * i + "kvq".index(name), dtype=torch.float16, device=device)
+            getattr(eager, name).copy_(value)
+            getattr(replayed, name).copy_(value)
+        eager.run()
+        graph.replay()
+        assert_same_bits(replayed.out, eager.out)
+        assert (replayed.out[PADDED_ROW] == 0).all()
+    assert_same_bits(replayed.pages, eager.pages)
+    assert replayed.num_quantized.tolist() == eager.num_quantized.tolist() == [1, 1, 0]
+    assert replayed.seq_lens.tolist() == [150, 180, 0]

@@ -1,0 +1,155 @@
+"""The byte format: offsets, presets, refusals, and golden bytes that pin version 1 of the format."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+
+import pytest
+import torch
+
+from kvarn_triton import FORMAT_VERSION, PRESETS, PageLayout, reference, store_pages
+from kvarn_triton.layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
+
+ALL_LAYOUTS = [
+    PageLayout(*sizes) for sizes in itertools.product(SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, SUPPORTED_BITS, SUPPORTED_BITS)
+]
+OFFSETS = ("k_codes", "v_codes", "k_params", "v_params", "k_norm", "v_norm")
+
+
+def test_fields_fill_the_record():
+    """Every field starts at a multiple of 16 bytes, none overlaps another, and together they are the record."""
+    for layout in ALL_LAYOUTS:
+        for name in OFFSETS:
+            assert getattr(layout, f"{name}_offset") % 16 == 0, (layout, name)
+        written = torch.zeros(layout.page_bytes, dtype=torch.int32)
+        for name in layout.fields(torch.zeros(layout.page_bytes, dtype=torch.uint8)):
+            record = torch.zeros(layout.page_bytes, dtype=torch.uint8)
+            field = layout.fields(record)[name]
+            field.fill_(255 if field.dtype == torch.uint8 else torch.nan)
+            if field.dtype == torch.float16:
+                record[0::2] = record[1::2]  # a NaN's low byte is 0
+            written += record != 0
+        assert (written == 1).all(), layout  # no supported size needs padding
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("v_bits", SUPPORTED_BITS)
+def test_fields_of_a_record(head_dim, v_bits):
+    """Scales, zeros and norms stand where `docs/page_format.md` says, read number by number."""
+    layout = PageLayout(head_dim, 64, 4, v_bits)
+    halves = torch.randn(layout.page_bytes // 2, generator=torch.Generator().manual_seed(0)).half()
+    fields = layout.fields(halves.view(torch.uint8))
+    numbers = halves.tolist()
+
+    def read(offset: int, index: int) -> float:
+        return numbers[offset // 2 + index]
+
+    for c in range(head_dim):
+        assert fields["k_scale"][c] == read(layout.k_params_offset, 2 * c)
+        assert fields["k_zero"][c] == read(layout.k_params_offset, 2 * c + 1)
+    for t in range(64):
+        assert fields["v_scale"][t] == read(layout.v_params_offset, 2 * t)
+        assert fields["v_zero"][t] == read(layout.v_params_offset, 2 * t + 1)
+        assert fields["k_norm"][t] == read(layout.k_norm_offset, t)
+    per_word = 16 // (2 if v_bits == 3 else v_bits)
+    block = head_dim & -head_dim
+    plane = block // per_word
+    for c in range(head_dim):
+        field, word = c % block // plane, c // block * plane + c % plane
+        place = (field // 2 * (head_dim // per_word) + word) * 2 + field % 2
+        assert fields["v_norm"].flatten()[c] == read(layout.v_norm_offset, place)
+
+
+@pytest.mark.parametrize(
+    ("name", "page_bytes"),
+    [
+        ("k8v8_g128", 34_304),
+        ("k4v4_g128", 17_920),
+        ("k4v3_g128", 15_872),
+        ("k4v2_g128", 13_824),
+        ("k3v3_g128", 13_824),
+        ("k3v2_g128", 11_776),
+        ("k2v2_g128", 9_728),
+        ("k8v8_g64", 17_536),
+        ("k4v2_g64", 7_296),
+        ("k2v2_g64", 5_248),
+    ],
+)
+def test_page_bytes(name, page_bytes):
+    """Sizes of the presets at head_dim 128, counted by hand: codes, and six rows of float16 scales."""
+    layout = PageLayout.from_name(name)
+    assert layout.page_bytes == page_bytes
+    assert layout.bytes_per_token == page_bytes / layout.page_size
+    assert layout.bits_per_element == pytest.approx(8 * page_bytes / (2 * 128 * layout.page_size))
+    assert layout.pages_shape(5, 3) == (5, 3, page_bytes)
+
+
+def test_names_and_identity():
+    """Presets round-trip through their names; equal layouts hash alike and serve as keys."""
+    for name in PRESETS:
+        assert PageLayout.from_name(name, head_dim=64).name == name
+    assert PageLayout.from_name("k2v8_g64", head_dim=96) == PageLayout(96, 64, 2, 8)
+    assert len(set(ALL_LAYOUTS)) == len(ALL_LAYOUTS)
+    assert {PageLayout(): 1}[PageLayout(128, 128, 4, 2)] == 1
+    assert PageLayout() != PageLayout(k_bits=3)
+    with pytest.raises(AttributeError):
+        PageLayout().head_dim = 64  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"head_dim": 100}, "head_dim: expected one of 64, 80, 96, 112, 128, 192, 256, 512, got 100"),
+        ({"head_dim": 128.0}, "head_dim: .*got 128.0"),
+        ({"page_size": 32}, "page_size: expected one of 64, 128, got 32"),
+        ({"k_bits": 5}, "k_bits: expected one of 2, 3, 4, 8, got 5"),
+        ({"v_bits": 1}, "v_bits: expected one of 2, 3, 4, 8, got 1"),
+    ],
+)
+def test_unsupported_sizes(arguments, message):
+    """A layout that no kernel supports is refused when it is made (KF 9)."""
+    with pytest.raises(ValueError, match=message):
+        PageLayout(**arguments)
+
+
+@pytest.mark.parametrize("name", ["k4v2", "k5v2_g128", "k4v2_g32", "k4v2_g128 ", "K4V2_G128", "", None, 4])
+def test_unknown_names(name):
+    """A name that isn't one is refused, whatever its type."""
+    with pytest.raises(ValueError, match="name: expected k<bits>v<bits>_g<page_size>"):
+        PageLayout.from_name(name)
+
+
+GOLDEN_SHA256 = "24806d6f2f04f723c7b35536a3071cfcf30e8860d683eb1b63c706ee5ff20360"
+GOLDEN_FIELDS = {
+    "k_codes": (0x0000, "d1d00e8e373fbef3"),
+    "v_codes": (0x0600, "b959aabaa56a6ae5"),
+    "k_params": (0x0A00, "0c2d3db60032fdb6"),
+    "v_params": (0x0B00, "853442b80f36b1b9"),
+    "k_norm": (0x0C00, "ed4d014e61501f52"),
+    "v_norm": (0x0C80, "ed49e74aaa4d0d4c"),
+}
+"""Offset and first 8 bytes of every part of the golden record."""
+
+
+def golden_activations() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return k and v float32 [64, 1, 64] made by a formula in exact arithmetic, with uneven tokens and channels."""
+    token, channel = torch.arange(64)[:, None], torch.arange(64)[None, :]
+    k = ((token * 37 + channel * 101 + token * channel * 7) % 257 - 128) * (1 + token % 5) / 64
+    v = ((token * 53 + channel * 29 + token * channel * 3) % 251 - 125) * (1 + channel % 7) / 128
+    return k[:, None].float(), v[:, None].float()
+
+
+@pytest.mark.parametrize("store", [reference.store_pages, store_pages], ids=["reference", "kernel"])
+def test_golden_record(store, device):
+    """The bytes of one k3v2 record: a change here is a change of the format, and needs a new FORMAT_VERSION."""
+    assert FORMAT_VERSION == 1
+    layout = PageLayout(head_dim=64, page_size=64, k_bits=3, v_bits=2)
+    k, v = golden_activations()
+    pages = torch.empty(layout.pages_shape(1, 1), dtype=torch.uint8, device=device)
+    store(k.to(device), v.to(device), pages, torch.zeros(1, dtype=torch.int32, device=device), layout)
+    record = pages[0, 0].cpu().numpy().tobytes()
+    for name, (offset, first) in GOLDEN_FIELDS.items():
+        assert getattr(layout, f"{name}_offset") == offset
+        assert record[offset : offset + 8].hex() == first, name
+    assert hashlib.sha256(record).hexdigest() == GOLDEN_SHA256
