@@ -7,6 +7,10 @@ with PyTorch in the dtype of the query (`cases.decode_errors`).
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
 from collections.abc import Iterator
 
 import torch
@@ -58,12 +62,26 @@ def gate(options: Options) -> Iterator[Row]:
     work = [(check_rotation, group, dim, "") for dim, group in by_dim.items()]
     for check in (check_cache_writes, check_decode):
         work += [(check, group, dim, preset) for group, dim in heads for preset in presets]
-    for check, group, dim, preset in progress("gate", work, lambda w: f"{w[0].__name__} {w[1]} x {w[2]} {w[3]}".strip()):
-        for row in _guarded(check, group, dim, preset, dtypes, options.seed, device):
-            row = {"heads": f"{group} x {dim}", "preset": preset, "group": group, "head_dim": dim, **row}
-            if row["status"] != "ok":
-                options.red.add((row["operation"], preset, dim, group))
-            yield row
+    calls = [(check, group, dim, preset, dtypes, options.seed, device) for check, group, dim, preset in work]
+    with contextlib.ExitStack() as stack:
+        if interpreted:
+            results = map(_rows_of, *zip(*calls, strict=True))
+        else:  # nearly all of the time is compilation, which finds a place on every core and stays in Triton's cache
+            workers = max(min(len(calls), (os.cpu_count() or 2) // 2), 1)
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(workers, mp_context=context))
+            results = pool.map(_rows_of, *zip(*calls, strict=True))
+        for _, group, dim, preset in progress("gate", work, lambda w: f"{w[0].__name__} {w[1]} x {w[2]} {w[3]}".strip()):
+            for row in next(results):
+                row = {"heads": f"{group} x {dim}", "preset": preset, "group": group, "head_dim": dim, **row}
+                if row["status"] != "ok":
+                    options.red.add((row["operation"], preset, dim, group))
+                yield row
+
+
+def _rows_of(*call) -> list[Row]:
+    """Return the rows of one call of `_guarded`; a function that another process can find."""
+    return list(_guarded(*call))
 
 
 def _guarded(check, group: int, dim: int, preset: str, dtypes, seed: int, device: str) -> Iterator[Row]:

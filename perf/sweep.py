@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -185,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = chosen_sweeps(arguments.command)
     print(title(info), flush=True)
     results: dict[str, list[Row]] = {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for name in names:
             environ = other_process(SWEEPS[name])
