@@ -193,7 +193,7 @@ def test_reads_what_dequantize_pages_returns(device):
 
 
 def test_batch_invariance(device):
-    """With fixed splits a row's bits don't depend on its place in the batch, on page ids, or on the other rows; twice is the same."""
+    """With fixed splits a row's bits depend neither on its place, nor on page ids, nor on other rows; twice is the same."""
     case = cache_case(PageLayout(64, 64, 4, 2), [200, 70, 0, 130], group=4, num_kv_heads=1, sink_len=16, device=device)
     out, lse = decode_attention(case.q, **case.kwargs, num_splits=3, return_lse=True)
     again = decode_attention(case.q, **case.kwargs, num_splits=3)

@@ -1,4 +1,4 @@
-"""Which code runs where: the reference on CPU tensors, kernels on GPUs and in the interpreter; and nothing happens on import."""
+"""Which code runs where: the reference on CPU tensors, kernels on GPUs and in the interpreter; importing does nothing."""
 
 from __future__ import annotations
 

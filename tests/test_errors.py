@@ -1,4 +1,4 @@
-"""Refusals: every wrong argument raises a ValueError that names it, before anything is written. And no call waits for the GPU."""
+"""Refusals: every wrong argument raises a ValueError that names it, before anything is written. No call waits for the GPU."""
 
 from __future__ import annotations
 
