@@ -107,6 +107,24 @@ def _kvarn_advance_quantized_kernel(
     tl.store(num_quantized_ptr + row, tl.maximum(first, last), mask)
 
 
+def _check_commit(
+    raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, sink_len, keep_pages, max_new_pages
+) -> None:
+    """Check the arguments of `commit_pages`."""
+    num_kv_heads = check_pages(pages, layout.page_bytes)
+    check_raw_pages(raw_pages, num_kv_heads, pages.device)
+    require(raw_pages.shape[3] == layout.page_size, "raw_pages.shape[3]", str(layout.page_size), raw_pages.shape[3])
+    require(raw_pages.shape[4] == layout.head_dim, "raw_pages.shape[4]", str(layout.head_dim), raw_pages.shape[4])
+    check_tensor("block_table", block_table, [None, None], torch.int32, device=pages.device)
+    batch = block_table.shape[0]
+    check_tensor("raw_table", raw_table, [batch, None], torch.int32, device=pages.device)
+    check_raw_table(raw_table, sink_len, layout.page_size)
+    check_tensor("committed_lens", committed_lens, [batch], torch.int32, device=pages.device)
+    check_tensor("num_quantized", num_quantized, [batch], torch.int32, device=pages.device)
+    require(isinstance(keep_pages, int) and keep_pages >= 0, "keep_pages", "an integer of at least 0", keep_pages)
+    require(isinstance(max_new_pages, int) and max_new_pages >= 1, "max_new_pages", "an integer of at least 1", max_new_pages)
+
+
 def commit_pages(
     raw_pages: torch.Tensor,
     pages: torch.Tensor,
@@ -149,18 +167,11 @@ def commit_pages(
         ValueError: for a wrong shape, dtype, device, stride or option; nothing is written. Ids and lengths are not read to be
             checked.
     """
-    num_kv_heads = check_pages(pages, layout.page_bytes)
-    check_raw_pages(raw_pages, num_kv_heads, pages.device)
-    require(raw_pages.shape[3] == layout.page_size, "raw_pages.shape[3]", str(layout.page_size), raw_pages.shape[3])
-    require(raw_pages.shape[4] == layout.head_dim, "raw_pages.shape[4]", str(layout.head_dim), raw_pages.shape[4])
-    check_tensor("block_table", block_table, [None, None], torch.int32, device=pages.device)
+    _check_commit(
+        raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, sink_len, keep_pages, max_new_pages
+    )  # fmt: skip
     batch, max_pages = block_table.shape
-    check_tensor("raw_table", raw_table, [batch, None], torch.int32, device=pages.device)
-    check_raw_table(raw_table, sink_len, layout.page_size)
-    check_tensor("committed_lens", committed_lens, [batch], torch.int32, device=pages.device)
-    check_tensor("num_quantized", num_quantized, [batch], torch.int32, device=pages.device)
-    require(isinstance(keep_pages, int) and keep_pages >= 0, "keep_pages", "an integer of at least 0", keep_pages)
-    require(isinstance(max_new_pages, int) and max_new_pages >= 1, "max_new_pages", "an integer of at least 1", max_new_pages)
+    num_kv_heads = pages.shape[1]
     if not configs.on_device(pages):
         reference.commit_pages(
             raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout,

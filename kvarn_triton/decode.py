@@ -249,6 +249,33 @@ def decode_attention(
     if batch == 0 or num_q_heads == 0:
         return out if lse is None else (out, lse)
 
+    _launch_decode(
+        partial, partial_lse, q, pages, block_table, seq_lens, layout, raw_pages, raw_table, num_quantized, sink_len,
+        sm_scale, config,
+    )  # fmt: skip
+    launch_merge_splits(out, lse, partial, partial_lse, layout)
+    return out if lse is None else (out, lse)
+
+
+def _launch_decode(
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    layout: PageLayout,
+    raw_pages: torch.Tensor | None,
+    raw_table: torch.Tensor | None,
+    num_quantized: torch.Tensor | None,
+    sink_len: int,
+    sm_scale: float | None,
+    config: configs.LaunchConfig,
+) -> None:
+    """Attend to the runs of pages; the arguments are not checked."""
+    batch, num_q_heads, head_dim = q.shape
+    num_kv_heads, num_splits = pages.shape[1], partial.shape[2]
+    group = num_q_heads // num_kv_heads
     k_fields, v_fields = fields_per_word(layout.k_bits), fields_per_word(layout.v_bits)
     block_d = triton.next_power_of_2(head_dim)
     has_raw = raw_pages is not None
@@ -293,8 +320,6 @@ def decode_attention(
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
-    launch_merge_splits(out, lse, partial, partial_lse, layout)
-    return out if lse is None else (out, lse)
 
 
 def _raw_operand(q_dtype: torch.dtype, raw_dtype: torch.dtype) -> tl.dtype:

@@ -79,6 +79,20 @@ def test_published_algorithm(per, iterations, page_size, head_dim, bits):
         torch.testing.assert_close(balanced * token_scale[:, None] * channel_scale, tile, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("per", ["channel", "token"])
+def test_ties_keep_the_newer_scales(per):
+    """A checkerboard is as balanced before as after: the published rule takes the state after."""
+    tile = torch.ones(64, 64, dtype=torch.float64)
+    tile[::2, 1::2], tile[1::2, ::2] = -1, -1
+    tile *= 4
+    col, row = published_scales(tile, 1)
+    token_scale, channel_scale = reference.variance_normalize(tile, per=per, encoder=Encoder(1, equivariant=False))[1:]
+    by_token, by_channel = (col, row) if per == "channel" else (row, col)
+    torch.testing.assert_close(token_scale, by_token, rtol=1e-10, atol=0)
+    torch.testing.assert_close(channel_scale, by_channel, rtol=1e-10, atol=0)
+    assert (token_scale * channel_scale).min() > 3
+
+
 def dequantized(tile: torch.Tensor, bits: int, per: str, encoder: Encoder = DEFAULT) -> torch.Tensor:
     """Encode a tile, round the fields to float16 as a record does, and decode it in float64."""
     codes, scale, zero, norm = reference.encode(tile, bits, per=per, encoder=encoder)
