@@ -230,4 +230,5 @@ def commit_pages(
         G=layout.page_size,
         BLOCK_B=256,
         num_warps=1,
+        enable_fp_fusion=True,
     )

@@ -319,6 +319,7 @@ def _launch_decode(
         PTX=configs.uses_ptx(),
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
+        enable_fp_fusion=True,
     )
 
 

@@ -79,6 +79,7 @@ def launch_merge_splits(
         BLOCK_S=16,
         RETURN_LSE=lse is not None,
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 
@@ -155,5 +156,6 @@ def merge_states(
             BLOCK_D=block_d,
             BLOCK_R=block_r,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return out, lse

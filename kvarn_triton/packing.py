@@ -158,6 +158,7 @@ def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
             PER_CHANNEL=per == "channel",
             BLOCK_W=block_d // fields,
             BLOCK_R=configs.row_block(block_d),
+            enable_fp_fusion=False,
         )
     return packed
 
@@ -202,5 +203,6 @@ def unpack(packed: torch.Tensor, bits: int, page_size: int, head_dim: int, *, pe
             PER_CHANNEL=per == "channel",
             BLOCK_D=block_d,
             BLOCK_R=configs.row_block(block_d),
+            enable_fp_fusion=False,
         )
     return codes
