@@ -186,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = chosen_sweeps(arguments.command)
     print(title(info), flush=True)
     results: dict[str, list[Row]] = {}
+    interrupted_by_user = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for name in names:
@@ -202,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("\n" + losses(results[name]))
     except KeyboardInterrupt:
         say("interrupted: writing what is there")
+        interrupted_by_user = True
     finally:
         if "roof" in options.sections:
             print(f"\ncopy bandwidth, read plus written: {options.sections['roof']['copy_gb_s']:,.0f} GB/s")
@@ -212,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(path, info, results, options.sections)
     if red:
         print(f"\nFAIL: {red} rows are red")
-    return 1 if red else 0
+    return 130 if interrupted_by_user else int(red > 0)
 
 
 if __name__ == "__main__":
