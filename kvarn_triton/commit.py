@@ -20,9 +20,9 @@ from .store import store_tile
 
 
 @triton.jit
-def _last_due(committed_lens_ptr, num_quantized, row, sink_len, keep_pages, max_new_pages, max_pages, G: tl.constexpr):
-    """Return the number of quantized pages that a row has after this call."""
-    finished = tl.maximum(tl.load(committed_lens_ptr + row) - sink_len, 0) // G - keep_pages
+def _last_due(committed_len, num_quantized, sink_len, keep_pages, max_new_pages, max_pages, G: tl.constexpr):
+    """Return the number of quantized pages that a row has after this call, if any are added."""
+    finished = tl.maximum(committed_len - sink_len, 0) // G - keep_pages
     return tl.minimum(tl.minimum(finished, num_quantized + max_new_pages), max_pages)
 
 
@@ -69,7 +69,8 @@ def _kvarn_commit_pages_kernel(
         row = tile_index // (2 * num_kv_heads * max_new_pages)
         first = tl.load(num_quantized_ptr + row)
         body = first + tile_index // (2 * num_kv_heads) % max_new_pages
-        last = _last_due(committed_lens_ptr, first, row, sink_len, keep_pages, max_new_pages, max_pages, G)
+        committed_len = tl.load(committed_lens_ptr + row)
+        last = _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G)
         page = tl.full((), -1, tl.int64)
         if body < last:
             page = tl.load(block_table_ptr + row.to(tl.int64) * stride_table + body).to(tl.int64)
@@ -102,8 +103,8 @@ def _kvarn_advance_quantized_kernel(
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask = row < batch
     first = tl.load(num_quantized_ptr + row, mask, other=0)
-    finished = tl.maximum(tl.load(committed_lens_ptr + row, mask, other=0) - sink_len, 0) // G - keep_pages
-    last = tl.minimum(tl.minimum(finished, first + max_new_pages), max_pages)
+    committed_len = tl.load(committed_lens_ptr + row, mask, other=0)
+    last = _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G)
     tl.store(num_quantized_ptr + row, tl.maximum(first, last), mask)
 
 

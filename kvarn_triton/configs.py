@@ -55,8 +55,16 @@ def decode_config(layout: PageLayout, group: int, dtype: torch.dtype) -> LaunchC
     if dtype == torch.float32:
         # Products of float32 run on the scalar units: one warp would hold all of a tile's operands and spill.
         return LaunchConfig(num_warps=max(num_warps, 4), num_stages=1, block_t=32)
-    # A whole page a step: 10 to 30 % faster than half a page on an H200 (perf/results/decode_configs_h200.json).
-    return LaunchConfig(num_warps=num_warps, num_stages=2, block_t=layout.page_size if layout.head_dim <= 256 else 64)
+    # At large batches a whole page a step beats half a page at equal splits on an H200
+    # (perf/results/decode_configs_h200.json), but the codes of a step must leave room in 64 KiB of shared memory (gfx942).
+    block_t = layout.page_size if layout.head_dim <= 256 else 64
+    while block_t * layout.head_dim * (layout.k_bits + layout.v_bits) // 8 > STEP_BYTES:
+        block_t //= 2
+    return LaunchConfig(num_warps=num_warps, num_stages=2, block_t=block_t)
+
+
+STEP_BYTES = 32 * 1024
+"""Most bytes of codes that one step of a decode program reads."""
 
 
 PROGRAMS_PER_SM = 8

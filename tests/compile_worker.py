@@ -86,6 +86,7 @@ def main(target: str) -> None:
             "decode bfloat16, group 16": lambda: decode(MAIN, group=16, dtype=torch.bfloat16),
             "decode float32": lambda: decode(PageLayout(64, 64, 3, 8), dtype=torch.float32),
             "decode head_dim 80": lambda: decode(PageLayout(80, 64, 3, 3), group=5),
+            "decode head_dim 256, 8 bits": lambda: decode(PageLayout(256, 128, 8, 8), group=16),
             "decode head_dim 512": lambda: decode(PageLayout(512, 64, 8, 8), group=2),
             "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3)),
             "encode head_dim 512": lambda: encode(PageLayout(512, 64, 8, 4)),

@@ -23,8 +23,6 @@ LARGEST_DECODE_LOOP = {"sm80": 2310, "sm90": 2270, "sm100": 2240}
 pages: k4v2_g128, head_dim 128, float16, 8 query heads per kv head. Recorded: 2196, 2155 and 2127."""
 DECODE_STACK = {"sm80": 136, "sm90": 136, "sm100": 136}
 """Bytes of local memory of a thread of that kernel, which the compiler spilled. Recorded: 128 on each."""
-TOO_LARGE = {("gfx942", "_kvarn_decode_attention_kernel", "decode head_dim 512")}
-"""What is known not to fit: head_dim 512 with 8-bit keys needs 68 of 64 KiB there."""
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +69,7 @@ def test_compiles(target, compiled):
         )
     }
     for kernel in kernels:
-        fits = kernel["shared"] <= SHARED_MEMORY_LIMIT[target]
-        assert fits == ((target, kernel["kernel"], kernel["case"]) not in TOO_LARGE), kernel
+        assert kernel["shared"] <= SHARED_MEMORY_LIMIT[target], kernel
     if target in LARGEST_DECODE_LOOP:
         decode = next(kernel for kernel in kernels if kernel["kernel"] == "_kvarn_decode_attention_kernel")
         assert 0 < decode["largest_loop"] <= LARGEST_DECODE_LOOP[target], decode
