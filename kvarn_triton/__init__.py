@@ -13,6 +13,8 @@ from .packing import pack, unpack
 from .quantization import dequantize, quantize
 from .rotation import hadamard
 from .store import store_pages
+from .tables import DecodeConfig, DecodeTable, load_table, save_table
+from .warmup import no_compilation, warmup
 
 __version__ = "0.1.0"
 
@@ -21,6 +23,8 @@ __all__ = [
     "FORMAT_VERSION",
     "PRESETS",
     "PUBLISHED",
+    "DecodeConfig",
+    "DecodeTable",
     "Encoder",
     "PageLayout",
     "append_tokens",
@@ -30,12 +34,16 @@ __all__ = [
     "dequantize",
     "dequantize_pages",
     "hadamard",
+    "load_table",
     "merge_states",
+    "no_compilation",
     "pack",
     "quantize",
     "raw_slots",
     "reference",
+    "save_table",
     "store_pages",
     "unpack",
     "variance_normalize",
+    "warmup",
 ]

@@ -16,7 +16,7 @@ from .device import hadamard, to_half
 from .layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, largest_power_of_two_divisor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "stride_slots"])
 def _kvarn_append_tokens_kernel(
     raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, head_dim]
     k_ptr,  # [num_tokens, num_kv_heads, head_dim]
@@ -90,7 +90,7 @@ def append_tokens(k: torch.Tensor, v: torch.Tensor, raw_pages: torch.Tensor, slo
     if num_tokens == 0:
         return
     block_d = triton.next_power_of_2(head_dim)
-    block_r = min(configs.row_block(block_d) // 4, triton.next_power_of_2(num_tokens))
+    block_r = min(configs.append_block(head_dim), triton.next_power_of_2(num_tokens))
     _kvarn_append_tokens_kernel[(triton.cdiv(num_tokens, block_r), num_kv_heads, 2)](
         raw_pages,
         k,

@@ -2,8 +2,11 @@
 
 Nothing is dequantized. The scale of a key channel is folded into the query, its zero is one number per head, the norm of a
 token multiplies a score; the scale of a value token is folded into its weight, its zero is one number per head, the norm of
-a channel multiplies the sum of a page. The tensor cores multiply integer codes (`device.field_as_half`). M are tokens in the
+a channel multiplies the sum of a page. The tensor cores multiply integer codes (`device.fields_as_half`). M are tokens in the
 product with keys and channels in the product with values; N are query heads.
+
+The channels of a key are in *key order*, that of its codes: [field, word], padded to BLOCK_K. It is the plain order if
+head_dim is a power of two.
 """
 
 from __future__ import annotations
@@ -12,19 +15,68 @@ import triton
 import triton.language as tl
 
 from .device import (
-    channel_of_field,
     exponent_of,
-    field_as_half,
     field_exponent,
-    hadamard,
-    online_softmax,
+    fields_as_half,
+    item_of_field,
+    join_planes,
+    load_norms,
+    log2,
     power_of_two,
-    split_fields,
     split_halves,
 )
 
 QUERY_EXPONENT = tl.constexpr(2)
 """Rotated queries are scaled to a largest magnitude in [2, 4): times the largest stored scale they stay inside float16."""
+CODE_UNIT = tl.constexpr(16777216.0)
+"""2**24: what the float16 number of code 1 must be multiplied by."""
+
+
+@triton.constexpr_function
+def largest_field_exponent(fields, width):
+    """Return the largest exponent of the fields of a word (`device.field_exponent`)."""
+    return max(field_exponent(f, width) for f in range(fields))
+
+
+@triton.jit
+def key_channels(LAYOUT: tl.constexpr, FIELDS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return the channel of each key-order place [BLOCK_K], and whether there is one."""
+    place = tl.arange(0, BLOCK_K)
+    if LAYOUT.block_size == BLOCK_K:
+        channel = place
+        mask = place >= 0
+    else:
+        PLANE: tl.constexpr = BLOCK_K // FIELDS
+        channel = item_of_field(place % PLANE, place // PLANE, LAYOUT.block_size, FIELDS)
+        mask = place % PLANE < LAYOUT.head_dim // FIELDS
+    return channel, mask
+
+
+@triton.jit
+def _hadamard_block(rows, columns, SIZE: tl.constexpr, dtype: tl.constexpr):
+    """Return entries [rows, columns] of a block-diagonal matrix of unnormalized Hadamard matrices of SIZE channels."""
+    odd = rows[:, None] & columns[None, :] & (SIZE - 1)
+    odd = odd ^ (odd >> 4)
+    odd = (0x6996 >> (odd & 15)) & 1
+    entry = tl.where(odd == 1, -1.0, 1.0)
+    return tl.where(rows[:, None] // SIZE == columns[None, :] // SIZE, entry, 0.0).to(dtype)
+
+
+@triton.jit
+def _load_query_plane(
+    q_ptr,
+    stride_q_head,
+    words,
+    offs_n,
+    FIELD: tl.constexpr,
+    GROUP: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """Load the channels [words, heads] of a query that share a field of key words."""
+    channel = item_of_field(words, FIELD, LAYOUT.block_size, FIELDS)[:, None]
+    mask = (words < LAYOUT.head_dim // FIELDS)[:, None] & (offs_n < GROUP)[None, :]
+    return tl.load(q_ptr + offs_n[None, :] * stride_q_head + channel, mask, other=0.0)
 
 
 @triton.jit
@@ -33,155 +85,220 @@ def load_query(
     stride_q_head,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     LAYOUT: tl.constexpr,
     FIELDS: tl.constexpr,
     OPERAND: tl.constexpr,
+    QUERY_OPERAND: tl.constexpr,
 ):
-    """Rotate the queries of one kv head and cut them into planes [words, heads], one per field of a key word.
+    """Rotate the queries of one kv head; returns them in key order [BLOCK_K, heads], and a factor of their scores [heads].
 
-    Plane f carries the factor 2**-field_exponent(f). Returns the planes and what their product with keys must be
-    multiplied by [heads].
+    The Hadamard matrix of a block is the product of one over fields and one over the words of a field: the second is a
+    product of the tensor cores with exact operands, the first a handful of sums. The rows of field f carry the factor
+    2**-field_exponent(f) that the codes of the field have in excess.
     """
-    offs_n = tl.arange(0, BLOCK_N)[:, None]
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    mask = (offs_n < GROUP) & (offs_d < LAYOUT.head_dim)
-    q = tl.load(q_ptr + offs_n * stride_q_head + offs_d, mask, other=0.0).to(tl.float32)
-    q = hadamard(q, LAYOUT.block_size)
-    exponent = tl.maximum(exponent_of(tl.max(tl.abs(q), axis=1)), -100) - QUERY_EXPONENT
-    q = q * power_of_two(-exponent)[:, None]
-    planes = ()
-    parts = split_fields(q, LAYOUT.block_size, FIELDS)
+    PLANE: tl.constexpr = BLOCK_K // FIELDS
+    SIZE: tl.constexpr = LAYOUT.block_size // FIELDS
     WIDTH: tl.constexpr = 2 if LAYOUT.k_bits == 3 else LAYOUT.k_bits
+    offs_n = tl.arange(0, BLOCK_N)
+    words = tl.arange(0, PLANE)
+    planes = ()
+    if PLANE <= 64:
+        loaded = ()
+        for f in tl.static_range(FIELDS):  # all loads before the first use
+            loaded = loaded + (_load_query_plane(q_ptr, stride_q_head, words, offs_n, f, GROUP, LAYOUT, FIELDS),)
+        matrix = _hadamard_block(words, words, SIZE, QUERY_OPERAND)
+        for f in tl.static_range(FIELDS):
+            planes = planes + (tl.dot(matrix, loaded[f].to(QUERY_OPERAND), input_precision="ieee"),)
+    else:
+        for f in tl.static_range(FIELDS):
+            plane = tl.zeros((PLANE, BLOCK_N), tl.float32)
+            for start in range(0, PLANE, 32):  # the whole matrix would need more registers than there are
+                some = start + tl.arange(0, 32)
+                q = _load_query_plane(q_ptr, stride_q_head, some, offs_n, f, GROUP, LAYOUT, FIELDS).to(QUERY_OPERAND)
+                plane = tl.dot(_hadamard_block(words, some, SIZE, QUERY_OPERAND), q, plane, input_precision="ieee")
+            planes = planes + (plane,)
+    for i in tl.static_range(log2(FIELDS)):
+        rotated = ()
+        for f in tl.static_range(FIELDS):
+            if f & (1 << i):
+                rotated = rotated + (planes[f ^ (1 << i)] - planes[f],)
+            else:
+                rotated = rotated + (planes[f] + planes[f ^ (1 << i)],)
+        planes = rotated
+    top = tl.zeros((BLOCK_N,), tl.float32)
     for f in tl.static_range(FIELDS):
-        planes = planes + (tl.trans(parts[f] * 0.5 ** field_exponent(f, WIDTH)).to(OPERAND),)
-    return planes, power_of_two(exponent)
+        top = tl.maximum(top, tl.max(tl.abs(planes[f]), axis=0))
+    exponent = tl.maximum(exponent_of(top), -100) - QUERY_EXPONENT
+    scaled = ()
+    for f in tl.static_range(FIELDS):
+        factor = power_of_two(-exponent) * 0.5 ** field_exponent(f, WIDTH)
+        scaled = scaled + (tl.trans((planes[f] * factor[None, :]).to(OPERAND)),)
+    return tl.trans(join_planes(scaled)), power_of_two(exponent) * LAYOUT.block_size**-0.5
+
+
+@triton.jit
+def unscaled_query(q, FIELDS: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.constexpr):
+    """Return the queries of `load_query` without the factors of fields, for products with raw keys."""
+    PLANE: tl.constexpr = q.shape[0] // FIELDS
+    exponent = tl.arange(0, q.shape[0]) // PLANE * WIDTH % 8
+    return (q.to(tl.float32) * power_of_two(exponent)[:, None]).to(OPERAND)
 
 
 @triton.jit
 def quantized_scores(
-    record_ptr, offs_t, q_planes, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.constexpr, PTX: tl.constexpr
+    record_ptr,
+    first,
+    q,
+    q_factor,
+    LAYOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    FIELDS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """Return the scores [tokens, heads] of tokens `offs_t` of a record, before the factors of `load_query`."""
+    """Return the scores [BLOCK_T, heads] of the tokens of a record from `first` on."""
     BITS: tl.constexpr = LAYOUT.k_bits
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     WORDS: tl.constexpr = LAYOUT.head_dim // FIELDS
-    BLOCK_W: tl.constexpr = q_planes[0].shape[0]
-    BLOCK_N: tl.constexpr = q_planes[0].shape[1]
-    offs_w = tl.arange(0, BLOCK_W)
-    place = offs_t[:, None] * WORDS + offs_w[None, :]
+    BLOCK_K: tl.constexpr = q.shape[0]
+    BLOCK_W: tl.constexpr = BLOCK_K // FIELDS
+    offs_w = tl.arange(0, BLOCK_W)[None, :]
     mask_w = offs_w < WORDS
-    word_ptr = (record_ptr + LAYOUT.k_codes_offset).to(tl.pointer_type(tl.uint16))
-    words = tl.load(word_ptr + place, mask_w[None, :], other=0)
-    if BITS == 3:
-        byte_ptr = record_ptr + LAYOUT.k_codes_offset + LAYOUT.page_size * WORDS * 2
-        top = tl.load(byte_ptr + place, mask_w[None, :], other=0).to(tl.uint16)
+    place = (first + tl.arange(0, BLOCK_T))[:, None] * WORDS + offs_w
+    word_ptr = (record_ptr + LAYOUT.k_codes_offset).to(tl.pointer_type(tl.uint16)) + place
     params_ptr = (record_ptr + LAYOUT.k_params_offset).to(tl.pointer_type(tl.uint32))
-    product = tl.zeros((offs_t.shape[0], BLOCK_N), tl.float32)
-    offset = tl.zeros((BLOCK_W, BLOCK_N), tl.float32)
-    for f in tl.static_range(FIELDS):
-        channel = channel_of_field(offs_w, f, LAYOUT.block_size, FIELDS)
-        scale, zero = split_halves(tl.load(params_ptr + channel, mask_w, other=0))
-        offset += q_planes[f].to(tl.float32) * (zero.to(tl.float32) * 2.0 ** field_exponent(f, WIDTH))[:, None]
-        folded = q_planes[f] * scale.to(OPERAND)[:, None]
-        codes = field_as_half(words, f, WIDTH, PTX).to(OPERAND)
+    channel, mask_k = key_channels(LAYOUT, FIELDS, BLOCK_K)
+    if BLOCK_W == WORDS:
+        words = tl.load(word_ptr)
+        scale, zero = split_halves(tl.load(params_ptr + channel))
+    else:
+        words = tl.load(word_ptr, mask_w, other=0)
+        scale, zero = split_halves(tl.load(params_ptr + channel, mask_k, other=0))
+    unit = power_of_two(tl.arange(0, BLOCK_K) // BLOCK_W * WIDTH % 8)
+    offset = tl.sum(q.to(tl.float32) * (zero.to(tl.float32) * unit)[:, None], axis=0) * q_factor
+    folded = q * scale.to(OPERAND)[:, None]
+    codes = fields_as_half(words, BLOCK_W, FIELDS, WIDTH, PTX).to(OPERAND)
+    product = tl.dot(codes, folded, input_precision="ieee")
+    if BITS == 3:
+        byte_ptr = record_ptr + LAYOUT.k_codes_offset + LAYOUT.page_size * WORDS * 2 + place
+        top = tl.load(byte_ptr, mask_w, other=0).to(tl.uint16)
+        field = tl.arange(0, BLOCK_K) // BLOCK_W
+        folded = (folded.to(tl.float32) * power_of_two(2 + field * WIDTH % 8 - field)[:, None]).to(OPERAND)
+        codes = fields_as_half(top, BLOCK_W, FIELDS, 1, PTX).to(OPERAND)
         product = tl.dot(codes, folded, product, input_precision="ieee")
-        if BITS == 3:
-            codes = field_as_half(top, f, 1, PTX).to(OPERAND)
-            folded = (folded * (4.0 * 2.0 ** (field_exponent(f, WIDTH) - f))).to(OPERAND)
-            product = tl.dot(codes, folded, product, input_precision="ieee")
-    norm_ptr = (record_ptr + LAYOUT.k_norm_offset).to(tl.pointer_type(tl.float16))
-    norm = tl.load(norm_ptr + offs_t).to(tl.float32)
-    return (product * 16777216.0 + tl.sum(offset, axis=0)[None, :]) * norm[:, None]
+    norm = load_norms(record_ptr + LAYOUT.k_norm_offset + 2 * first, BLOCK_T, BLOCK_T)
+    return (product * (q_factor * CODE_UNIT)[None, :] + offset[None, :]) * norm[:, None]
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _softmax_step(scores, m_i):
+    """Return weights [tokens, heads], the factor of older sums, and the new maximum; one score of each head is finite."""
+    m_new = tl.maximum(m_i, tl.max(scores, axis=0))
+    return tl.exp2(scores - m_new[None, :]), tl.exp2(m_i - m_new), m_new
 
 
 @triton.jit
 def add_quantized_values(
-    accs,
+    acc,
+    l_i,
     weights,
     alpha,
     record_ptr,
-    offs_t,
+    first,
     LAYOUT: tl.constexpr,
     FIELDS: tl.constexpr,
     OPERAND: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Return accs * alpha + values of tokens `offs_t` of a record times their weights [tokens, heads].
-
-    Accumulator f [words, heads] belongs to the channels of field f of the value words.
-    """
+    """Return acc [channels, heads] and l_i advanced by the values of a record's tokens from `first` on, times weights."""
     BITS: tl.constexpr = LAYOUT.v_bits
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    WORDS: tl.constexpr = LAYOUT.head_dim // FIELDS
-    BLOCK_W: tl.constexpr = accs[0].shape[0]
-    offs_w = tl.arange(0, BLOCK_W)
-    mask_w = offs_w < WORDS
+    G: tl.constexpr = LAYOUT.page_size
+    D: tl.constexpr = LAYOUT.head_dim
+    BLOCK: tl.constexpr = LAYOUT.v_block_size
+    BLOCK_T: tl.constexpr = weights.shape[0]
+    BLOCK_D: tl.constexpr = acc.shape[0]
+    BLOCK_WORDS: tl.constexpr = BLOCK // FIELDS
+    # A step of fewer tokens than a block reads all words of the block and takes some of their fields.
+    USED: tl.constexpr = min(FIELDS, BLOCK_T // BLOCK_WORDS)
+    STEP_WORDS: tl.constexpr = BLOCK_T // USED
+    TOP: tl.constexpr = largest_field_exponent(FIELDS, WIDTH)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    token = tl.arange(0, BLOCK_T)
+    field = (first + token) % BLOCK // BLOCK_WORDS
     params_ptr = (record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32))
-    scale, zero = split_halves(tl.load(params_ptr + offs_t))
-    offset = tl.sum(weights * zero.to(tl.float32)[:, None], axis=0)
-    folded = (weights * scale.to(tl.float32)[:, None]).to(OPERAND)
-    place = offs_w[:, None] * LAYOUT.page_size + offs_t[None, :]
-    word_ptr = (record_ptr + LAYOUT.v_codes_offset).to(tl.pointer_type(tl.uint16))
-    words = tl.load(word_ptr + place, mask_w[:, None], other=0)
+    scale, zero = split_halves(tl.load(params_ptr + first + token))
+    total, offset = tl.reduce((weights, weights * zero.to(tl.float32)[:, None]), 0, _add_pairs)
+    place = offs_d[:, None] * (G // FIELDS) + first // BLOCK * BLOCK_WORDS + tl.arange(0, STEP_WORDS)[None, :]
+    words_ptr = (record_ptr + LAYOUT.v_codes_offset).to(tl.pointer_type(tl.uint16)) + place
+    if BLOCK_D == D:
+        words = tl.load(words_ptr)
+    else:
+        words = tl.load(words_ptr, mask_d[:, None], other=0)
+    if USED < FIELDS:
+        first_field = first % BLOCK // BLOCK_WORDS
+        words = (words >> (first_field * WIDTH).to(tl.uint16)).to(tl.uint16)
+        field = field - first_field
+    factor = scale.to(tl.float32) * power_of_two(TOP - field * WIDTH % 8)
+    codes = fields_as_half(words, BLOCK_WORDS, USED, WIDTH, PTX).to(OPERAND)
+    product = tl.dot(codes, (weights * factor[:, None]).to(OPERAND), input_precision="ieee")
     if BITS == 3:
-        byte_ptr = record_ptr + LAYOUT.v_codes_offset + LAYOUT.page_size * WORDS * 2
-        top = tl.load(byte_ptr + place, mask_w[:, None], other=0).to(tl.uint16)
-    norms_ptr = (record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.uint32))
-    new = ()
-    for f in tl.static_range(FIELDS):
-        codes = field_as_half(words, f, WIDTH, PTX).to(OPERAND)
-        product = tl.dot(codes, folded, input_precision="ieee") * (16777216.0 / 2.0 ** field_exponent(f, WIDTH))
-        if BITS == 3:
-            codes = field_as_half(top, f, 1, PTX).to(OPERAND)
-            product += tl.dot(codes, folded, input_precision="ieee") * (16777216.0 * 4.0 / 2.0**f)
-        if f % 2 == 0:
-            norms = split_halves(tl.load(norms_ptr + f // 2 * WORDS + offs_w, mask_w, other=0))
-        norm = norms[f % 2].to(tl.float32)
-        new = new + (accs[f] * alpha[None, :] + (product + offset[None, :]) * norm[:, None],)
-    return new
+        bytes_ptr = record_ptr + LAYOUT.v_codes_offset + 2 * D * (G // FIELDS) + place
+        top = tl.load(bytes_ptr, mask_d[:, None], other=0).to(tl.uint16)
+        if USED < FIELDS:
+            top = (top >> first_field.to(tl.uint16)).to(tl.uint16)
+        factor = scale.to(tl.float32) * power_of_two(7 - field)
+        codes = fields_as_half(top, BLOCK_WORDS, USED, 1, PTX).to(OPERAND)
+        high = tl.dot(codes, (weights * factor[:, None]).to(OPERAND), input_precision="ieee")
+        product += high * (4.0 * 2.0 ** (TOP - 7))
+    norm = load_norms(record_ptr + LAYOUT.v_norm_offset, D, BLOCK_D)
+    acc = acc * alpha[None, :] + (product * (CODE_UNIT * 0.5**TOP) + offset[None, :]) * norm[:, None]
+    return acc, l_i * alpha + total
 
 
 @triton.jit
-def raw_scores(k_ptr, stride_token, offs_t, valid, q_planes, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.constexpr):
-    """Return the scores [tokens, heads] of raw keys, before the factors of `load_query`."""
-    WIDTH: tl.constexpr = 2 if LAYOUT.k_bits == 3 else LAYOUT.k_bits
-    offs_w = tl.arange(0, q_planes[0].shape[0])
-    mask = valid[:, None] & (offs_w < LAYOUT.head_dim // FIELDS)[None, :]
-    scores = tl.zeros((offs_t.shape[0], q_planes[0].shape[1]), tl.float32)
-    for f in tl.static_range(FIELDS):
-        channel = channel_of_field(offs_w, f, LAYOUT.block_size, FIELDS)
-        keys = tl.load(k_ptr + offs_t[:, None] * stride_token + channel[None, :], mask, other=0.0)
-        plane = (q_planes[f].to(tl.float32) * 2.0 ** field_exponent(f, WIDTH)).to(OPERAND)
-        scores = tl.dot(keys.to(OPERAND), plane, scores, input_precision="ieee")
-    return scores
+def load_page_id(table_ptr, column, mask):
+    """Load a page id as two halves, so that Triton doesn't make an asynchronous copy of it.
+
+    The loops over pages load an id one step before the copies that need it. Were it a copy itself, the pipeliner would wait
+    for each copy as soon as it is issued.
+    """
+    half_ptr = (table_ptr + column).to(tl.pointer_type(tl.uint16))
+    low = tl.load(half_ptr, mask, other=0).to(tl.int32)
+    high = tl.load(half_ptr + 1, mask, other=0).to(tl.int32)
+    return (low | (high << 16)).to(tl.int64)
 
 
 @triton.jit
-def add_raw_values(
-    accs, weights, alpha, v_ptr, stride_token, offs_t, valid, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.constexpr
-):
-    """Return accs * alpha + raw values times their weights [tokens, heads]."""
-    offs_w = tl.arange(0, accs[0].shape[0])
-    mask = valid[None, :] & (offs_w < LAYOUT.head_dim // FIELDS)[:, None]
-    new = ()
-    for f in tl.static_range(FIELDS):
-        channel = channel_of_field(offs_w, f, LAYOUT.block_size, FIELDS)
-        values = tl.load(v_ptr + offs_t[None, :] * stride_token + channel[:, None], mask, other=0.0)
-        new = new + (tl.dot(values.to(OPERAND), weights.to(OPERAND), accs[f] * alpha[None, :], input_precision="ieee"),)
-    return new
+def prefetch_record(record_ptr, BYTES: tl.constexpr, PTX: tl.constexpr):
+    """Start bringing a record into the L2 cache, so that it is near when the query is ready."""
+    if PTX:
+        LINES: tl.constexpr = triton.cdiv(BYTES, 128)
+        line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
+        address = record_ptr.to(tl.int64) + line * 128
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], tl.int32, is_pure=False, pack=1
+        )  # fmt: skip
 
 
 @triton.jit
 def attend_quantized(
-    accs,
+    acc,
     m_i,
     l_i,
-    q_planes,
+    q,
     q_factor,
     pages_ptr,
     table_ptr,
     stride_page,
+    page,
     first_page,
     last_page,
     num_valid,
@@ -193,25 +310,51 @@ def attend_quantized(
     PTX: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Advance (accs, m_i, l_i) by body pages first_page to last_page of one kv head, of which num_valid tokens count."""
-    STEPS: tl.constexpr = LAYOUT.page_size // BLOCK_T
-    for i in tl.range(first_page * STEPS, last_page * STEPS, num_stages=NUM_STAGES):
-        page = tl.load(table_ptr + i // STEPS).to(tl.int64)
+    """Advance (acc, m_i, l_i) by body pages first_page to last_page of one kv head, of which num_valid tokens count.
+
+    `page` is the id of the first of them.
+    """
+    G: tl.constexpr = LAYOUT.page_size
+    STEPS: tl.constexpr = G // BLOCK_T
+    last_step = tl.minimum(last_page * STEPS, tl.cdiv(num_valid, BLOCK_T))
+    for i in tl.range(first_page * STEPS, last_step, num_stages=NUM_STAGES):
+        next_page = load_page_id(table_ptr, (i + 1) // STEPS, i + 1 < last_step)
         record_ptr = pages_ptr + page * stride_page
-        offs_t = i % STEPS * BLOCK_T + tl.arange(0, BLOCK_T)
-        scores = quantized_scores(record_ptr, offs_t, q_planes, LAYOUT, K_FIELDS, OPERAND, PTX) * q_factor[None, :]
-        valid = i // STEPS * LAYOUT.page_size + offs_t < num_valid
-        weights, alpha, m_i, l_i = online_softmax(tl.where(valid[:, None], scores, float("-inf")), m_i, l_i)
-        accs = add_quantized_values(accs, weights, alpha, record_ptr, offs_t, LAYOUT, V_FIELDS, OPERAND, PTX)
-    return accs, m_i, l_i
+        first = i % STEPS * BLOCK_T
+        scores = quantized_scores(record_ptr, first, q, q_factor, LAYOUT, BLOCK_T, K_FIELDS, OPERAND, PTX)
+        if (i + 1) * BLOCK_T > num_valid:
+            valid = i * BLOCK_T + tl.arange(0, BLOCK_T) < num_valid
+            scores = tl.where(valid[:, None], scores, float("-inf"))
+        weights, alpha, m_i = _softmax_step(scores, m_i)
+        acc, l_i = add_quantized_values(acc, l_i, weights, alpha, record_ptr, first, LAYOUT, V_FIELDS, OPERAND, PTX)
+        page = next_page
+    return acc, m_i, l_i
+
+
+@triton.jit
+def _raw_run(
+    i,
+    first_sink,
+    num_sinks,
+    first_tail,
+    tail_token,
+    num_sink_pages,
+    num_tail_slots,
+    G: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return the first token of run i, in the sink or in the body, and its page's column in the raw table."""
+    in_sink = i < num_sinks
+    start = tl.where(in_sink, (first_sink + i) * BLOCK_R, tail_token + (first_tail + i - num_sinks) * BLOCK_R)
+    return start, tl.where(in_sink, start // G, num_sink_pages + start // G % tl.maximum(num_tail_slots, 1))
 
 
 @triton.jit
 def attend_raw(
-    accs,
+    acc,
     m_i,
     l_i,
-    q_planes,
+    q,
     q_factor,
     raw_pages_ptr,
     table_ptr,
@@ -222,33 +365,48 @@ def attend_raw(
     num_sinks,
     first_tail,
     num_tails,
+    tail_token,
     num_sink_pages,
     num_tail_slots,
     sink_valid,
     tail_valid,
     LAYOUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     K_FIELDS: tl.constexpr,
-    V_FIELDS: tl.constexpr,
     OPERAND: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
-    """Advance (accs, m_i, l_i) by raw pages of one kv head: num_sinks sink pages, then num_tails body pages of the tail.
+    """Advance (acc, m_i, l_i) by runs of BLOCK_R raw tokens of one kv head: num_sinks of the sink, then num_tails of the tail.
 
-    The first is sink page first_sink and body page first_tail; sink_valid and tail_valid say how many tokens of the sink and
-    of the body count.
+    The first are runs first_sink of the sink and first_tail of the tail, which starts at token tail_token of the body;
+    sink_valid and tail_valid say how many tokens of the sink and of the body count.
     """
-    STEPS: tl.constexpr = LAYOUT.page_size // BLOCK_T
-    for i in tl.range(0, (num_sinks + num_tails) * STEPS, num_stages=1):
-        in_sink = i // STEPS < num_sinks
-        page_index = i // STEPS + tl.where(in_sink, first_sink, first_tail - num_sinks)
-        column = tl.where(in_sink, page_index, num_sink_pages + page_index % tl.maximum(num_tail_slots, 1))
-        page = tl.load(table_ptr + column).to(tl.int64)
-        k_ptr = raw_pages_ptr + page * stride_page
-        offs_t = i % STEPS * BLOCK_T + tl.arange(0, BLOCK_T)
-        valid = page_index * LAYOUT.page_size + offs_t < tl.where(in_sink, sink_valid, tail_valid)
-        scores = raw_scores(k_ptr, stride_token, offs_t, valid, q_planes, LAYOUT, K_FIELDS, OPERAND)
-        scores = tl.where(valid[:, None], scores * q_factor[None, :], float("-inf"))
-        weights, alpha, m_i, l_i = online_softmax(scores, m_i, l_i)
-        v_ptr = k_ptr + stride_half
-        accs = add_raw_values(accs, weights, alpha, v_ptr, stride_token, offs_t, valid, LAYOUT, V_FIELDS, OPERAND)
-    return accs, m_i, l_i
+    G: tl.constexpr = LAYOUT.page_size
+    D: tl.constexpr = LAYOUT.head_dim
+    WIDTH: tl.constexpr = 2 if LAYOUT.k_bits == 3 else LAYOUT.k_bits
+    q = unscaled_query(q, K_FIELDS, WIDTH, OPERAND)
+    channel, mask_k = key_channels(LAYOUT, K_FIELDS, q.shape[0])
+    offs_d = tl.arange(0, acc.shape[0])
+    count = num_sinks + num_tails
+    start, column = _raw_run(
+        0, first_sink, num_sinks, first_tail, tail_token, num_sink_pages, num_tail_slots, G, BLOCK_R
+    )  # fmt: skip
+    page = load_page_id(table_ptr, column, count > 0)
+    for i in tl.range(0, count, num_stages=NUM_STAGES):
+        in_sink = i < num_sinks
+        next_start, column = _raw_run(
+            i + 1, first_sink, num_sinks, first_tail, tail_token, num_sink_pages, num_tail_slots, G, BLOCK_R
+        )  # fmt: skip
+        next_page = load_page_id(table_ptr, column, i + 1 < count)
+        offs_t = tl.arange(0, BLOCK_R)
+        valid = start + offs_t < tl.where(in_sink, sink_valid, tail_valid)
+        token_ptr = raw_pages_ptr + page * stride_page + (start % G + offs_t)[:, None] * stride_token
+        keys = tl.load(token_ptr + channel[None, :], valid[:, None] & mask_k[None, :], other=0.0)
+        scores = tl.dot(keys.to(OPERAND), q, input_precision="ieee") * q_factor[None, :]
+        weights, alpha, m_i = _softmax_step(tl.where(valid[:, None], scores, float("-inf")), m_i)
+        l_i = l_i * alpha + tl.sum(weights, axis=0)
+        values = tl.load(token_ptr + stride_half + offs_d[None, :], valid[:, None] & (offs_d < D)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(values.to(OPERAND)), weights.to(OPERAND), acc * alpha[None, :], input_precision="ieee")
+        start = next_start
+        page = next_page
+    return acc, m_i, l_i

@@ -26,7 +26,14 @@ def _last_due(committed_len, num_quantized, sink_len, keep_pages, max_new_pages,
     return tl.minimum(tl.minimum(finished, num_quantized + max_new_pages), max_pages)
 
 
-@triton.jit(do_not_specialize=["sink_len", "num_sink_pages", "num_tail_slots", "keep_pages", "max_pages", "num_tiles"])
+_NOT_SPECIALIZED = [
+    "num_tiles", "num_kv_heads", "max_new_pages", "max_pages", "sink_len", "num_sink_pages", "num_tail_slots", "keep_pages",
+    "stride_raw_table", "stride_table",
+]  # fmt: skip
+"""Arguments that may change from call to call without a compilation."""
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _kvarn_commit_pages_kernel(
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
     scratch_ptr,  # int32 [num_programs, page_size, BLOCK_D]

@@ -1,8 +1,9 @@
 """Paged split-K decode attention over sink, quantized and tail pages in one call.
 
-One program of the first kernel attends with all query heads of one kv head to a run of consecutive pages of one sequence;
-the second kernel merges the runs and undoes the rotation. Grids: (split, kv head, sequence) and (query head, sequence).
-Bytes moved: every record byte of the sequence once, plus 4 * (head_dim + 1) bytes per query head and split twice.
+The first kernel runs as many programs as the GPU holds. A program attends to one piece of the work (`schedule`): with all
+query heads of one kv head to a run of consecutive pages of one sequence, or to the end of one run and the start of the next.
+The second kernel merges the partial results and undoes the rotation. Grids: (program,) and (query head, sequence). Bytes
+moved: every record byte of the sequences once, plus 4 * (head_dim + 1) bytes per query head and partial result, twice.
 `attend` says what a program does with a page.
 """
 
@@ -13,23 +14,32 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import configs, reference
 from .append import check_raw_table
-from .attend import attend_quantized, attend_raw, load_query
+from .attend import attend_quantized, attend_raw, load_page_id, load_query, prefetch_record
 from .checks import FLOATS, check_aligned, check_pages, check_tensor, require
-from .device import INTERPRETED, channel_of_field
+from .device import INTERPRETED
 from .layout import PageLayout, fields_per_word
 from .merge import launch_merge_splits
+from .schedule import find_row, plan, row_lengths, start_of_piece
 
 MAX_GROUP = 16
 """Most query heads per kv head."""
+BLOCK_R = 32
+"""Raw tokens of a unit of work: about the bytes of a quantized page."""
+_NOT_SPECIALIZED = [
+    "batch", "num_kv_heads", "sink_len", "num_sink_pages", "num_tail_slots", "split_size", "few_programs",
+    "stride_q_batch", "stride_q_head", "stride_table", "stride_raw_table",
+]  # fmt: skip
+"""Arguments that may change from call to call without a compilation."""
 
 
-@triton.jit(do_not_specialize=["sink_len", "stride_table", "stride_raw_table", "num_sink_pages", "num_tail_slots"])
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _kvarn_decode_attention_kernel(
-    partial_ptr,  # float32 [batch, num_q_heads, num_splits, head_dim], rotated
-    partial_lse_ptr,  # float32 [batch, num_q_heads, num_splits], base 2
+    partial_ptr,  # float32 [num_partials, GROUP, head_dim], rotated
+    partial_lse_ptr,  # float32 [num_partials, GROUP], base 2
     q_ptr,  # [batch, num_q_heads, head_dim]
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
     block_table_ptr,  # int32 [batch, max_pages]
@@ -38,9 +48,13 @@ def _kvarn_decode_attention_kernel(
     raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots]
     num_quantized_ptr,  # int32 [batch]
     qk_scale,  # sm_scale * log2(e)
+    batch,
+    num_kv_heads,
     sink_len,
     num_sink_pages,
     num_tail_slots,
+    split_size,
+    few_programs,
     stride_q_batch,
     stride_q_head,
     stride_pages_page,
@@ -55,68 +69,93 @@ def _kvarn_decode_attention_kernel(
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # channels of a key, padded so that every plane has 16
-    BLOCK_V: tl.constexpr,  # channels of a value, likewise
-    BLOCK_T: tl.constexpr,  # tokens of one step
+    BLOCK_D: tl.constexpr,  # channels of a value, padded to a power of two
+    BLOCK_T: tl.constexpr,  # quantized tokens of one step
+    BLOCK_R: tl.constexpr,  # raw tokens of one step
     K_FIELDS: tl.constexpr,
     V_FIELDS: tl.constexpr,
     HAS_RAW: tl.constexpr,
     OPERAND: tl.constexpr,
+    QUERY_OPERAND: tl.constexpr,
     RAW_OPERAND: tl.constexpr,
     PTX: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    EARLY_MERGE: tl.constexpr,
 ):
-    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    num_splits, num_kv_heads = tl.num_programs(0), tl.num_programs(1)
     G: tl.constexpr = LAYOUT.page_size
-    seq_len = tl.load(seq_lens_ptr + row)
-    num_body = tl.cdiv(tl.maximum(seq_len - sink_len, 0), G)
-    num_sink = tl.cdiv(tl.minimum(seq_len, sink_len), G)
-    num_paged = num_body
-    if HAS_RAW:
-        num_paged = tl.minimum(tl.load(num_quantized_ptr + row), num_body)
-    per_split = tl.cdiv(num_sink + num_body, num_splits)
-    first = split * per_split
-    last = tl.minimum(first + per_split, num_sink + num_body)
-
-    q_head = head * GROUP
-    q_row_ptr = q_ptr + row.to(tl.int64) * stride_q_batch + q_head * stride_q_head
-    q_planes, q_factor = load_query(q_row_ptr, stride_q_head, GROUP, BLOCK_N, BLOCK_K, LAYOUT, K_FIELDS, OPERAND)
-    q_factor = q_factor * qk_scale
-    m_i = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    l_i = tl.zeros((BLOCK_N,), tl.float32)
-    accs = ()
-    for _ in tl.static_range(V_FIELDS):
-        accs = accs + (tl.zeros((BLOCK_V // V_FIELDS, BLOCK_N), tl.float32),)
-
-    heads_ptr = pages_ptr + head.to(tl.int64) * stride_pages_head
-    table_ptr = block_table_ptr + row.to(tl.int64) * stride_table
-    first_page = tl.maximum(first - num_sink, 0)
-    last_page = tl.minimum(last - num_sink, num_paged)
-    accs, m_i, l_i = attend_quantized(
-        accs, m_i, l_i, q_planes, q_factor, heads_ptr, table_ptr, stride_pages_page, first_page, last_page,
-        seq_len - sink_len, LAYOUT, BLOCK_T, K_FIELDS, V_FIELDS, OPERAND, PTX, NUM_STAGES,
+    num_programs = tl.num_programs(0)
+    if EARLY_MERGE:
+        gdc_launch_dependents()
+    pieces, size, longer = plan(
+        seq_lens_ptr, num_quantized_ptr, batch, num_kv_heads, num_programs, few_programs, sink_len, split_size,
+        G, BLOCK_R, HAS_RAW,
     )  # fmt: skip
-    if HAS_RAW:
-        raw_ptr = raw_pages_ptr + head.to(tl.int64) * stride_raw_head
-        raw_row_ptr = raw_table_ptr + row.to(tl.int64) * stride_raw_table
-        first_tail = tl.maximum(first - num_sink, num_paged)
-        accs, m_i, l_i = attend_raw(
-            accs, m_i, l_i, q_planes, q_factor, raw_ptr, raw_row_ptr, stride_raw_page, stride_raw_half, stride_raw_token,
-            first, tl.maximum(tl.minimum(last, num_sink) - first, 0), first_tail, tl.maximum(last - num_sink - first_tail, 0),
-            num_sink_pages, num_tail_slots, tl.minimum(seq_len, sink_len), seq_len - sink_len,
-            LAYOUT, BLOCK_T, K_FIELDS, V_FIELDS, RAW_OPERAND,
-        )  # fmt: skip
+    align = tl.maximum(split_size, 1)
+    for piece in range(tl.program_id(0), pieces, num_programs):
+        unit = start_of_piece(piece, size, longer)
+        end = start_of_piece(piece + 1, size, longer)
+        while unit < end:
+            row, row_start = find_row(
+                seq_lens_ptr, num_quantized_ptr, unit, batch, num_kv_heads, sink_len, split_size, G, BLOCK_R, HAS_RAW
+            )  # fmt: skip
+            seq_len, num_sinks, num_paged, num_tails = row_lengths(
+                seq_lens_ptr, num_quantized_ptr, row, row < batch, sink_len, G, BLOCK_R, HAS_RAW
+            )  # fmt: skip
+            row_units = num_sinks + num_paged + num_tails
+            aligned_units = tl.cdiv(row_units, align) * align
+            head = (unit - row_start) // aligned_units
+            first = (unit - row_start) % aligned_units
+            last = tl.minimum(first + end - unit, row_units)
 
-    offs_n = tl.arange(0, BLOCK_N)
-    mask_n = offs_n < GROUP
-    place = ((row * num_kv_heads + head).to(tl.int64) * GROUP + offs_n) * num_splits + split
-    tl.store(partial_lse_ptr + place, m_i + tl.log2(l_i), mask_n)
-    offs_w = tl.arange(0, BLOCK_V // V_FIELDS)
-    mask = (offs_w < LAYOUT.head_dim // V_FIELDS)[:, None] & mask_n[None, :]
-    inverse = 1.0 / tl.where(l_i > 0, l_i, 1.0)
-    for f in tl.static_range(V_FIELDS):
-        channel = channel_of_field(offs_w, f, LAYOUT.block_size, V_FIELDS)
-        tl.store(partial_ptr + place[None, :] * LAYOUT.head_dim + channel[:, None], accs[f] * inverse[None, :], mask)
+            pages_row_ptr = pages_ptr + head.to(tl.int64) * stride_pages_head
+            table_row_ptr = block_table_ptr + row.to(tl.int64) * stride_table
+            first_page = tl.maximum(first - num_sinks, 0)
+            last_page = tl.minimum(last - num_sinks, num_paged)
+            page = load_page_id(table_row_ptr, first_page, first_page < last_page)
+            if first_page < last_page:
+                prefetch_record(pages_row_ptr + page * stride_pages_page, LAYOUT.page_bytes, PTX)
+            q_row_ptr = q_ptr + row.to(tl.int64) * stride_q_batch + head * GROUP * stride_q_head
+            q, q_factor = load_query(
+                q_row_ptr, stride_q_head, GROUP, BLOCK_N, BLOCK_K, LAYOUT, K_FIELDS, OPERAND, QUERY_OPERAND
+            )  # fmt: skip
+            q_factor = q_factor * qk_scale
+            m_i = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+            l_i = tl.zeros((BLOCK_N,), tl.float32)
+            acc = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+            acc, m_i, l_i = attend_quantized(
+                acc, m_i, l_i, q, q_factor,
+                pages_row_ptr, table_row_ptr, stride_pages_page, page, first_page, last_page,
+                seq_len - sink_len, LAYOUT, BLOCK_T, K_FIELDS, V_FIELDS, OPERAND, PTX, NUM_STAGES,
+            )  # fmt: skip
+            if HAS_RAW:
+                first_tail = tl.maximum(first - num_sinks - num_paged, 0)
+                acc, m_i, l_i = attend_raw(
+                    acc, m_i, l_i, q, q_factor,
+                    raw_pages_ptr + head.to(tl.int64) * stride_raw_head, raw_table_ptr + row.to(tl.int64) * stride_raw_table,
+                    stride_raw_page, stride_raw_half, stride_raw_token,
+                    first, tl.maximum(tl.minimum(last, num_sinks) - first, 0),
+                    first_tail, tl.maximum(last - num_sinks - num_paged - first_tail, 0), num_paged * G,
+                    num_sink_pages, num_tail_slots, tl.minimum(seq_len, sink_len), seq_len - sink_len,
+                    LAYOUT, BLOCK_R, K_FIELDS, RAW_OPERAND, NUM_STAGES,
+                )  # fmt: skip
+
+            offs_n = tl.arange(0, BLOCK_N)
+            offs_d = tl.arange(0, BLOCK_D)
+            mask_n = offs_n < GROUP
+            place = (row * num_kv_heads + head + piece).to(tl.int64) * GROUP + offs_n
+            tl.store(partial_lse_ptr + place, m_i + tl.log2(l_i), mask_n)
+            mask = (offs_d < LAYOUT.head_dim)[:, None] & mask_n[None, :]
+            tl.store(partial_ptr + place[None, :] * LAYOUT.head_dim + offs_d[:, None], acc / l_i[None, :], mask)
+            unit = row_start + (head + 1) * aligned_units
+
+
+def num_partials(
+    batch: int, num_kv_heads: int, layout: PageLayout, max_pages: int, max_raw_pages: int, split_size: int, num_programs: int
+) -> int:
+    """Return how many partial results a call can have at most: one per head, plus one per piece."""
+    heads = batch * num_kv_heads
+    units = max_pages + max_raw_pages * (layout.page_size // BLOCK_R)
+    return heads + (heads * -(-units // split_size) if split_size else num_programs)
 
 
 def decode_workspace_size(
@@ -127,8 +166,10 @@ def decode_workspace_size(
     max_pages: int,
     device: torch.device,
     *,
+    max_raw_pages: int = 0,
     dtype: torch.dtype = torch.float16,
-    num_splits: int | None = None,
+    split_size: int | None = None,
+    table: configs.DecodeTable | None = None,
 ) -> int:
     """Return how many bytes of workspace `decode_attention` needs.
 
@@ -137,15 +178,17 @@ def decode_workspace_size(
         num_q_heads: query heads.
         num_kv_heads: key/value heads.
         layout: the page format.
-        max_pages: columns of `block_table` and `raw_table` together.
-        device: where the call will run; the default number of splits depends on it.
+        max_pages: columns of `block_table`.
+        device: where the call will run; the number of programs depends on it.
+        max_raw_pages: columns of `raw_table`, 0 without one.
         dtype: dtype of the queries.
-        num_splits: as given to `decode_attention`.
+        split_size: as given to `decode_attention`.
+        table: as given to `decode_attention`.
     """
-    if num_splits is None:
-        num_warps = configs.decode_config(layout, num_q_heads // num_kv_heads, dtype).num_warps
-        num_splits = configs.default_num_splits(device, batch * num_kv_heads, max_pages, num_warps)
-    return 4 * batch * num_q_heads * num_splits * (layout.head_dim + 1)
+    group = num_q_heads // max(num_kv_heads, 1)
+    programs = configs.num_programs(device, configs.decode_config(layout, group, dtype, device, table).programs_per_sm)
+    partials = num_partials(batch, num_kv_heads, layout, max_pages, max_raw_pages, split_size or 0, programs)
+    return 4 * partials * group * (layout.head_dim + 1)
 
 
 def _check_decode(q, pages, block_table, seq_lens, layout, raw_pages, raw_table, num_quantized, sink_len, out) -> int:
@@ -188,8 +231,9 @@ def decode_attention(
     sm_scale: float | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
-    num_splits: int | None = None,
+    split_size: int | None = None,
     workspace: torch.Tensor | None = None,
+    table: configs.DecodeTable | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with one query token per sequence to its sink, quantized and tail pages.
 
@@ -209,9 +253,11 @@ def decode_attention(
         sm_scale: factor of the scores; by default head_dim ** -0.5.
         out: where to write; like `q`, any strides whose innermost is 1.
         return_lse: whether to return the log-sum-exp too.
-        num_splits: into how many runs of pages each sequence is cut. By default it follows from the shapes and the device. A
-            fixed number makes the bits of a row independent of the rest of the batch.
+        split_size: batch-invariant mode: pages of one run into which each sequence is cut (32 raw tokens count as a page), so
+            that the bits of a row depend on the row alone, whatever else is in the batch. By default the runs are as long
+            as it takes to give every multiprocessor the same work.
         workspace: uint8 [at least decode_workspace_size(...)], contiguous; allocated if not given.
+        table: launch parameters by layout (`load_table`); by default the package's own for the device.
 
     Returns:
         `out`, or `out` and `lse` float32 [batch, num_q_heads] (natural logarithm, of scores times `sm_scale`). A sequence of
@@ -223,12 +269,13 @@ def decode_attention(
     num_kv_heads = _check_decode(q, pages, block_table, seq_lens, layout, raw_pages, raw_table, num_quantized, sink_len, out)
     batch, num_q_heads, head_dim = q.shape
     group = num_q_heads // num_kv_heads
-    config = configs.decode_config(layout, group, q.dtype)
-    max_pages = block_table.shape[1] + (0 if raw_table is None else raw_table.shape[1])
-    if num_splits is None:
-        num_splits = configs.default_num_splits(q.device, batch * num_kv_heads, max_pages, config.num_warps)
-    require(isinstance(num_splits, int) and num_splits >= 1, "num_splits", "an integer of at least 1", num_splits)
-    num_bytes = decode_workspace_size(batch, num_q_heads, num_kv_heads, layout, max_pages, q.device, num_splits=num_splits)
+    config = configs.decode_config(layout, group, q.dtype, q.device, table)
+    if split_size is not None:
+        require(isinstance(split_size, int) and split_size >= 1, "split_size", "an integer of at least 1", split_size)
+    max_pages, max_raw_pages = block_table.shape[1], 0 if raw_table is None else raw_table.shape[1]
+    programs = configs.num_programs(q.device, config.programs_per_sm)
+    partials = num_partials(batch, num_kv_heads, layout, max_pages, max_raw_pages, split_size or 0, programs)
+    num_bytes = 4 * partials * group * (head_dim + 1)
     if workspace is not None:
         check_tensor("workspace", workspace, [None], torch.uint8, device=q.device)
         check_aligned("workspace", workspace, 16)
@@ -243,17 +290,23 @@ def decode_attention(
     lse = torch.empty(batch, num_q_heads, dtype=torch.float32, device=q.device) if return_lse else None
     if workspace is None:
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
-    partial_bytes = 4 * batch * num_q_heads * num_splits * head_dim
-    partial = workspace[:partial_bytes].view(torch.float32).view(batch, num_q_heads, num_splits, head_dim)
-    partial_lse = workspace[partial_bytes:num_bytes].view(torch.float32).view(batch, num_q_heads, num_splits)
+    partial_bytes = 4 * partials * group * head_dim
+    partial = workspace[:partial_bytes].view(torch.float32).view(partials, group, head_dim)
+    partial_lse = workspace[partial_bytes:num_bytes].view(torch.float32).view(partials, group)
     if batch == 0 or num_q_heads == 0:
         return out if lse is None else (out, lse)
 
+    units = max_pages + max_raw_pages * (layout.page_size // BLOCK_R)
+    programs = min(programs, max(batch * num_kv_heads * units, 1))
+    few_programs = min(programs, configs.num_programs(q.device, config.few_programs_per_sm))
     _launch_decode(
         partial, partial_lse, q, pages, block_table, seq_lens, layout, raw_pages, raw_table, num_quantized, sink_len,
-        sm_scale, config,
+        sm_scale, split_size or 0, programs, few_programs, config,
     )  # fmt: skip
-    launch_merge_splits(out, lse, partial, partial_lse, layout)
+    launch_merge_splits(
+        out, lse, partial, partial_lse, seq_lens, num_quantized, num_kv_heads, layout, sink_len, split_size or 0, programs,
+        few_programs, BLOCK_R, config.early_merge,
+    )  # fmt: skip
     return out if lse is None else (out, lse)
 
 
@@ -270,18 +323,21 @@ def _launch_decode(
     num_quantized: torch.Tensor | None,
     sink_len: int,
     sm_scale: float | None,
-    config: configs.LaunchConfig,
+    split_size: int,
+    programs: int,
+    few_programs: int,
+    config: configs.DecodeConfig,
 ) -> None:
-    """Attend to the runs of pages; the arguments are not checked."""
+    """Attend to the pieces; the arguments are not checked."""
     batch, num_q_heads, head_dim = q.shape
-    num_kv_heads, num_splits = pages.shape[1], partial.shape[2]
+    num_kv_heads = pages.shape[1]
     group = num_q_heads // num_kv_heads
     k_fields, v_fields = fields_per_word(layout.k_bits), fields_per_word(layout.v_bits)
     block_d = triton.next_power_of_2(head_dim)
     has_raw = raw_pages is not None
     raw = raw_pages if raw_pages is not None else q
     num_sink_pages = -(-sink_len // layout.page_size)
-    _kvarn_decode_attention_kernel[(num_splits, num_kv_heads, batch)](
+    _kvarn_decode_attention_kernel[(programs,)](
         partial,
         partial_lse,
         q,
@@ -292,9 +348,13 @@ def _launch_decode(
         block_table if raw_table is None else raw_table,
         seq_lens if num_quantized is None else num_quantized,
         (head_dim**-0.5 if sm_scale is None else sm_scale) * math.log2(math.e),
+        batch,
+        num_kv_heads,
         sink_len,
         num_sink_pages,
         0 if raw_table is None else raw_table.shape[1] - num_sink_pages,
+        split_size,
+        few_programs,
         q.stride(0),
         q.stride(1),
         pages.stride(0),
@@ -309,24 +369,28 @@ def _launch_decode(
         GROUP=group,
         BLOCK_N=max(triton.next_power_of_2(group), 8),
         BLOCK_K=max(block_d, 16 * k_fields),
-        BLOCK_V=max(block_d, 16 * v_fields),
+        BLOCK_D=block_d,
         BLOCK_T=config.block_t,
+        BLOCK_R=BLOCK_R,
         K_FIELDS=k_fields,
         V_FIELDS=v_fields,
         HAS_RAW=has_raw,
         OPERAND=tl.float32 if q.dtype == torch.float32 else tl.float16,
-        RAW_OPERAND=_raw_operand(q.dtype, raw.dtype),
+        QUERY_OPERAND=_operand(q.dtype, q.dtype),
+        RAW_OPERAND=_operand(q.dtype, raw.dtype),
         PTX=configs.uses_ptx(),
         NUM_STAGES=config.num_stages,
+        EARLY_MERGE=config.early_merge,
         num_warps=config.num_warps,
         enable_fp_fusion=True,
+        **config.options(),
     )
 
 
-def _raw_operand(q_dtype: torch.dtype, raw_dtype: torch.dtype) -> tl.dtype:
-    """Return the dtype in which raw pages are multiplied. The interpreter can't multiply bfloat16."""
-    if q_dtype == torch.float32 or raw_dtype == torch.float32:
+def _operand(q_dtype: torch.dtype, dtype: torch.dtype) -> tl.dtype:
+    """Return the dtype in which numbers of `dtype` meet queries of `q_dtype`. The interpreter can't multiply bfloat16."""
+    if q_dtype == torch.float32 or dtype == torch.float32:
         return tl.float32
-    if raw_dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         return tl.float32 if INTERPRETED else tl.bfloat16
     return tl.float16

@@ -25,7 +25,7 @@ TILE_SCALE_MAX = tl.constexpr(codec.TILE_SCALE_MAX)
 GAUGE_MIN = tl.constexpr(codec.GAUGE_MIN)
 GAUGE_MAX = tl.constexpr(codec.GAUGE_MAX)
 HALF_MAX = tl.constexpr(codec.HALF_MAX)
-PARAM_MAX = tl.constexpr(codec.PARAM_MAX)
+STORED_SCALE_MAX = tl.constexpr(codec.STORED_SCALE_MAX)
 ROUND_MAGIC = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding and subtracting it rounds a small float32 to the nearest integer, ties to even."""
 
@@ -243,20 +243,20 @@ def split_halves(words):
 
 
 @triton.jit
-def word_of_channel(channel, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
-    """Return which word of a token holds a channel."""
-    return channel // BLOCK * (BLOCK // FIELDS) + channel % (BLOCK // FIELDS)
+def word_of_item(item, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
+    """Return which word of a row holds an item: a channel of a token (keys) or a token of a channel (values)."""
+    return item // BLOCK * (BLOCK // FIELDS) + item % (BLOCK // FIELDS)
 
 
 @triton.jit
-def field_of_channel(channel, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
-    """Return which field of its word holds a channel."""
-    return channel % BLOCK // (BLOCK // FIELDS)
+def field_of_item(item, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
+    """Return which field of its word holds an item."""
+    return item % BLOCK // (BLOCK // FIELDS)
 
 
 @triton.jit
-def channel_of_field(word, field: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
-    """Return the channel that a field of a word holds; the inverse of the two functions above."""
+def item_of_field(word, field, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
+    """Return the item that a field of a word holds; the inverse of the two functions above."""
     return word // (BLOCK // FIELDS) * BLOCK + field * (BLOCK // FIELDS) + word % (BLOCK // FIELDS)
 
 
@@ -297,36 +297,60 @@ def field_as_half(words, FIELD: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.const
 
 
 @triton.jit
-def split_fields(x, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
-    """Cut [rows, channels] into one tile [rows, channels / FIELDS] per field, in the order of the words of a page."""
-    ROWS: tl.constexpr = x.shape[0]
-    COLS: tl.constexpr = x.shape[1]
-    parts = (x,)
-    for i in tl.static_range(log2(FIELDS)):
-        halves = ()
-        for j in tl.static_range(2**i):
-            pair = tl.reshape(parts[j], (ROWS, COLS // BLOCK, 2, BLOCK >> (i + 1)))
-            low, high = tl.split(tl.permute(pair, (0, 1, 3, 2)))
-            halves = halves + (tl.reshape(low, (ROWS, COLS >> (i + 1))), tl.reshape(high, (ROWS, COLS >> (i + 1))))
-        parts = halves
-    return parts
+def _side_by_side(a, b):
+    """Put two tiles [rows, columns] next to each other: [rows, 2 * columns], without moving a number between threads."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
 
 
 @triton.jit
-def online_softmax(scores, m_i, l_i):
-    """Advance a base-2 softmax over axis 0 by scores [tokens, heads]; returns weights, factor of the old sums, m_i, l_i.
+def join_planes(planes):
+    """Put a tuple of 2**n tiles [rows, columns] next to each other."""
+    for _ in tl.static_range(log2(len(planes))):
+        joined = ()
+        for j in tl.static_range(len(planes) // 2):
+            joined = joined + (_side_by_side(planes[2 * j], planes[2 * j + 1]),)
+        planes = joined
+    return planes[0]
 
-    A step in which everything is masked leaves the state as it is: no NaN from -inf minus -inf.
+
+@triton.jit
+def fields_as_half(words, BLOCK_WORDS: tl.constexpr, FIELDS: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):
+    """Return all fields of uint16 words [rows, words] as float16 numbers [rows, words * FIELDS] (`field_as_half`).
+
+    Columns are ordered [block, field, word] for blocks of BLOCK_WORDS words. The planes meet in registers, where the tensor
+    cores take them from: an index of a field is an index of a register.
     """
-    m_new = tl.maximum(m_i, tl.max(scores, axis=0))
-    origin = tl.where(m_new == float("-inf"), 0.0, m_new)
-    weights = tl.exp2(scores - origin[None, :])
-    alpha = tl.exp2(m_i - origin)
-    return weights, alpha, m_new, l_i * alpha + tl.sum(weights, axis=0)
+    ROWS: tl.constexpr = words.shape[0]
+    BLOCKS: tl.constexpr = words.shape[1] // BLOCK_WORDS
+    planes = ()
+    for f in tl.static_range(FIELDS):
+        planes = planes + (field_as_half(words, f, WIDTH, PTX),)
+    codes = join_planes(planes)
+    if BLOCKS > 1:
+        codes = tl.permute(tl.reshape(codes, (ROWS, FIELDS, BLOCKS, BLOCK_WORDS)), (0, 2, 1, 3))
+        codes = tl.reshape(codes, (ROWS, FIELDS * BLOCKS * BLOCK_WORDS))
+    return codes
 
 
 @triton.jit
-def place_of_norm(channel, WORDS: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
-    """Return where the norm of a value channel stands: [field // 2, word, field % 2], so that a word holds two fields."""
-    field = field_of_channel(channel, BLOCK, FIELDS)
-    return (field // 2 * WORDS + word_of_channel(channel, BLOCK, FIELDS)) * 2 + field % 2
+def place_of_norm(row):
+    """Return where the norm of a row stands: [row // 16, row % 8, row // 8 % 2], so that a word holds rows 8 apart."""
+    return row // 16 * 16 + row % 8 * 2 + row // 8 % 2
+
+
+@triton.jit
+def load_norms(norm_ptr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Load ROWS norms, in the order of the rows and padded to BLOCK, as float32.
+
+    A thread of a product of the tensor cores owns rows 8 apart: their norms are one 32-bit word, which is also the least
+    that Triton loads asynchronously.
+    """
+    word = tl.arange(0, BLOCK // 2)
+    word_ptr = norm_ptr.to(tl.pointer_type(tl.uint32)) + word
+    if ROWS == BLOCK:
+        words = tl.load(word_ptr)
+    else:
+        words = tl.load(word_ptr, word < ROWS // 2, other=0)
+    low, high = split_halves(words)
+    pairs = tl.permute(tl.reshape(tl.join(low, high), (BLOCK // 16, 8, 2)), (0, 2, 1))
+    return tl.reshape(pairs, (BLOCK,)).to(tl.float32)

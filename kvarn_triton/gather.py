@@ -29,17 +29,17 @@ def _load_tile(record_ptr, offs_t, VALUES: tl.constexpr, LAYOUT: tl.constexpr, F
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     mask_d = offs_d < D
     mask_t = offs_t >= 0
-    codes = load_codes(
-        record_ptr + CODES, offs_t, offs_d, mask_t & mask_d, LAYOUT.page_size, D, LAYOUT.block_size, BITS, FIELDS, not VALUES
-    )
+    G: tl.constexpr = LAYOUT.page_size
     params_ptr = (record_ptr + PARAMS).to(tl.pointer_type(tl.uint32))
     norm_ptr = (record_ptr + NORM).to(tl.pointer_type(tl.float16))
     if VALUES:
+        codes = load_codes(record_ptr + CODES, offs_d, offs_t, mask_t & mask_d, D, G, LAYOUT.v_block_size, BITS, FIELDS)
         params = tl.load(params_ptr + offs_t, mask_t, other=0)
-        norm = tl.load(norm_ptr + place_of_norm(offs_d, D // FIELDS, LAYOUT.block_size, FIELDS), mask_d, other=0.0)
+        norm = tl.load(norm_ptr + place_of_norm(offs_d), mask_d, other=0.0)
     else:
+        codes = load_codes(record_ptr + CODES, offs_t, offs_d, mask_t & mask_d, G, D, LAYOUT.block_size, BITS, FIELDS)
         params = tl.load(params_ptr + offs_d, mask_d, other=0)
-        norm = tl.load(norm_ptr + offs_t, mask_t, other=0.0)
+        norm = tl.load(norm_ptr + place_of_norm(offs_t), mask_t, other=0.0)
     scale, zero = split_halves(params)
     return (codes.to(tl.float32) * scale.to(tl.float32) + zero.to(tl.float32)) * norm.to(tl.float32)
 

@@ -54,7 +54,9 @@ SHARED_MEMORY_LIMIT = {
 """Most bytes of shared memory that one program can have (CUDA programming guide, table of compute capabilities; CDNA ISA)."""
 
 _TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
+_OPCODE = re.compile(r"(?:/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?|^\s+(?=(?:v|s|ds|global|buffer|flat|scratch)_))(\w+)")
+_LABEL = re.compile(r"^\s*(\.L_x_\d+|\.LBB\d+_\d+):")
+_BRANCH = re.compile(r"(?:BRA\b|s_c?branch\w*).*?(\.L_x_\d+|\.LBB\d+_\d+)")
 
 
 class _OfflineDriver:
@@ -104,6 +106,7 @@ def compile_for(target: str) -> Iterator[list[Compiled]]:
             mock.patch.object(JITFunction, "run", warm),
             mock.patch.object(configs, "on_device", lambda tensor: True),
             mock.patch.object(configs, "uses_ptx", lambda: TARGETS[target].backend == "cuda"),
+            mock.patch.object(configs, "arch_of", lambda device: target),
         ):
             yield compiled
     finally:
@@ -121,7 +124,7 @@ class Resources:
         shared: bytes of shared memory of a program.
         num_warps: warps of a program.
         instructions: static instructions of the whole kernel; 0 where there is no disassembler (AMD).
-        loops: opcode counts of each loop body, largest first: what one trip costs one warp.
+        loops: opcode counts of each innermost loop body, largest first: what one trip costs one warp.
     """
 
     registers: int
@@ -132,24 +135,41 @@ class Resources:
     loops: list[collections.Counter[str]] = field(default_factory=list)
 
 
+def programs_per_multiprocessor(used: Resources, target: str) -> int:
+    """Return how many programs with these resources a multiprocessor of `target` holds at once.
+
+    Registers are counted per scheduler (NVIDIA: 16,384 registers, warps rounded up to 256; AMD: 512 per lane, rounded up to
+    8), shared memory per multiprocessor with 1 KiB of overhead per program (NVIDIA).
+    """
+    if TARGETS[target].backend == "cuda":
+        warps = 16384 // max(-(-used.registers * 32 // 256) * 256, 1)
+        shared = (SHARED_MEMORY_LIMIT[target] + 1024) // (used.shared + 1024)
+    else:
+        warps = 512 // max(-(-used.registers // 8) * 8, 1)
+        shared = SHARED_MEMORY_LIMIT[target] // max(used.shared, 1)
+    return min(4 * warps // used.num_warps, shared, 32)
+
+
 def _run_tool(name: str, flags: list[str], path: str) -> str:
     command = [os.path.join(_TOOLS, name), *flags, path]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def find_loops(sass: str) -> list[collections.Counter[str]]:
-    """Return the opcode counts of every loop body in a disassembly, largest first."""
-    lines, labels, loops = sass.splitlines(), {}, []
+    """Return the opcode counts of every innermost loop body in a disassembly, largest first."""
+    lines, labels, spans, loops = sass.splitlines(), {}, [], []
     for i, line in enumerate(lines):
-        if label := re.match(r"^\s*(\.L_x_\d+):", line):
+        if label := _LABEL.match(line):
             labels[label.group(1)] = i
     for i, line in enumerate(lines):
-        branch = re.search(r"BRA\b.*?(\.L_x_\d+)", line)
+        branch = _BRANCH.search(line)
         if branch and labels.get(branch.group(1), i) < i:
-            body = lines[labels[branch.group(1)] : i + 1]
-            counts = collections.Counter(op.group(1) for op in map(_OPCODE.search, body) if op)
-            if counts.total() > 4:
-                loops.append(counts)
+            spans.append((labels[branch.group(1)], i + 1))
+    for first, last in spans:
+        inner = [span for span in spans if span != (first, last) and first <= span[0] and span[1] <= last]
+        counts = collections.Counter(op.group(1) for op in map(_OPCODE.search, lines[first:last]) if op)
+        if not inner and counts.total() > 4:
+            loops.append(counts)
     return sorted(loops, key=lambda counts: -counts.total())
 
 
@@ -161,7 +181,11 @@ def resources(compiled: Compiled) -> Resources:
             key: int(match.group(1)) if (match := re.search(rf"\.{key}:\s+(\d+)", asm["amdgcn"])) else 0
             for key in ("vgpr_count", "private_segment_fixed_size")
         }
-        return Resources(numbers["vgpr_count"], numbers["private_segment_fixed_size"], metadata.shared, metadata.num_warps, 0)
+        loops = find_loops(asm["amdgcn"])
+        count = sum(1 for line in asm["amdgcn"].splitlines() if _OPCODE.search(line))
+        return Resources(
+            numbers["vgpr_count"], numbers["private_segment_fixed_size"], metadata.shared, metadata.num_warps, count, loops
+        )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()

@@ -14,7 +14,7 @@ import torch
 
 from .checks import require
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the byte format. It changes whenever a stored page would be read differently."""
 
 SUPPORTED_BITS = (2, 3, 4, 8)
@@ -37,6 +37,11 @@ def largest_power_of_two_divisor(n: int) -> int:
 def fields_per_word(bits: int) -> int:
     """Return how many codes share one 16-bit word. A 3-bit code is a 2-bit code plus one bit of a byte beside the word."""
     return 16 // (2 if bits == 3 else bits)
+
+
+def token_block(page_size: int, bits: int) -> int:
+    """Return how many tokens the words of value codes are interleaved over: 16 words, or what a page has."""
+    return min(16 * fields_per_word(bits), page_size)
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,13 @@ class PageLayout:
 
     @functools.cached_property
     def block_size(self) -> int:
-        """Channels of one block of the Hadamard rotation; codes are interleaved inside these blocks only."""
+        """Channels of one block of the Hadamard rotation; key codes are interleaved inside these blocks only."""
         return largest_power_of_two_divisor(self.head_dim)
+
+    @functools.cached_property
+    def v_block_size(self) -> int:
+        """Tokens over which the words of value codes are interleaved."""
+        return token_block(self.page_size, self.v_bits)
 
     @functools.cached_property
     def k_codes_bytes(self) -> int:
@@ -121,12 +131,12 @@ class PageLayout:
 
     @functools.cached_property
     def k_norm_offset(self) -> int:
-        """First byte of the key norms: float16, one per token."""
+        """First byte of the key norms: float16, one per token, in the order [token // 16, token % 8, token // 8 % 2]."""
         return self.v_params_offset + _align(4 * self.page_size)
 
     @functools.cached_property
     def v_norm_offset(self) -> int:
-        """First byte of the value norms: float16, one per channel, in the order [field // 2, word, field % 2]."""
+        """First byte of the value norms: float16, one per channel, in the order of the key norms."""
         return self.k_norm_offset + _align(2 * self.page_size)
 
     @functools.cached_property
@@ -155,9 +165,9 @@ class PageLayout:
             pages: uint8 [..., page_bytes]; the last dimension contiguous and 2-byte aligned.
 
         Returns:
-            `k_codes` and `v_codes` as uint8 [..., bytes]; `k_scale` and `k_zero` as float16 [..., head_dim]; `k_norm`,
-            `v_scale` and `v_zero` as float16 [..., page_size]; `v_norm` as float16 [..., blocks, field // 2, field % 2,
-            channels], which is [..., head_dim] when it is flattened. Writing to a view writes to the page.
+            `k_codes` and `v_codes` as uint8 [..., bytes]; `k_scale` and `k_zero` as float16 [..., head_dim]; `v_scale` and
+            `v_zero` as float16 [..., page_size]; `k_norm` as float16 [..., page_size / 16, 2, 8] and `v_norm` as
+            [..., head_dim / 16, 2, 8], which are in order when they are flattened. Writing to a view writes to the page.
         """
 
         def halves(offset: int, count: int) -> torch.Tensor:
@@ -165,18 +175,17 @@ class PageLayout:
 
         k_params = halves(self.k_params_offset, 2 * self.head_dim).unflatten(-1, (self.head_dim, 2))
         v_params = halves(self.v_params_offset, 2 * self.page_size).unflatten(-1, (self.page_size, 2))
-        fields = fields_per_word(self.v_bits)
-        plane = self.block_size // fields
-        v_norm = halves(self.v_norm_offset, self.head_dim).unflatten(-1, (fields // 2, -1, plane, 2))
+        k_norm = halves(self.k_norm_offset, self.page_size).unflatten(-1, (-1, 8, 2))
+        v_norm = halves(self.v_norm_offset, self.head_dim).unflatten(-1, (-1, 8, 2))
         return {
             "k_codes": pages[..., self.k_codes_offset : self.k_codes_offset + self.k_codes_bytes],
             "v_codes": pages[..., self.v_codes_offset : self.v_codes_offset + self.v_codes_bytes],
             "k_scale": k_params[..., 0],
             "k_zero": k_params[..., 1],
-            "k_norm": halves(self.k_norm_offset, self.page_size),
+            "k_norm": k_norm.transpose(-1, -2),
             "v_scale": v_params[..., 0],
             "v_zero": v_params[..., 1],
-            "v_norm": v_norm.movedim(-3, -4).movedim(-1, -2),
+            "v_norm": v_norm.transpose(-1, -2),
         }
 
 

@@ -1,7 +1,7 @@
-"""Merge partial attention results: the splits of one decode call, or two results over disjoint keys.
+"""Merge partial attention results: the pieces of one decode call, or two results over disjoint keys.
 
-`_kvarn_merge_splits_kernel`: one program merges the splits of one query head and rotates the sum back. Grid: (query head,
-sequence). `_kvarn_merge_states_kernel`: one program merges a run of rows of two results. Grid: (run,).
+`_kvarn_merge_splits_kernel`: one program merges the partial results of one query head and rotates the sum back. Grid: (query
+head, sequence). `_kvarn_merge_states_kernel`: one program merges a run of rows of two results. Grid: (run,).
 """
 
 from __future__ import annotations
@@ -9,77 +9,136 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from . import configs, reference
 from .checks import FLOATS, check_tensor
 from .device import hadamard
 from .layout import PageLayout
+from .schedule import piece_of_unit, plan, row_lengths, start_of_row
 
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_kv_heads", "num_programs", "few_programs", "sink_len", "split_size"])
 def _kvarn_merge_splits_kernel(
     out_ptr,  # [batch, num_q_heads, head_dim]
     lse_ptr,  # float32 [batch, num_q_heads], natural logarithm; unused if not RETURN_LSE
-    partial_ptr,  # float32 [batch, num_q_heads, num_splits, head_dim], rotated
-    partial_lse_ptr,  # float32 [batch, num_q_heads, num_splits], base 2
-    num_splits,
+    partial_ptr,  # float32 [num_partials, GROUP, head_dim], rotated
+    partial_lse_ptr,  # float32 [num_partials, GROUP], base 2
+    seq_lens_ptr,  # int32 [batch]
+    num_quantized_ptr,  # int32 [batch]
+    num_kv_heads,
+    num_programs,
+    few_programs,
+    sink_len,
+    split_size,
     stride_out_batch,
     stride_out_head,
     HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     ROTATION: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_RAW: tl.constexpr,
     RETURN_LSE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    head, row = tl.program_id(0), tl.program_id(1)
-    index = (row * tl.num_programs(0) + head).to(tl.int64)
+    q_head, row = tl.program_id(0), tl.program_id(1)
+    head = q_head // GROUP
+    _, size, longer = plan(
+        seq_lens_ptr, num_quantized_ptr, tl.num_programs(1), num_kv_heads, num_programs, few_programs, sink_len,
+        split_size, PAGE_SIZE, BLOCK_R, HAS_RAW,
+    )  # fmt: skip
+    row_start = start_of_row(
+        seq_lens_ptr, num_quantized_ptr, row, num_kv_heads, sink_len, split_size, PAGE_SIZE, BLOCK_R, HAS_RAW
+    )  # fmt: skip
+    _, sinks, pages, tails = row_lengths(
+        seq_lens_ptr, num_quantized_ptr, row, row >= 0, sink_len, PAGE_SIZE, BLOCK_R, HAS_RAW
+    )  # fmt: skip
+    units = sinks + pages + tails
+    align = tl.maximum(split_size, 1)
+    first_unit = row_start + head * (tl.cdiv(units, align) * align)
+    first_piece = piece_of_unit(first_unit, size, longer)
+    last_piece = piece_of_unit(first_unit + units - 1, size, longer)
+    num_parts = tl.where(units > 0, last_piece - first_piece + 1, 0)
+    place = (row * num_kv_heads + head + first_piece).to(tl.int64) * GROUP + q_head % GROUP
+    partial_ptr += place * HEAD_DIM
+    partial_lse_ptr += place
+
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     m_i = tl.full((1,), float("-inf"), tl.float32)
     l_i = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, BLOCK_D), tl.float32)
-    for start in range(0, num_splits, BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)
-        lse = tl.load(partial_lse_ptr + index * num_splits + offs_s, offs_s < num_splits, other=float("-inf"))
-        filled = lse > float("-inf")
-        place = (index * num_splits + offs_s)[:, None] * HEAD_DIM + offs_d[None, :]
-        partial = tl.load(partial_ptr + place, filled[:, None] & mask_d[None, :], other=0.0)
+    if EARLY:
+        gdc_wait()
+    for start in range(0, num_parts, BLOCK_S):
+        part = start + tl.arange(0, BLOCK_S)
+        mask = part < num_parts
+        lse = tl.load(partial_lse_ptr + part * GROUP, mask, other=float("-inf"))
+        partial = tl.load(partial_ptr + part[:, None] * (GROUP * HEAD_DIM) + offs_d, mask[:, None] & mask_d, other=0.0)
         m_new = tl.maximum(m_i, tl.max(lse, axis=0))
-        origin = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weights = tl.exp2(lse - origin)
-        alpha = tl.exp2(m_i - origin)
+        weights = tl.exp2(lse - m_new)
+        alpha = tl.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(weights, axis=0)
         acc = acc * alpha[:, None] + tl.sum(partial * weights[:, None], axis=0)[None, :]
         m_i = m_new
     out = hadamard(acc / tl.where(l_i > 0, l_i, 1.0)[:, None], ROTATION)
-    out_row_ptr = out_ptr + row.to(tl.int64) * stride_out_batch + head * stride_out_head
+    out_row_ptr = out_ptr + row.to(tl.int64) * stride_out_batch + q_head * stride_out_head
     tl.store(out_row_ptr + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask_d[None, :])
     if RETURN_LSE:
+        index = (row * tl.num_programs(0) + q_head).to(tl.int64)
         tl.store(lse_ptr + index + tl.arange(0, 1), (m_i + tl.log2(l_i)) * LN2)
 
 
 def launch_merge_splits(
-    out: torch.Tensor, lse: torch.Tensor | None, partial: torch.Tensor, partial_lse: torch.Tensor, layout: PageLayout
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_quantized: torch.Tensor | None,
+    num_kv_heads: int,
+    layout: PageLayout,
+    sink_len: int,
+    split_size: int,
+    num_programs: int,
+    few_programs: int,
+    block_r: int,
+    early: bool,
 ) -> None:
-    """Merge `partial` [batch, num_q_heads, num_splits, head_dim] into `out` and `lse`; the arguments are not checked."""
-    batch, num_q_heads, num_splits = partial_lse.shape
+    """Merge the partial results of a decode call of `num_programs` programs into `out` and `lse`; nothing is checked."""
+    batch, num_q_heads, head_dim = out.shape
     _kvarn_merge_splits_kernel[(num_q_heads, batch)](
         out,
         partial_lse if lse is None else lse,
         partial,
         partial_lse,
-        num_splits,
+        seq_lens,
+        seq_lens if num_quantized is None else num_quantized,
+        num_kv_heads,
+        num_programs,
+        few_programs,
+        sink_len,
+        split_size,
         out.stride(0),
         out.stride(1),
-        HEAD_DIM=layout.head_dim,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=layout.page_size,
         ROTATION=layout.block_size,
-        BLOCK_D=triton.next_power_of_2(layout.head_dim),
-        BLOCK_S=16,
+        GROUP=num_q_heads // num_kv_heads,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_S=32,
+        BLOCK_R=block_r,
+        HAS_RAW=num_quantized is not None,
         RETURN_LSE=lse is not None,
+        EARLY=early,
         num_warps=4,
         enable_fp_fusion=True,
+        **({"launch_pdl": True} if early else {}),
     )
 
 

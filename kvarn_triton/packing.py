@@ -12,8 +12,15 @@ import triton.language as tl
 
 from . import configs, reference
 from .checks import check_choice, check_tensor, check_tiles
-from .device import channel_of_field, field_of_channel, word_of_channel
-from .layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, fields_per_word, largest_power_of_two_divisor
+from .device import field_of_item, item_of_field, word_of_item
+from .layout import (
+    SUPPORTED_BITS,
+    SUPPORTED_HEAD_DIMS,
+    SUPPORTED_PAGE_SIZES,
+    fields_per_word,
+    largest_power_of_two_divisor,
+    token_block,
+)
 from .reference.codec import Per
 
 
@@ -21,60 +28,61 @@ from .reference.codec import Per
 def pack_codes(
     codes_ptr,
     packed_ptr,
-    stride_codes,
-    G: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    stride_row,
+    stride_item,
+    ROWS: tl.constexpr,
+    ITEMS: tl.constexpr,
     BLOCK: tl.constexpr,
     BITS: tl.constexpr,
     FIELDS: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Pack codes [G, HEAD_DIM] of any integer dtype in memory into the bytes of a page, BLOCK_R tokens at a time."""
-    WORDS: tl.constexpr = HEAD_DIM // FIELDS
+    """Pack codes [ROWS, ITEMS] of any integer dtype in memory into the bytes of a page, BLOCK_R rows at a time.
+
+    Rows are the tokens of keys and the channels of values; the items of a row share words.
+    """
+    WORDS: tl.constexpr = ITEMS // FIELDS
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     offs_w = tl.arange(0, BLOCK_W)[None, :]
-    for first in range(0, G, BLOCK_R):
-        offs_t = first + tl.arange(0, BLOCK_R)[:, None]
-        mask = (offs_w < WORDS) & (offs_t >= 0)
+    for first in range(0, ROWS, BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)[:, None]
+        mask = (offs_w < WORDS) & (row < ROWS)
         words = tl.zeros((BLOCK_R, BLOCK_W), tl.int32)
         top = tl.zeros((BLOCK_R, BLOCK_W), tl.int32)
         for f in tl.static_range(FIELDS):
-            channel = channel_of_field(offs_w, f, BLOCK, FIELDS)
-            codes = tl.load(codes_ptr + offs_t * stride_codes + channel, mask, other=0).to(tl.int32)
+            item = item_of_field(offs_w, f, BLOCK, FIELDS)
+            codes = tl.load(codes_ptr + row * stride_row + item * stride_item, mask, other=0).to(tl.int32)
             words = words | ((codes & (2**WIDTH - 1)) << (f * WIDTH))
             if BITS == 3:
                 top = top | ((codes >> 2) << f)
-        place = offs_t * WORDS + offs_w if PER_CHANNEL else offs_w * G + offs_t
+        place = row * WORDS + offs_w
         tl.store(packed_ptr.to(tl.pointer_type(tl.uint16)) + place, words.to(tl.uint16), mask)
         if BITS == 3:
-            tl.store(packed_ptr + 2 * G * WORDS + place, top.to(tl.uint8), mask)
+            tl.store(packed_ptr + 2 * ROWS * WORDS + place, top.to(tl.uint8), mask)
 
 
 @triton.jit
 def load_codes(
     packed_ptr,
-    offs_t,
-    channel,
+    row,
+    item,
     mask,
-    G: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    ITEMS: tl.constexpr,
     BLOCK: tl.constexpr,
     BITS: tl.constexpr,
     FIELDS: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
 ):
-    """Return the codes int32 of tokens `offs_t` and channels `channel` (broadcast against each other) from packed bytes."""
-    WORDS: tl.constexpr = HEAD_DIM // FIELDS
+    """Return the codes int32 of rows and items (broadcast against each other) from packed bytes."""
+    WORDS: tl.constexpr = ITEMS // FIELDS
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    word = word_of_channel(channel, BLOCK, FIELDS)
-    field = field_of_channel(channel, BLOCK, FIELDS)
-    place = offs_t * WORDS + word if PER_CHANNEL else word * G + offs_t
+    field = field_of_item(item, BLOCK, FIELDS)
+    place = row * WORDS + word_of_item(item, BLOCK, FIELDS)
     words = tl.load(packed_ptr.to(tl.pointer_type(tl.uint16)) + place, mask, other=0).to(tl.int32)
     codes = (words >> (field * WIDTH)) & (2**WIDTH - 1)
     if BITS == 3:
-        top = tl.load(packed_ptr + 2 * G * WORDS + place, mask, other=0).to(tl.int32)
+        top = tl.load(packed_ptr + 2 * ROWS * WORDS + place, mask, other=0).to(tl.int32)
         codes = codes | (((top >> field) & 1) << 2)
     return codes
 
@@ -83,43 +91,61 @@ def load_codes(
 def _kvarn_pack_kernel(
     packed_ptr,  # uint8 [tiles, page_size * head_dim * bits / 8]
     codes_ptr,  # uint8 [tiles, page_size, head_dim]
-    G: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    ITEMS: tl.constexpr,
+    STRIDE_ROW: tl.constexpr,
+    STRIDE_ITEM: tl.constexpr,
     BLOCK: tl.constexpr,
     BITS: tl.constexpr,
     FIELDS: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
-    packed_ptr += tile * (G * HEAD_DIM * BITS // 8)
-    codes_ptr += tile * G * HEAD_DIM
-    pack_codes(codes_ptr, packed_ptr, HEAD_DIM, G, HEAD_DIM, BLOCK, BITS, FIELDS, PER_CHANNEL, BLOCK_W, BLOCK_R)
+    packed_ptr += tile * (ROWS * ITEMS * BITS // 8)
+    codes_ptr += tile * ROWS * ITEMS
+    pack_codes(codes_ptr, packed_ptr, STRIDE_ROW, STRIDE_ITEM, ROWS, ITEMS, BLOCK, BITS, FIELDS, BLOCK_W, BLOCK_R)
 
 
 @triton.jit
 def _kvarn_unpack_kernel(
     codes_ptr,  # uint8 [tiles, page_size, head_dim]
     packed_ptr,  # uint8 [tiles, page_size * head_dim * bits / 8]
-    G: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    ITEMS: tl.constexpr,
+    STRIDE_ROW: tl.constexpr,
+    STRIDE_ITEM: tl.constexpr,
     BLOCK: tl.constexpr,
     BITS: tl.constexpr,
     FIELDS: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
-    packed_ptr += tile * (G * HEAD_DIM * BITS // 8)
-    codes_ptr += tile * G * HEAD_DIM
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    for first in range(0, G, BLOCK_R):
-        offs_t = first + tl.arange(0, BLOCK_R)[:, None]
-        mask = (offs_d < HEAD_DIM) & (offs_t >= 0)
-        codes = load_codes(packed_ptr, offs_t, offs_d, mask, G, HEAD_DIM, BLOCK, BITS, FIELDS, PER_CHANNEL)
-        tl.store(codes_ptr + offs_t * HEAD_DIM + offs_d, codes.to(tl.uint8), mask)
+    packed_ptr += tile * (ROWS * ITEMS * BITS // 8)
+    codes_ptr += tile * ROWS * ITEMS
+    item = tl.arange(0, BLOCK_I)[None, :]
+    for first in range(0, ROWS, BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)[:, None]
+        mask = (item < ITEMS) & (row < ROWS)
+        codes = load_codes(packed_ptr, row, item, mask, ROWS, ITEMS, BLOCK, BITS, FIELDS)
+        tl.store(codes_ptr + row * STRIDE_ROW + item * STRIDE_ITEM, codes.to(tl.uint8), mask)
+
+
+def _tile_arguments(page_size: int, head_dim: int, bits: int, per: Per) -> dict[str, int]:
+    """Return the constants of both kernels."""
+    keys = per == "channel"
+    rows, items = (page_size, head_dim) if keys else (head_dim, page_size)
+    return {
+        "ROWS": rows,
+        "ITEMS": items,
+        "STRIDE_ROW": head_dim if keys else 1,
+        "STRIDE_ITEM": 1 if keys else head_dim,
+        "BLOCK": largest_power_of_two_divisor(head_dim) if keys else token_block(page_size, bits),
+        "BITS": bits,
+        "FIELDS": fields_per_word(bits),
+        "BLOCK_R": configs.row_block(triton.next_power_of_2(items)),
+    }
 
 
 def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
@@ -128,7 +154,7 @@ def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
     Args:
         codes: uint8 [..., page_size, head_dim], contiguous, each below 2**bits; higher bits are cut off.
         bits: 2, 3, 4 or 8.
-        per: "channel" stores the words of one token together (keys), "token" the words of one channel group (values).
+        per: "channel" packs channels of one token into words (keys), "token" tokens of one channel (values).
 
     Returns:
         uint8 [..., page_size * head_dim * bits / 8].
@@ -144,21 +170,14 @@ def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
     *lead, page_size, head_dim = codes.shape
     packed = torch.empty(*lead, page_size * head_dim * bits // 8, dtype=torch.uint8, device=codes.device)
     tiles = codes.numel() // (page_size * head_dim)
-    fields = fields_per_word(bits)
-    block_d = triton.next_power_of_2(head_dim)
+    constants = _tile_arguments(page_size, head_dim, bits, per)
     if tiles:
         _kvarn_pack_kernel[(tiles,)](
             packed,
             codes,
-            G=page_size,
-            HEAD_DIM=head_dim,
-            BLOCK=largest_power_of_two_divisor(head_dim),
-            BITS=bits,
-            FIELDS=fields,
-            PER_CHANNEL=per == "channel",
-            BLOCK_W=block_d // fields,
-            BLOCK_R=configs.row_block(block_d),
+            BLOCK_W=triton.next_power_of_2(constants["ITEMS"]) // constants["FIELDS"],
             enable_fp_fusion=False,
+            **constants,
         )
     return packed
 
@@ -190,19 +209,9 @@ def unpack(packed: torch.Tensor, bits: int, page_size: int, head_dim: int, *, pe
         return reference.unpack(packed, bits, page_size, head_dim, per=per)
     codes = torch.empty(*packed.shape[:-1], page_size, head_dim, dtype=torch.uint8, device=packed.device)
     tiles = codes.numel() // (page_size * head_dim)
-    block_d = triton.next_power_of_2(head_dim)
+    constants = _tile_arguments(page_size, head_dim, bits, per)
     if tiles:
         _kvarn_unpack_kernel[(tiles,)](
-            codes,
-            packed,
-            G=page_size,
-            HEAD_DIM=head_dim,
-            BLOCK=largest_power_of_two_divisor(head_dim),
-            BITS=bits,
-            FIELDS=fields_per_word(bits),
-            PER_CHANNEL=per == "channel",
-            BLOCK_D=block_d,
-            BLOCK_R=configs.row_block(block_d),
-            enable_fp_fusion=False,
+            codes, packed, BLOCK_I=triton.next_power_of_2(constants["ITEMS"]), enable_fp_fusion=False, **constants
         )
     return codes

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import configs, reference
 from .checks import FLOATS, INDICES, check_pages, check_tensor
-from .device import PARAM_MAX, encode_tile, hadamard, join_halves, place_of_norm, to_half
+from .device import STORED_SCALE_MAX, encode_tile, hadamard, join_halves, place_of_norm, to_half
 from .encoder import DEFAULT, Encoder
 from .layout import PageLayout, fields_per_word
 from .packing import pack_codes
@@ -35,7 +35,7 @@ def store_tile(
 ):
     """Encode one rotated tile [page_size, channels] and write its half of the record.
 
-    Codes go through the scratch tile, because words gather channels that other threads hold. The caller has a barrier
+    Codes go through the scratch tile, because words gather numbers that other threads hold. The caller has a barrier
     between its last use of the scratch tile and this call, and another one after it.
     """
     BITS: tl.constexpr = LAYOUT.v_bits if VALUES else LAYOUT.k_bits
@@ -50,29 +50,26 @@ def store_tile(
     codes, scale, zero, norm = encode_tile(tile, mask_d, D, BITS, not VALUES, ITERATIONS, EQUIVARIANT)
     codes_ptr = scratch_ptr.to(tl.pointer_type(tl.int32))
     tl.store(codes_ptr + offs_t[:, None] * tile.shape[1] + offs_d[None, :], codes)
-    params = join_halves(to_half(scale, PARAM_MAX), to_half(zero, PARAM_MAX))
+    params = join_halves(to_half(scale, STORED_SCALE_MAX), to_half(zero))
     params_ptr = (record_ptr + PARAMS).to(tl.pointer_type(tl.uint32))
     norm_ptr = (record_ptr + NORM).to(tl.pointer_type(tl.float16))
     if VALUES:
         tl.store(params_ptr + offs_t, params)
-        tl.store(norm_ptr + place_of_norm(offs_d, D // FIELDS, LAYOUT.block_size, FIELDS), to_half(norm), mask_d)
+        tl.store(norm_ptr + place_of_norm(offs_d), to_half(norm), mask_d)
     else:
         tl.store(params_ptr + offs_d, params, mask_d)
-        tl.store(norm_ptr + offs_t, to_half(norm))
+        tl.store(norm_ptr + place_of_norm(offs_t), to_half(norm))
     tl.debug_barrier()
-    pack_codes(
-        codes_ptr,
-        record_ptr + CODES,
-        tile.shape[1],
-        tile.shape[0],
-        D,
-        LAYOUT.block_size,
-        BITS,
-        FIELDS,
-        not VALUES,
-        tile.shape[1] // FIELDS,
-        BLOCK_R,
-    )
+    G: tl.constexpr = tile.shape[0]
+    if VALUES:
+        pack_codes(
+            codes_ptr, record_ptr + CODES, 1, tile.shape[1], D, G, LAYOUT.v_block_size, BITS, FIELDS, G // FIELDS, 4096 // G
+        )
+    else:
+        pack_codes(
+            codes_ptr, record_ptr + CODES, tile.shape[1], 1, G, D, LAYOUT.block_size, BITS, FIELDS,
+            tile.shape[1] // FIELDS, BLOCK_R,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -88,7 +85,7 @@ def _rotate_to_scratch(
         tl.store(scratch_ptr + offs_t * BLOCK_D + offs_d, hadamard(x, LAYOUT.block_size))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "num_kv_heads"])
 def _kvarn_store_pages_kernel(
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
     scratch_ptr,  # float32 [num_programs, page_size, BLOCK_D]

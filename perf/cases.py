@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -66,10 +67,21 @@ class DecodeCase:
         names = ("raw_pages", "raw_table", "num_quantized", "sink_len")
         return {name: getattr(self, name) for name in names}
 
-    @property
-    def max_pages(self) -> int:
-        """Columns of both tables together, as `decode_workspace_size` wants them."""
-        return self.block_table.shape[1] + (0 if self.raw_table is None else self.raw_table.shape[1])
+    def workspace_size(self, **how: Any) -> int:
+        """Return the bytes of workspace of the call; `how` are `table` and `split_size`."""
+        raw = 0 if self.raw_table is None else self.raw_table.shape[1]
+        batch, num_q_heads, _ = self.q.shape
+        return kvarn.decode_workspace_size(
+            batch,
+            num_q_heads,
+            self.pages.shape[1],
+            self.layout,
+            self.block_table.shape[1],
+            self.q.device,
+            max_raw_pages=raw,
+            dtype=self.q.dtype,
+            **how,
+        )
 
     def rows(self, first: int, last: int) -> DecodeCase:
         """Return the case of sequences `first` to `last - 1`, with tables of their own, on the same pages."""

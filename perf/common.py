@@ -36,6 +36,7 @@ class Options:
     quick: bool = False
     full: bool = False
     seed: int = 0
+    table: str | None = None
     sections: dict[str, Row] = field(default_factory=dict)
     red: set[tuple[str, str, int, int]] = field(default_factory=set)
 

@@ -178,7 +178,7 @@ def check_decode(shape: Shape, preset: str, dtype: torch.dtype, seed: int, devic
             shape, layout, lengths, sink_len=sink_len, tail_pages=tail_pages, dtype=dtype, seed=seed, by_reference=True
         )
         placed = case.to(device)
-        out, lse = kvarn.decode_attention(*placed.arguments, **placed.options, return_lse=True, num_splits=2)
+        out, lse = kvarn.decode_attention(*placed.arguments, **placed.options, return_lse=True, split_size=2)
         outs.append((out, lse))
         out = out.cpu()
         errors = [decode_errors(case, out, row) for row in range(len(lengths))]

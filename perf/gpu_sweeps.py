@@ -209,23 +209,24 @@ def decode_sets(shape: Shape, layout: PageLayout, batch: int, context: int, cach
     return [case.rows(i * batch, (i + 1) * batch) for i in range(sets)]
 
 
-def decode_calls(cases: Sequence[DecodeCase]) -> list[Call]:
+def decode_calls(
+    cases: Sequence[DecodeCase], table: kvarn.DecodeTable | None = None, split_size: int | None = None
+) -> list[Call]:
     """Return the calls of `decode_attention`, without allocations."""
     case = cases[0]
-    batch, num_q_heads, _ = case.q.shape
-    num_bytes = kvarn.decode_workspace_size(batch, num_q_heads, case.pages.shape[1], case.layout, case.max_pages, case.q.device)
-    workspace = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+    how = {"table": table, "split_size": split_size}
+    workspace = torch.empty(case.workspace_size(**how), dtype=torch.uint8, device="cuda")
     out = torch.empty_like(case.q)
     return [
-        lambda case=case: kvarn.decode_attention(*case.arguments, **case.options, out=out, workspace=workspace)  # type: ignore[misc]
+        lambda case=case: kvarn.decode_attention(*case.arguments, **case.options, **how, out=out, workspace=workspace)  # type: ignore[misc]
         for case in cases
     ]
 
 
-def check_timed_case(case: DecodeCase) -> Row:
+def check_timed_case(case: DecodeCase, split_size: int | None = None) -> Row:
     """Check the last sequence of the case that is timed: nothing is returned but errors, and `fail` if they are too large."""
     out = torch.full_like(case.q, float("nan"))
-    kvarn.decode_attention(*case.arguments, **case.options, out=out)
+    kvarn.decode_attention(*case.arguments, **case.options, out=out, split_size=split_size)
     error, plain = decode_errors(case, out, len(case.seq_lens) - 1)
     row: Row = {"error": error, "error_plain": plain}
     if not error <= ERROR_RATIO * plain:

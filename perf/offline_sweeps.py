@@ -215,7 +215,7 @@ def kernel_calls(presets: tuple[str, ...]) -> Iterator[KernelCall]:
         k, v = kv[:, 0], kv[:, 1]
 
         def attend(case: Any) -> object:
-            return kvarn.decode_attention(*case.arguments, **case.options, num_splits=2)
+            return kvarn.decode_attention(*case.arguments, **case.options, split_size=2)
 
         def commit(case: Any = served, lens: torch.Tensor = lens) -> None:
             tables = case.raw_table, case.block_table

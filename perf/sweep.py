@@ -23,11 +23,13 @@ sys.path.insert(0, str(ROOT))  # the checkout's package, installed or not
 import torch  # noqa: E402
 from common import SWEEPS, Options, Row, Sweep, environment, say, title  # noqa: E402
 
-DEFAULT_WITH_GPU = ("gate", "decode", "store", "dequantize", "hadamard", "capacity", "model")
+DEFAULT_WITH_GPU = ("gate", "decode", "ragged", "store", "dequantize", "hadamard", "capacity", "model")
 DEFAULT_WITHOUT_GPU = ("gate", "capacity", "error", "compile", "model")
 HELP = {
     "gate": "check every operation against the reference; in Triton's interpreter if there is no GPU",
     "decode": "time decode attention against a 16-bit paged twin, SDPA and a copy (GPU)",
+    "ragged": "time decode over sequences of very different lengths, and the batch-invariant mode (GPU)",
+    "tune": "search launch parameters of decode: on this GPU, or with --target from the compiler's counts",
     "store": "time quantizing keys and values into pages (GPU)",
     "dequantize": "time reading pages back as 16-bit keys and values (GPU)",
     "hadamard": "time the rotation (GPU)",
@@ -43,7 +45,9 @@ def register_sweeps() -> None:
     import gate  # noqa: F401
     import gpu_sweeps  # noqa: F401
     import offline_sweeps  # noqa: F401
+    import ragged_sweeps  # noqa: F401
     import stream_sweeps  # noqa: F401
+    import tune  # noqa: F401
 
 
 def interpreted() -> bool:
@@ -92,7 +96,14 @@ def parser() -> argparse.ArgumentParser:
     add("--shape", action="append", choices=list(SHAPES), metavar="MODEL", help=f"one of {', '.join(SHAPES)}; may be repeated")
     add("--point", action="append", type=parse_point, metavar="BxN", help="batch and context, such as 8x32K; may be repeated")
     targets = list(inspection.TARGETS)
-    add("--target", action="append", choices=targets, metavar="ARCH", help=f"of compile: {', '.join(targets)}; may be repeated")
+    add(
+        "--target",
+        action="append",
+        choices=targets,
+        metavar="ARCH",
+        help=f"of compile and tune: {', '.join(targets)}; may be repeated",
+    )
+    add("--table", metavar="FILE", help="of tune: the file of launch parameters to write; those of other GPUs in it stay")
     add("--seed", type=int, help="of all random inputs; 0 by default")
     result = argparse.ArgumentParser(
         prog="sweep.py",
@@ -121,6 +132,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         quick=getattr(arguments, "quick", False),
         full=getattr(arguments, "full", False),
         seed=getattr(arguments, "seed", 0),
+        table=getattr(arguments, "table", None),
     )
 
 
@@ -164,6 +176,7 @@ def child_arguments(options: Options) -> list[str]:
     """Return the options as a command line, without --json and --plot."""
     result = ["--seed", str(options.seed)]
     result += [f"--{name}" for name in ("quick", "full") if getattr(options, name)]
+    result += ["--table", options.table] if options.table else []
     for flag, values in (("--preset", options.presets), ("--shape", options.shapes), ("--target", options.targets)):
         result += [word for value in values for word in (flag, value)]
     return result + [word for batch, tokens in options.points for word in ("--point", f"{batch}x{tokens}")]

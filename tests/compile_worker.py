@@ -70,6 +70,7 @@ def describe(compiled: Compiled, case: str) -> dict:
         "registers": used.registers,
         "num_warps": used.num_warps,
         "largest_loop": used.loops[0].total() if used.loops else 0,
+        "loop_spills": used.loops[0]["LDL"] + used.loops[0]["STL"] if used.loops else 0,
     }
 
 
@@ -77,12 +78,13 @@ def main(target: str) -> None:
     """Compile all cases of a target."""
     cases = {
         "decode": lambda: decode(MAIN),
-        "decode quantized only, group 1": lambda: decode(MAIN, group=1, raw=False),
+        "decode quantized only, group 8": lambda: decode(MAIN, raw=False),
         "encode": lambda: encode(MAIN),
         "small": lambda: small_functions(MAIN),
     }
     if target in WIDE_TARGETS:
         cases |= {
+            "decode quantized only, group 1": lambda: decode(MAIN, group=1, raw=False),
             "decode bfloat16, group 16": lambda: decode(MAIN, group=16, dtype=torch.bfloat16),
             "decode float32": lambda: decode(PageLayout(64, 64, 3, 8), dtype=torch.float32),
             "decode head_dim 80": lambda: decode(PageLayout(80, 64, 3, 3), group=5),

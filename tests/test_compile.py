@@ -1,7 +1,7 @@
 """Every kernel compiles for every architecture, without a GPU, within its shared memory; recorded counts don't grow.
 
-The upper bounds are what Triton 3.6 and 3.9 made of the kernels when they were recorded, plus 5 %. A compiler or a change that
-exceeds them isn't wrong, but slower: look at the disassembly before recording new ones.
+The budget of the decode kernel is what its speed rests on (`docs/performance.md`). A compiler or a change that exceeds it isn't
+wrong, but slower: look at the disassembly.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from kvarn_triton.inspection import SHARED_MEMORY_LIMIT, TARGETS
 
 TESTS = Path(__file__).parent
 
-LARGEST_DECODE_LOOP = {"sm80": 2310, "sm90": 2270, "sm100": 2240}
-"""Instructions of one trip (one page of 128 tokens) of the larger of the decode kernel's two loops, over quantized and over raw
-pages: k4v2_g128, head_dim 128, float16, 8 query heads per kv head. Recorded: 2196, 2155 and 2127."""
-DECODE_STACK = {"sm80": 136, "sm90": 136, "sm100": 136}
-"""Bytes of local memory of a thread of that kernel, which the compiler spilled. Recorded: 128 on each."""
+INSTRUCTIONS_PER_PAGE = 2300
+"""Most warp instructions of the loop over pages for one page of 128 tokens: k4v2_g128, head_dim 128, float16, 8 query heads per
+kv head, all warps of a program together. An H200 has about 3,050 issue slots in the time that it needs to read the page."""
+LOOP_SPILLS = 4
+"""Most loads and stores of spilled registers in that loop. Recorded: 4 with Triton 3.9 on sm90, otherwise none."""
+BUDGET_TARGETS = ("sm80", "sm90", "sm100")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,8 @@ def test_compiles(target, compiled):
     }
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_MEMORY_LIMIT[target], kernel
-    if target in LARGEST_DECODE_LOOP:
-        decode = next(kernel for kernel in kernels if kernel["kernel"] == "_kvarn_decode_attention_kernel")
-        assert 0 < decode["largest_loop"] <= LARGEST_DECODE_LOOP[target], decode
-        assert decode["stack"] <= DECODE_STACK[target], decode
+    if target in BUDGET_TARGETS:
+        for case in ("decode", "decode quantized only, group 8"):
+            decode = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_decode_attention_kernel", case))
+            assert 0 < decode["largest_loop"] * decode["num_warps"] <= INSTRUCTIONS_PER_PAGE, decode
+            assert decode["loop_spills"] <= LOOP_SPILLS, decode

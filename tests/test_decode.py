@@ -73,18 +73,18 @@ def test_all_rows_empty(device):
     check(cache_case(PageLayout(64, 64, 2, 2), [0, 0], device=device))
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 3, 4, 7, 40])
-def test_splits(num_splits, device):
+@pytest.mark.parametrize("split_size", [1, 2, 3, 4, 7, 40])
+def test_splits(split_size, device):
     """Any number of splits, more than pages included: empty ones weigh nothing (KF 23)."""
     case = cache_case(PageLayout(64, 64, 4, 2), [290, 64, 1, 0], group=3, num_kv_heads=1, sink_len=64, device=device)
-    check(case, num_splits=num_splits)
+    check(case, split_size=split_size)
 
 
-@pytest.mark.parametrize("num_splits", [1, 37])
-def test_many_pages(num_splits, device):
+@pytest.mark.parametrize("split_size", [1, 37])
+def test_many_pages(split_size, device):
     """More splits than one step of the merge takes, all with tokens; and many pages in one split."""
     case = cache_case(PageLayout(64, 64, 2, 2), [36 * 64 + 5], group=1, num_kv_heads=1, device=device)
-    check(case, num_splits=num_splits)
+    check(case, split_size=split_size)
 
 
 @pytest.mark.parametrize("raw_dtype", DTYPES)
@@ -141,7 +141,7 @@ def test_query_magnitudes(dtype, device):
 def test_out_views_and_strided_arguments(device):
     """q and out are views; pages, tables and raw pages have outer strides; the bits are those of contiguous tensors."""
     case = cache_case(PageLayout(80, 64, 3, 3), [150, 70], group=3, sink_len=16, device=device)
-    expected = decode_attention(case.q, **case.kwargs, num_splits=2)
+    expected = decode_attention(case.q, **case.kwargs, split_size=2)
     pages = torch.full((2, *case.pages.shape), 255, dtype=torch.uint8, device=device).transpose(0, 1)
     pages[:, 0] = case.pages
     raw_pages = torch.full((3, *case.raw_pages.shape), float("nan"), dtype=case.q.dtype, device=device).movedim(0, 2)
@@ -151,7 +151,7 @@ def test_out_views_and_strided_arguments(device):
     memory = torch.full((3, 8, 96), float("nan"), dtype=case.q.dtype, device=device)
     out = memory[1:, 1:7, 8:88]
     arguments = case.kwargs | {"pages": pages[:, 0], "raw_pages": raw_pages[:, :, 1], "block_table": wide[:, :3]}
-    assert decode_attention(strided(case.q), **arguments, out=out, num_splits=2) is out
+    assert decode_attention(strided(case.q), **arguments, out=out, split_size=2) is out
     assert_same_bits(out, expected)
     assert memory[0].isnan().all() and memory[:, 0].isnan().all() and memory[..., :8].isnan().all()
 
@@ -159,15 +159,15 @@ def test_out_views_and_strided_arguments(device):
 def test_workspace(device):
     """A workspace of the size asked for holds the call, whatever its bytes were; one byte less is refused (KF 26)."""
     case = cache_case(PageLayout(64, 64, 4, 2), [200, 10], group=3, sink_len=16, device=device)
-    columns = case.block_table.shape[1] + case.raw_table.shape[1]
-    for num_splits in (None, 3):
-        size = decode_workspace_size(2, 6, 2, case.layout, columns, device, num_splits=num_splits)
+    columns = {"max_pages": case.block_table.shape[1], "max_raw_pages": case.raw_table.shape[1]}
+    for split_size in (None, 3):
+        size = decode_workspace_size(2, 6, 2, case.layout, device=device, split_size=split_size, **columns)
         workspace = torch.full((size + 64,), 255, dtype=torch.uint8, device=device)
-        out = decode_attention(case.q, **case.kwargs, num_splits=num_splits, workspace=workspace[:size])
-        assert_same_bits(out, decode_attention(case.q, **case.kwargs, num_splits=num_splits))
+        out = decode_attention(case.q, **case.kwargs, split_size=split_size, workspace=workspace[:size])
+        assert_same_bits(out, decode_attention(case.q, **case.kwargs, split_size=split_size))
         assert (workspace[size:] == 255).all()
         with pytest.raises(ValueError, match=f"workspace: expected at least {size} bytes, got {size - 1}"):
-            decode_attention(case.q, **case.kwargs, num_splits=num_splits, workspace=workspace[: size - 1])
+            decode_attention(case.q, **case.kwargs, split_size=split_size, workspace=workspace[: size - 1])
 
 
 def quantized_case(device, **options) -> dict:
@@ -203,8 +203,8 @@ def test_reads_what_dequantize_pages_returns(device):
 def test_batch_invariance(device):
     """With fixed splits a row's bits depend neither on its place, nor on page ids, nor on other rows; twice is the same."""
     case = cache_case(PageLayout(64, 64, 4, 2), [200, 70, 0, 130], group=4, num_kv_heads=1, sink_len=16, device=device)
-    out, lse = decode_attention(case.q, **case.kwargs, num_splits=3, return_lse=True)
-    again = decode_attention(case.q, **case.kwargs, num_splits=3)
+    out, lse = decode_attention(case.q, **case.kwargs, split_size=3, return_lse=True)
+    again = decode_attention(case.q, **case.kwargs, split_size=3)
     assert_same_bits(again, out)
     order = torch.tensor([3, 1, 0], device=device)
     rows = {name: getattr(case, name)[order].contiguous() for name in ("block_table", "seq_lens", "raw_table", "num_quantized")}
@@ -213,7 +213,7 @@ def test_batch_invariance(device):
     pages[shuffle] = case.pages
     rows["block_table"] = shuffle[rows["block_table"].long()].int()
     arguments = case.kwargs | rows | {"pages": pages}
-    permuted, permuted_lse = decode_attention(case.q[order], **arguments, num_splits=3, return_lse=True)
+    permuted, permuted_lse = decode_attention(case.q[order], **arguments, split_size=3, return_lse=True)
     assert_same_bits(permuted, out[order])
     assert_same_bits(permuted_lse, lse[order])
 

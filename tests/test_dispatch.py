@@ -17,8 +17,8 @@ from kvarn_triton import reference
 
 PACKAGE = Path(kvarn.__file__).parent
 FUNCTIONS = [name for name in kvarn.__all__ if inspect.isfunction(getattr(kvarn, name))]
-WITHOUT_TWIN = {"decode_workspace_size"}
-"""The reference needs no workspace."""
+WITHOUT_TWIN = {"decode_workspace_size", "load_table", "no_compilation", "save_table", "warmup"}
+"""The reference needs no workspace and compiles nothing."""
 
 
 def run_python(code: str) -> None:
@@ -117,7 +117,10 @@ def test_no_environment_variables():
 
 
 def test_workspace_size(device):
-    """The workspace holds an accumulator and a sum of each head and split, and its size is known without tensors."""
-    size = kvarn.decode_workspace_size(3, 8, 2, kvarn.PageLayout(), 10, device, num_splits=4)
-    assert size == 3 * 8 * 4 * (128 + 1) * 4
+    """The workspace holds the sums of each query head of all partial results, and its size is known without tensors.
+
+    Ten pages are three runs of four; there is a partial result for each run, and for each kv head of a sequence one more.
+    """
+    size = kvarn.decode_workspace_size(3, 8, 2, kvarn.PageLayout(), 10, device, split_size=4)
+    assert size == 3 * 2 * (3 + 1) * 4 * (128 + 1) * 4
     assert kvarn.decode_workspace_size(3, 8, 2, kvarn.PageLayout(), 10, torch.device("cpu")) > 0

@@ -232,7 +232,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("num_quantized", set_to(None), "expected a tensor, got NoneType"),
         ("out", to(torch.float32), "expected dtype float16, got float32"),
         ("out", lambda x: x[:1], r"expected shape \[2, 6, 64\], got \[1, 6, 64\]"),
-        ("num_splits", set_to(0), "num_splits: expected an integer of at least 1, got 0"),
+        ("split_size", set_to(0), "split_size: expected an integer of at least 1, got 0"),
         ("workspace", set_to(torch.zeros(8)), "expected dtype uint8, got float32"),
     ],
     "merge_states": [

@@ -39,7 +39,7 @@ class Step:
         self.k, self.v = (torch.zeros(BATCH, KV_HEADS, LAYOUT.head_dim, dtype=torch.float16, device=device) for _ in range(2))
         self.q = torch.zeros(BATCH, Q_HEADS, LAYOUT.head_dim, dtype=torch.float16, device=device)
         self.out = torch.zeros_like(self.q)
-        size = decode_workspace_size(BATCH, Q_HEADS, KV_HEADS, LAYOUT, num_pages + columns, device)
+        size = decode_workspace_size(BATCH, Q_HEADS, KV_HEADS, LAYOUT, num_pages, device, max_raw_pages=columns)
         self.workspace = torch.zeros(size, dtype=torch.uint8, device=device)
 
     def run(self) -> None:

@@ -247,15 +247,20 @@ def slow_pack(codes: list[list[int]], bits: int, per: str) -> bytes:
     tokens, head_dim = len(codes), len(codes[0])
     width = 2 if bits == 3 else bits
     fields = 16 // width
-    block = head_dim & -head_dim
     words = [0] * (tokens * head_dim // fields)
     high = [0] * len(words)
-    for t, n, f, c in itertools.product(range(tokens), range(head_dim // block), range(fields), range(block // fields)):
-        code = codes[t][n * block + f * block // fields + c]
-        word = n * block // fields + c
-        place = t * (head_dim // fields) + word if per == "channel" else word * tokens + t
-        words[place] |= (code % 2**width) << (f * width)
-        high[place] |= (code >> 2) << f
+    if per == "channel":
+        block = head_dim & -head_dim
+        for t, n, f in itertools.product(range(tokens), range(head_dim // fields), range(fields)):
+            code = codes[t][n // (block // fields) * block + f * (block // fields) + n % (block // fields)]
+            words[t * (head_dim // fields) + n] |= (code % 2**width) << (f * width)
+            high[t * (head_dim // fields) + n] |= (code >> 2) << f
+    else:
+        block = min(16 * fields, tokens)
+        for c, n, f in itertools.product(range(head_dim), range(tokens // fields), range(fields)):
+            code = codes[n // (block // fields) * block + f * (block // fields) + n % (block // fields)][c]
+            words[c * (tokens // fields) + n] |= (code % 2**width) << (f * width)
+            high[c * (tokens // fields) + n] |= (code >> 2) << f
     return b"".join(word.to_bytes(2, "little") for word in words) + (bytes(high) if bits == 3 else b"")
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ..encoder import DEFAULT, Encoder
 from ..layout import PageLayout
-from .codec import HALF_MAX, PARAM_MAX, dequantize, encode, hadamard, pack, unpack, working_dtype
+from .codec import HALF_MAX, STORED_SCALE_MAX, dequantize, encode, hadamard, pack, unpack, working_dtype
 
 
 def encode_records(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, encoder: Encoder = DEFAULT) -> torch.Tensor:
@@ -23,7 +23,7 @@ def encode_records(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, encoder
     for name, tile, bits, per in (("k", k, layout.k_bits, "channel"), ("v", v, layout.v_bits, "token")):
         codes, scale, zero, norm = encode(tile, bits, per=per, encoder=encoder)  # type: ignore[arg-type]
         fields[f"{name}_codes"].copy_(pack(codes, bits, per=per))  # type: ignore[arg-type]
-        for field, value, limit in (("scale", scale, PARAM_MAX), ("zero", zero, PARAM_MAX), ("norm", norm, HALF_MAX)):
+        for field, value, limit in (("scale", scale, STORED_SCALE_MAX), ("zero", zero, HALF_MAX), ("norm", norm, HALF_MAX)):
             view = fields[f"{name}_{field}"]
             view.copy_(value.clamp(-limit, limit).to(torch.float16).reshape(view.shape))
     return records
@@ -36,8 +36,8 @@ def decode_records(
     fields = {name: field if field.dtype == torch.uint8 else field.to(dtype) for name, field in layout.fields(records).items()}
     k_codes = unpack(fields["k_codes"], layout.k_bits, layout.page_size, layout.head_dim, per="channel")
     v_codes = unpack(fields["v_codes"], layout.v_bits, layout.page_size, layout.head_dim, per="token")
-    k = dequantize(k_codes, fields["k_scale"], fields["k_zero"], per="channel") * fields["k_norm"].unsqueeze(-1)
-    v = dequantize(v_codes, fields["v_scale"], fields["v_zero"], per="token") * fields["v_norm"].flatten(-4).unsqueeze(-2)
+    k = dequantize(k_codes, fields["k_scale"], fields["k_zero"], per="channel") * fields["k_norm"].flatten(-3).unsqueeze(-1)
+    v = dequantize(v_codes, fields["v_scale"], fields["v_zero"], per="token") * fields["v_norm"].flatten(-3).unsqueeze(-2)
     return k, v
 
 
@@ -188,10 +188,11 @@ def decode_attention(
     sm_scale: float | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
-    num_splits: int | None = None,
+    split_size: int | None = None,
     workspace: torch.Tensor | None = None,
+    table: object = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attend with one query token per sequence; see `kvarn_triton.decode_attention`. Splits and workspace play no part here."""
+    """Attend with one query token per sequence; see `kvarn_triton.decode_attention`. How it is split plays no part here."""
     dtype = working_dtype(q.dtype)
     group = q.shape[1] // pages.shape[1]
     scale = layout.head_dim**-0.5 if sm_scale is None else sm_scale

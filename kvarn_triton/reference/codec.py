@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from ..encoder import DEFAULT, Encoder
-from ..layout import fields_per_word, largest_power_of_two_divisor
+from ..layout import fields_per_word, largest_power_of_two_divisor, token_block
 
 Per = Literal["channel", "token"]
 
@@ -31,11 +31,11 @@ RANGE_EPS = 1e-10
 """Least scale of a quantized row, so that a constant row has code 0 instead of 0 / 0."""
 TILE_SCALE_MAX = 1e19
 """The square of anything larger overflows float32."""
-GAUGE_MIN, GAUGE_MAX = -13, 11
+GAUGE_MIN, GAUGE_MAX = -13, 15
 """Powers of two that may move from scale and zero into norm; norm itself stays below 2**15 and a normal float16."""
 HALF_MAX = 65504.0
-PARAM_MAX = 8192.0
-"""Largest stored scale and zero: times a scaled query it stays inside float16 (`attend.QUERY_EXPONENT`)."""
+STORED_SCALE_MAX = 511.0
+"""Largest stored scale: times 2**7, the most that `attend` multiplies it with, it stays inside float16."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -237,47 +237,41 @@ def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
     Args:
         codes: uint8 [..., page_size, head_dim], each below 2**bits.
         bits: 2, 3, 4 or 8.
-        per: "channel" stores words of one token together (keys), "token" words of one channel group together (values).
+        per: "channel" packs channels of one token into words (keys), "token" tokens of one channel (values).
 
     Returns:
         uint8 [..., page_size * head_dim * bits / 8].
     """
-    *lead, page_size, head_dim = codes.shape
+    rows = codes if per == "channel" else codes.transpose(-1, -2)
+    *lead, num_rows, num_items = rows.shape
     fields = fields_per_word(bits)
-    block = largest_power_of_two_divisor(head_dim)
-    planes = codes.reshape(*lead, page_size, head_dim // block, fields, block // fields).to(torch.int32)
+    block = largest_power_of_two_divisor(num_items) if per == "channel" else token_block(num_items, bits)
+    planes = rows.reshape(*lead, num_rows, num_items // block, fields, block // fields).to(torch.int32)
     shifts = torch.arange(fields, dtype=torch.int32, device=codes.device)[:, None]
-
-    def combine(part: torch.Tensor, width: int) -> torch.Tensor:
-        words = (part << (shifts * width)).sum(-2).reshape(*lead, page_size, head_dim // fields)
-        return words if per == "channel" else words.transpose(-1, -2)
-
-    low_bits = min(bits, 2) if bits == 3 else bits
-    words = combine(planes & (2**low_bits - 1), low_bits).flatten(-2)
+    low_bits = 2 if bits == 3 else bits
+    words = ((planes & (2**low_bits - 1)) << (shifts * low_bits)).sum(-2).flatten(-3)
     packed = torch.stack((words & 255, words >> 8), dim=-1).to(torch.uint8).flatten(-2)
     if bits == 3:
-        packed = torch.cat((packed, combine(planes >> 2, 1).flatten(-2).to(torch.uint8)), dim=-1)
+        high = ((planes >> 2) << shifts).sum(-2).flatten(-3)
+        packed = torch.cat((packed, high.to(torch.uint8)), dim=-1)
     return packed
 
 
 def unpack(packed: torch.Tensor, bits: int, page_size: int, head_dim: int, *, per: Per) -> torch.Tensor:
     """Return the codes uint8 [..., page_size, head_dim] that `pack` packed into `packed`."""
     lead = packed.shape[:-1]
+    num_rows, num_items = (page_size, head_dim) if per == "channel" else (head_dim, page_size)
     fields = fields_per_word(bits)
-    block = largest_power_of_two_divisor(head_dim)
-    num_words = page_size * head_dim // fields
+    block = largest_power_of_two_divisor(num_items) if per == "channel" else token_block(num_items, bits)
+    num_words = num_rows * num_items // fields
     shifts = torch.arange(fields, dtype=torch.int32, device=packed.device)[:, None]
 
     def separate(words: torch.Tensor, width: int) -> torch.Tensor:
-        if per == "channel":
-            words = words.reshape(*lead, page_size, head_dim // fields)
-        else:
-            words = words.reshape(*lead, head_dim // fields, page_size).transpose(-1, -2)
-        words = words.reshape(*lead, page_size, head_dim // block, 1, block // fields)
-        return ((words >> (shifts * width)) & (2**width - 1)).reshape(*lead, page_size, head_dim)
+        words = words.reshape(*lead, num_rows, num_items // block, 1, block // fields)
+        return ((words >> (shifts * width)) & (2**width - 1)).reshape(*lead, num_rows, num_items)
 
     pairs = packed[..., : 2 * num_words].to(torch.int32).reshape(*lead, num_words, 2)
     codes = separate(pairs[..., 0] | (pairs[..., 1] << 8), 2 if bits == 3 else bits)
     if bits == 3:
         codes = codes | (separate(packed[..., 2 * num_words :].to(torch.int32), 1) << 2)
-    return codes.to(torch.uint8)
+    return (codes if per == "channel" else codes.transpose(-1, -2)).to(torch.uint8).contiguous()

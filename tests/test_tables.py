@@ -1,0 +1,94 @@
+"""Tables of launch parameters: what is found for whom, files of them, and errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, decode_attention, load_table, reference, save_table
+from kvarn_triton.inspection import TARGETS
+from kvarn_triton.tables import Entry, builtin_table
+from kvarn_triton.testing import cache_case, relative_error
+
+
+def table(arch: str = "sm90") -> DecodeTable:
+    """Return a table whose entries can be told apart by their warps."""
+    sizes = ((64, 8, 1), (256, 8, 2), (64, 16, 4), (256, 16, 8))
+    entries = tuple(Entry(head_dim, block_n, DecodeConfig(num_warps=warps), "test") for head_dim, block_n, warps in sizes)
+    return DecodeTable(arch, entries)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "group", "warps"), [(64, 1, 1), (64, 8, 1), (80, 4, 2), (256, 8, 2), (512, 8, 2), (64, 9, 4), (512, 16, 8)]
+)
+def test_find(head_dim, group, warps):
+    """The nearest head_dim that isn't smaller, else the largest; more than 8 heads have entries of their own."""
+    assert table().find(head_dim, group).num_warps == warps
+
+
+def test_find_in_an_empty_table():
+    """A table without entries gives the defaults."""
+    assert DecodeTable("sm90", ()).find(128, 4) == DecodeConfig()
+
+
+def test_file_round_trip(tmp_path):
+    """A file holds tables of several architectures; writing one leaves the others."""
+    path = tmp_path / "tables.json"
+    save_table(path, table("sm90"))
+    save_table(path, table("sm80"))
+    save_table(path, DecodeTable("sm90", table().entries[:1]))
+    assert load_table(path, "sm80") == table("sm80")
+    assert len(load_table(path, "sm90").entries) == 1
+    with pytest.raises(ValueError, match="arch: expected one of sm80, sm90, got None"):
+        load_table(path)
+    with pytest.raises(ValueError, match="arch: expected one of sm80, sm90, got 'sm75'"):
+        load_table(path, "sm75")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "path: expected JSON"),
+        ("{}", "path: expected a table of launch parameters"),
+        ('{"version": 99, "tables": {}}', "path: expected a table of launch parameters, version 1"),
+        ('{"version": 1, "tables": {"sm90": [{"head_dim": 64}]}}', "path: expected entries of DecodeConfig"),
+        (
+            '{"version": 1, "tables": {"sm90": [{"head_dim": 64, "block_n": 8, "source": "", "config": {"warps": 1}}]}}',
+            "path: expected entries of DecodeConfig",
+        ),
+    ],
+)
+def test_bad_files(text, message, tmp_path):
+    """A file that is no table is refused with what was expected."""
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_table(path)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_builtin_tables(arch):
+    """Every architecture that the tests compile for has entries with a source for every size."""
+    entries = builtin_table(arch).entries
+    assert {(entry.head_dim, entry.block_n) for entry in entries} >= {(d, n) for d in (64, 128, 256, 512) for n in (8, 16)}
+    assert all(entry.source.startswith(("measured: ", "derived")) for entry in entries)
+    assert builtin_table(arch).arch == arch
+
+
+@pytest.mark.parametrize(("arch", "known"), [("sm103", "sm100"), ("sm75", "sm80"), ("sm121", "sm120"), ("gfx90a", "gfx950")])
+def test_unknown_architectures(arch, known):
+    """A GPU that has no table gets that of the nearest older one."""
+    assert builtin_table(arch) == builtin_table(known)
+
+
+def test_decode_takes_a_table(device, tmp_path):
+    """decode_attention runs with the parameters of a table that was saved and loaded."""
+    case = cache_case(PageLayout(64, 64, 4, 2), [200, 70], group=2, sink_len=16, device=device)
+    own = DecodeTable("sm90", (Entry(64, 8, DecodeConfig(num_warps=1, programs_per_sm=3, few_programs_per_sm=1), "test"),))
+    save_table(tmp_path / "own.json", own)
+    out = decode_attention(case.q, **case.kwargs, table=load_table(tmp_path / "own.json"))
+    assert relative_error(out, reference.decode_attention(case.q.double(), **case.kwargs)) < 1e-3
+    assert json.loads((tmp_path / "own.json").read_text())["version"] == 1
+    assert torch.isfinite(out).all()

@@ -1,0 +1,60 @@
+"""Warm up for sm90 without a GPU, then call with other shapes where nothing may be compiled: `python warmup_worker.py`.
+
+A process of its own, because kernels that the interpreter has decorated can't be compiled.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import kvarn_triton as kvarn
+from kvarn_triton.inspection import compile_for
+from kvarn_triton.warmup import CompilationError
+
+LAYOUT = kvarn.PageLayout(head_dim=64, page_size=64, k_bits=4, v_bits=2)
+HEADS = 2
+
+
+def step(
+    batch: int, max_pages: int, sink_len: int, group: int = 4, num_heads: int = HEADS, split_size: int | None = None
+) -> None:
+    """Call everything that a server's step calls."""
+    size, head_dim = LAYOUT.page_size, LAYOUT.head_dim
+    pages = torch.zeros(LAYOUT.pages_shape(3, num_heads), dtype=torch.uint8)
+    raw_pages = torch.zeros(5, 2, num_heads, size, head_dim, dtype=torch.float16)
+    q = torch.zeros(batch, num_heads * group, head_dim, dtype=torch.float16)
+    tokens = torch.zeros(batch, num_heads, head_dim, dtype=torch.float16)
+    table = torch.zeros(batch, max_pages, dtype=torch.int32)
+    raw_table = torch.zeros(batch, -(-sink_len // size) + 2, dtype=torch.int32)
+    lens = torch.zeros(batch, dtype=torch.int32)
+    raw = {"raw_pages": raw_pages, "raw_table": raw_table, "num_quantized": lens, "sink_len": sink_len}
+    kvarn.append_tokens(tokens, tokens, raw_pages, torch.zeros(batch, dtype=torch.int64))
+    kvarn.decode_attention(q, pages, table, lens, LAYOUT, split_size=split_size, **raw)
+    kvarn.decode_attention(q, pages, table, lens, LAYOUT, split_size=split_size, return_lse=True)
+    kvarn.commit_pages(raw_pages, pages, raw_table, table, lens, lens, LAYOUT, sink_len=sink_len)
+    prompt = torch.zeros(3 * size, num_heads, head_dim, dtype=torch.float16)
+    kvarn.store_pages(prompt, prompt, pages, torch.zeros(3, dtype=torch.int32), LAYOUT)
+
+
+def main() -> None:
+    """Warm up, then call."""
+    with compile_for("sm90") as kernels:
+        kvarn.warmup(LAYOUT, 4 * HEADS, HEADS, torch.device("cpu"), dtype=torch.float16)
+        count = len(kernels)
+        with kvarn.no_compilation():
+            for batch, max_pages, sink_len in ((1, 1, 0), (2, 16, 1), (3, 5, 64), (64, 32, 200), (200, 48, 16)):
+                step(batch, max_pages, sink_len)
+                step(batch, max_pages, sink_len, split_size=batch)
+            try:
+                step(2, 2, 0, group=1)
+            except CompilationError as error:
+                print(f"refused: {error}")
+            else:
+                raise AssertionError("a group that was not warmed up was compiled")
+        step(2, 2, 0, group=1)
+        assert len(kernels) > count
+    print("ok")
+
+
+if __name__ == "__main__":
+    main()
