@@ -4,7 +4,7 @@ from . import reference
 from .append import append_tokens, raw_slots
 from .balance import variance_normalize
 from .commit import commit_pages
-from .decode import decode_attention, decode_workspace_size
+from .decode import decode_attention
 from .encoder import DEFAULT, PUBLISHED, Encoder
 from .gather import dequantize_pages
 from .layout import FORMAT_VERSION, PRESETS, PageLayout
@@ -14,7 +14,8 @@ from .quantization import dequantize, quantize
 from .rotation import hadamard
 from .store import store_pages
 from .tables import DecodeConfig, DecodeTable, load_table, save_table
-from .warmup import no_compilation, warmup
+from .warmup import CompilationError, no_compilation, warmup
+from .workspace import decode_workspace_size
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "FORMAT_VERSION",
     "PRESETS",
     "PUBLISHED",
+    "CompilationError",
     "DecodeConfig",
     "DecodeTable",
     "Encoder",

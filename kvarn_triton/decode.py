@@ -18,17 +18,17 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import configs, reference
 from .append import check_raw_table
-from .attend import attend_quantized, attend_raw, load_page_id, load_query, prefetch_record
+from .attend import attend_quantized, attend_raw, load_page_id, prefetch_record
 from .checks import FLOATS, check_aligned, check_pages, check_tensor, require
 from .device import INTERPRETED
 from .layout import PageLayout, fields_per_word
 from .merge import launch_merge_splits
+from .query import load_query
 from .schedule import find_row, plan, row_lengths, start_of_piece
+from .workspace import num_partials, raw_block
 
 MAX_GROUP = 16
 """Most query heads per kv head."""
-BLOCK_R = 32
-"""Raw tokens of a unit of work: about the bytes of a quantized page."""
 _NOT_SPECIALIZED = [
     "batch", "num_kv_heads", "sink_len", "num_sink_pages", "num_tail_slots", "split_size", "few_programs",
     "stride_q_batch", "stride_q_head", "stride_table", "stride_raw_table",
@@ -149,48 +149,6 @@ def _kvarn_decode_attention_kernel(
             unit = row_start + (head + 1) * aligned_units
 
 
-def num_partials(
-    batch: int, num_kv_heads: int, layout: PageLayout, max_pages: int, max_raw_pages: int, split_size: int, num_programs: int
-) -> int:
-    """Return how many partial results a call can have at most: one per head, plus one per piece."""
-    heads = batch * num_kv_heads
-    units = max_pages + max_raw_pages * (layout.page_size // BLOCK_R)
-    return heads + (heads * -(-units // split_size) if split_size else num_programs)
-
-
-def decode_workspace_size(
-    batch: int,
-    num_q_heads: int,
-    num_kv_heads: int,
-    layout: PageLayout,
-    max_pages: int,
-    device: torch.device,
-    *,
-    max_raw_pages: int = 0,
-    dtype: torch.dtype = torch.float16,
-    split_size: int | None = None,
-    table: configs.DecodeTable | None = None,
-) -> int:
-    """Return how many bytes of workspace `decode_attention` needs.
-
-    Args:
-        batch: sequences.
-        num_q_heads: query heads.
-        num_kv_heads: key/value heads.
-        layout: the page format.
-        max_pages: columns of `block_table`.
-        device: where the call will run; the number of programs depends on it.
-        max_raw_pages: columns of `raw_table`, 0 without one.
-        dtype: dtype of the queries.
-        split_size: as given to `decode_attention`.
-        table: as given to `decode_attention`.
-    """
-    group = num_q_heads // max(num_kv_heads, 1)
-    programs = configs.num_programs(device, configs.decode_config(layout, group, dtype, device, table).programs_per_sm)
-    partials = num_partials(batch, num_kv_heads, layout, max_pages, max_raw_pages, split_size or 0, programs)
-    return 4 * partials * group * (layout.head_dim + 1)
-
-
 def _check_decode(q, pages, block_table, seq_lens, layout, raw_pages, raw_table, num_quantized, sink_len, out) -> int:
     """Check the arguments of `decode_attention` and return the number of kv heads."""
     num_kv_heads = check_pages(pages, layout.page_bytes)
@@ -296,7 +254,7 @@ def decode_attention(
     if batch == 0 or num_q_heads == 0:
         return out if lse is None else (out, lse)
 
-    units = max_pages + max_raw_pages * (layout.page_size // BLOCK_R)
+    units = max_pages + max_raw_pages * (layout.page_size // raw_block(head_dim))
     programs = min(programs, max(batch * num_kv_heads * units, 1))
     few_programs = min(programs, configs.num_programs(q.device, config.few_programs_per_sm))
     _launch_decode(
@@ -305,7 +263,7 @@ def decode_attention(
     )  # fmt: skip
     launch_merge_splits(
         out, lse, partial, partial_lse, seq_lens, num_quantized, num_kv_heads, layout, sink_len, split_size or 0, programs,
-        few_programs, BLOCK_R, config.early_merge,
+        few_programs, raw_block(head_dim), config.early_merge,
     )  # fmt: skip
     return out if lse is None else (out, lse)
 
@@ -371,7 +329,7 @@ def _launch_decode(
         BLOCK_K=max(block_d, 16 * k_fields),
         BLOCK_D=block_d,
         BLOCK_T=config.block_t,
-        BLOCK_R=BLOCK_R,
+        BLOCK_R=raw_block(head_dim),
         K_FIELDS=k_fields,
         V_FIELDS=v_fields,
         HAS_RAW=has_raw,

@@ -1,0 +1,55 @@
+"""Sizes of the memory that attention calls need beside their results."""
+
+from __future__ import annotations
+
+import torch
+
+from . import configs
+from .layout import PageLayout
+
+
+def raw_block(head_dim: int) -> int:
+    """Return the raw tokens of a unit of work (`schedule`): about the bytes of a quantized page; fewer where 32 don't fit."""
+    return 32 if head_dim <= 256 else 16
+
+
+def num_partials(
+    batch: int, num_kv_heads: int, layout: PageLayout, max_pages: int, max_raw_pages: int, split_size: int, num_programs: int
+) -> int:
+    """Return how many partial results a call can have at most: one per head, plus one per piece."""
+    heads = batch * num_kv_heads
+    units = max_pages + max_raw_pages * (layout.page_size // raw_block(layout.head_dim))
+    return heads + (heads * -(-units // split_size) if split_size else num_programs)
+
+
+def decode_workspace_size(
+    batch: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    layout: PageLayout,
+    max_pages: int,
+    device: torch.device,
+    *,
+    max_raw_pages: int = 0,
+    dtype: torch.dtype = torch.float16,
+    split_size: int | None = None,
+    table: configs.DecodeTable | None = None,
+) -> int:
+    """Return how many bytes of workspace `decode_attention` needs.
+
+    Args:
+        batch: sequences.
+        num_q_heads: query heads.
+        num_kv_heads: key/value heads.
+        layout: the page format.
+        max_pages: columns of `block_table`.
+        device: where the call will run; the number of programs depends on it.
+        max_raw_pages: columns of `raw_table`, 0 without one.
+        dtype: dtype of the queries.
+        split_size: as given to `decode_attention`.
+        table: as given to `decode_attention`.
+    """
+    group = num_q_heads // max(num_kv_heads, 1)
+    programs = configs.num_programs(device, configs.decode_config(layout, group, dtype, device, table).programs_per_sm)
+    partials = num_partials(batch, num_kv_heads, layout, max_pages, max_raw_pages, split_size or 0, programs)
+    return 4 * partials * group * (layout.head_dim + 1)
