@@ -10,6 +10,8 @@ import torch
 from helpers import DTYPES, LAYOUTS, ON_GPU, assert_same_bits, draw, layout_id, strided
 
 from kvarn_triton import (
+    DecodeConfig,
+    DecodeTable,
     PageLayout,
     decode_attention,
     decode_workspace_size,
@@ -18,6 +20,7 @@ from kvarn_triton import (
     reference,
 )
 from kvarn_triton.layout import SUPPORTED_PAGE_SIZES
+from kvarn_triton.tables import Entry
 from kvarn_triton.testing import CacheCase, attention_in, cache_case, relative_error
 
 FLOAT32_ERROR = 2e-6
@@ -75,14 +78,40 @@ def test_all_rows_empty(device):
 
 @pytest.mark.parametrize("split_size", [1, 2, 3, 4, 7, 40])
 def test_splits(split_size, device):
-    """Any number of splits, more than pages included: empty ones weigh nothing (KF 23)."""
+    """Runs of any number of pages, more than there are included; a sequence starts new runs (KF 23)."""
     case = cache_case(PageLayout(64, 64, 4, 2), [290, 64, 1, 0], group=3, num_kv_heads=1, sink_len=64, device=device)
     check(case, split_size=split_size)
 
 
+def with_programs(programs: int, few: int) -> DecodeTable:
+    """Return a table that launches that many programs per multiprocessor, of which the interpreter has two."""
+    config = DecodeConfig(programs_per_sm=programs, few_programs_per_sm=few)
+    return DecodeTable("test", (Entry(64, 8, config, "test"),))
+
+
+@pytest.mark.parametrize(("programs", "few"), [(1, 1), (2, 1), (3, 3), (4, 2), (9, 9)])
+def test_balanced_pieces(programs, few, device):
+    """Pieces end inside heads, at their ends and in other sequences; one long sequence among short and empty ones."""
+    case = cache_case(PageLayout(64, 64, 4, 2), [0, 70, 600, 0, 64, 1], group=2, sink_len=40, device=device)
+    check(case, table=with_programs(programs, few))
+
+
+def test_more_rows_than_are_looked_at_together(device):
+    """Lengths are summed in blocks of 128 rows; the rows of the second block find their pieces too."""
+    lengths = [0] * 140
+    for row in (0, 3, 127, 128, 139):
+        lengths[row] = 30 + row
+    case = cache_case(PageLayout(64, 64, 4, 2), lengths, group=2, num_kv_heads=1, num_tail_slots=1, device=device)
+    for options in ({"table": with_programs(2, 2)}, {"split_size": 1}):
+        out, lse = decode_attention(case.q, **case.kwargs, **options, return_lse=True)
+        exact, exact_lse = reference.decode_attention(case.q.double(), **case.kwargs, return_lse=True)
+        assert relative_error(out, exact) < 1e-3
+        torch.testing.assert_close(lse, exact_lse, rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("split_size", [1, 37])
 def test_many_pages(split_size, device):
-    """More splits than one step of the merge takes, all with tokens; and many pages in one split."""
+    """More runs than one step of the merge takes; and many pages in one run."""
     case = cache_case(PageLayout(64, 64, 2, 2), [36 * 64 + 5], group=1, num_kv_heads=1, device=device)
     check(case, split_size=split_size)
 
