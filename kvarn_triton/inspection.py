@@ -123,7 +123,7 @@ class Resources:
         stack: bytes of local memory of a thread; spilled registers are among them.
         shared: bytes of shared memory of a program.
         num_warps: warps of a program.
-        instructions: static instructions of the whole kernel; 0 where there is no disassembler (AMD).
+        instructions: static instructions of the whole kernel.
         loops: opcode counts of each innermost loop body, largest first: what one trip costs one warp.
     """
 
@@ -133,6 +133,18 @@ class Resources:
     num_warps: int
     instructions: int
     loops: list[collections.Counter[str]] = field(default_factory=list)
+
+    @property
+    def product_loop(self) -> collections.Counter[str]:
+        """The loop with the most products of the tensor cores, the shortest of those: the loop over pages of decode.
+
+        The compiler may also make a loop of what comes between pages, with a page of its own in it.
+        """
+
+        def products(loop: collections.Counter[str]) -> int:
+            return sum(count for name, count in loop.items() if name.startswith(("HMMA", "HGMMA", "v_mfma")))
+
+        return max(self.loops, key=lambda loop: (products(loop), -loop.total()), default=collections.Counter())
 
 
 def programs_per_multiprocessor(used: Resources, target: str) -> int:

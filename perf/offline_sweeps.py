@@ -178,7 +178,7 @@ def compile_target(target: str, presets: tuple[str, ...]) -> list[Row]:
 def _counts(kernel: inspection.Compiled, trips: int | None) -> Row:
     """Return what the compiler made of a kernel; `trips` of its largest loop do the work of one page."""
     used = inspection.resources(kernel)
-    loop = used.loops[0] if used.loops else None
+    loop = used.product_loop if "decode" in kernel.name else used.loops[0] if used.loops else None
     per_page = None
     if loop is not None and trips and "merge" not in kernel.name:
         per_page = loop.total() * trips * used.num_warps

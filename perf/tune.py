@@ -100,10 +100,10 @@ def estimate(arch: str, head_dim: int, block_n: int, config: DecodeConfig) -> Es
     with mock.patch.object(configs, "arch_of", lambda device: arch):
         chosen = configs.decode_config(layout, block_n, torch.float16, torch.device("cpu"), table)
     steps = layout.page_size // chosen.block_t
-    instructions = (used.loops[0].total() if used.loops else used.instructions) * steps
+    instructions = (used.product_loop.total() or used.instructions) * steps
     warps = config.num_warps
     cycles = max(instructions * warps / 4, instructions * CYCLES_PER_INSTRUCTION[warps] / programs)
-    spills = used.loops[0]["LDL"] + used.loops[0]["STL"] if used.loops else used.stack // 4
+    spills = used.product_loop["LDL"] + used.product_loop["STL"] if used.loops else used.stack // 4
     return Estimate(config, programs, instructions * warps, used.stack, spills, cycles)
 
 

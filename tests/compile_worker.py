@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 
 import torch
 
@@ -63,8 +62,6 @@ def small_functions(layout: PageLayout) -> None:
 def describe(compiled: Compiled, case: str) -> dict:
     """Return what one kernel uses."""
     used = resources(compiled)
-    # The compiler may also make a loop of what comes between pages, with a page of its own in it.
-    page_loop = max(used.loops, key=lambda loop: (loop["HMMA"], -loop.total()), default=Counter())
     return {
         "kernel": compiled.name,
         "case": case,
@@ -72,8 +69,8 @@ def describe(compiled: Compiled, case: str) -> dict:
         "shared": used.shared,
         "registers": used.registers,
         "num_warps": used.num_warps,
-        "page_loop": page_loop.total(),
-        "loop_spills": page_loop["LDL"] + page_loop["STL"],
+        "page_loop": used.product_loop.total(),
+        "loop_spills": used.product_loop["LDL"] + used.product_loop["STL"],
     }
 
 
