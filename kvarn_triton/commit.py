@@ -15,7 +15,7 @@ from . import configs, reference
 from .append import check_raw_pages, check_raw_table
 from .checks import check_pages, check_tensor, require
 from .encoder import DEFAULT, Encoder
-from .layout import PageLayout, fields_per_word
+from .layout import PageLayout, fields_per_byte
 from .store import store_tile
 
 
@@ -218,8 +218,8 @@ def commit_pages(
         LAYOUT=layout,
         BLOCK_D=block_d,
         BLOCK_R=config.block_t,
-        K_FIELDS=fields_per_word(layout.k_bits),
-        V_FIELDS=fields_per_word(layout.v_bits),
+        K_FIELDS=fields_per_byte(layout.k_bits),
+        V_FIELDS=fields_per_byte(layout.v_bits),
         ITERATIONS=encoder.iterations,
         EQUIVARIANT=encoder.equivariant,
         num_warps=config.num_warps,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 
 from .device import INTERPRETED
 from .layout import PageLayout
@@ -49,23 +50,46 @@ def store_config(layout: PageLayout) -> LaunchConfig:
 
 
 def decode_config(
-    layout: PageLayout, group: int, dtype: torch.dtype, device: torch.device, table: DecodeTable | None = None
+    layout: PageLayout, dtype: torch.dtype, device: torch.device, table: DecodeTable | None = None
 ) -> DecodeConfig:
-    """Return the parameters of the decode kernel for `group` query heads per kv head and queries of `dtype`."""
+    """Return the parameters of the decode kernel for queries of `dtype`.
+
+    Those of the table, with as many pages in shared memory as all programs of a multiprocessor have room for.
+    """
     if dtype == torch.float32:
         # Products of float32 run on the scalar units, and a step of more tokens would spill their operands.
-        return DecodeConfig(num_warps=4, num_stages=1, block_t=32, programs_per_sm=2, few_programs_per_sm=2)
-    if table is None:
-        table = builtin_table(arch_of(device))
-    config = table.find(layout.head_dim, group)
+        return DecodeConfig(4, num_stages=1, block_t=32, block_d=64, programs_per_sm=2, few_programs_per_sm=2)
+    arch = arch_of(device)
+    config = (builtin_table(arch) if table is None else table).find(layout.head_dim)
+    available = MULTIPROCESSOR_BYTES.get(arch or "", MULTIPROCESSOR_BYTES["gfx942"])
+    num_stages, programs = config.num_stages, config.programs_per_sm
+    while num_stages > 2 and programs * _shared_bytes(layout, num_stages) > available:
+        num_stages -= 1
+    if layout.page_bytes > PROGRAM_BYTES:
+        num_stages = 1
+    programs = min(programs, max(available // _shared_bytes(layout, num_stages), 1))
+    few = min(config.few_programs_per_sm, programs)
     block_t = min(config.block_t, layout.page_size)
-    while block_t * layout.head_dim * (layout.k_bits + layout.v_bits) // 8 > STEP_BYTES:
-        block_t //= 2
-    return dataclasses.replace(config, block_t=block_t)
+    return dataclasses.replace(
+        config, block_t=block_t, num_stages=num_stages, programs_per_sm=programs, few_programs_per_sm=few
+    )
 
 
-STEP_BYTES = 32 * 1024
-"""Most bytes of codes that one step of a decode program reads."""
+PROGRAM_BYTES = 56 * 1024
+"""Largest page that a decode program keeps in shared memory; larger ones go through it tile by tile."""
+_KIB = 1024
+MULTIPROCESSOR_BYTES = {
+    "sm80": 164 * _KIB, "sm86": 100 * _KIB, "sm89": 100 * _KIB, "sm90": 228 * _KIB, "sm100": 228 * _KIB, "sm120": 100 * _KIB,
+    "gfx942": 64 * _KIB, "gfx950": 160 * _KIB,
+}  # fmt: skip
+"""Shared memory of a multiprocessor (compute unit)."""
+
+
+def _shared_bytes(layout: PageLayout, num_stages: int) -> int:
+    """Return about how much shared memory a decode program needs: pages, or raw tokens, and what the driver keeps."""
+    raw = 2 * 2 * RAW_BLOCK * layout.head_dim
+    buffers = max(num_stages - 1, 1)
+    return max(layout.page_bytes if num_stages > 1 else 16 * _KIB, raw) * buffers + _KIB
 
 
 @functools.lru_cache
@@ -90,6 +114,34 @@ def num_programs(device: torch.device, programs_per_sm: int) -> int:
     return num_multiprocessors(device) * programs_per_sm
 
 
+RAW_BLOCK = 16
+"""Raw tokens of a unit of work (`schedule`): about as many bytes as a quantized page, and what shared memory holds."""
+HEAD_TILE = 8
+"""Most query heads of one kv head that a program attends with: in two terms each (`operands`), the rows of a product."""
+
+
+def head_tiles(num_q_heads: int, num_kv_heads: int) -> tuple[int, int]:
+    """Return the query heads of a tile, and the number of tiles of all kv heads."""
+    group = num_q_heads // max(num_kv_heads, 1)
+    tiles = -(-group // HEAD_TILE)
+    return -(-group // max(tiles, 1)), num_kv_heads * tiles
+
+
+MERGE_BLOCKS = (8, 32, 128)
+"""Partial results that a merging program may look at together."""
+
+
+def merge_block(num_programs: int, num_heads: int) -> int:
+    """Return how many partial results of a head are looked at together, if `num_programs` programs attend to `num_heads`."""
+    expected = num_programs // max(num_heads, 1) + 2
+    return next((block for block in MERGE_BLOCKS if block >= expected), MERGE_BLOCKS[-1])
+
+
+def merge_warps(block_s: int, block_d: int) -> int:
+    """Return the warps of a program that merges `block_s` partial results at a time: 128 of their numbers per thread."""
+    return max(block_s * block_d // 4096, 1)
+
+
 def append_block(head_dim: int) -> int:
     """Return the most tokens of one program that appends; for fewer tokens it is the next power of two."""
     return max(row_block(triton.next_power_of_2(head_dim)) // 4, 1)
@@ -98,3 +150,12 @@ def append_block(head_dim: int) -> int:
 def row_block(block_d: int) -> int:
     """Return how many rows of `block_d` channels one step of a streaming kernel handles: 4,096 elements."""
     return max(4096 // block_d, 1)
+
+
+def operand(q_dtype: torch.dtype, dtype: torch.dtype) -> tl.dtype:
+    """Return the dtype in which numbers of `dtype` meet queries of `q_dtype`. The interpreter can't multiply bfloat16."""
+    if q_dtype == torch.float32 or dtype == torch.float32:
+        return tl.float32
+    if dtype == torch.bfloat16:
+        return tl.float32 if INTERPRETED else tl.bfloat16
+    return tl.float16

@@ -1,10 +1,11 @@
 """Paged split-K decode attention over sink, quantized and tail pages in one call.
 
-The first kernel runs as many programs as the GPU holds. A program attends to one piece of the work (`schedule`): with all
-query heads of one kv head to a run of consecutive pages of one sequence, or to the end of one run and the start of the next.
+The first kernel runs as many programs as the GPU holds. A program attends to one piece of the work (`schedule`): with a
+tile of up to 8 query heads of one kv head to a run of consecutive pages of one sequence, or to the end of one run and the
+start of the next.
 The second kernel merges the partial results and undoes the rotation. Grids: (program,) and (query head, sequence). Bytes
 moved: every record byte of the sequences once, plus 4 * (head_dim + 1) bytes per query head and partial result, twice.
-`attend` says what a program does with a page.
+`attend` and `attend_raw` say what a program does with a page.
 """
 
 from __future__ import annotations
@@ -18,28 +19,27 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import configs, reference
 from .append import check_raw_table
-from .attend import attend_quantized, attend_raw, load_page_id, prefetch_record
+from .attend import attend_quantized
+from .attend_raw import attend_raw
 from .checks import FLOATS, check_aligned, check_pages, check_tensor, require
-from .device import INTERPRETED
-from .layout import PageLayout, fields_per_word
+from .layout import PageLayout, fields_per_byte
 from .merge import launch_merge_splits
-from .query import load_query
+from .paging import load_page_id, prefetch_record
+from .query import load_query, rotate_query
 from .schedule import find_row, plan, row_lengths, start_of_piece
-from .workspace import num_partials, raw_block
+from .workspace import num_partials
 
-MAX_GROUP = 16
-"""Most query heads per kv head."""
 _NOT_SPECIALIZED = [
-    "batch", "num_kv_heads", "sink_len", "num_sink_pages", "num_tail_slots", "split_size", "few_programs",
-    "stride_q_batch", "stride_q_head", "stride_table", "stride_raw_table",
+    "batch", "num_tiles", "sink_len", "num_sink_pages", "num_tail_slots", "split_size", "few_programs",
+    "stride_table", "stride_raw_table",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _kvarn_decode_attention_kernel(
-    partial_ptr,  # float32 [num_partials, GROUP, head_dim], rotated
-    partial_lse_ptr,  # float32 [num_partials, GROUP], base 2
+    partial_ptr,  # float32 [num_partials, TILE, head_dim], rotated
+    partial_lse_ptr,  # float32 [num_partials, TILE], base 2
     q_ptr,  # [batch, num_q_heads, head_dim]
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
     block_table_ptr,  # int32 [batch, max_pages]
@@ -49,7 +49,7 @@ def _kvarn_decode_attention_kernel(
     num_quantized_ptr,  # int32 [batch]
     qk_scale,  # sm_scale * log2(e)
     batch,
-    num_kv_heads,
+    num_tiles,  # of query heads: num_kv_heads * ceil(GROUP / TILE)
     sink_len,
     num_sink_pages,
     num_tail_slots,
@@ -66,11 +66,13 @@ def _kvarn_decode_attention_kernel(
     stride_raw_token,
     stride_raw_table,
     LAYOUT: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads of a kv head
+    TILE: tl.constexpr,  # query heads of a tile
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # channels of a key, padded so that every plane has 16
-    BLOCK_D: tl.constexpr,  # channels of a value, padded to a power of two
-    BLOCK_T: tl.constexpr,  # quantized tokens of one step
+    BLOCK_K: tl.constexpr,  # bytes of a key, padded to a power of two of at least 32
+    CHANNELS: tl.constexpr,  # channels of a value, padded to a power of two
+    BLOCK_T: tl.constexpr,  # quantized tokens of one product
+    BLOCK_D: tl.constexpr,  # channels of one product
     BLOCK_R: tl.constexpr,  # raw tokens of one step
     K_FIELDS: tl.constexpr,
     V_FIELDS: tl.constexpr,
@@ -87,23 +89,26 @@ def _kvarn_decode_attention_kernel(
     if EARLY_MERGE:
         gdc_launch_dependents()
     pieces, size, longer = plan(
-        seq_lens_ptr, num_quantized_ptr, batch, num_kv_heads, num_programs, few_programs, sink_len, split_size,
+        seq_lens_ptr, num_quantized_ptr, batch, num_tiles, num_programs, few_programs, sink_len, split_size,
         G, BLOCK_R, HAS_RAW,
     )  # fmt: skip
     align = tl.maximum(split_size, 1)
+    TILES: tl.constexpr = triton.cdiv(GROUP, TILE)
     for piece in range(tl.program_id(0), pieces, num_programs):
         unit = start_of_piece(piece, size, longer)
         end = start_of_piece(piece + 1, size, longer)
         while unit < end:
             row, row_start = find_row(
-                seq_lens_ptr, num_quantized_ptr, unit, batch, num_kv_heads, sink_len, split_size, G, BLOCK_R, HAS_RAW
+                seq_lens_ptr, num_quantized_ptr, unit, batch, num_tiles, sink_len, split_size, G, BLOCK_R, HAS_RAW
             )  # fmt: skip
             seq_len, num_sinks, num_paged, num_tails = row_lengths(
                 seq_lens_ptr, num_quantized_ptr, row, row < batch, sink_len, G, BLOCK_R, HAS_RAW
             )  # fmt: skip
             row_units = num_sinks + num_paged + num_tails
             aligned_units = tl.cdiv(row_units, align) * align
-            head = (unit - row_start) // aligned_units
+            tile = (unit - row_start) // aligned_units
+            head = tile // TILES
+            first_head = tile % TILES * TILE
             first = (unit - row_start) % aligned_units
             last = tl.minimum(first + end - unit, row_units)
 
@@ -111,42 +116,44 @@ def _kvarn_decode_attention_kernel(
             table_row_ptr = block_table_ptr + row.to(tl.int64) * stride_table
             first_page = tl.maximum(first - num_sinks, 0)
             last_page = tl.minimum(last - num_sinks, num_paged)
-            page = load_page_id(table_row_ptr, first_page, first_page < last_page)
+            q_row_ptr = q_ptr + row.to(tl.int64) * stride_q_batch + (head * GROUP + first_head) * stride_q_head
+            loaded = load_query(
+                q_row_ptr, stride_q_head, tl.minimum(GROUP - first_head, TILE), BLOCK_N, BLOCK_K, LAYOUT, K_FIELDS
+            )
+            page = tl.zeros((), tl.int32)
             if first_page < last_page:
-                prefetch_record(pages_row_ptr + page * stride_pages_page, LAYOUT.page_bytes, PTX)
-            q_row_ptr = q_ptr + row.to(tl.int64) * stride_q_batch + head * GROUP * stride_q_head
-            q, q_factor = load_query(
-                q_row_ptr, stride_q_head, GROUP, BLOCK_N, BLOCK_K, LAYOUT, K_FIELDS, OPERAND, QUERY_OPERAND
-            )  # fmt: skip
+                page = load_page_id(table_row_ptr, first_page, last_page, PTX)
+                prefetch_record(pages_row_ptr + page.to(tl.int64) * stride_pages_page, LAYOUT.page_bytes, PTX)
+            planes, q_factor = rotate_query(loaded, BLOCK_N, BLOCK_K, LAYOUT, K_FIELDS, QUERY_OPERAND)
             q_factor = q_factor * qk_scale
             m_i = tl.full((BLOCK_N,), float("-inf"), tl.float32)
             l_i = tl.zeros((BLOCK_N,), tl.float32)
-            acc = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+            acc = tl.zeros((BLOCK_N, CHANNELS), tl.float32)
             acc, m_i, l_i = attend_quantized(
-                acc, m_i, l_i, q, q_factor,
+                acc, m_i, l_i, planes, q_factor,
                 pages_row_ptr, table_row_ptr, stride_pages_page, page, first_page, last_page,
-                seq_len - sink_len, LAYOUT, BLOCK_T, K_FIELDS, V_FIELDS, OPERAND, PTX, NUM_STAGES,
+                seq_len - sink_len, LAYOUT, BLOCK_T, BLOCK_D, K_FIELDS, V_FIELDS, OPERAND, PTX, NUM_STAGES,
             )  # fmt: skip
             if HAS_RAW:
                 first_tail = tl.maximum(first - num_sinks - num_paged, 0)
                 acc, m_i, l_i = attend_raw(
-                    acc, m_i, l_i, q, q_factor,
+                    acc, m_i, l_i, planes, q_factor,
                     raw_pages_ptr + head.to(tl.int64) * stride_raw_head, raw_table_ptr + row.to(tl.int64) * stride_raw_table,
                     stride_raw_page, stride_raw_half, stride_raw_token,
                     first, tl.maximum(tl.minimum(last, num_sinks) - first, 0),
                     first_tail, tl.maximum(last - num_sinks - num_paged - first_tail, 0), num_paged * G,
                     num_sink_pages, num_tail_slots, tl.minimum(seq_len, sink_len), seq_len - sink_len,
-                    LAYOUT, BLOCK_R, K_FIELDS, RAW_OPERAND, NUM_STAGES,
+                    LAYOUT, BLOCK_R, K_FIELDS, RAW_OPERAND, PTX, NUM_STAGES,
                 )  # fmt: skip
 
             offs_n = tl.arange(0, BLOCK_N)
-            offs_d = tl.arange(0, BLOCK_D)
-            mask_n = offs_n < GROUP
-            place = (row * num_kv_heads + head + piece).to(tl.int64) * GROUP + offs_n
+            offs_d = tl.arange(0, CHANNELS)
+            mask_n = offs_n < TILE
+            place = (row * num_tiles + tile + piece).to(tl.int64) * TILE + offs_n
             tl.store(partial_lse_ptr + place, m_i + tl.log2(l_i), mask_n)
-            mask = (offs_d < LAYOUT.head_dim)[:, None] & mask_n[None, :]
-            tl.store(partial_ptr + place[None, :] * LAYOUT.head_dim + offs_d[:, None], acc / l_i[None, :], mask)
-            unit = row_start + (head + 1) * aligned_units
+            mask = mask_n[:, None] & (offs_d < LAYOUT.head_dim)[None, :]
+            tl.store(partial_ptr + place[:, None] * LAYOUT.head_dim + offs_d[None, :], acc * (1.0 / l_i)[:, None], mask)
+            unit = row_start + (tile + 1) * aligned_units
 
 
 def _check_decode(q, pages, block_table, seq_lens, layout, raw_pages, raw_table, num_quantized, sink_len, out) -> int:
@@ -156,10 +163,8 @@ def _check_decode(q, pages, block_table, seq_lens, layout, raw_pages, raw_table,
     check_tensor("q", q, [None, None, layout.head_dim], FLOATS, device=device)
     batch, num_q_heads = q.shape[0], q.shape[1]
     group = num_q_heads // max(num_kv_heads, 1)
-    if group * num_kv_heads != num_q_heads or not 1 <= group <= MAX_GROUP:
-        raise ValueError(
-            f"q: expected 1 to {MAX_GROUP} times as many query heads as the {num_kv_heads} kv heads of pages, got {num_q_heads}"
-        )
+    if group * num_kv_heads != num_q_heads or group < 1:
+        raise ValueError(f"q: expected a multiple of the {num_kv_heads} kv heads of pages as query heads, got {num_q_heads}")
     check_tensor("block_table", block_table, [batch, None], torch.int32, device=device)
     check_tensor("seq_lens", seq_lens, [batch], torch.int32, device=device)
     if raw_pages is None:
@@ -197,7 +202,7 @@ def decode_attention(
 
     Args:
         q: float16, bfloat16 or float32 [batch, num_q_heads, head_dim], after the position encoding, not rotated. Query head i
-            reads kv head i // group; group = num_q_heads / num_kv_heads may be any integer from 1 to 16.
+            reads kv head i // group; group = num_q_heads / num_kv_heads may be any integer. Pages are read once for 8 of them.
         pages: uint8 [num_pages, num_kv_heads, page_bytes].
         block_table: int32 [batch, max_pages]; column j is the page id of body page j.
         seq_lens: int32 [batch], tokens to attend to. 0 is legal.
@@ -226,14 +231,14 @@ def decode_attention(
     """
     num_kv_heads = _check_decode(q, pages, block_table, seq_lens, layout, raw_pages, raw_table, num_quantized, sink_len, out)
     batch, num_q_heads, head_dim = q.shape
-    group = num_q_heads // num_kv_heads
-    config = configs.decode_config(layout, group, q.dtype, q.device, table)
+    tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
+    config = configs.decode_config(layout, q.dtype, q.device, table)
     if split_size is not None:
         require(isinstance(split_size, int) and split_size >= 1, "split_size", "an integer of at least 1", split_size)
     max_pages, max_raw_pages = block_table.shape[1], 0 if raw_table is None else raw_table.shape[1]
     programs = configs.num_programs(q.device, config.programs_per_sm)
-    partials = num_partials(batch, num_kv_heads, layout, max_pages, max_raw_pages, split_size or 0, programs)
-    num_bytes = 4 * partials * group * (head_dim + 1)
+    partials = num_partials(batch * num_tiles, layout, max_pages, max_raw_pages, split_size or 0, programs)
+    num_bytes = 4 * partials * tile * (head_dim + 1)
     if workspace is not None:
         check_tensor("workspace", workspace, [None], torch.uint8, device=q.device)
         check_aligned("workspace", workspace, 16)
@@ -248,14 +253,14 @@ def decode_attention(
     lse = torch.empty(batch, num_q_heads, dtype=torch.float32, device=q.device) if return_lse else None
     if workspace is None:
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
-    partial_bytes = 4 * partials * group * head_dim
-    partial = workspace[:partial_bytes].view(torch.float32).view(partials, group, head_dim)
-    partial_lse = workspace[partial_bytes:num_bytes].view(torch.float32).view(partials, group)
+    partial_bytes = 4 * partials * tile * head_dim
+    partial = workspace[:partial_bytes].view(torch.float32).view(partials, tile, head_dim)
+    partial_lse = workspace[partial_bytes:num_bytes].view(torch.float32).view(partials, tile)
     if batch == 0 or num_q_heads == 0:
         return out if lse is None else (out, lse)
 
-    units = max_pages + max_raw_pages * (layout.page_size // raw_block(head_dim))
-    programs = min(programs, max(batch * num_kv_heads * units, 1))
+    units = max_pages + max_raw_pages * (layout.page_size // configs.RAW_BLOCK)
+    programs = min(programs, max(batch * num_tiles * units, 1))
     few_programs = min(programs, configs.num_programs(q.device, config.few_programs_per_sm))
     _launch_decode(
         partial, partial_lse, q, pages, block_table, seq_lens, layout, raw_pages, raw_table, num_quantized, sink_len,
@@ -263,7 +268,7 @@ def decode_attention(
     )  # fmt: skip
     launch_merge_splits(
         out, lse, partial, partial_lse, seq_lens, num_quantized, num_kv_heads, layout, sink_len, split_size or 0, programs,
-        few_programs, raw_block(head_dim), config.early_merge,
+        few_programs, config.early_merge,
     )  # fmt: skip
     return out if lse is None else (out, lse)
 
@@ -289,9 +294,9 @@ def _launch_decode(
     """Attend to the pieces; the arguments are not checked."""
     batch, num_q_heads, head_dim = q.shape
     num_kv_heads = pages.shape[1]
-    group = num_q_heads // num_kv_heads
-    k_fields, v_fields = fields_per_word(layout.k_bits), fields_per_word(layout.v_bits)
-    block_d = triton.next_power_of_2(head_dim)
+    tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
+    k_fields, v_fields = fields_per_byte(layout.k_bits), fields_per_byte(layout.v_bits)
+    channels = triton.next_power_of_2(head_dim)
     has_raw = raw_pages is not None
     raw = raw_pages if raw_pages is not None else q
     num_sink_pages = -(-sink_len // layout.page_size)
@@ -307,7 +312,7 @@ def _launch_decode(
         seq_lens if num_quantized is None else num_quantized,
         (head_dim**-0.5 if sm_scale is None else sm_scale) * math.log2(math.e),
         batch,
-        num_kv_heads,
+        num_tiles,
         sink_len,
         num_sink_pages,
         0 if raw_table is None else raw_table.shape[1] - num_sink_pages,
@@ -324,18 +329,20 @@ def _launch_decode(
         raw.stride(3) if has_raw else 0,
         0 if raw_table is None else raw_table.stride(0),
         LAYOUT=layout,
-        GROUP=group,
-        BLOCK_N=max(triton.next_power_of_2(group), 8),
-        BLOCK_K=max(block_d, 16 * k_fields),
-        BLOCK_D=block_d,
+        GROUP=num_q_heads // num_kv_heads,
+        TILE=tile,
+        BLOCK_N=configs.HEAD_TILE,
+        BLOCK_K=max(channels // k_fields, 32),
+        CHANNELS=channels,
         BLOCK_T=config.block_t,
-        BLOCK_R=raw_block(head_dim),
+        BLOCK_D=min(config.block_d, channels),
+        BLOCK_R=configs.RAW_BLOCK,
         K_FIELDS=k_fields,
         V_FIELDS=v_fields,
         HAS_RAW=has_raw,
-        OPERAND=tl.float32 if q.dtype == torch.float32 else tl.float16,
-        QUERY_OPERAND=_operand(q.dtype, q.dtype),
-        RAW_OPERAND=_operand(q.dtype, raw.dtype),
+        OPERAND=tl.float32 if q.dtype == torch.float32 else tl.int8,
+        QUERY_OPERAND=configs.operand(q.dtype, q.dtype),
+        RAW_OPERAND=configs.operand(q.dtype, raw.dtype),
         PTX=configs.uses_ptx(),
         NUM_STAGES=config.num_stages,
         EARLY_MERGE=config.early_merge,
@@ -343,12 +350,3 @@ def _launch_decode(
         enable_fp_fusion=True,
         **config.options(),
     )
-
-
-def _operand(q_dtype: torch.dtype, dtype: torch.dtype) -> tl.dtype:
-    """Return the dtype in which numbers of `dtype` meet queries of `q_dtype`. The interpreter can't multiply bfloat16."""
-    if q_dtype == torch.float32 or dtype == torch.float32:
-        return tl.float32
-    if dtype == torch.bfloat16:
-        return tl.float32 if INTERPRETED else tl.bfloat16
-    return tl.float16

@@ -22,10 +22,8 @@ SCALE_MAX = tl.constexpr(codec.SCALE_MAX)
 IMBALANCE_EPS = tl.constexpr(codec.IMBALANCE_EPS)
 RANGE_EPS = tl.constexpr(codec.RANGE_EPS)
 TILE_SCALE_MAX = tl.constexpr(codec.TILE_SCALE_MAX)
-GAUGE_MIN = tl.constexpr(codec.GAUGE_MIN)
-GAUGE_MAX = tl.constexpr(codec.GAUGE_MAX)
+EXPONENT_MAX = tl.constexpr(codec.EXPONENT_MAX)
 HALF_MAX = tl.constexpr(codec.HALF_MAX)
-STORED_SCALE_MAX = tl.constexpr(codec.STORED_SCALE_MAX)
 ROUND_MAGIC = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding and subtracting it rounds a small float32 to the nearest integer, ties to even."""
 
@@ -185,6 +183,11 @@ def exponent_of(x):
 
 
 @triton.jit
+def _bounded_exponent(x):
+    return tl.minimum(tl.maximum(exponent_of(x), -EXPONENT_MAX), EXPONENT_MAX)
+
+
+@triton.jit
 def to_half(x, LIMIT: tl.constexpr = HALF_MAX):
     """Round to float16; saturate at LIMIT instead of overflowing."""
     return tl.minimum(tl.maximum(x, -LIMIT), LIMIT).to(tl.float16)
@@ -200,7 +203,7 @@ def encode_tile(
     ITERATIONS: tl.constexpr,
     EQUIVARIANT: tl.constexpr,
 ):
-    """Balance, round and absorb (`reference.encode`); returns codes int32, and scale, zero, norm in float32."""
+    """Balance, round and absorb (`reference.encode`); returns codes int32, and scale, zero, norm and gain in float32."""
     LEVELS: tl.constexpr = 2**BITS - 1
     if EQUIVARIANT:
         tile_scale = tile_rms(tile, tile.shape[0] * HEAD_DIM)
@@ -224,9 +227,11 @@ def encode_tile(
         largest_norm = tl.max(norm, axis=0)
     else:
         largest_norm = tl.max(tl.where(mask_d, norm, 0.0), axis=0)
-    exponent = tl.minimum(tl.maximum(exponent_of(tl.max(reach, axis=0)), GAUGE_MIN), GAUGE_MAX)
-    exponent = tl.minimum(exponent, 15 - exponent_of(largest_norm))
-    return codes, scale * power_of_two(-exponent), zero * power_of_two(-exponent), norm * power_of_two(exponent)
+    value_exponent = _bounded_exponent(tl.max(reach, axis=0))
+    norm_exponent = _bounded_exponent(largest_norm)
+    gauge = power_of_two(-value_exponent)
+    gain = power_of_two(value_exponent + norm_exponent)
+    return codes, scale * gauge, zero * gauge, norm * power_of_two(-norm_exponent), gain
 
 
 @triton.jit
@@ -243,114 +248,18 @@ def split_halves(words):
 
 
 @triton.jit
-def word_of_item(item, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
-    """Return which word of a row holds an item: a channel of a token (keys) or a token of a channel (values)."""
+def byte_of_item(item, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
+    """Return which byte of a row holds an item: a channel of a token (keys) or a token of a channel (values)."""
     return item // BLOCK * (BLOCK // FIELDS) + item % (BLOCK // FIELDS)
 
 
 @triton.jit
 def field_of_item(item, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
-    """Return which field of its word holds an item."""
+    """Return which field of its byte holds an item."""
     return item % BLOCK // (BLOCK // FIELDS)
 
 
 @triton.jit
-def item_of_field(word, field, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
-    """Return the item that a field of a word holds; the inverse of the two functions above."""
-    return word // (BLOCK // FIELDS) * BLOCK + field * (BLOCK // FIELDS) + word % (BLOCK // FIELDS)
-
-
-@triton.constexpr_function
-def field_exponent(field, width):
-    """Return e such that `field_as_half` of a field yields code * 2**(e - 24)."""
-    return field * width % 8
-
-
-@triton.constexpr_function
-def _field_mask(field, width):
-    return (2**width - 1) << (field * width % 8)
-
-
-@triton.constexpr_function
-def _field_ptx(field, width):
-    """PTX that extracts a field from two 16-bit words at once."""
-    mask = _field_mask(field, width) * 0x10001
-    if field * width >= 8:
-        return f"{{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, {mask}; }}"
-    return f"and.b32 $0, $1, {mask};"
-
-
-@triton.jit
-def field_as_half(words, FIELD: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):
-    """Return one field of uint16 words as float16 numbers code * 2**(e - 24), e = field_exponent(FIELD, WIDTH).
-
-    A code in the low ten bits of a 16-bit word is a subnormal float16 already, so that one `and` yields two operands of the
-    tensor cores: nothing is converted. Fields in the upper byte are shifted down by 8 first.
-    """
-    if PTX:
-        half = tl.inline_asm_elementwise(_field_ptx(FIELD, WIDTH), "=r,r", [words], tl.float16, is_pure=True, pack=2)
-    elif FIELD * WIDTH >= 8:
-        half = ((words >> 8) & _field_mask(FIELD, WIDTH)).to(tl.uint16).to(tl.float16, bitcast=True)
-    else:
-        half = (words & _field_mask(FIELD, WIDTH)).to(tl.uint16).to(tl.float16, bitcast=True)
-    return half
-
-
-@triton.jit
-def _side_by_side(a, b):
-    """Put two tiles [rows, columns] next to each other: [rows, 2 * columns], without moving a number between threads."""
-    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
-
-
-@triton.jit
-def join_planes(planes):
-    """Put a tuple of 2**n tiles [rows, columns] next to each other."""
-    for _ in tl.static_range(log2(len(planes))):
-        joined = ()
-        for j in tl.static_range(len(planes) // 2):
-            joined = joined + (_side_by_side(planes[2 * j], planes[2 * j + 1]),)
-        planes = joined
-    return planes[0]
-
-
-@triton.jit
-def fields_as_half(words, BLOCK_WORDS: tl.constexpr, FIELDS: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):
-    """Return all fields of uint16 words [rows, words] as float16 numbers [rows, words * FIELDS] (`field_as_half`).
-
-    Columns are ordered [block, field, word] for blocks of BLOCK_WORDS words. The planes meet in registers, where the tensor
-    cores take them from: an index of a field is an index of a register.
-    """
-    ROWS: tl.constexpr = words.shape[0]
-    BLOCKS: tl.constexpr = words.shape[1] // BLOCK_WORDS
-    planes = ()
-    for f in tl.static_range(FIELDS):
-        planes = planes + (field_as_half(words, f, WIDTH, PTX),)
-    codes = join_planes(planes)
-    if BLOCKS > 1:
-        codes = tl.permute(tl.reshape(codes, (ROWS, FIELDS, BLOCKS, BLOCK_WORDS)), (0, 2, 1, 3))
-        codes = tl.reshape(codes, (ROWS, FIELDS * BLOCKS * BLOCK_WORDS))
-    return codes
-
-
-@triton.jit
-def place_of_norm(row):
-    """Return where the norm of a row stands: [row // 16, row % 8, row // 8 % 2], so that a word holds rows 8 apart."""
-    return row // 16 * 16 + row % 8 * 2 + row // 8 % 2
-
-
-@triton.jit
-def load_norms(norm_ptr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Load ROWS norms, in the order of the rows and padded to BLOCK, as float32.
-
-    A thread of a product of the tensor cores owns rows 8 apart: their norms are one 32-bit word, which is also the least
-    that Triton loads asynchronously.
-    """
-    word = tl.arange(0, BLOCK // 2)
-    word_ptr = norm_ptr.to(tl.pointer_type(tl.uint32)) + word
-    if ROWS == BLOCK:
-        words = tl.load(word_ptr)
-    else:
-        words = tl.load(word_ptr, word < ROWS // 2, other=0)
-    low, high = split_halves(words)
-    pairs = tl.permute(tl.reshape(tl.join(low, high), (BLOCK // 16, 8, 2)), (0, 2, 1))
-    return tl.reshape(pairs, (BLOCK,)).to(tl.float32)
+def item_of_field(byte, field, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
+    """Return the item that a field of a byte holds; the inverse of the two functions above."""
+    return byte // (BLOCK // FIELDS) * BLOCK + field * (BLOCK // FIELDS) + byte % (BLOCK // FIELDS)

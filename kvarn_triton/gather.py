@@ -12,8 +12,8 @@ import triton.language as tl
 
 from . import configs, reference
 from .checks import FLOATS, INDICES, check_choice, check_pages, check_tensor, require
-from .device import hadamard, place_of_norm, split_halves
-from .layout import PageLayout, fields_per_word
+from .device import hadamard, split_halves
+from .layout import PageLayout, fields_per_byte
 from .packing import load_codes
 
 
@@ -33,15 +33,16 @@ def _load_tile(record_ptr, offs_t, VALUES: tl.constexpr, LAYOUT: tl.constexpr, F
     params_ptr = (record_ptr + PARAMS).to(tl.pointer_type(tl.uint32))
     norm_ptr = (record_ptr + NORM).to(tl.pointer_type(tl.float16))
     if VALUES:
-        codes = load_codes(record_ptr + CODES, offs_d, offs_t, mask_t & mask_d, D, G, LAYOUT.v_block_size, BITS, FIELDS)
+        codes = load_codes(record_ptr + CODES, offs_d, offs_t, mask_t & mask_d, D, G, G, BITS, FIELDS)
         params = tl.load(params_ptr + offs_t, mask_t, other=0)
-        norm = tl.load(norm_ptr + place_of_norm(offs_d), mask_d, other=0.0)
+        norm = tl.load(norm_ptr + offs_d, mask_d, other=0.0)
     else:
         codes = load_codes(record_ptr + CODES, offs_t, offs_d, mask_t & mask_d, G, D, LAYOUT.block_size, BITS, FIELDS)
         params = tl.load(params_ptr + offs_d, mask_d, other=0)
-        norm = tl.load(norm_ptr + place_of_norm(offs_t), mask_t, other=0.0)
+        norm = tl.load(norm_ptr + offs_t, mask_t, other=0.0)
     scale, zero = split_halves(params)
-    return (codes.to(tl.float32) * scale.to(tl.float32) + zero.to(tl.float32)) * norm.to(tl.float32)
+    gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + VALUES)
+    return (codes.to(tl.float32) * scale.to(tl.float32) + zero.to(tl.float32)) * norm.to(tl.float32) * gain
 
 
 @triton.jit
@@ -157,8 +158,8 @@ def dequantize_pages(
         LAYOUT=layout,
         BLOCK_D=block_d,
         BLOCK_R=block_r,
-        K_FIELDS=fields_per_word(layout.k_bits),
-        V_FIELDS=fields_per_word(layout.v_bits),
+        K_FIELDS=fields_per_byte(layout.k_bits),
+        V_FIELDS=fields_per_byte(layout.v_bits),
         ROTATED=rotated,
         num_warps=4,
         enable_fp_fusion=False,

@@ -142,7 +142,7 @@ class Resources:
         """
 
         def products(loop: collections.Counter[str]) -> int:
-            return sum(count for name, count in loop.items() if name.startswith(("HMMA", "HGMMA", "v_mfma")))
+            return sum(count for name, count in loop.items() if name.startswith(("IMMA", "HMMA", "HGMMA", "v_mfma")))
 
         return max(self.loops, key=lambda loop: (products(loop), -loop.total()), default=collections.Counter())
 

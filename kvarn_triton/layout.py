@@ -14,7 +14,7 @@ import torch
 
 from .checks import require
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the byte format. It changes whenever a stored page would be read differently."""
 
 SUPPORTED_BITS = (2, 3, 4, 8)
@@ -22,11 +22,12 @@ SUPPORTED_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 SUPPORTED_PAGE_SIZES = (64, 128)
 
 _ALIGNMENT = 16
+_LINE = 128
 _PRESET = re.compile(r"k([2348])v([2348])_g(64|128)")
 
 
-def _align(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+def _align(num_bytes: int, alignment: int = _ALIGNMENT) -> int:
+    return -(-num_bytes // alignment) * alignment
 
 
 def largest_power_of_two_divisor(n: int) -> int:
@@ -34,14 +35,9 @@ def largest_power_of_two_divisor(n: int) -> int:
     return n & -n
 
 
-def fields_per_word(bits: int) -> int:
-    """Return how many codes share one 16-bit word. A 3-bit code is a 2-bit code plus one bit of a byte beside the word."""
-    return 16 // (2 if bits == 3 else bits)
-
-
-def token_block(page_size: int, bits: int) -> int:
-    """Return how many tokens the words of value codes are interleaved over: 16 words, or what a page has."""
-    return min(16 * fields_per_word(bits), page_size)
+def fields_per_byte(bits: int) -> int:
+    """Return how many codes share one byte. A 3-bit code is a 2-bit code plus one bit of a byte elsewhere."""
+    return 8 // (2 if bits == 3 else bits)
 
 
 @dataclass(frozen=True)
@@ -95,11 +91,6 @@ class PageLayout:
         return largest_power_of_two_divisor(self.head_dim)
 
     @functools.cached_property
-    def v_block_size(self) -> int:
-        """Tokens over which the words of value codes are interleaved."""
-        return token_block(self.page_size, self.v_bits)
-
-    @functools.cached_property
     def k_codes_bytes(self) -> int:
         """Bytes of the key codes."""
         return self.page_size * self.head_dim * self.k_bits // 8
@@ -131,18 +122,23 @@ class PageLayout:
 
     @functools.cached_property
     def k_norm_offset(self) -> int:
-        """First byte of the key norms: float16, one per token, in the order [token // 16, token % 8, token // 8 % 2]."""
+        """First byte of the key norms: float16, one per token, the largest of them in [0.5, 1)."""
         return self.v_params_offset + _align(4 * self.page_size)
 
     @functools.cached_property
     def v_norm_offset(self) -> int:
-        """First byte of the value norms: float16, one per channel, in the order of the key norms."""
+        """First byte of the value norms: float16, one per channel, the largest of them in [0.5, 1)."""
         return self.k_norm_offset + _align(2 * self.page_size)
 
     @functools.cached_property
-    def page_bytes(self) -> int:
-        """Bytes of one record: keys and values of one kv head for `page_size` tokens."""
+    def gains_offset(self) -> int:
+        """First byte of the gains: float32, a power of two for the keys and one for the values; zeros follow."""
         return self.v_norm_offset + _align(2 * self.head_dim)
+
+    @functools.cached_property
+    def page_bytes(self) -> int:
+        """Bytes of one record: keys and values of one kv head for `page_size` tokens, in whole cache lines of 128 bytes."""
+        return _align(self.gains_offset + 8, _LINE)
 
     @property
     def bytes_per_token(self) -> float:
@@ -162,30 +158,30 @@ class PageLayout:
         """Return views of every field of `pages`.
 
         Args:
-            pages: uint8 [..., page_bytes]; the last dimension contiguous and 2-byte aligned.
+            pages: uint8 [..., page_bytes]; the last dimension contiguous, 4-byte aligned.
 
         Returns:
-            `k_codes` and `v_codes` as uint8 [..., bytes]; `k_scale` and `k_zero` as float16 [..., head_dim]; `v_scale` and
-            `v_zero` as float16 [..., page_size]; `k_norm` as float16 [..., page_size / 16, 2, 8] and `v_norm` as
-            [..., head_dim / 16, 2, 8], which are in order when they are flattened. Writing to a view writes to the page.
+            `k_codes` and `v_codes` as uint8 [..., bytes]; `k_scale`, `k_zero` and `v_norm` as float16 [..., head_dim];
+            `v_scale`, `v_zero` and `k_norm` as float16 [..., page_size]; `k_gain` and `v_gain` as float32 [..., 1]. Writing
+            to a view writes to the page.
         """
 
-        def halves(offset: int, count: int) -> torch.Tensor:
-            return pages[..., offset : offset + 2 * count].view(torch.float16)
+        def numbers(offset: int, count: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+            return pages[..., offset : offset + dtype.itemsize * count].view(dtype)
 
-        k_params = halves(self.k_params_offset, 2 * self.head_dim).unflatten(-1, (self.head_dim, 2))
-        v_params = halves(self.v_params_offset, 2 * self.page_size).unflatten(-1, (self.page_size, 2))
-        k_norm = halves(self.k_norm_offset, self.page_size).unflatten(-1, (-1, 8, 2))
-        v_norm = halves(self.v_norm_offset, self.head_dim).unflatten(-1, (-1, 8, 2))
+        k_params = numbers(self.k_params_offset, 2 * self.head_dim).unflatten(-1, (self.head_dim, 2))
+        v_params = numbers(self.v_params_offset, 2 * self.page_size).unflatten(-1, (self.page_size, 2))
         return {
             "k_codes": pages[..., self.k_codes_offset : self.k_codes_offset + self.k_codes_bytes],
             "v_codes": pages[..., self.v_codes_offset : self.v_codes_offset + self.v_codes_bytes],
             "k_scale": k_params[..., 0],
             "k_zero": k_params[..., 1],
-            "k_norm": k_norm.transpose(-1, -2),
+            "k_norm": numbers(self.k_norm_offset, self.page_size),
+            "k_gain": numbers(self.gains_offset, 1, torch.float32),
             "v_scale": v_params[..., 0],
             "v_zero": v_params[..., 1],
-            "v_norm": v_norm.transpose(-1, -2),
+            "v_norm": numbers(self.v_norm_offset, self.head_dim),
+            "v_gain": numbers(self.gains_offset + 4, 1, torch.float32),
         }
 
 

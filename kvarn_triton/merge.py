@@ -20,15 +20,15 @@ from .schedule import piece_of_unit, plan, row_lengths, start_of_row
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "num_programs", "few_programs", "sink_len", "split_size"])
+@triton.jit(do_not_specialize=["num_tiles", "num_programs", "few_programs", "sink_len", "split_size"])
 def _kvarn_merge_splits_kernel(
     out_ptr,  # [batch, num_q_heads, head_dim]
     lse_ptr,  # float32 [batch, num_q_heads], natural logarithm; unused if not RETURN_LSE
-    partial_ptr,  # float32 [num_partials, GROUP, head_dim], rotated
-    partial_lse_ptr,  # float32 [num_partials, GROUP], base 2
+    partial_ptr,  # float32 [num_partials, TILE, head_dim], rotated
+    partial_lse_ptr,  # float32 [num_partials, TILE], base 2
     seq_lens_ptr,  # int32 [batch]
     num_quantized_ptr,  # int32 [batch]
-    num_kv_heads,
+    num_tiles,  # of query heads
     num_programs,
     few_programs,
     sink_len,
@@ -38,7 +38,8 @@ def _kvarn_merge_splits_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     ROTATION: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads of a kv head
+    TILE: tl.constexpr,  # query heads of a tile
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -47,24 +48,24 @@ def _kvarn_merge_splits_kernel(
     EARLY: tl.constexpr,
 ):
     q_head, row = tl.program_id(0), tl.program_id(1)
-    head = q_head // GROUP
+    tile = q_head // GROUP * triton.cdiv(GROUP, TILE) + q_head % GROUP // TILE
     _, size, longer = plan(
-        seq_lens_ptr, num_quantized_ptr, tl.num_programs(1), num_kv_heads, num_programs, few_programs, sink_len,
+        seq_lens_ptr, num_quantized_ptr, tl.num_programs(1), num_tiles, num_programs, few_programs, sink_len,
         split_size, PAGE_SIZE, BLOCK_R, HAS_RAW,
     )  # fmt: skip
     row_start = start_of_row(
-        seq_lens_ptr, num_quantized_ptr, row, num_kv_heads, sink_len, split_size, PAGE_SIZE, BLOCK_R, HAS_RAW
+        seq_lens_ptr, num_quantized_ptr, row, num_tiles, sink_len, split_size, PAGE_SIZE, BLOCK_R, HAS_RAW
     )  # fmt: skip
     _, sinks, pages, tails = row_lengths(
         seq_lens_ptr, num_quantized_ptr, row, row >= 0, sink_len, PAGE_SIZE, BLOCK_R, HAS_RAW
     )  # fmt: skip
     units = sinks + pages + tails
     align = tl.maximum(split_size, 1)
-    first_unit = row_start + head * (tl.cdiv(units, align) * align)
+    first_unit = row_start + tile * (tl.cdiv(units, align) * align)
     first_piece = piece_of_unit(first_unit, size, longer)
     last_piece = piece_of_unit(first_unit + units - 1, size, longer)
     num_parts = tl.where(units > 0, last_piece - first_piece + 1, 0)
-    place = (row * num_kv_heads + head + first_piece).to(tl.int64) * GROUP + q_head % GROUP
+    place = (row * num_tiles + tile + first_piece).to(tl.int64) * TILE + q_head % GROUP % TILE
     partial_ptr += place * HEAD_DIM
     partial_lse_ptr += place
 
@@ -78,8 +79,8 @@ def _kvarn_merge_splits_kernel(
     for start in range(0, num_parts, BLOCK_S):
         part = start + tl.arange(0, BLOCK_S)
         mask = part < num_parts
-        lse = tl.load(partial_lse_ptr + part * GROUP, mask, other=float("-inf"))
-        partial = tl.load(partial_ptr + part[:, None] * (GROUP * HEAD_DIM) + offs_d, mask[:, None] & mask_d, other=0.0)
+        lse = tl.load(partial_lse_ptr + part * TILE, mask, other=float("-inf"))
+        partial = tl.load(partial_ptr + part[:, None] * (TILE * HEAD_DIM) + offs_d, mask[:, None] & mask_d, other=0.0)
         m_new = tl.maximum(m_i, tl.max(lse, axis=0))
         weights = tl.exp2(lse - m_new)
         alpha = tl.exp2(m_i - m_new)
@@ -107,11 +108,13 @@ def launch_merge_splits(
     split_size: int,
     num_programs: int,
     few_programs: int,
-    block_r: int,
     early: bool,
 ) -> None:
     """Merge the partial results of a decode call of `num_programs` programs into `out` and `lse`; nothing is checked."""
     batch, num_q_heads, head_dim = out.shape
+    block_d = triton.next_power_of_2(head_dim)
+    tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
+    block_s = configs.merge_block(num_programs, batch * num_tiles)
     _kvarn_merge_splits_kernel[(num_q_heads, batch)](
         out,
         partial_lse if lse is None else lse,
@@ -119,7 +122,7 @@ def launch_merge_splits(
         partial_lse,
         seq_lens,
         seq_lens if num_quantized is None else num_quantized,
-        num_kv_heads,
+        num_tiles,
         num_programs,
         few_programs,
         sink_len,
@@ -130,13 +133,14 @@ def launch_merge_splits(
         PAGE_SIZE=layout.page_size,
         ROTATION=layout.block_size,
         GROUP=num_q_heads // num_kv_heads,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_S=32,
-        BLOCK_R=block_r,
+        TILE=tile,
+        BLOCK_D=block_d,
+        BLOCK_S=block_s,
+        BLOCK_R=configs.RAW_BLOCK,
         HAS_RAW=num_quantized is not None,
         RETURN_LSE=lse is not None,
         EARLY=early,
-        num_warps=4,
+        num_warps=configs.merge_warps(block_s, block_d),
         enable_fp_fusion=True,
         **({"launch_pdl": True} if early else {}),
     )

@@ -1,4 +1,4 @@
-"""Pack codes into the words of a page and unpack them again: the device twin of `reference.pack`.
+"""Pack codes into the bytes of a page and unpack them again: the device twin of `reference.pack`.
 
 `pack_codes` and `load_codes` are what the other kernels use; `pack` and `unpack` are the same as functions of their own. One
 program handles one tile [page_size, head_dim]. Grid: (tile,).
@@ -12,14 +12,13 @@ import triton.language as tl
 
 from . import configs, reference
 from .checks import check_choice, check_tensor, check_tiles
-from .device import field_of_item, item_of_field, word_of_item
+from .device import byte_of_item, field_of_item, item_of_field
 from .layout import (
     SUPPORTED_BITS,
     SUPPORTED_HEAD_DIMS,
     SUPPORTED_PAGE_SIZES,
-    fields_per_word,
+    fields_per_byte,
     largest_power_of_two_divisor,
-    token_block,
 )
 from .reference.codec import Per
 
@@ -40,26 +39,29 @@ def pack_codes(
 ):
     """Pack codes [ROWS, ITEMS] of any integer dtype in memory into the bytes of a page, BLOCK_R rows at a time.
 
-    Rows are the tokens of keys and the channels of values; the items of a row share words.
+    Rows are the tokens of keys and the channels of values; the items of a row share bytes.
     """
-    WORDS: tl.constexpr = ITEMS // FIELDS
+    BYTES: tl.constexpr = ITEMS // FIELDS
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    offs_w = tl.arange(0, BLOCK_W)[None, :]
+    byte = tl.arange(0, BLOCK_W)[None, :]
     for first in range(0, ROWS, BLOCK_R):
         row = first + tl.arange(0, BLOCK_R)[:, None]
-        mask = (offs_w < WORDS) & (row < ROWS)
-        words = tl.zeros((BLOCK_R, BLOCK_W), tl.int32)
-        top = tl.zeros((BLOCK_R, BLOCK_W), tl.int32)
+        mask = (byte < BYTES) & (row < ROWS)
+        packed = tl.zeros((BLOCK_R, BLOCK_W), tl.int32)
         for f in tl.static_range(FIELDS):
-            item = item_of_field(offs_w, f, BLOCK, FIELDS)
+            item = item_of_field(byte, f, BLOCK, FIELDS)
             codes = tl.load(codes_ptr + row * stride_row + item * stride_item, mask, other=0).to(tl.int32)
-            words = words | ((codes & (2**WIDTH - 1)) << (f * WIDTH))
-            if BITS == 3:
-                top = top | ((codes >> 2) << f)
-        place = row * WORDS + offs_w
-        tl.store(packed_ptr.to(tl.pointer_type(tl.uint16)) + place, words.to(tl.uint16), mask)
+            packed = packed | ((codes & (2**WIDTH - 1)) << (f * WIDTH))
+        tl.store(packed_ptr + row * BYTES + byte, packed.to(tl.uint8), mask)
         if BITS == 3:
-            tl.store(packed_ptr + 2 * ROWS * WORDS + place, top.to(tl.uint8), mask)
+            HALF: tl.constexpr = BYTES // 2
+            mask = (byte < HALF) & (row < ROWS)
+            packed = tl.zeros((BLOCK_R, BLOCK_W), tl.int32)
+            for f in tl.static_range(2 * FIELDS):
+                item = item_of_field(f // FIELDS * HALF + byte, f % FIELDS, BLOCK, FIELDS)
+                codes = tl.load(codes_ptr + row * stride_row + item * stride_item, mask, other=0).to(tl.int32)
+                packed = packed | ((codes >> 2) << f)
+            tl.store(packed_ptr + ROWS * BYTES + row * HALF + byte, packed.to(tl.uint8), mask)
 
 
 @triton.jit
@@ -75,15 +77,16 @@ def load_codes(
     FIELDS: tl.constexpr,
 ):
     """Return the codes int32 of rows and items (broadcast against each other) from packed bytes."""
-    WORDS: tl.constexpr = ITEMS // FIELDS
+    BYTES: tl.constexpr = ITEMS // FIELDS
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     field = field_of_item(item, BLOCK, FIELDS)
-    place = row * WORDS + word_of_item(item, BLOCK, FIELDS)
-    words = tl.load(packed_ptr.to(tl.pointer_type(tl.uint16)) + place, mask, other=0).to(tl.int32)
-    codes = (words >> (field * WIDTH)) & (2**WIDTH - 1)
+    byte = byte_of_item(item, BLOCK, FIELDS)
+    packed = tl.load(packed_ptr + row * BYTES + byte, mask, other=0).to(tl.int32)
+    codes = (packed >> (field * WIDTH)) & (2**WIDTH - 1)
     if BITS == 3:
-        top = tl.load(packed_ptr + 2 * ROWS * WORDS + place, mask, other=0).to(tl.int32)
-        codes = codes | (((top >> field) & 1) << 2)
+        HALF: tl.constexpr = BYTES // 2
+        high = tl.load(packed_ptr + ROWS * BYTES + row * HALF + byte % HALF, mask, other=0).to(tl.int32)
+        codes = codes | (((high >> (field + byte // HALF * FIELDS)) & 1) << 2)
     return codes
 
 
@@ -141,9 +144,9 @@ def _tile_arguments(page_size: int, head_dim: int, bits: int, per: Per) -> dict[
         "ITEMS": items,
         "STRIDE_ROW": head_dim if keys else 1,
         "STRIDE_ITEM": 1 if keys else head_dim,
-        "BLOCK": largest_power_of_two_divisor(head_dim) if keys else token_block(page_size, bits),
+        "BLOCK": largest_power_of_two_divisor(head_dim) if keys else page_size,
         "BITS": bits,
-        "FIELDS": fields_per_word(bits),
+        "FIELDS": fields_per_byte(bits),
         "BLOCK_R": configs.row_block(triton.next_power_of_2(items)),
     }
 
@@ -154,7 +157,7 @@ def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
     Args:
         codes: uint8 [..., page_size, head_dim], contiguous, each below 2**bits; higher bits are cut off.
         bits: 2, 3, 4 or 8.
-        per: "channel" packs channels of one token into words (keys), "token" tokens of one channel (values).
+        per: "channel" packs channels of one token into bytes (keys), "token" tokens of one channel (values).
 
     Returns:
         uint8 [..., page_size * head_dim * bits / 8].

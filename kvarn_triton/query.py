@@ -1,7 +1,8 @@
-"""The query of an attention kernel: rotated, scaled, and in the order of the channels of a key.
+"""The query of an attention kernel: rotated, scaled, and in planes of channels as the fields of key bytes are.
 
-The channels of a key are in *key order*, that of its codes: [field, word], padded to BLOCK_K. It is the plain order if
-head_dim is a power of two.
+Plane f of a query holds the channels of field f of the bytes of a key, byte by byte and padded to BLOCK_K. A Hadamard matrix
+of a block of channels is the product of one over the fields of a byte and one over the bytes of a field; the second is the
+product of one over 4 * RUN neighbouring bytes, which the tensor cores multiply with, and one over groups of so many.
 """
 
 from __future__ import annotations
@@ -9,92 +10,98 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import exponent_of, field_exponent, item_of_field, join_planes, log2, power_of_two
-
-QUERY_EXPONENT = tl.constexpr(2)
-"""Rotated queries are scaled to a largest magnitude in [2, 4): times the largest stored scale they stay inside float16."""
+from .device import item_of_field, log2
+from .operands import DIGITS_MAX, RUN, field_factor, spread_columns, two_terms
 
 
 @triton.jit
-def key_channels(LAYOUT: tl.constexpr, FIELDS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Return the channel of each key-order place [BLOCK_K], and whether there is one."""
-    place = tl.arange(0, BLOCK_K)
-    if LAYOUT.block_size == BLOCK_K:
-        channel = place
-        mask = place >= 0
-    else:
-        PLANE: tl.constexpr = BLOCK_K // FIELDS
-        channel = item_of_field(place % PLANE, place // PLANE, LAYOUT.block_size, FIELDS)
-        mask = place % PLANE < LAYOUT.head_dim // FIELDS
-    return channel, mask
+def plane_channels(FIELD: tl.constexpr, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, byte):
+    """Return the channels of a field of the bytes of a key, and whether there are such bytes."""
+    return item_of_field(byte, FIELD, LAYOUT.block_size, FIELDS), byte < LAYOUT.head_dim // FIELDS
 
 
 @triton.jit
-def _hadamard_block(rows, columns, SIZE: tl.constexpr, dtype: tl.constexpr):
-    """Return entries [rows, columns] of a block-diagonal matrix of unnormalized Hadamard matrices of SIZE channels."""
-    odd = rows[:, None] & columns[None, :] & (SIZE - 1)
-    odd = odd ^ (odd >> 4)
-    odd = (0x6996 >> (odd & 15)) & 1
+def _hadamard_matrix(SIZE: tl.constexpr, dtype: tl.constexpr):
+    """Return the unnormalized Hadamard matrix of 4 * RUN bytes, block-diagonal in SIZE of them, columns spread."""
+    row = tl.arange(0, 4 * RUN)[:, None]
+    column = spread_columns(tl.arange(0, 4 * RUN))[None, :]
+    odd = row & column & (SIZE - 1)
+    odd = (0x6996 >> ((odd ^ (odd >> 4)) & 15)) & 1
     entry = tl.where(odd == 1, -1.0, 1.0)
-    return tl.where(rows[:, None] // SIZE == columns[None, :] // SIZE, entry, 0.0).to(dtype)
+    return tl.where(row // SIZE == column // SIZE, entry, 0.0).to(dtype)
 
 
 @triton.jit
-def _load_query_plane(
+def _butterfly(x, WIDTH: tl.constexpr):
+    """Replace neighbouring runs a, b of WIDTH columns by a + b, a - b."""
+    ROWS: tl.constexpr = x.shape[0]
+    COLS: tl.constexpr = x.shape[1]
+    pairs = tl.reshape(x, (ROWS, COLS // (2 * WIDTH), 2, WIDTH))
+    a, b = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (ROWS, COLS))
+
+
+@triton.jit
+def _load_plane(
     q_ptr,
     stride_q_head,
-    words,
-    offs_n,
+    num_heads,
     FIELD: tl.constexpr,
-    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     LAYOUT: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    """Load the channels [words, heads] of a query that share a field of key words."""
-    channel = item_of_field(words, FIELD, LAYOUT.block_size, FIELDS)[:, None]
-    mask = (words < LAYOUT.head_dim // FIELDS)[:, None] & (offs_n < GROUP)[None, :]
-    return tl.load(q_ptr + offs_n[None, :] * stride_q_head + channel, mask, other=0.0)
+    """Load a plane as [groups of bytes * heads, 4 * RUN]."""
+    row = tl.arange(0, BLOCK_K // (4 * RUN) * BLOCK_N)[:, None]
+    channel, mask = plane_channels(FIELD, LAYOUT, FIELDS, row // BLOCK_N * (4 * RUN) + tl.arange(0, 4 * RUN)[None, :])
+    head = row % BLOCK_N
+    return tl.load(q_ptr + head * stride_q_head + channel, mask & (head < num_heads), other=0.0)
 
 
 @triton.jit
 def load_query(
     q_ptr,
     stride_q_head,
-    GROUP: tl.constexpr,
+    num_heads,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LAYOUT: tl.constexpr,
     FIELDS: tl.constexpr,
-    OPERAND: tl.constexpr,
+):
+    """Load the planes of `num_heads` queries of one kv head, for `rotate_query`."""
+    loaded = ()
+    for f in tl.static_range(FIELDS):
+        loaded = loaded + (_load_plane(q_ptr, stride_q_head, num_heads, f, BLOCK_N, BLOCK_K, LAYOUT, FIELDS),)
+    return loaded
+
+
+@triton.jit
+def rotate_query(
+    loaded,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    FIELDS: tl.constexpr,
     QUERY_OPERAND: tl.constexpr,
 ):
-    """Rotate the queries of one kv head; returns them in key order [BLOCK_K, heads], and a factor of their scores [heads].
+    """Rotate what `load_query` loaded.
 
-    The Hadamard matrix of a block is the product of one over fields and one over the words of a field: the second is a
-    product of the tensor cores with exact operands, the first a handful of sums. The rows of field f carry the factor
-    2**-field_exponent(f) that the codes of the field have in excess.
+    Returns planes float32 [BLOCK_N, BLOCK_K] and a factor of their scores [BLOCK_N]. Each head is scaled so that its largest
+    number times the largest `scale` of keys stays within DIGITS_MAX, and plane f is divided by `field_factor`.
     """
-    PLANE: tl.constexpr = BLOCK_K // FIELDS
     SIZE: tl.constexpr = LAYOUT.block_size // FIELDS
-    WIDTH: tl.constexpr = 2 if LAYOUT.k_bits == 3 else LAYOUT.k_bits
-    offs_n = tl.arange(0, BLOCK_N)
-    words = tl.arange(0, PLANE)
+    GROUPS: tl.constexpr = BLOCK_K // (4 * RUN)
+    LEVELS: tl.constexpr = 2**LAYOUT.k_bits - 1
+    matrix = _hadamard_matrix(min(SIZE, 4 * RUN), QUERY_OPERAND)
     planes = ()
-    if PLANE <= 64:
-        loaded = ()
-        for f in tl.static_range(FIELDS):  # all loads before the first use
-            loaded = loaded + (_load_query_plane(q_ptr, stride_q_head, words, offs_n, f, GROUP, LAYOUT, FIELDS),)
-        matrix = _hadamard_block(words, words, SIZE, QUERY_OPERAND)
-        for f in tl.static_range(FIELDS):
-            planes = planes + (tl.dot(matrix, loaded[f].to(QUERY_OPERAND), input_precision="ieee"),)
-    else:
-        for f in tl.static_range(FIELDS):
-            plane = tl.zeros((PLANE, BLOCK_N), tl.float32)
-            for start in range(0, PLANE, 32):  # the whole matrix would need more registers than there are
-                some = start + tl.arange(0, 32)
-                q = _load_query_plane(q_ptr, stride_q_head, some, offs_n, f, GROUP, LAYOUT, FIELDS).to(QUERY_OPERAND)
-                plane = tl.dot(_hadamard_block(words, some, SIZE, QUERY_OPERAND), q, plane, input_precision="ieee")
-            planes = planes + (plane,)
+    for f in tl.static_range(FIELDS):
+        product = tl.dot(loaded[f].to(QUERY_OPERAND), matrix, input_precision="ieee")
+        product = tl.permute(tl.reshape(product, (GROUPS, BLOCK_N, RUN // 2, 4, 2)), (1, 0, 3, 2, 4))
+        plane = tl.reshape(product, (BLOCK_N, BLOCK_K))
+        for i in tl.static_range(log2(max(SIZE // (4 * RUN), 1))):
+            plane = _butterfly(plane, (4 * RUN) << i)
+        planes = planes + (plane,)
     for i in tl.static_range(log2(FIELDS)):
         rotated = ()
         for f in tl.static_range(FIELDS):
@@ -105,18 +112,20 @@ def load_query(
         planes = rotated
     top = tl.zeros((BLOCK_N,), tl.float32)
     for f in tl.static_range(FIELDS):
-        top = tl.maximum(top, tl.max(tl.abs(planes[f]), axis=0))
-    exponent = tl.maximum(exponent_of(top), -100) - QUERY_EXPONENT
+        top = tl.maximum(top, tl.max(tl.abs(planes[f]), axis=1))
+    top = tl.where(top > 0, top, 1.0)
+    factor = DIGITS_MAX * LEVELS * 0.5 / top
     scaled = ()
     for f in tl.static_range(FIELDS):
-        factor = power_of_two(-exponent) * 0.5 ** field_exponent(f, WIDTH)
-        scaled = scaled + (tl.trans((planes[f] * factor[None, :]).to(OPERAND)),)
-    return tl.trans(join_planes(scaled)), power_of_two(exponent) * LAYOUT.block_size**-0.5
+        scaled = scaled + (planes[f] * (factor * (1.0 / field_factor(f, LAYOUT.k_bits)))[:, None],)
+    return scaled, LAYOUT.block_size**-0.5 / factor
 
 
 @triton.jit
-def unscaled_query(q, FIELDS: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.constexpr):
-    """Return the queries of `load_query` without the factors of fields, for products with raw keys."""
-    PLANE: tl.constexpr = q.shape[0] // FIELDS
-    exponent = tl.arange(0, q.shape[0]) // PLANE * WIDTH % 8
-    return (q.to(tl.float32) * power_of_two(exponent)[:, None]).to(OPERAND)
+def raw_query(planes, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.constexpr):
+    """Return the planes of `rotate_query` in two terms for products with raw keys, and what to multiply the scores by."""
+    UNIT: tl.constexpr = 32768.0 * 2**LAYOUT.k_bits
+    terms = ()
+    for f in tl.static_range(FIELDS):
+        terms = terms + (two_terms(planes[f] * (field_factor(f, LAYOUT.k_bits) / UNIT), OPERAND, False),)
+    return terms, UNIT

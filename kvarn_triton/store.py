@@ -14,9 +14,9 @@ import triton.language as tl
 
 from . import configs, reference
 from .checks import FLOATS, INDICES, check_pages, check_tensor
-from .device import STORED_SCALE_MAX, encode_tile, hadamard, join_halves, place_of_norm, to_half
+from .device import encode_tile, hadamard, join_halves
 from .encoder import DEFAULT, Encoder
-from .layout import PageLayout, fields_per_word
+from .layout import PageLayout, fields_per_byte
 from .packing import pack_codes
 
 
@@ -35,7 +35,7 @@ def store_tile(
 ):
     """Encode one rotated tile [page_size, channels] and write its half of the record.
 
-    Codes go through the scratch tile, because words gather numbers that other threads hold. The caller has a barrier
+    Codes go through the scratch tile, because bytes gather numbers that other threads hold. The caller has a barrier
     between its last use of the scratch tile and this call, and another one after it.
     """
     BITS: tl.constexpr = LAYOUT.v_bits if VALUES else LAYOUT.k_bits
@@ -47,24 +47,27 @@ def store_tile(
     offs_d = tl.arange(0, tile.shape[1])
     offs_t = tl.arange(0, tile.shape[0])
     mask_d = offs_d < D
-    codes, scale, zero, norm = encode_tile(tile, mask_d, D, BITS, not VALUES, ITERATIONS, EQUIVARIANT)
+    codes, scale, zero, norm, gain = encode_tile(tile, mask_d, D, BITS, not VALUES, ITERATIONS, EQUIVARIANT)
     codes_ptr = scratch_ptr.to(tl.pointer_type(tl.int32))
     tl.store(codes_ptr + offs_t[:, None] * tile.shape[1] + offs_d[None, :], codes)
-    params = join_halves(to_half(scale, STORED_SCALE_MAX), to_half(zero))
+    params = join_halves(scale.to(tl.float16), zero.to(tl.float16))
     params_ptr = (record_ptr + PARAMS).to(tl.pointer_type(tl.uint32))
     norm_ptr = (record_ptr + NORM).to(tl.pointer_type(tl.float16))
+    gains_ptr = (record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32))
     if VALUES:
         tl.store(params_ptr + offs_t, params)
-        tl.store(norm_ptr + place_of_norm(offs_d), to_half(norm), mask_d)
+        tl.store(norm_ptr + offs_d, norm.to(tl.float16), mask_d)
+        tl.store(gains_ptr + 1, gain)
     else:
         tl.store(params_ptr + offs_d, params, mask_d)
-        tl.store(norm_ptr + place_of_norm(offs_t), to_half(norm))
+        tl.store(norm_ptr + offs_t, norm.to(tl.float16))
+        PADDING: tl.constexpr = (LAYOUT.page_bytes - LAYOUT.gains_offset) // 4
+        place = tl.arange(0, 32)
+        tl.store(gains_ptr + place, tl.where(place == 0, gain, 0.0), (place != 1) & (place < PADDING))
     tl.debug_barrier()
     G: tl.constexpr = tile.shape[0]
     if VALUES:
-        pack_codes(
-            codes_ptr, record_ptr + CODES, 1, tile.shape[1], D, G, LAYOUT.v_block_size, BITS, FIELDS, G // FIELDS, 4096 // G
-        )
+        pack_codes(codes_ptr, record_ptr + CODES, 1, tile.shape[1], D, G, G, BITS, FIELDS, G // FIELDS, 4096 // G)
     else:
         pack_codes(
             codes_ptr, record_ptr + CODES, tile.shape[1], 1, G, D, LAYOUT.block_size, BITS, FIELDS,
@@ -200,8 +203,8 @@ def store_pages(
         LAYOUT=layout,
         BLOCK_D=block_d,
         BLOCK_R=config.block_t,
-        K_FIELDS=fields_per_word(layout.k_bits),
-        V_FIELDS=fields_per_word(layout.v_bits),
+        K_FIELDS=fields_per_byte(layout.k_bits),
+        V_FIELDS=fields_per_byte(layout.v_bits),
         HAS_STARTS=token_starts is not None,
         ITERATIONS=encoder.iterations,
         EQUIVARIANT=encoder.equivariant,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .checks import require
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 _BUILTIN = Path(__file__).with_name("decode_tables.json")
 
 
@@ -25,19 +25,21 @@ class DecodeConfig:
 
     Args:
         num_warps: warps of a program.
-        num_stages: stages of the software pipeline; 3 keep two steps in shared memory.
-        block_t: most tokens of one step.
+        num_stages: stages of the software pipeline; 2 keep one page in shared memory, 3 two.
+        block_t: most tokens of one product with keys.
+        block_d: most channels of one product with values.
         programs_per_sm: programs of one multiprocessor.
         few_programs_per_sm: the same, where there is little work for each (`schedule.LEAST_UNITS`).
         maxnreg: most registers of a thread; None leaves it to the compiler. NVIDIA only.
         early_merge: start the merge while the decode kernel ends (programmatic dependent launch: sm90 and later).
     """
 
-    num_warps: int = 2
+    num_warps: int = 1
     num_stages: int = 2
     block_t: int = 128
-    programs_per_sm: int = 4
-    few_programs_per_sm: int = 4
+    block_d: int = 128
+    programs_per_sm: int = 8
+    few_programs_per_sm: int = 8
     maxnreg: int | None = None
     early_merge: bool = False
 
@@ -48,10 +50,9 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class Entry:
-    """Launch parameters for a head_dim and a number of query heads per kv head, padded to 8 or 16, and where they are from."""
+    """Launch parameters for a head_dim, and where they are from."""
 
     head_dim: int
-    block_n: int
     config: DecodeConfig
     source: str
 
@@ -63,14 +64,12 @@ class DecodeTable:
     arch: str
     entries: tuple[Entry, ...]
 
-    def find(self, head_dim: int, group: int) -> DecodeConfig:
-        """Return the parameters for `group` query heads per kv head: those of the nearest head_dim that isn't smaller."""
-        block_n = 16 if group > 8 else 8
-        fitting = [entry for entry in self.entries if entry.block_n == block_n] or list(self.entries)
-        if not fitting:
+    def find(self, head_dim: int) -> DecodeConfig:
+        """Return the parameters of the nearest head_dim that isn't smaller, else of the largest."""
+        if not self.entries:
             return DecodeConfig()
-        larger = [entry for entry in fitting if entry.head_dim >= head_dim]
-        return min(larger, key=lambda e: e.head_dim).config if larger else max(fitting, key=lambda e: e.head_dim).config
+        larger = [entry for entry in self.entries if entry.head_dim >= head_dim]
+        return min(larger, key=lambda e: e.head_dim).config if larger else max(self.entries, key=lambda e: e.head_dim).config
 
 
 def _read(data: object, path: Path) -> list[DecodeTable]:
@@ -82,7 +81,7 @@ def _read(data: object, path: Path) -> list[DecodeTable]:
         for row in rows:
             try:
                 config = DecodeConfig(**row["config"])
-                entries.append(Entry(row["head_dim"], row["block_n"], config, row["source"]))
+                entries.append(Entry(row["head_dim"], config, row["source"]))
             except (KeyError, TypeError) as error:
                 raise ValueError(f"path: expected entries of DecodeConfig, got {row!r} in {path.name}") from error
         tables.append(DecodeTable(arch, tuple(entries)))
@@ -117,10 +116,7 @@ def save_table(path: str | Path, *tables: DecodeTable) -> None:
     data = {
         "version": TABLE_VERSION,
         "tables": {
-            arch: [
-                {"head_dim": e.head_dim, "block_n": e.block_n, "source": e.source, "config": dataclasses.asdict(e.config)}
-                for e in table.entries
-            ]
+            arch: [{"head_dim": e.head_dim, "source": e.source, "config": dataclasses.asdict(e.config)} for e in table.entries]
             for arch, table in sorted(merged.items())
         },
     }
@@ -134,7 +130,7 @@ def builtin_table(arch: str | None) -> DecodeTable:
     None, a CPU in Triton's interpreter, gets parameters that keep it fast.
     """
     if arch is None:
-        return DecodeTable("cpu", (Entry(512, 8, DecodeConfig(programs_per_sm=1, few_programs_per_sm=1), "interpreter"),))
+        return DecodeTable("cpu", (Entry(512, DecodeConfig(programs_per_sm=1, few_programs_per_sm=1), "interpreter"),))
     tables = {table.arch: table for table in _read(json.loads(_BUILTIN.read_text()), _BUILTIN)}
     if arch in tables:
         return tables[arch]

@@ -83,14 +83,10 @@ def warmup(
     if not configs.on_device(pages):
         return
     raw_pages = torch.zeros(2, 2, num_kv_heads, size, head_dim, dtype=raw_dtype, device=device)
-    q = torch.zeros(2, num_q_heads, head_dim, dtype=dtype, device=device)
     tokens = torch.zeros(size, num_kv_heads, head_dim, dtype=dtype, device=device)
     # Rows of length 0, ids and slots below 0: the kernels find nothing to do.
     columns, lens = torch.zeros(2, 3, dtype=torch.int32, device=device), torch.zeros(2, dtype=torch.int32, device=device)
-    raw = {"raw_pages": raw_pages, "raw_table": columns, "num_quantized": lens}
-    for return_lse in (False, True):
-        decode_attention(q, pages, columns, lens, layout, return_lse=return_lse, table=table)
-        decode_attention(q, pages, columns, lens, layout, return_lse=return_lse, table=table, **raw)  # type: ignore[arg-type]
+    _warm_decode(layout, num_q_heads, pages, raw_pages, dtype, table)
     for ids in (torch.int32, torch.int64):
         slots = torch.full((size,), -1, dtype=ids, device=device)
         count = configs.append_block(head_dim)
@@ -101,3 +97,28 @@ def warmup(
         store_pages(tokens, tokens, pages, page_ids, layout, encoder=encoder)
         store_pages(tokens, tokens, pages, page_ids, layout, token_starts=page_ids, encoder=encoder)
     commit_pages(raw_pages, pages, columns, columns, lens, lens, layout, encoder=encoder)
+
+
+def _warm_decode(
+    layout: PageLayout,
+    num_q_heads: int,
+    pages: torch.Tensor,
+    raw_pages: torch.Tensor,
+    dtype: torch.dtype,
+    table: DecodeTable | None,
+) -> None:
+    """Compile decode attention, and its merge for every number of partial results that are looked at together."""
+    device, num_kv_heads = pages.device, pages.shape[1]
+    programs = configs.num_programs(device, configs.decode_config(layout, dtype, device, table).programs_per_sm)
+    num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)[1]
+    batches: dict[int, int] = {}
+    for batch in (2**i for i in range(programs.bit_length() + 1)):
+        batches.setdefault(configs.merge_block(programs, batch * num_tiles), batch)
+    for batch in batches.values():
+        q = torch.zeros(batch, num_q_heads, layout.head_dim, dtype=dtype, device=device)
+        columns = torch.zeros(batch, -(-programs // (batch * num_tiles)), dtype=torch.int32, device=device)
+        lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        raw = {"raw_pages": raw_pages, "raw_table": columns, "num_quantized": lens}
+        for return_lse in (False, True):
+            decode_attention(q, pages, columns, lens, layout, return_lse=return_lse, table=table)
+            decode_attention(q, pages, columns, lens, layout, return_lse=return_lse, table=table, **raw)  # type: ignore[arg-type]

@@ -8,18 +8,12 @@ from . import configs
 from .layout import PageLayout
 
 
-def raw_block(head_dim: int) -> int:
-    """Return the raw tokens of a unit of work (`schedule`): about the bytes of a quantized page; fewer where 32 don't fit."""
-    return 32 if head_dim <= 256 else 16
-
-
 def num_partials(
-    batch: int, num_kv_heads: int, layout: PageLayout, max_pages: int, max_raw_pages: int, split_size: int, num_programs: int
+    num_tiles: int, layout: PageLayout, max_pages: int, max_raw_pages: int, split_size: int, num_programs: int
 ) -> int:
-    """Return how many partial results a call can have at most: one per head, plus one per piece."""
-    heads = batch * num_kv_heads
-    units = max_pages + max_raw_pages * (layout.page_size // raw_block(layout.head_dim))
-    return heads + (heads * -(-units // split_size) if split_size else num_programs)
+    """Return how many partial results the tiles of all sequences can have at most: one per tile, plus one per piece."""
+    units = max_pages + max_raw_pages * (layout.page_size // configs.RAW_BLOCK)
+    return num_tiles + (num_tiles * -(-units // split_size) if split_size else num_programs)
 
 
 def decode_workspace_size(
@@ -49,7 +43,7 @@ def decode_workspace_size(
         split_size: as given to `decode_attention`.
         table: as given to `decode_attention`.
     """
-    group = num_q_heads // max(num_kv_heads, 1)
-    programs = configs.num_programs(device, configs.decode_config(layout, group, dtype, device, table).programs_per_sm)
-    partials = num_partials(batch, num_kv_heads, layout, max_pages, max_raw_pages, split_size or 0, programs)
-    return 4 * partials * group * (layout.head_dim + 1)
+    tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
+    programs = configs.num_programs(device, configs.decode_config(layout, dtype, device, table).programs_per_sm)
+    partials = num_partials(batch * num_tiles, layout, max_pages, max_raw_pages, split_size or 0, programs)
+    return 4 * partials * tile * (layout.head_dim + 1)

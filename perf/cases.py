@@ -36,8 +36,15 @@ SHAPES = {
         Shape("Qwen3-30B-A3B", 32, 4, 128),
         Shape("Gemma-3-27B", 32, 16, 128),
         Shape("gpt-oss-120b", 64, 8, 64),
+        Shape("Llama-2-7B", 32, 32, 128),
+        Shape("Qwen3-235B-A22B", 64, 4, 128),
+        Shape("Gemma-2-9B", 16, 8, 256),
     )
 }
+
+
+DEFAULT_SHAPES = ("Llama-3.1-8B", "Qwen3-32B", "gpt-oss-120b", "Gemma-2-9B")
+"""What a sweep takes that isn't asked for shapes, or for everything (`--full`)."""
 
 
 @dataclass

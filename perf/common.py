@@ -37,6 +37,7 @@ class Options:
     full: bool = False
     seed: int = 0
     table: str | None = None
+    dtype: torch.dtype = torch.float16
     sections: dict[str, Row] = field(default_factory=dict)
     red: set[tuple[str, str, int, int]] = field(default_factory=set)
 

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 
 import torch
-from cases import SHAPES, Shape, build_cache, decode_errors, relative_error
+from cases import DEFAULT_SHAPES, SHAPES, Shape, build_cache, decode_errors, relative_error
 from common import DEFAULT_PRESETS, Options, Row, progress, sweep
 
 import kvarn_triton as kvarn
@@ -29,8 +29,8 @@ def device_of_gate() -> str:
 
 
 def selected_shapes(options: Options) -> list[Shape]:
-    """Return the shapes that the command line names; all by default."""
-    return [SHAPES[name] for name in options.shapes or SHAPES]
+    """Return the shapes that the command line names, or all with --full; a few by default."""
+    return [SHAPES[name] for name in options.shapes or (SHAPES if options.full else DEFAULT_SHAPES)]
 
 
 @sweep(

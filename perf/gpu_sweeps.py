@@ -138,12 +138,13 @@ def _decode_point(
     for preset in presets:
         layout = PageLayout.from_name(preset, head_dim=shape.head_dim)
         row: Row = {"shape": shape.name, "preset": preset, "batch": batch, "context": context, "cache": cache}
+        row["dtype"] = str(options.dtype).removeprefix("torch.")
         rows[preset] = row | {"num_q_heads": shape.num_q_heads, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
         if is_red(options, "decode_attention", preset, shape) or is_red(options, "store_pages", preset, shape):
             rows[preset] |= failed("the correctness gate is red")
             continue
         try:
-            cases = decode_sets(shape, layout, batch, context, cache, options.seed)
+            cases = decode_sets(shape, layout, batch, context, cache, options.seed, options.dtype)
             rows[preset] |= check_timed_case(cases[0])
         except torch.cuda.OutOfMemoryError:
             raise
@@ -191,7 +192,9 @@ def _decode_row(
     return row
 
 
-def decode_sets(shape: Shape, layout: PageLayout, batch: int, context: int, cache: str, seed: int) -> list[DecodeCase]:
+def decode_sets(
+    shape: Shape, layout: PageLayout, batch: int, context: int, cache: str, seed: int, dtype: torch.dtype = torch.float16
+) -> list[DecodeCase]:
     """Return cases of the same sizes on different pages, together more than the L2 cache holds."""
     per_set = batch * context * shape.num_kv_heads * layout.page_bytes // layout.page_size
     sets = num_input_sets(per_set)
@@ -202,6 +205,7 @@ def decode_sets(shape: Shape, layout: PageLayout, batch: int, context: int, cach
         [context] * (batch * sets),
         device="cuda",
         distinct_pages=DISTINCT_PAGES,
+        dtype=dtype,
         seed=seed,
         poison=False,
         **served,

@@ -14,7 +14,7 @@ from cases import DISTRIBUTIONS, SHAPES, build_cache, draw_tiles, relative_error
 from common import DEFAULT_PRESETS, Options, Row, progress, say, sweep
 
 import kvarn_triton as kvarn
-from kvarn_triton import PRESETS, PUBLISHED, Encoder, PageLayout, configs, inspection, reference
+from kvarn_triton import PRESETS, PUBLISHED, Encoder, PageLayout, inspection, reference
 
 HEAD_DIMS = (64, 128, 256)
 MAIN_TARGET, MAIN_PRESET = "sm90", "k4v2_g128"
@@ -209,7 +209,6 @@ def kernel_calls(presets: tuple[str, ...]) -> Iterator[KernelCall]:
         served = build_cache(
             shape, layout, [4 * layout.page_size], sink_len=128, tail_pages=1, by_reference=True, distinct_pages=1
         )
-        trips = layout.page_size // configs.decode_config(layout, shape.group, torch.float16).block_t
         ids, lens = torch.arange(2), torch.tensor([512], dtype=torch.int32)
         kv = torch.randn(2 * layout.page_size, 2, shape.num_kv_heads, shape.head_dim).half()
         k, v = kv[:, 0], kv[:, 1]
@@ -221,7 +220,7 @@ def kernel_calls(presets: tuple[str, ...]) -> Iterator[KernelCall]:
             tables = case.raw_table, case.block_table
             kvarn.commit_pages(case.raw_pages, case.pages, *tables, lens, case.num_quantized.clone(), case.layout, sink_len=128)
 
-        yield "decode_attention", f"{preset} pages only", trips, lambda case=case: attend(case)
+        yield "decode_attention", f"{preset} pages only", 1, lambda case=case: attend(case)
         yield "decode_attention", f"{preset} served", None, lambda case=served: attend(case)
         yield "store_pages", preset, None, lambda k=k, v=v, c=case, ids=ids: kvarn.store_pages(k, v, c.pages, ids, c.layout)
         yield "commit_pages", preset, None, commit

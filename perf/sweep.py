@@ -104,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"of compile and tune: {', '.join(targets)}; may be repeated",
     )
     add("--table", metavar="FILE", help="of tune: the file of launch parameters to write; those of other GPUs in it stay")
+    add("--dtype", choices=["float16", "bfloat16"], help="of decode: of queries, sinks and tails; float16 by default")
     add("--seed", type=int, help="of all random inputs; 0 by default")
     result = argparse.ArgumentParser(
         prog="sweep.py",
@@ -133,6 +134,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         full=getattr(arguments, "full", False),
         seed=getattr(arguments, "seed", 0),
         table=getattr(arguments, "table", None),
+        dtype=getattr(torch, getattr(arguments, "dtype", "float16")),
     )
 
 
@@ -174,7 +176,7 @@ def run_elsewhere(name: str, argv: Sequence[str], environ: dict[str, str]) -> li
 
 def child_arguments(options: Options) -> list[str]:
     """Return the options as a command line, without --json and --plot."""
-    result = ["--seed", str(options.seed)]
+    result = ["--seed", str(options.seed), "--dtype", str(options.dtype).removeprefix("torch.")]
     result += [f"--{name}" for name in ("quick", "full") if getattr(options, name)]
     result += ["--table", options.table] if options.table else []
     for flag, values in (("--preset", options.presets), ("--shape", options.shapes), ("--target", options.targets)):

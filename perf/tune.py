@@ -14,7 +14,6 @@ import functools
 import multiprocessing
 import os
 from collections.abc import Iterator
-from unittest import mock
 
 import torch
 from cases import DecodeCase, Shape, build_cache, decode_errors
@@ -25,18 +24,19 @@ import kvarn_triton as kvarn
 from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, configs, inspection
 from kvarn_triton.tables import Entry
 
-SIZES = tuple((head_dim, block_n) for head_dim in (64, 128, 256, 512) for block_n in (8, 16))
+HEAD_DIMS = (64, 128, 256, 512)
 PRESET = "k4v2_g128"
+GROUP = 8
+"""Query heads per kv head: as many as a program attends with."""
 WARPS = (1, 2, 4)
-REGISTERS = (None, 168, 128)
-CYCLES_PER_INSTRUCTION = {1: 4.6, 2: 6.0, 4: 8.6}
-"""Cycles between two instructions of one warp by warps per program, as an H200 took them: barriers cost more with more."""
+BLOCKS = ((128, 128), (64, 64))
+"""Tokens of a product with keys, and channels of one with values: smaller ones need fewer registers."""
+CYCLES_PER_INSTRUCTION = {1: 3.7, 2: 4.7, 4: 5.5}
+"""Cycles between two instructions of one warp by warps per program, as an H200 took them."""
 EARLY_MERGE = ("sm90", "sm100", "sm120")
-LOOP_SPILLS = 8
-"""Loads and stores of spilled registers in the loop over pages above which a candidate isn't derived: on an H200 a candidate
-with fewer registers and 40 of them took a third longer."""
-STACK = 256
-"""Bytes of stack of a thread, likewise."""
+SPILL_COST = 24
+"""Instructions that a load or store of a spilled register in the loop over pages costs: what makes the model agree with the
+times of one and two warps at head_dim 256 on an H200 (`decode_int8_h200.json`)."""
 FINALISTS = 3
 """Fastest candidates at LARGE that are timed at SMALL too; the least product of both times wins."""
 LARGE, SMALL = (8, 32768), (1, 32768)
@@ -44,18 +44,17 @@ LARGE, SMALL = (8, 32768), (1, 32768)
 
 def candidates(arch: str) -> list[DecodeConfig]:
     """Return the launch parameters to try, without the programs of a multiprocessor."""
-    nvidia = arch.startswith("sm")
     return [
-        DecodeConfig(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg, early_merge=arch in EARLY_MERGE)
+        DecodeConfig(num_warps, num_stages, block_t, block_d, early_merge=arch in EARLY_MERGE)
         for num_warps in WARPS
         for num_stages in (2, 3)
-        for maxnreg in (REGISTERS if nvidia else (None,))
+        for block_t, block_d in BLOCKS
     ]
 
 
-def call_for(head_dim: int, block_n: int, table: DecodeTable) -> None:
+def call_for(head_dim: int, table: DecodeTable) -> None:
     """Call decode_attention over a served cache on the CPU, where `compile_for` compiles it."""
-    shape = Shape("tune", 2 * block_n, 2, head_dim)
+    shape = Shape("tune", 2 * GROUP, 2, head_dim)
     layout = PageLayout.from_name(PRESET, head_dim=head_dim)
     raw = torch.zeros(2, 2, 2, layout.page_size, head_dim, dtype=torch.float16)
     table_of_pages, lens = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
@@ -84,54 +83,50 @@ class Estimate:
     cycles: float
 
 
-def estimate(arch: str, head_dim: int, block_n: int, config: DecodeConfig) -> Estimate | None:
+def estimate(arch: str, head_dim: int, config: DecodeConfig) -> Estimate | None:
     """Compile a candidate and estimate the cycles that a multiprocessor needs for a page; None if it doesn't compile."""
-    table = DecodeTable(arch, (Entry(head_dim, block_n, config, "candidate"),))
+    table = DecodeTable(arch, (Entry(head_dim, config, "candidate"),))
     try:
         with inspection.compile_for(arch) as kernels:
-            call_for(head_dim, block_n, table)
+            call_for(head_dim, table)
     except Exception:  # a compiler that gives up on a candidate leaves the others
         return None
     used = inspection.resources(kernels[0])
     programs = inspection.programs_per_multiprocessor(used, arch)
     if programs < 1:
         return None
-    layout = PageLayout.from_name(PRESET, head_dim=head_dim)
-    with mock.patch.object(configs, "arch_of", lambda device: arch):
-        chosen = configs.decode_config(layout, block_n, torch.float16, torch.device("cpu"), table)
-    steps = layout.page_size // chosen.block_t
-    instructions = (used.product_loop.total() or used.instructions) * steps
+    loop = used.product_loop
+    instructions = loop.total() or used.instructions
     warps = config.num_warps
-    cycles = max(instructions * warps / 4, instructions * CYCLES_PER_INSTRUCTION[warps] / programs)
-    spills = used.product_loop["LDL"] + used.product_loop["STL"] if used.loops else used.stack // 4
+    spills = loop["LDL"] + loop["STL"] if used.loops else used.stack // 4
+    issued = instructions + SPILL_COST * spills
+    cycles = max(issued * warps / 4, issued * CYCLES_PER_INSTRUCTION[warps] / programs)
     return Estimate(config, programs, instructions * warps, used.stack, spills, cycles)
 
 
-def derived(arch: str, head_dim: int, block_n: int) -> tuple[Entry, Estimate] | None:
+def derived(arch: str, head_dim: int) -> tuple[Entry, Estimate] | None:
     """Return the entry that the compiler's counts suggest."""
-    found = [estimate(arch, head_dim, block_n, config) for config in candidates(arch) if config.num_stages == 2]
-    compiled = [e for e in found if e is not None]
-    dry = [e for e in compiled if e.loop_spills <= LOOP_SPILLS and e.stack <= STACK] or compiled
-    ranked = sorted(dry, key=lambda e: e.cycles)
+    found = [estimate(arch, head_dim, config) for config in candidates(arch) if config.num_stages == 3]
+    ranked = sorted((e for e in found if e is not None), key=lambda e: e.cycles)
     if not ranked:
         return None
     best = ranked[0]
-    config = dataclasses.replace(best.config, programs_per_sm=best.programs, few_programs_per_sm=max(2 * best.programs // 3, 1))
-    return Entry(head_dim, block_n, config, "derived"), best
+    config = dataclasses.replace(best.config, programs_per_sm=best.programs, few_programs_per_sm=best.programs)
+    return Entry(head_dim, config, "derived"), best
 
 
 @functools.lru_cache(maxsize=2)
-def timed_case(head_dim: int, block_n: int, point: tuple[int, int], seed: int) -> tuple[DecodeCase, ...]:
+def timed_case(head_dim: int, point: tuple[int, int], seed: int) -> tuple[DecodeCase, ...]:
     """Return the caches of a timed point."""
     from gpu_sweeps import decode_sets
 
     layout = PageLayout.from_name(PRESET, head_dim=head_dim)
-    return tuple(decode_sets(Shape("tune", 8 * block_n, 8, head_dim), layout, *point, "served", seed))
+    return tuple(decode_sets(Shape("tune", 8 * GROUP, 8, head_dim), layout, *point, "served", seed))
 
 
-def error_ratio(head_dim: int, block_n: int, table: DecodeTable, seed: int) -> float:
+def error_ratio(head_dim: int, table: DecodeTable, seed: int) -> float:
     """Return the error of a candidate over that of the plain formula, at worst; compiles the candidate."""
-    shape = Shape("tune", 2 * block_n, 2, head_dim)
+    shape = Shape("tune", 2 * GROUP, 2, head_dim)
     layout = PageLayout.from_name(PRESET, head_dim=head_dim)
     case = build_cache(shape, layout, [1000, 3], sink_len=100, tail_pages=1, device="cuda", seed=seed)
     out = kvarn.decode_attention(*case.arguments, **case.options, table=table)
@@ -139,23 +134,23 @@ def error_ratio(head_dim: int, block_n: int, table: DecodeTable, seed: int) -> f
 
 
 def measured(
-    pool: concurrent.futures.Executor, arch: str, head_dim: int, block_n: int, seed: int, source: str
+    pool: concurrent.futures.Executor, arch: str, head_dim: int, seed: int, source: str
 ) -> tuple[Entry, float, int] | None:
     """Return the best entry on this GPU, its time at LARGE in us, and how many candidates were timed."""
     from gpu_sweeps import decode_calls
     from timing import measure
 
     def table_of(config: DecodeConfig) -> DecodeTable:
-        return DecodeTable(arch, (Entry(head_dim, block_n, config, source),))
+        return DecodeTable(arch, (Entry(head_dim, config, source),))
 
-    calls = [pool.submit(estimate, arch, head_dim, block_n, config) for config in candidates(arch)]
+    calls = [pool.submit(estimate, arch, head_dim, config) for config in candidates(arch)]
     known = [call.result() for call in calls]
     fitting = [dataclasses.replace(e.config, programs_per_sm=e.programs, few_programs_per_sm=e.programs) for e in known if e]
-    checks = {config: pool.submit(error_ratio, head_dim, block_n, table_of(config), seed) for config in fitting}
+    checks = {config: pool.submit(error_ratio, head_dim, table_of(config), seed) for config in fitting}
     right = [config for config, check in checks.items() if check.exception() is None and check.result() <= ERROR_RATIO]
 
     def times(options: list[DecodeConfig], point: tuple[int, int]) -> dict[DecodeConfig, float]:
-        cases = timed_case(head_dim, block_n, point, seed)
+        cases = timed_case(head_dim, point, seed)
         timings, _ = measure({config: decode_calls(cases, table_of(config)) for config in options}, samples=5, sample_us=300.0)  # type: ignore[misc]
         return {config: timing.us for config, timing in timings.items()}  # type: ignore[misc]
 
@@ -166,7 +161,7 @@ def measured(
     few = {dataclasses.replace(c, few_programs_per_sm=n): c for c in finalists for n in range(1, c.programs_per_sm + 1)}
     small = times(list(few), SMALL)
     best = min(small, key=lambda config: small[config] * large[few[config]])
-    return Entry(head_dim, block_n, best, source), large[few[best]], len(right)
+    return Entry(head_dim, best, source), large[few[best]], len(right)
 
 
 @sweep(
@@ -175,10 +170,10 @@ def measured(
     headers={
         "arch": "arch",
         "head_dim": "head_dim",
-        "block_n": "heads",
         "num_warps": "warps",
         "num_stages": "stages",
-        "maxnreg": "registers",
+        "block_t": "tokens",
+        "block_d": "channels",
         "programs_per_sm": "programs",
         "few_programs_per_sm": "few",
         "us": "us",
@@ -186,30 +181,27 @@ def measured(
         "stack": "stack",
         "source": "source",
     },
-    note="launch parameters of decode, k4v2_g128. heads: query heads per kv head, padded. us: served, batch 8, context 32K.\n"
+    note="launch parameters of decode, k4v2_g128. 8 query heads per kv head. us: served, batch 8, context 32K.\n"
     "measured on the GPU, or derived from the compiler's counts for an architecture that was asked for with --target.",
 )
 def tune(options: Options) -> Iterator[Row]:
     """Search every size; with --table, write the entries."""
     here = configs.arch_of(torch.device("cuda")) if torch.cuda.is_available() else None
     archs = options.targets or ((here,) if here else tuple(inspection.TARGETS))
-    sizes = SIZES[:4] if options.quick else SIZES
-    work = [(arch, *size) for arch in archs for size in sizes]
+    work = [(arch, head_dim) for arch in archs for head_dim in (HEAD_DIMS[:2] if options.quick else HEAD_DIMS)]
     entries: dict[str, list[Entry]] = {}
     pool = concurrent.futures.ProcessPoolExecutor(
         max((os.cpu_count() or 2) // 2, 1), mp_context=multiprocessing.get_context("spawn")
     )
-    for arch, head_dim, block_n in progress("tune", work, lambda w: f"{w[0]} head_dim {w[1]}, {w[2]} heads"):
-        row: Row = {"arch": arch, "head_dim": head_dim, "block_n": block_n}
+    for arch, head_dim in progress("tune", work, lambda w: f"{w[0]} head_dim {w[1]}"):
+        row: Row = {"arch": arch, "head_dim": head_dim}
         if arch == here and not options.targets:
             info = environment(())
-            found = measured(
-                pool, arch, head_dim, block_n, options.seed, f"measured: {info['device']}, Triton {info['triton']}"
-            )
+            found = measured(pool, arch, head_dim, options.seed, f"measured: {info['device']}, Triton {info['triton']}")
             row |= {} if found is None else {"us": found[1], "candidates": found[2]}
             timed_case.cache_clear()
         else:
-            found = derived(arch, head_dim, block_n)
+            found = derived(arch, head_dim)
             row |= {} if found is None else {"loop_per_page": found[1].instructions, "stack": found[1].stack}
         if found is None:
             yield row | {"us": None, "fail": "no candidate compiles, fits and is exact"}

@@ -21,9 +21,8 @@ TESTS = Path(__file__).parent
 INSTRUCTIONS_PER_PAGE = 2300
 """Most warp instructions of the loop over pages for one page of 128 tokens: k4v2_g128, head_dim 128, float16, 8 query heads per
 kv head, all warps of a program together. An H200 has about 3,050 issue slots in the time that it needs to read the page."""
-LOOP_SPILLS = {"decode quantized only, group 8": 2, "decode": 7}
-"""Most loads and stores of spilled registers in that loop, without and with a sink and a tail. Recorded: none with Triton 3.6;
-with 3.9 two on sm100 without, and 4 on sm90 and 7 on sm100 with a sink and a tail."""
+BUDGET_CASES = ("decode quantized only, group 8", "decode")
+"""Without and with a sink and a tail. No load or store of a spilled register in that loop."""
 BUDGET_TARGETS = ("sm80", "sm90", "sm100")
 
 
@@ -73,7 +72,7 @@ def test_compiles(target, compiled):
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_MEMORY_LIMIT[target], kernel
     if target in BUDGET_TARGETS:
-        for case, loop_spills in LOOP_SPILLS.items():
+        for case in BUDGET_CASES:
             decode = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_decode_attention_kernel", case))
             assert 0 < decode["page_loop"] * decode["num_warps"] <= INSTRUCTIONS_PER_PAGE, decode
-            assert decode["loop_spills"] <= loop_spills, decode
+            assert decode["loop_spills"] == 0, decode

@@ -28,6 +28,7 @@ FLOAT32_ERROR = 2e-6
 LSE_ERROR = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-5}
 """Rounding of a query to 11, 8 or 24 bits times scores of up to 5, and the sum."""
 GROUPS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
+"""More than 8 are attended to in tiles of equal sizes."""
 
 
 def check(case: CacheCase, *, working: torch.dtype | None = None, sm_scale: float | None = None, **options) -> torch.Tensor:
@@ -62,6 +63,23 @@ def test_groups(dtype, device):
         check(cache_case(PageLayout(), [1000, 129], group=group, dtype=dtype, sink_len=128, device=device))
 
 
+@pytest.mark.parametrize("group", [17, 24, 40])
+def test_many_query_heads(group, device):
+    """Groups of more than 16 take three tiles and more, the last of which may have fewer heads."""
+    check(cache_case(PageLayout(64, 64, 4, 2), [200, 70], group=group, sink_len=16, device=device))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_sharp_attention(bits, head_dim, device):
+    """Scores with a standard deviation of about 4: most weights are far below the largest of their page."""
+    case = cache_case(PageLayout(head_dim, 64, bits, bits), [300], group=3, num_kv_heads=1, num_tail_slots=1, device=device)
+    out = decode_attention(case.q, **case.kwargs, sm_scale=4 * head_dim**-0.5)
+    exact = reference.decode_attention(case.q.double(), **case.kwargs, sm_scale=4 * head_dim**-0.5)
+    # In the interpreter at most 1.3e-3, where plain attention in float16 has 4.2e-4 to 1.3e-3.
+    assert relative_error(out, exact) < 2.5e-3
+
+
 @pytest.mark.parametrize("page_size", SUPPORTED_PAGE_SIZES)
 @pytest.mark.parametrize("sink_len", [0, 64, 70])
 def test_lengths(page_size, sink_len, device):
@@ -86,7 +104,7 @@ def test_splits(split_size, device):
 def with_programs(programs: int, few: int) -> DecodeTable:
     """Return a table that launches that many programs per multiprocessor, of which the interpreter has two."""
     config = DecodeConfig(programs_per_sm=programs, few_programs_per_sm=few)
-    return DecodeTable("test", (Entry(64, 8, config, "test"),))
+    return DecodeTable("test", (Entry(64, config, "test"),))
 
 
 @pytest.mark.parametrize(("programs", "few"), [(1, 1), (2, 1), (3, 3), (4, 2), (9, 9)])
@@ -122,6 +140,14 @@ def test_raw_dtypes(dtype, raw_dtype, device):
     """Raw pages may have another dtype than the queries; the coarser one sets the error."""
     case = cache_case(PageLayout(64, 64, 3, 4), [150], group=2, dtype=dtype, raw_dtype=raw_dtype, sink_len=32, device=device)
     check(case, working=torch.bfloat16 if torch.bfloat16 in (dtype, raw_dtype) else dtype)
+
+
+def test_raw_tokens_in_two_terms(device):
+    """What rounding a query or a weight to float16 leaves over is not lost: the result is the exact one, rounded."""
+    case = cache_case(PageLayout(64, 64, 4, 2), [100], group=3, num_kv_heads=1, sink_len=128, device=device)
+    exact = reference.decode_attention(case.q.double(), **case.kwargs)
+    rounding = relative_error(exact.half(), exact)
+    assert relative_error(decode_attention(case.q, **case.kwargs), exact) < 1.1 * rounding
 
 
 @pytest.mark.parametrize("sm_scale", [0.05, 0.3, -0.1])

@@ -1,4 +1,4 @@
-"""The byte format: offsets, presets, refusals, and golden bytes that pin version 2 of the format."""
+"""The byte format: offsets, presets, refusals, and golden bytes that pin version 3 of the format."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from kvarn_triton.layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_P
 ALL_LAYOUTS = [
     PageLayout(*sizes) for sizes in itertools.product(SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, SUPPORTED_BITS, SUPPORTED_BITS)
 ]
-OFFSETS = ("k_codes", "v_codes", "k_params", "v_params", "k_norm", "v_norm")
+OFFSETS = ("k_codes", "v_codes", "k_params", "v_params", "k_norm", "v_norm", "gains")
 
 
 def test_fields_fill_the_record():
-    """Every field starts at a multiple of 16 bytes, none overlaps another, and together they are the record."""
+    """Every field starts at a multiple of 16 bytes, none overlaps another, and nothing is left but the end of the last line."""
     for layout in ALL_LAYOUTS:
         for name in OFFSETS:
             assert getattr(layout, f"{name}_offset") % 16 == 0, (layout, name)
+        assert layout.page_bytes % 128 == 0
         written = torch.zeros(layout.page_bytes, dtype=torch.int32)
         for name in layout.fields(torch.zeros(layout.page_bytes, dtype=torch.uint8)):
             record = torch.zeros(layout.page_bytes, dtype=torch.uint8)
             field = layout.fields(record)[name]
-            field.fill_(255 if field.dtype == torch.uint8 else torch.nan)
-            if field.dtype == torch.float16:
-                record[0::2] = record[1::2]  # a NaN's low byte is 0
+            field.copy_(torch.full((field.numel() * field.element_size(),), 255, dtype=torch.uint8).view(field.dtype))
             written += record != 0
-        assert (written == 1).all(), layout  # no supported size needs padding
+        end = layout.gains_offset + 8
+        assert (written[:end] == 1).all(), layout
+        assert (written[end:] == 0).all() and layout.page_bytes - end < 128, layout
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
@@ -52,30 +53,31 @@ def test_fields_of_a_record(head_dim, v_bits):
         assert fields["v_scale"][t] == read(layout.v_params_offset, 2 * t)
         assert fields["v_zero"][t] == read(layout.v_params_offset, 2 * t + 1)
     for name, count in (("k_norm", 64), ("v_norm", head_dim)):
-        norm = fields[name].flatten()
-        assert norm.shape == (count,)
+        assert fields[name].shape == (count,)
         for row in range(count):
-            place = 16 * (row // 16) + 2 * (row % 8) + row // 8 % 2
-            assert norm[row] == read(getattr(layout, f"{name}_offset"), place)
+            assert fields[name][row] == read(getattr(layout, f"{name}_offset"), row)
+    gains = halves[layout.gains_offset // 2 :][:4].view(torch.float32)
+    assert fields["k_gain"].item() == gains[0].item()
+    assert fields["v_gain"].item() == gains[1].item()
 
 
 @pytest.mark.parametrize(
     ("name", "page_bytes"),
     [
-        ("k8v8_g128", 34_304),
-        ("k4v4_g128", 17_920),
-        ("k4v3_g128", 15_872),
-        ("k4v2_g128", 13_824),
-        ("k3v3_g128", 13_824),
-        ("k3v2_g128", 11_776),
-        ("k2v2_g128", 9_728),
-        ("k8v8_g64", 17_536),
-        ("k4v2_g64", 7_296),
-        ("k2v2_g64", 5_248),
+        ("k8v8_g128", 34_432),
+        ("k4v4_g128", 18_048),
+        ("k4v3_g128", 16_000),
+        ("k4v2_g128", 13_952),
+        ("k3v3_g128", 13_952),
+        ("k3v2_g128", 11_904),
+        ("k2v2_g128", 9_856),
+        ("k8v8_g64", 17_664),
+        ("k4v2_g64", 7_424),
+        ("k2v2_g64", 5_376),
     ],
 )
 def test_page_bytes(name, page_bytes):
-    """Sizes of the presets at head_dim 128, counted by hand: codes, and six rows of float16 scales."""
+    """Sizes of the presets at head_dim 128, counted by hand: codes, six rows of float16 scales, and a line of 128 bytes."""
     layout = PageLayout.from_name(name)
     assert layout.page_bytes == page_bytes
     assert layout.bytes_per_token == page_bytes / layout.page_size
@@ -118,14 +120,15 @@ def test_unknown_names(name):
         PageLayout.from_name(name)
 
 
-GOLDEN_SHA256 = "534599f9527a1c5017ad1e8411243cfdc526fba079ea4d71c942ca061730984e"
+GOLDEN_SHA256 = "a61c0c33b28a4d5c8026550bda66f01c6ea6b69ed7bb65edf0403d602869c28a"
 GOLDEN_FIELDS = {
-    "k_codes": (0x0000, "d1d00e8e373fbef3"),
-    "v_codes": (0x0600, "a964969599aa5a95"),
+    "k_codes": (0x0000, "4522fffefcf0e2ac"),
+    "v_codes": (0x0600, "8956a556aadaa665"),
     "k_params": (0x0A00, "0c2d3db60032fdb6"),
     "v_params": (0x0B00, "853442b80f36b1b9"),
-    "k_norm": (0x0C00, "ed4d0f52014e7953"),
-    "v_norm": (0x0C80, "ed49e74aaa4d0d4c"),
+    "k_norm": (0x0C00, "ed35013661381f3a"),
+    "v_norm": (0x0C80, "ed35aa3968375239"),
+    "gains": (0x0D00, "0000804200000042"),
 }
 """Offset and first 8 bytes of every part of the golden record."""
 
@@ -141,7 +144,7 @@ def golden_activations() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("store", [reference.store_pages, store_pages], ids=["reference", "kernel"])
 def test_golden_record(store, device):
     """The bytes of one k3v2 record: a change here is a change of the format, and needs a new FORMAT_VERSION."""
-    assert FORMAT_VERSION == 2
+    assert FORMAT_VERSION == 3
     layout = PageLayout(head_dim=64, page_size=64, k_bits=3, v_bits=2)
     k, v = golden_activations()
     pages = torch.empty(layout.pages_shape(1, 1), dtype=torch.uint8, device=device)

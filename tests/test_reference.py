@@ -60,12 +60,13 @@ def test_published_algorithm(per, iterations, page_size, head_dim, bits):
         tile = uneven(page_size, head_dim, seed=seed).double() * 2.0**seed
         rows = tile.T if per == "channel" else tile
         codes, scale, zero, norm = published_encode(rows, bits, iterations)
-        got_codes, got_scale, got_zero, got_norm = reference.encode(
+        got_codes, got_scale, got_zero, got_norm, gain = reference.encode(
             tile, bits, per=per, encoder=Encoder(iterations=iterations, equivariant=False)
         )
         assert torch.equal(got_codes.double(), codes.T if per == "channel" else codes)
-        gauge = 2.0 ** torch.round(torch.log2(got_norm[0] / norm[0]))  # a power of two that the record moves to norm
-        torch.testing.assert_close(got_norm / gauge, norm, rtol=1e-10, atol=0)
+        gauge = 2.0 ** torch.round(torch.log2(scale[0] / got_scale[0]))  # a power of two that the record moves to the gain
+        assert torch.frexp(gain).mantissa.item() == 0.5
+        torch.testing.assert_close(got_norm * gain / gauge, norm, rtol=1e-10, atol=0)
         torch.testing.assert_close(got_scale * gauge, scale, rtol=1e-10, atol=0)
         torch.testing.assert_close(got_zero * gauge, zero, rtol=1e-10, atol=0)
 
@@ -95,8 +96,9 @@ def test_ties_keep_the_newer_scales(per):
 
 def dequantized(tile: torch.Tensor, bits: int, per: str, encoder: Encoder = DEFAULT) -> torch.Tensor:
     """Encode a tile, round the fields to float16 as a record does, and decode it in float64."""
-    codes, scale, zero, norm = reference.encode(tile, bits, per=per, encoder=encoder)
+    codes, scale, zero, norm, gain = reference.encode(tile, bits, per=per, encoder=encoder)
     scale, zero, norm = (field.half().double() for field in (scale, zero, norm))
+    norm = norm * gain
     return reference.dequantize(codes, scale, zero, per=per) * norm.unsqueeze(-1 if per == "channel" else -2)
 
 
@@ -193,7 +195,7 @@ def test_degenerate_tiles(name, bits):
         assert v[5].abs().max() == 0
 
 
-@pytest.mark.parametrize("magnitude", [1e5, 1e-6])
+@pytest.mark.parametrize("magnitude", [1e5, 1e12, 1e-6, 1e-12])
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_magnitudes_beyond_float16(magnitude, bits):
     """bfloat16 activations above 65504, or far below 6e-5, have finite fields and the error of ordinary ones (KF 5)."""
@@ -246,22 +248,18 @@ def slow_pack(codes: list[list[int]], bits: int, per: str) -> bytes:
     """Pack codes [tokens][channels] as the format's description says it, one code at a time."""
     tokens, head_dim = len(codes), len(codes[0])
     width = 2 if bits == 3 else bits
-    fields = 16 // width
-    words = [0] * (tokens * head_dim // fields)
-    high = [0] * len(words)
-    if per == "channel":
-        block = head_dim & -head_dim
-        for t, n, f in itertools.product(range(tokens), range(head_dim // fields), range(fields)):
-            code = codes[t][n // (block // fields) * block + f * (block // fields) + n % (block // fields)]
-            words[t * (head_dim // fields) + n] |= (code % 2**width) << (f * width)
-            high[t * (head_dim // fields) + n] |= (code >> 2) << f
-    else:
-        block = min(16 * fields, tokens)
-        for c, n, f in itertools.product(range(head_dim), range(tokens // fields), range(fields)):
-            code = codes[n // (block // fields) * block + f * (block // fields) + n % (block // fields)][c]
-            words[c * (tokens // fields) + n] |= (code % 2**width) << (f * width)
-            high[c * (tokens // fields) + n] |= (code >> 2) << f
-    return b"".join(word.to_bytes(2, "little") for word in words) + (bytes(high) if bits == 3 else b"")
+    fields = 8 // width
+    rows, items = (tokens, head_dim) if per == "channel" else (head_dim, tokens)
+    block = head_dim & -head_dim if per == "channel" else tokens
+    size = items // fields
+    low, high = [0] * (rows * size), [0] * (rows * size // 2)
+    for r, n, f in itertools.product(range(rows), range(size), range(fields)):
+        item = n // (block // fields) * block + f * (block // fields) + n % (block // fields)
+        code = codes[r][item] if per == "channel" else codes[item][r]
+        low[r * size + n] |= (code % 2**width) << (f * width)
+        if bits == 3:
+            high[r * (size // 2) + n % (size // 2)] |= (code >> 2) << (f + 4 * (n // (size // 2)))
+    return bytes(low) + (bytes(high) if bits == 3 else b"")
 
 
 @pytest.mark.parametrize("per", ["channel", "token"])

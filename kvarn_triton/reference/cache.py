@@ -13,7 +13,7 @@ import torch
 
 from ..encoder import DEFAULT, Encoder
 from ..layout import PageLayout
-from .codec import HALF_MAX, STORED_SCALE_MAX, dequantize, encode, hadamard, pack, unpack, working_dtype
+from .codec import HALF_MAX, dequantize, encode, hadamard, pack, unpack, working_dtype
 
 
 def encode_records(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, encoder: Encoder = DEFAULT) -> torch.Tensor:
@@ -21,11 +21,10 @@ def encode_records(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, encoder
     records = torch.zeros(*k.shape[:-2], layout.page_bytes, dtype=torch.uint8, device=k.device)
     fields = layout.fields(records)
     for name, tile, bits, per in (("k", k, layout.k_bits, "channel"), ("v", v, layout.v_bits, "token")):
-        codes, scale, zero, norm = encode(tile, bits, per=per, encoder=encoder)  # type: ignore[arg-type]
+        codes, scale, zero, norm, gain = encode(tile, bits, per=per, encoder=encoder)  # type: ignore[arg-type]
         fields[f"{name}_codes"].copy_(pack(codes, bits, per=per))  # type: ignore[arg-type]
-        for field, value, limit in (("scale", scale, STORED_SCALE_MAX), ("zero", zero, HALF_MAX), ("norm", norm, HALF_MAX)):
-            view = fields[f"{name}_{field}"]
-            view.copy_(value.clamp(-limit, limit).to(torch.float16).reshape(view.shape))
+        for field, value in (("scale", scale), ("zero", zero), ("norm", norm), ("gain", gain)):
+            fields[f"{name}_{field}"].copy_(value)
     return records
 
 
@@ -36,9 +35,9 @@ def decode_records(
     fields = {name: field if field.dtype == torch.uint8 else field.to(dtype) for name, field in layout.fields(records).items()}
     k_codes = unpack(fields["k_codes"], layout.k_bits, layout.page_size, layout.head_dim, per="channel")
     v_codes = unpack(fields["v_codes"], layout.v_bits, layout.page_size, layout.head_dim, per="token")
-    k = dequantize(k_codes, fields["k_scale"], fields["k_zero"], per="channel") * fields["k_norm"].flatten(-3).unsqueeze(-1)
-    v = dequantize(v_codes, fields["v_scale"], fields["v_zero"], per="token") * fields["v_norm"].flatten(-3).unsqueeze(-2)
-    return k, v
+    k = dequantize(k_codes, fields["k_scale"], fields["k_zero"], per="channel") * fields["k_norm"].unsqueeze(-1)
+    v = dequantize(v_codes, fields["v_scale"], fields["v_zero"], per="token") * fields["v_norm"].unsqueeze(-2)
+    return k * fields["k_gain"].unsqueeze(-1), v * fields["v_gain"].unsqueeze(-1)
 
 
 def store_pages(

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from ..encoder import DEFAULT, Encoder
-from ..layout import fields_per_word, largest_power_of_two_divisor, token_block
+from ..layout import fields_per_byte, largest_power_of_two_divisor
 
 Per = Literal["channel", "token"]
 
@@ -31,11 +31,9 @@ RANGE_EPS = 1e-10
 """Least scale of a quantized row, so that a constant row has code 0 instead of 0 / 0."""
 TILE_SCALE_MAX = 1e19
 """The square of anything larger overflows float32."""
-GAUGE_MIN, GAUGE_MAX = -13, 15
-"""Powers of two that may move from scale and zero into norm; norm itself stays below 2**15 and a normal float16."""
+EXPONENT_MAX = 100
+"""Largest magnitude of an exponent that moves into a gain, so that gains are normal float32 numbers."""
 HALF_MAX = 65504.0
-STORED_SCALE_MAX = 511.0
-"""Largest stored scale: times 2**7, the most that `attend` multiplies it with, it stays inside float16."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -201,9 +199,16 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, 
     return codes.to(dtype) * scale.to(dtype).unsqueeze(dim) + zero.to(dtype).unsqueeze(dim)
 
 
+def _exponent(x: torch.Tensor) -> torch.Tensor:
+    """Return e with largest number = m * 2**e and 0.5 <= m < 1, of each row [..., 1], within +-EXPONENT_MAX."""
+    largest = x.amax(-1, keepdim=True)
+    exponent = torch.frexp(largest).exponent.clamp(-EXPONENT_MAX, EXPONENT_MAX)
+    return torch.where(largest > 0, exponent, -EXPONENT_MAX)
+
+
 def encode(
     tiles: torch.Tensor, bits: int, *, per: Per, encoder: Encoder = DEFAULT
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Balance and quantize rotated tiles and absorb the balancing scales (paper, section 3).
 
     Args:
@@ -213,9 +218,10 @@ def encode(
         encoder: options of the encoder.
 
     Returns:
-        `codes` uint8 like `tiles`; `scale` and `zero` of the axis named by `per` and `norm` of the other one, in the working
-        dtype, so that tiles are about (codes * scale + zero) * norm. A power of two is moved from scale and zero to norm, so
-        that the largest dequantized magnitude before norm lies in [0.5, 1): exact, and it keeps all three inside float16.
+        `codes` uint8 like `tiles`; `scale` and `zero` of the axis named by `per`, `norm` of the other one and `gain` [..., 1],
+        in the working dtype, so that tiles are about (codes * scale + zero) * norm * gain. The gain is a power of two that
+        brings the largest magnitude of codes * scale + zero and the largest norm into [0.5, 1): exact, and it keeps all
+        three inside float16 whatever the magnitude of the tile.
     """
     tiles = tiles.to(working_dtype(tiles.dtype))
     tile_scale = _tile_scale(tiles, encoder)
@@ -224,11 +230,12 @@ def encode(
     token_scale, channel_scale, tile_scale = token_scale.squeeze(-1), channel_scale.squeeze(-2), tile_scale.squeeze(-1)
     own, norm = (channel_scale, token_scale) if per == "channel" else (token_scale, channel_scale)
     scale, zero = scale * own * tile_scale, zero * own * tile_scale
-    top = torch.maximum(zero.abs(), (scale * (2**bits - 1) + zero).abs()).amax(-1, keepdim=True)
-    room = 15 - torch.frexp(norm.amax(-1, keepdim=True)).exponent
-    exponent = torch.minimum(torch.frexp(top).exponent.clamp(GAUGE_MIN, GAUGE_MAX), room)
-    gauge = torch.ldexp(torch.ones_like(top), exponent)
-    return codes, scale * (1.0 / gauge), zero * (1.0 / gauge), norm * gauge
+    value_exponent = _exponent(torch.maximum(zero.abs(), (scale * (2**bits - 1) + zero).abs()))
+    norm_exponent = _exponent(norm)
+    one = torch.ones_like(tile_scale)
+    gauge = torch.ldexp(one, -value_exponent)
+    gain = torch.ldexp(one, value_exponent + norm_exponent)
+    return codes, scale * gauge, zero * gauge, torch.ldexp(norm, -norm_exponent), gain
 
 
 def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
@@ -237,41 +244,48 @@ def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
     Args:
         codes: uint8 [..., page_size, head_dim], each below 2**bits.
         bits: 2, 3, 4 or 8.
-        per: "channel" packs channels of one token into words (keys), "token" tokens of one channel (values).
+        per: "channel" packs channels of one token into bytes (keys), "token" tokens of one channel (values).
 
     Returns:
         uint8 [..., page_size * head_dim * bits / 8].
     """
-    rows = codes if per == "channel" else codes.transpose(-1, -2)
-    *lead, num_rows, num_items = rows.shape
-    fields = fields_per_word(bits)
-    block = largest_power_of_two_divisor(num_items) if per == "channel" else token_block(num_items, bits)
-    planes = rows.reshape(*lead, num_rows, num_items // block, fields, block // fields).to(torch.int32)
+    planes = _planes(codes if per == "channel" else codes.transpose(-1, -2), bits, per).to(torch.int32)
+    width, fields = (2, 4) if bits == 3 else (bits, 8 // bits)
     shifts = torch.arange(fields, dtype=torch.int32, device=codes.device)[:, None]
-    low_bits = 2 if bits == 3 else bits
-    words = ((planes & (2**low_bits - 1)) << (shifts * low_bits)).sum(-2).flatten(-3)
-    packed = torch.stack((words & 255, words >> 8), dim=-1).to(torch.uint8).flatten(-2)
+    packed = ((planes & (2**width - 1)) << (shifts * width)).sum(-2).flatten(-2)
     if bits == 3:
-        high = ((planes >> 2) << shifts).sum(-2).flatten(-3)
-        packed = torch.cat((packed, high.to(torch.uint8)), dim=-1)
-    return packed
+        bit_planes = (planes >> 2).unflatten(-1, (2, -1))  # [..., rows, field, half, byte]
+        halves = torch.arange(2, dtype=torch.int32, device=codes.device)[:, None]
+        high = (bit_planes << (shifts[..., None] + 4 * halves)).sum((-3, -2)).flatten(-2)
+        packed = torch.cat((packed, high), dim=-1)
+    return packed.to(torch.uint8)
 
 
 def unpack(packed: torch.Tensor, bits: int, page_size: int, head_dim: int, *, per: Per) -> torch.Tensor:
     """Return the codes uint8 [..., page_size, head_dim] that `pack` packed into `packed`."""
-    lead = packed.shape[:-1]
     num_rows, num_items = (page_size, head_dim) if per == "channel" else (head_dim, page_size)
-    fields = fields_per_word(bits)
-    block = largest_power_of_two_divisor(num_items) if per == "channel" else token_block(num_items, bits)
-    num_words = num_rows * num_items // fields
+    width, fields = (2, 4) if bits == 3 else (bits, 8 // bits)
+    num_bytes = num_rows * num_items // fields
     shifts = torch.arange(fields, dtype=torch.int32, device=packed.device)[:, None]
-
-    def separate(words: torch.Tensor, width: int) -> torch.Tensor:
-        words = words.reshape(*lead, num_rows, num_items // block, 1, block // fields)
-        return ((words >> (shifts * width)) & (2**width - 1)).reshape(*lead, num_rows, num_items)
-
-    pairs = packed[..., : 2 * num_words].to(torch.int32).reshape(*lead, num_words, 2)
-    codes = separate(pairs[..., 0] | (pairs[..., 1] << 8), 2 if bits == 3 else bits)
+    low = packed[..., :num_bytes].to(torch.int32).unflatten(-1, (num_rows, 1, -1))
+    planes = (low >> (shifts * width)) & (2**width - 1)
     if bits == 3:
-        codes = codes | (separate(packed[..., 2 * num_words :].to(torch.int32), 1) << 2)
-    return (codes if per == "channel" else codes.transpose(-1, -2)).to(torch.uint8).contiguous()
+        halves = torch.arange(2, dtype=torch.int32, device=packed.device)[:, None]
+        high = packed[..., num_bytes:].to(torch.int32).unflatten(-1, (num_rows, 1, 1, -1))
+        planes = planes | (((high >> (shifts[..., None] + 4 * halves)) & 1) << 2).flatten(-2)
+    rows = _rows(planes, bits, per)
+    return (rows if per == "channel" else rows.transpose(-1, -2)).to(torch.uint8).contiguous()
+
+
+def _planes(rows: torch.Tensor, bits: int, per: Per) -> torch.Tensor:
+    """Return items [..., rows, items] as planes [..., rows, field, byte]: keys within blocks of the rotation."""
+    fields, num_items = fields_per_byte(bits), rows.shape[-1]
+    block = largest_power_of_two_divisor(num_items) if per == "channel" else num_items
+    return rows.unflatten(-1, (num_items // block, fields, block // fields)).transpose(-3, -2).flatten(-2)
+
+
+def _rows(planes: torch.Tensor, bits: int, per: Per) -> torch.Tensor:
+    """Undo `_planes`."""
+    fields, num_items = planes.shape[-2], planes.shape[-2] * planes.shape[-1]
+    block = largest_power_of_two_divisor(num_items) if per == "channel" else num_items
+    return planes.unflatten(-1, (num_items // block, block // fields)).transpose(-3, -2).flatten(-3)

@@ -1,0 +1,34 @@
+"""Where pages are: jit helpers that load page ids and bring records near."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_page_id(table_ptr, column, last, PTX: tl.constexpr):
+    """Load the page id of a column, or of the last column before `last`, of which there is at least one.
+
+    The loops over pages load an id one step before the copies that need it. Triton's pipeliner would make an asynchronous
+    copy of a load of its own, and wait for each copy as soon as it is issued; it lets inline PTX alone.
+    """
+    id_ptr = table_ptr + tl.minimum(column, last - 1)
+    if PTX:
+        address = id_ptr.to(tl.int64)
+        page = tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [address], tl.int32, is_pure=True, pack=1)
+    else:
+        page = tl.load(id_ptr)
+    return page
+
+
+@triton.jit
+def prefetch_record(record_ptr, BYTES: tl.constexpr, PTX: tl.constexpr):
+    """Start bringing a record into the L2 cache, so that it is near when the query is ready."""
+    if PTX:
+        LINES: tl.constexpr = triton.cdiv(BYTES, 128)
+        line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
+        address = record_ptr.to(tl.int64) + line * 128
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], tl.int32, is_pure=False, pack=1
+        )  # fmt: skip
