@@ -61,7 +61,7 @@ def decode_config(
         return DecodeConfig(4, num_stages=1, block_t=32, block_d=64, programs_per_sm=2, few_programs_per_sm=2)
     arch = arch_of(device)
     config = (builtin_table(arch) if table is None else table).find(layout.head_dim)
-    available = MULTIPROCESSOR_BYTES.get(arch or "", MULTIPROCESSOR_BYTES["gfx942"])
+    available = _multiprocessor_bytes(device, arch)
     num_stages, programs = config.num_stages, config.programs_per_sm
     while num_stages > 2 and programs * _shared_bytes(layout, num_stages) > available:
         num_stages -= 1
@@ -82,7 +82,16 @@ MULTIPROCESSOR_BYTES = {
     "sm80": 164 * _KIB, "sm86": 100 * _KIB, "sm89": 100 * _KIB, "sm90": 228 * _KIB, "sm100": 228 * _KIB, "sm120": 100 * _KIB,
     "gfx942": 64 * _KIB, "gfx950": 160 * _KIB,
 }  # fmt: skip
-"""Shared memory of a multiprocessor (compute unit)."""
+"""Shared memory of a multiprocessor (compute unit), for GPUs that are not here."""
+
+
+@functools.lru_cache
+def _multiprocessor_bytes(device: torch.device, arch: str | None) -> int:
+    """Return the shared memory of a multiprocessor: what the device says, else what is known of the architecture."""
+    known = MULTIPROCESSOR_BYTES.get(arch or "", min(MULTIPROCESSOR_BYTES.values()))
+    if device.type != "cuda":
+        return known
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_multiprocessor", 0) or known
 
 
 def _shared_bytes(layout: PageLayout, num_stages: int) -> int:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, decode_attention, load_table, reference, save_table
+from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, configs, decode_attention, load_table, reference, save_table
 from kvarn_triton.inspection import TARGETS
 from kvarn_triton.tables import Entry, builtin_table
 from kvarn_triton.testing import cache_case, relative_error
@@ -78,6 +78,28 @@ def test_builtin_tables(arch):
 def test_unknown_architectures(arch, known):
     """A GPU that has no table gets that of the nearest older one."""
     assert builtin_table(arch) == builtin_table(known)
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "head_dim", "num_stages", "programs"),
+    [
+        ("sm90", "k4v2_g128", 128, 3, 8),
+        ("sm90", "k4v4_g128", 128, 2, 8),  # two pages of 18 KB eight times are too much
+        ("sm90", "k8v8_g128", 128, 2, 6),
+        ("sm90", "k8v8_g128", 256, 1, 4),  # a page of 67 KB goes through shared memory tile by tile
+        ("sm86", "k4v2_g128", 128, 2, 6),
+        ("sm80", "k2v2_g64", 128, 3, 8),
+        ("sm80", "k4v2_g128", 128, 2, 8),
+        ("gfx942", "k4v4_g128", 128, 2, 3),
+    ],
+)
+def test_pages_in_shared_memory(arch, name, head_dim, num_stages, programs, monkeypatch):
+    """As many pages as fit for all programs of a multiprocessor, then as many programs as fit with one."""
+    monkeypatch.setattr(configs, "arch_of", lambda device: arch)
+    layout = PageLayout.from_name(name, head_dim=head_dim)
+    config = configs.decode_config(layout, torch.float16, torch.device("cpu"))
+    assert (config.num_stages, config.programs_per_sm) == (num_stages, programs)
+    assert config.few_programs_per_sm <= programs
 
 
 def test_decode_takes_a_table(device, tmp_path):
