@@ -51,18 +51,14 @@ def _load_bytes(rows_ptr, row, BYTES: tl.constexpr, BLOCK: tl.constexpr, ROWS: t
 
 
 @triton.jit
-def _load_high(
-    rows_ptr, row, BYTES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ALL_ROWS: tl.constexpr, PTX: tl.constexpr
-):
+def _load_high(rows_ptr, row, BYTES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr):
     """Load the high bits of 3-bit codes for rows of BYTES bytes as int8 [BLOCK, rows]: bit f belongs to field f."""
     byte = tl.arange(0, BLOCK)[:, None]
-    in_upper = byte >= BYTES // 2
-    place = row[None, :] * (BYTES // 2) + tl.where(in_upper, byte - BYTES // 2, byte)
-    if BYTES == BLOCK and ALL_ROWS:
-        packed = tl.load(rows_ptr + place)
-    else:
-        packed = tl.load(rows_ptr + place, (byte < BYTES) & (row < ROWS)[None, :], other=0)
-    return high_bits(packed, tl.broadcast_to(in_upper, packed.shape), PTX)
+    place = row[None, :] * (BYTES // 2) + byte
+    mask = (row < ROWS)[None, :]
+    lower = tl.load(rows_ptr + place, (byte < BYTES // 2) & mask, other=0)
+    upper = tl.load(rows_ptr + place - BYTES // 2, (byte >= BYTES // 2) & (byte < BYTES) & mask, other=0)
+    return high_bits(lower, upper, PTX)
 
 
 @triton.jit
@@ -117,7 +113,7 @@ def quantized_scores(
         packed = _load_bytes(codes_ptr, row, BYTES, BLOCK_K, G, True)
         high = packed
         if BITS == 3:
-            high = _load_high(codes_ptr + G * BYTES, row, BYTES, BLOCK_K, G, True, PTX)
+            high = _load_high(codes_ptr + G * BYTES, row, BYTES, BLOCK_K, G, PTX)
         product = tl.zeros((2 * planes[0].shape[0], BLOCK_T), sum_dtype(OPERAND))
         for f in tl.static_range(FIELDS):
             codes = field_codes(packed, high, f, BITS, field_factor(f, BITS), OPERAND, PTX)
@@ -180,7 +176,7 @@ def add_quantized_values(
         packed = _load_bytes(codes_ptr, row, BYTES, BLOCK_B, D, CHANNELS == D)
         high = packed
         if BITS == 3:
-            high = _load_high(codes_ptr + D * BYTES, row, BYTES, BLOCK_B, D, CHANNELS == D, PTX)
+            high = _load_high(codes_ptr + D * BYTES, row, BYTES, BLOCK_B, D, PTX)
         product = tl.zeros((operands[0].shape[0], BLOCK_D), sum_dtype(OPERAND))
         for f in tl.static_range(FIELDS):
             codes = field_codes(packed, high, f, BITS, 1, OPERAND, PTX)

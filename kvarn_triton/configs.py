@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .device import INTERPRETED
-from .layout import PageLayout
+from .layout import PageLayout, fields_per_byte
 from .tables import DecodeConfig, DecodeTable, builtin_table
 
 
@@ -65,7 +65,7 @@ def decode_config(
     num_stages, programs = config.num_stages, config.programs_per_sm
     while num_stages > 2 and programs * _shared_bytes(layout, num_stages) > available:
         num_stages -= 1
-    if layout.page_bytes > PROGRAM_BYTES:
+    if _page_shared_bytes(layout) > PROGRAM_BYTES:
         num_stages = 1
     programs = min(programs, max(available // _shared_bytes(layout, num_stages), 1))
     few = min(config.few_programs_per_sm, programs)
@@ -94,11 +94,20 @@ def _multiprocessor_bytes(device: torch.device, arch: str | None) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_multiprocessor", 0) or known
 
 
+def _page_shared_bytes(layout: PageLayout) -> int:
+    """Return how much shared memory a page takes in a decode program: codes padded to whole products, 3-bit ones twice."""
+    channels = triton.next_power_of_2(layout.head_dim)
+    k_bytes = layout.page_size * max(channels // fields_per_byte(layout.k_bits), 32)
+    v_bytes = channels * max(layout.page_size // fields_per_byte(layout.v_bits), 32)
+    k_copies, v_copies = (3 if bits == 3 else 1 for bits in (layout.k_bits, layout.v_bits))
+    return k_bytes * k_copies + v_bytes * v_copies + 6 * (channels + layout.page_size) + 8
+
+
 def _shared_bytes(layout: PageLayout, num_stages: int) -> int:
     """Return about how much shared memory a decode program needs: pages, or raw tokens, and what the driver keeps."""
-    raw = 2 * 2 * RAW_BLOCK * layout.head_dim
-    buffers = max(num_stages - 1, 1)
-    return max(layout.page_bytes if num_stages > 1 else 16 * _KIB, raw) * buffers + _KIB
+    raw = 2 * 2 * RAW_BLOCK * triton.next_power_of_2(layout.head_dim)
+    page = _page_shared_bytes(layout) if num_stages > 1 else 16 * _KIB
+    return max(page, raw) * max(num_stages - 1, 1) + _KIB
 
 
 @functools.lru_cache

@@ -164,15 +164,13 @@ def field_codes(
 
 
 @triton.jit
-def high_bits(packed, in_upper, PTX: tl.constexpr):
-    """Return the low four bits of packed bytes, or the upper four where `in_upper`."""
-    lower_mask = tl.where(in_upper, 0, 15).to(tl.int8)
-    upper_mask = tl.where(in_upper, 15, 0).to(tl.int8)
+def high_bits(lower, upper, PTX: tl.constexpr):
+    """Return the low four bits of `lower` or the upper four of `upper`, bytes of which one is zero."""
     if PTX:
         bits = tl.inline_asm_elementwise(
-            "{ .reg .b32 t, u; and.b32 t, $1, $2; shr.b32 u, $1, 4; and.b32 u, u, $3; or.b32 $0, t, u; }",
-            "=r,r,r,r", [packed, lower_mask, upper_mask], tl.int8, is_pure=True, pack=4,
+            "{ .reg .b32 t, u; and.b32 t, $1, 0x0f0f0f0f; shr.b32 u, $2, 4; and.b32 u, u, 0x0f0f0f0f; or.b32 $0, t, u; }",
+            "=r,r,r", [lower, upper], tl.int8, is_pure=True, pack=4,
         )  # fmt: skip
     else:
-        bits = ((packed & lower_mask) | ((packed >> 4) & upper_mask)).to(tl.int8)
+        bits = ((lower & 15) | ((upper >> 4) & 15)).to(tl.int8)
     return bits

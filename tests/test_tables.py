@@ -87,6 +87,7 @@ def test_unknown_architectures(arch, known):
         ("sm90", "k4v4_g128", 128, 2, 8),  # two pages of 18 KB eight times are too much
         ("sm90", "k8v8_g128", 128, 2, 6),
         ("sm90", "k8v8_g128", 256, 1, 4),  # a page of 67 KB goes through shared memory tile by tile
+        ("sm90", "k3v3_g128", 128, 2, 8),  # high bits are loaded twice
         ("sm86", "k4v2_g128", 128, 2, 6),
         ("sm80", "k2v2_g64", 128, 3, 8),
         ("sm80", "k4v2_g128", 128, 2, 8),
