@@ -1,11 +1,9 @@
 """Paged split-K decode attention over sink, quantized and tail pages in one call.
 
-The first kernel runs as many programs as the GPU holds. A program attends to one piece of the work (`schedule`): with a
-tile of up to 8 query heads of one kv head to a run of consecutive pages of one sequence, or to the end of one run and the
-start of the next.
-The second kernel merges the partial results and undoes the rotation. Grids: (program,) and (query head, sequence). Bytes
-moved: every record byte of the sequences once, plus 4 * (head_dim + 1) bytes per query head and partial result, twice.
-`attend` and `attend_raw` say what a program does with a page.
+The first kernel runs as many programs as the GPU holds. A program attends to one piece of the work (`schedule`): with a tile
+of up to 8 query heads to a run of consecutive pages of one sequence, or to the end of one run and the start of the next. The
+second kernel merges the partial results and undoes the rotation. Grids: (program,) and (query head, sequence). Bytes moved:
+every record byte once for each tile, plus 4 * (head_dim + 1) bytes per query head and partial result, twice.
 """
 
 from __future__ import annotations
