@@ -188,9 +188,9 @@ def _bounded_exponent(x):
 
 
 @triton.jit
-def to_half(x, LIMIT: tl.constexpr = HALF_MAX):
-    """Round to float16; saturate at LIMIT instead of overflowing."""
-    return tl.minimum(tl.maximum(x, -LIMIT), LIMIT).to(tl.float16)
+def to_half(x):
+    """Round to float16; saturate at its largest number instead of overflowing."""
+    return tl.minimum(tl.maximum(x, -HALF_MAX), HALF_MAX).to(tl.float16)
 
 
 @triton.jit

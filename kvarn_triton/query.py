@@ -13,6 +13,9 @@ import triton.language as tl
 from .device import item_of_field, log2
 from .operands import DIGITS_MAX, RUN, field_factor, spread_columns, two_terms
 
+LEAST_QUERY = tl.constexpr(1e-30)
+"""Rotated queries whose largest number is below this, zero ones too, are not scaled up further: float32 would overflow."""
+
 
 @triton.jit
 def plane_channels(FIELD: tl.constexpr, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, byte):
@@ -113,7 +116,7 @@ def rotate_query(
     top = tl.zeros((BLOCK_N,), tl.float32)
     for f in tl.static_range(FIELDS):
         top = tl.maximum(top, tl.max(tl.abs(planes[f]), axis=1))
-    top = tl.where(top > 0, top, 1.0)
+    top = tl.maximum(top, LEAST_QUERY)
     factor = DIGITS_MAX * LEVELS * 0.5 / top
     scaled = ()
     for f in tl.static_range(FIELDS):

@@ -187,6 +187,7 @@ def test_query_magnitudes(dtype, device):
     case.q[0] *= 1e6
     case.q[1] *= 1e-12
     case.q[2] = 0
+    case.q[3] *= 1e-36
     out = decode_attention(case.q, **case.kwargs, sm_scale=1e-7)
     exact = reference.decode_attention(case.q.double(), **case.kwargs, sm_scale=1e-7)
     for row in range(4):

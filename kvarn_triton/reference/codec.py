@@ -250,7 +250,8 @@ def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
         uint8 [..., page_size * head_dim * bits / 8].
     """
     planes = _planes(codes if per == "channel" else codes.transpose(-1, -2), bits, per).to(torch.int32)
-    width, fields = (2, 4) if bits == 3 else (bits, 8 // bits)
+    fields = fields_per_byte(bits)
+    width = 8 // fields
     shifts = torch.arange(fields, dtype=torch.int32, device=codes.device)[:, None]
     packed = ((planes & (2**width - 1)) << (shifts * width)).sum(-2).flatten(-2)
     if bits == 3:
@@ -264,7 +265,8 @@ def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
 def unpack(packed: torch.Tensor, bits: int, page_size: int, head_dim: int, *, per: Per) -> torch.Tensor:
     """Return the codes uint8 [..., page_size, head_dim] that `pack` packed into `packed`."""
     num_rows, num_items = (page_size, head_dim) if per == "channel" else (head_dim, page_size)
-    width, fields = (2, 4) if bits == 3 else (bits, 8 // bits)
+    fields = fields_per_byte(bits)
+    width = 8 // fields
     num_bytes = num_rows * num_items // fields
     shifts = torch.arange(fields, dtype=torch.int32, device=packed.device)[:, None]
     low = packed[..., :num_bytes].to(torch.int32).unflatten(-1, (num_rows, 1, -1))
