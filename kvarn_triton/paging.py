@@ -8,17 +8,20 @@ import triton.language as tl
 
 @triton.jit
 def load_page_id(table_ptr, column, last, PTX: tl.constexpr):
-    """Load the page id of a column, or of the last column before `last`, of which there is at least one.
+    """Load the page id of a column, or of the last column before `last`; 0 if there is none, and nothing is read.
 
     The loops over pages load an id one step before the copies that need it. Triton's pipeliner would make an asynchronous
-    copy of a load of its own, and wait for each copy as soon as it is issued; it lets inline PTX alone.
+    copy of a load of its own, and wait for each copy as soon as it is issued; it lets inline PTX alone, even where a loop has
+    no step at all, hence the predicate.
     """
     id_ptr = table_ptr + tl.minimum(column, last - 1)
     if PTX:
-        address = id_ptr.to(tl.int64)
-        page = tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [address], tl.int32, is_pure=True, pack=1)
+        page = tl.inline_asm_elementwise(
+            "{ .reg .pred some; setp.gt.s32 some, $2, 0; mov.b32 $0, 0; @some ld.global.b32 $0, [$1]; }",
+            "=&r,l,r", [id_ptr.to(tl.int64), last], tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
     else:
-        page = tl.load(id_ptr)
+        page = tl.load(id_ptr, last > 0, other=0)
     return page
 
 
