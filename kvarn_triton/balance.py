@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from . import configs, reference
+from .blocks import BLOCK_T, block_channels, channel_of, load_blocks, store_blocks, token_of
 from .checks import FLOATS, check_choice, check_tiles
-from .device import apply_balance, balance, tile_rms
+from .encode import apply_balance, balance, scale_blocks, tile_rms
 from .encoder import DEFAULT, Encoder
 from .layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
 from .reference.codec import Per
@@ -21,31 +22,29 @@ def _kvarn_variance_normalize_kernel(
     channel_scale_ptr,  # float32 [tiles, head_dim]
     tiles_ptr,  # [tiles, page_size, head_dim]
     G: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    D: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     ITERATIONS: tl.constexpr,
     EQUIVARIANT: tl.constexpr,
 ):
+    P: tl.constexpr = G // BLOCK_T
+    BLOCK_C: tl.constexpr = block_channels(D)
+    Q: tl.constexpr = D // BLOCK_C
     index = tl.program_id(0).to(tl.int64)
-    offs_t = tl.arange(0, G)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < HEAD_DIM
-    place = index * G * HEAD_DIM + offs_t[:, None] * HEAD_DIM + offs_d[None, :]
-    mask = mask_d[None, :] & (offs_t >= 0)[:, None]
-    tile = tl.load(tiles_ptr + place, mask, other=0.0).to(tl.float32)
-    tile_scale = tl.full((1, 1), 1.0, tl.float32)
+    blocks = load_blocks(tiles_ptr + index * G * D, D, G, D)
     if EQUIVARIANT:
-        tile_scale = tile_rms(tile, G * HEAD_DIM)
-    tile = tile * tl.div_rn(1.0, tile_scale)
-    token_scale, channel_scale = balance(tile, mask_d, HEAD_DIM, PER_CHANNEL, ITERATIONS)
-    tl.store(balanced_ptr + place, apply_balance(tile, token_scale, channel_scale), mask)
-    if PER_CHANNEL:
-        channel_scale = channel_scale * tl.reshape(tile_scale, (1,))
-    else:
-        token_scale = token_scale * tl.reshape(tile_scale, (1,))
-    tl.store(token_scale_ptr + index * G + offs_t, token_scale)
-    tl.store(channel_scale_ptr + index * HEAD_DIM + offs_d, channel_scale, mask_d)
+        tile_scale = tile_rms(blocks, P, Q, G * D)
+        blocks = scale_blocks(blocks, tl.div_rn(1.0, tile_scale))
+    token_scale, channel_scale = balance(blocks, G, D, PER_CHANNEL, ITERATIONS)
+    store_blocks(balanced_ptr + index * G * D, apply_balance(blocks, token_scale, channel_scale, P, Q), G, D)
+    if EQUIVARIANT:
+        if PER_CHANNEL:
+            channel_scale = channel_scale * tile_scale
+        else:
+            token_scale = token_scale * tile_scale
+    tl.store(token_scale_ptr + index * G + token_of(token_scale, P), token_scale)
+    channel = channel_of(channel_scale, BLOCK_C)
+    tl.store(channel_scale_ptr + index * D + channel, channel_scale, channel < D)
 
 
 def variance_normalize(
@@ -81,12 +80,11 @@ def variance_normalize(
             channel_scale,
             tiles,
             G=page_size,
-            HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
+            D=head_dim,
             PER_CHANNEL=per == "channel",
             ITERATIONS=encoder.iterations,
             EQUIVARIANT=encoder.equivariant,
-            num_warps=configs.tile_warps(page_size, head_dim),
+            num_warps=configs.block_warps(head_dim, tiles.device),
             enable_fp_fusion=False,
         )
     return balanced, token_scale, channel_scale

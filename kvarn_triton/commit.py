@@ -1,8 +1,8 @@
 """Page completion: quantize the pages of the tail whose tokens are all committed. The device decides which those are.
 
-One program of the first kernel looks at tile after tile of (sequence, new page, kv head, keys or values) and encodes those
-that are due; where none is, it returns at once. The second kernel advances the counts of quantized pages. Grids follow from
-shapes alone, so that both replay from a captured graph. Bytes moved per page that completes: its raw tile and its record.
+One program of the first kernel encodes one tile of (sequence, new page, kv head, keys or values) if that is due, and returns
+at once otherwise. The second kernel advances the counts of quantized pages. Grids follow from shapes alone, so that both replay
+from a captured graph. Bytes moved per page that completes: its raw tile and its record.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton.language as tl
 
 from . import configs, reference
 from .append import check_raw_pages, check_raw_table
+from .blocks import load_blocks
 from .checks import check_pages, check_tensor, require
 from .encoder import DEFAULT, Encoder
 from .layout import PageLayout, fields_per_byte
@@ -27,7 +28,7 @@ def _last_due(committed_len, num_quantized, sink_len, keep_pages, max_new_pages,
 
 
 _NOT_SPECIALIZED = [
-    "num_tiles", "num_kv_heads", "max_new_pages", "max_pages", "sink_len", "num_sink_pages", "num_tail_slots", "keep_pages",
+    "num_kv_heads", "max_new_pages", "max_pages", "sink_len", "num_sink_pages", "num_tail_slots", "keep_pages",
     "stride_raw_table", "stride_table",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
@@ -36,13 +37,11 @@ _NOT_SPECIALIZED = [
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _kvarn_commit_pages_kernel(
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
-    scratch_ptr,  # int32 [num_programs, page_size, BLOCK_D]
     raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, head_dim]
     raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots]
     block_table_ptr,  # int32 [batch, max_pages]
     committed_lens_ptr,  # int32 [batch]
     num_quantized_ptr,  # int32 [batch]
-    num_tiles,  # batch * max_new_pages * num_kv_heads * 2
     num_kv_heads,
     max_new_pages,
     max_pages,
@@ -59,40 +58,33 @@ def _kvarn_commit_pages_kernel(
     stride_raw_table,
     stride_table,
     LAYOUT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     K_FIELDS: tl.constexpr,
     V_FIELDS: tl.constexpr,
     ITERATIONS: tl.constexpr,
     EQUIVARIANT: tl.constexpr,
 ):
     G: tl.constexpr = LAYOUT.page_size
-    scratch_ptr += tl.program_id(0) * G * BLOCK_D
-    offs_t = tl.arange(0, G)[:, None]
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    mask = (offs_d < LAYOUT.head_dim) & (offs_t >= 0)
-    for tile_index in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        head = (tile_index // 2 % num_kv_heads).to(tl.int64)
-        row = tile_index // (2 * num_kv_heads * max_new_pages)
-        first = tl.load(num_quantized_ptr + row)
-        body = first + tile_index // (2 * num_kv_heads) % max_new_pages
-        committed_len = tl.load(committed_lens_ptr + row)
-        last = _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G)
-        page = tl.full((), -1, tl.int64)
-        if body < last:
-            page = tl.load(block_table_ptr + row.to(tl.int64) * stride_table + body).to(tl.int64)
-        if page >= 0:
-            column = num_sink_pages + body % num_tail_slots
-            raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column).to(tl.int64)
-            tile_ptr = raw_pages_ptr + raw_page * stride_raw_page + head * stride_raw_head
-            tile_ptr += tile_index % 2 * stride_raw_half
-            record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
-            tile = tl.load(tile_ptr + offs_t * stride_raw_token + offs_d, mask, other=0.0).to(tl.float32)
-            if tile_index % 2 == 0:
-                store_tile(tile, record_ptr, scratch_ptr, False, LAYOUT, K_FIELDS, V_FIELDS, ITERATIONS, EQUIVARIANT, BLOCK_R)
-            else:
-                store_tile(tile, record_ptr, scratch_ptr, True, LAYOUT, K_FIELDS, V_FIELDS, ITERATIONS, EQUIVARIANT, BLOCK_R)
-            tl.debug_barrier()
+    D: tl.constexpr = LAYOUT.head_dim
+    tile = tl.program_id(0)
+    head = (tile // 2 % num_kv_heads).to(tl.int64)
+    row = tile // (2 * num_kv_heads * max_new_pages)
+    first = tl.load(num_quantized_ptr + row)
+    body = first + tile // (2 * num_kv_heads) % max_new_pages
+    committed_len = tl.load(committed_lens_ptr + row)
+    last = _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G)
+    page = tl.full((), -1, tl.int64)
+    if body < last:
+        page = tl.load(block_table_ptr + row.to(tl.int64) * stride_table + body).to(tl.int64)
+    if page >= 0:
+        column = num_sink_pages + body % num_tail_slots
+        raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column).to(tl.int64)
+        tile_ptr = raw_pages_ptr + raw_page * stride_raw_page + head * stride_raw_head
+        record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
+        blocks = load_blocks(tile_ptr + tile % 2 * stride_raw_half, stride_raw_token, G, D)
+        if tile % 2 == 0:
+            store_tile(blocks, record_ptr, False, LAYOUT, K_FIELDS, ITERATIONS, EQUIVARIANT)
+        else:
+            store_tile(blocks, record_ptr, True, LAYOUT, V_FIELDS, ITERATIONS, EQUIVARIANT)
 
 
 @triton.jit(do_not_specialize=["batch", "max_new_pages", "max_pages", "sink_len", "keep_pages"])
@@ -188,21 +180,14 @@ def commit_pages(
         return
     if batch == 0:
         return
-    config = configs.store_config(layout)
-    num_tiles = batch * max_new_pages * num_kv_heads * 2
-    num_programs = min(num_tiles, configs.num_multiprocessors(pages.device) * config.programs_per_sm)
     num_sink_pages = -(-sink_len // layout.page_size)
-    block_d = triton.next_power_of_2(layout.head_dim)
-    scratch = torch.empty(num_programs, layout.page_size, block_d, dtype=torch.int32, device=pages.device)
-    _kvarn_commit_pages_kernel[(num_programs,)](
+    _kvarn_commit_pages_kernel[(batch * max_new_pages * num_kv_heads * 2,)](
         pages,
-        scratch,
         raw_pages,
         raw_table,
         block_table,
         committed_lens,
         num_quantized,
-        num_tiles,
         num_kv_heads,
         max_new_pages,
         max_pages,
@@ -216,13 +201,11 @@ def commit_pages(
         raw_table.stride(0),
         block_table.stride(0),
         LAYOUT=layout,
-        BLOCK_D=block_d,
-        BLOCK_R=config.block_t,
         K_FIELDS=fields_per_byte(layout.k_bits),
         V_FIELDS=fields_per_byte(layout.v_bits),
         ITERATIONS=encoder.iterations,
         EQUIVARIANT=encoder.equivariant,
-        num_warps=config.num_warps,
+        **configs.encode_options(layout.head_dim, pages.device),
         enable_fp_fusion=False,
     )
     if not advance:

@@ -1,13 +1,9 @@
-"""Launch parameters: which a kernel gets for which layout on which device. Those of decode come from tables (`tables`).
-
-Warps are chosen so that a tile stays in registers: about 64 float32 per thread and tile in the encoder.
-"""
+"""Launch parameters: which a kernel gets for which layout on which device. Those of decode come from tables (`tables`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,16 +11,8 @@ import triton.language as tl
 
 from .device import INTERPRETED
 from .layout import PageLayout, fields_per_byte
+from .reference.codec import BLOCK_TOKENS, block_channels
 from .tables import DecodeConfig, DecodeTable, builtin_table
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Launch parameters of one kernel: warps of a program, rows of a step, programs of a multiprocessor."""
-
-    num_warps: int
-    block_t: int = 64
-    programs_per_sm: int = 1
 
 
 def on_device(tensor: torch.Tensor) -> bool:
@@ -37,16 +25,19 @@ def uses_ptx() -> bool:
     return torch.version.hip is None and not INTERPRETED
 
 
-def tile_warps(page_size: int, head_dim: int) -> int:
-    """Return the warps of a program that keeps a tile [page_size, head_dim] in registers."""
-    return min(max(page_size * triton.next_power_of_2(head_dim) // (32 * 64), 4), 32)
+def block_warps(head_dim: int, device: torch.device) -> int:
+    """Return the warps of a program that holds a tile in registers: a thread for each number of a block (`blocks`)."""
+    threads = BLOCK_TOKENS * block_channels(head_dim)
+    wavefront = 64 if (arch_of(device) or "").startswith("gfx") else 32
+    return threads // wavefront
 
 
-def store_config(layout: PageLayout) -> LaunchConfig:
-    """Return the parameters of the kernels that encode one page tile."""
-    num_warps = tile_warps(layout.page_size, layout.head_dim)
-    block_t = row_block(triton.next_power_of_2(layout.head_dim))
-    return LaunchConfig(num_warps=num_warps, block_t=block_t, programs_per_sm=max(16 // num_warps, 1))
+def encode_options(head_dim: int, device: torch.device) -> dict[str, int]:
+    """Return the launch options of kernels that encode pages."""
+    options = {"num_warps": block_warps(head_dim, device)}
+    if uses_ptx():
+        options["maxnreg"] = 128  # two programs per multiprocessor: one waits at a barrier while the other computes
+    return options
 
 
 def decode_config(

@@ -1,6 +1,6 @@
 """Pack codes into the bytes of a page and unpack them again: the device twin of `reference.pack`.
 
-`pack_codes` and `load_codes` are what the other kernels use; `pack` and `unpack` are the same as functions of their own. One
+`store_codes` and `load_codes` are what the other kernels use; `pack` and `unpack` are the same as functions of their own. One
 program handles one tile [page_size, head_dim]. Grid: (tile,).
 """
 
@@ -12,6 +12,7 @@ import triton.language as tl
 
 from . import configs, reference
 from .checks import check_choice, check_tensor, check_tiles
+from .blocks import BLOCK_T, join_last, lanes_of, load_blocks, rows_of
 from .device import byte_of_item, field_of_item, item_of_field
 from .layout import (
     SUPPORTED_BITS,
@@ -23,45 +24,125 @@ from .layout import (
 from .reference.codec import Per
 
 
+@triton.constexpr_function
+def item_of_bit(byte, field, items, block, fields, plane):
+    """Return the item whose code a field of a byte holds: of a row of codes, or of one of high bits (plane 1)."""
+    if plane:
+        byte, field = byte + field // fields * (items // fields // 2), field % fields
+    width = block // fields
+    return byte // width * block + field * width + byte % width
+
+
+@triton.constexpr_function
+def _lanes_match(part, first, num_bytes, count, field, items, block, fields, plane):
+    """Say how a part of `count` items feeds a field of up to `count` bytes from byte `first` on.
+
+    Returns "none", "same" if each byte takes the item of its own place, or "some".
+    """
+    last = max(min(count, num_bytes - first), 0)
+    wanted = [item_of_bit(first + i, field, items, block, fields, plane) for i in range(last)]
+    pairs = [(i, item % count) for i, item in enumerate(wanted) if item // count == part]
+    if not pairs:
+        return "none"
+    return "same" if pairs == [(i, i) for i in range(last)] else "some"
+
+
 @triton.jit
-def pack_codes(
-    codes_ptr,
-    packed_ptr,
-    stride_row,
-    stride_item,
-    ROWS: tl.constexpr,
+def _pack_bytes(
+    parts,
+    FIRST: tl.constexpr,
+    NUM_BYTES: tl.constexpr,
     ITEMS: tl.constexpr,
     BLOCK: tl.constexpr,
     BITS: tl.constexpr,
     FIELDS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    PLANE: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
-    """Pack codes [ROWS, ITEMS] of any integer dtype in memory into the bytes of a page, BLOCK_R rows at a time.
+    """Return bytes FIRST and following of rows of codes, as many as a part has items; rows have NUM_BYTES of them.
 
-    Rows are the tokens of keys and the channels of values; the items of a row share bytes.
+    `parts` are int32 blocks that lie next to each other along AXIS, the axis of the items that share bytes. PLANE 1 packs the
+    high bits of 3-bit codes.
     """
-    BYTES: tl.constexpr = ITEMS // FIELDS
+    COUNT: tl.constexpr = parts[0].shape[AXIS]
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    byte = tl.arange(0, BLOCK_W)[None, :]
-    for first in range(0, ROWS, BLOCK_R):
-        row = first + tl.arange(0, BLOCK_R)[:, None]
-        mask = (byte < BYTES) & (row < ROWS)
-        packed = tl.zeros((BLOCK_R, BLOCK_W), tl.int32)
-        for f in tl.static_range(FIELDS):
-            item = item_of_field(byte, f, BLOCK, FIELDS)
-            codes = tl.load(codes_ptr + row * stride_row + item * stride_item, mask, other=0).to(tl.int32)
-            packed = packed | ((codes & (2**WIDTH - 1)) << (f * WIDTH))
-        tl.store(packed_ptr + row * BYTES + byte, packed.to(tl.uint8), mask)
-        if BITS == 3:
-            HALF: tl.constexpr = BYTES // 2
-            mask = (byte < HALF) & (row < ROWS)
-            packed = tl.zeros((BLOCK_R, BLOCK_W), tl.int32)
-            for f in tl.static_range(2 * FIELDS):
-                item = item_of_field(f // FIELDS * HALF + byte, f % FIELDS, BLOCK, FIELDS)
-                codes = tl.load(codes_ptr + row * stride_row + item * stride_item, mask, other=0).to(tl.int32)
-                packed = packed | ((codes >> 2) << f)
-            tl.store(packed_ptr + ROWS * BYTES + row * HALF + byte, packed.to(tl.uint8), mask)
+    place = lanes_of(parts[0]) if AXIS == 1 else rows_of(parts[0])
+    packed = tl.zeros_like(parts[0])
+    for field in tl.static_range(2 * FIELDS if PLANE else FIELDS):
+        for k in tl.static_range(len(parts)):
+            if _lanes_match(k, FIRST, NUM_BYTES, COUNT, field, ITEMS, BLOCK, FIELDS, PLANE) != "none":
+                codes = parts[k]
+                if _lanes_match(k, FIRST, NUM_BYTES, COUNT, field, ITEMS, BLOCK, FIELDS, PLANE) == "some":
+                    byte = FIRST + place
+                    if PLANE:
+                        byte += field // FIELDS * (ITEMS // FIELDS // 2)
+                    item = item_of_field(byte, field % FIELDS, BLOCK, FIELDS)
+                    codes = tl.where(item // COUNT == k, tl.gather(codes, item % COUNT, axis=AXIS), 0)
+                if PLANE:
+                    packed = packed | ((codes >> 2) << field)
+                else:
+                    packed = packed | ((codes & (2**WIDTH - 1)) << (field * WIDTH))
+    return packed
+
+
+@triton.jit
+def _store_plane(
+    plane_ptr,
+    codes,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    PLANE: tl.constexpr,
+    AXIS: tl.constexpr,
+):
+    """Pack and store codes, or the high bits of 3-bit ones (PLANE 1), whose bytes run along AXIS of the blocks."""
+    P: tl.constexpr = G // BLOCK_T
+    Q: tl.constexpr = D // codes[0].shape[1]
+    ROWS: tl.constexpr = P if AXIS == 1 else Q
+    COLUMNS: tl.constexpr = Q if AXIS == 1 else P
+    ITEMS: tl.constexpr = D if AXIS == 1 else G
+    COUNT: tl.constexpr = codes[0].shape[AXIS]
+    NUM_BYTES: tl.constexpr = ITEMS // FIELDS // (PLANE + 1)
+    PER_ROW: tl.constexpr = triton.next_power_of_2(triton.cdiv(NUM_BYTES, COUNT))
+    packed = ()
+    for row in tl.static_range(ROWS):
+        parts = ()
+        for column in tl.static_range(COLUMNS):
+            parts = parts + (codes[row * Q + column if AXIS == 1 else column * Q + row],)
+        for i in tl.static_range(PER_ROW):
+            packed = packed + (
+                _pack_bytes(parts, i * COUNT, NUM_BYTES, ITEMS, BLOCK, BITS, FIELDS, PLANE, AXIS).to(tl.uint8),
+            )
+    joined = join_last(packed)
+    block = tl.arange(0, joined.shape[2])[None, None, :]
+    i = tl.arange(0, joined.shape[0])[:, None, None]
+    j = tl.arange(0, joined.shape[1])[None, :, None]
+    byte = block % PER_ROW * COUNT + (j if AXIS == 1 else i)
+    row = block // PER_ROW * joined.shape[1 - AXIS] + (i if AXIS == 1 else j)
+    tl.store(plane_ptr + row * NUM_BYTES + byte, joined, (byte < NUM_BYTES) & (row < ROWS * joined.shape[1 - AXIS]))
+
+
+@triton.jit
+def store_codes(
+    packed_ptr,
+    codes,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+):
+    """Pack the codes of a tile, int32 blocks, into the bytes of a page.
+
+    Rows are the tokens of keys and the channels of values; the items of a row, BLOCK of which are interleaved, share bytes.
+    """
+    AXIS: tl.constexpr = 1 if PER_CHANNEL else 0
+    _store_plane(packed_ptr, codes, G, D, BLOCK, BITS, FIELDS, 0, AXIS)
+    if BITS == 3:
+        _store_plane(packed_ptr + G * D // FIELDS, codes, G, D, BLOCK, BITS, FIELDS, 1, AXIS)
 
 
 @triton.jit
@@ -94,20 +175,16 @@ def load_codes(
 def _kvarn_pack_kernel(
     packed_ptr,  # uint8 [tiles, page_size * head_dim * bits / 8]
     codes_ptr,  # uint8 [tiles, page_size, head_dim]
-    ROWS: tl.constexpr,
-    ITEMS: tl.constexpr,
-    STRIDE_ROW: tl.constexpr,
-    STRIDE_ITEM: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
     BLOCK: tl.constexpr,
     BITS: tl.constexpr,
     FIELDS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
-    packed_ptr += tile * (ROWS * ITEMS * BITS // 8)
-    codes_ptr += tile * ROWS * ITEMS
-    pack_codes(codes_ptr, packed_ptr, STRIDE_ROW, STRIDE_ITEM, ROWS, ITEMS, BLOCK, BITS, FIELDS, BLOCK_W, BLOCK_R)
+    codes = load_blocks(codes_ptr + tile * G * D, D, G, D, tl.int32)
+    store_codes(packed_ptr + tile * (G * D * BITS // 8), codes, G, D, BLOCK, BITS, FIELDS, PER_CHANNEL)
 
 
 @triton.jit
@@ -135,22 +212,6 @@ def _kvarn_unpack_kernel(
         tl.store(codes_ptr + row * STRIDE_ROW + item * STRIDE_ITEM, codes.to(tl.uint8), mask)
 
 
-def _tile_arguments(page_size: int, head_dim: int, bits: int, per: Per) -> dict[str, int]:
-    """Return the constants of both kernels."""
-    keys = per == "channel"
-    rows, items = (page_size, head_dim) if keys else (head_dim, page_size)
-    return {
-        "ROWS": rows,
-        "ITEMS": items,
-        "STRIDE_ROW": head_dim if keys else 1,
-        "STRIDE_ITEM": 1 if keys else head_dim,
-        "BLOCK": largest_power_of_two_divisor(head_dim) if keys else page_size,
-        "BITS": bits,
-        "FIELDS": fields_per_byte(bits),
-        "BLOCK_R": configs.row_block(triton.next_power_of_2(items)),
-    }
-
-
 def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
     """Pack codes into the bytes of a page (`docs/page_format.md`).
 
@@ -173,14 +234,18 @@ def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
     *lead, page_size, head_dim = codes.shape
     packed = torch.empty(*lead, page_size * head_dim * bits // 8, dtype=torch.uint8, device=codes.device)
     tiles = codes.numel() // (page_size * head_dim)
-    constants = _tile_arguments(page_size, head_dim, bits, per)
     if tiles:
         _kvarn_pack_kernel[(tiles,)](
             packed,
             codes,
-            BLOCK_W=triton.next_power_of_2(constants["ITEMS"]) // constants["FIELDS"],
+            G=page_size,
+            D=head_dim,
+            BLOCK=largest_power_of_two_divisor(head_dim) if per == "channel" else page_size,
+            BITS=bits,
+            FIELDS=fields_per_byte(bits),
+            PER_CHANNEL=per == "channel",
+            num_warps=configs.block_warps(head_dim, codes.device),
             enable_fp_fusion=False,
-            **constants,
         )
     return packed
 
@@ -212,9 +277,22 @@ def unpack(packed: torch.Tensor, bits: int, page_size: int, head_dim: int, *, pe
         return reference.unpack(packed, bits, page_size, head_dim, per=per)
     codes = torch.empty(*packed.shape[:-1], page_size, head_dim, dtype=torch.uint8, device=packed.device)
     tiles = codes.numel() // (page_size * head_dim)
-    constants = _tile_arguments(page_size, head_dim, bits, per)
+    keys = per == "channel"
+    rows, items = (page_size, head_dim) if keys else (head_dim, page_size)
+    block_i = triton.next_power_of_2(items)
     if tiles:
         _kvarn_unpack_kernel[(tiles,)](
-            codes, packed, BLOCK_I=triton.next_power_of_2(constants["ITEMS"]), enable_fp_fusion=False, **constants
+            codes,
+            packed,
+            ROWS=rows,
+            ITEMS=items,
+            STRIDE_ROW=head_dim if keys else 1,
+            STRIDE_ITEM=1 if keys else head_dim,
+            BLOCK=largest_power_of_two_divisor(head_dim) if keys else page_size,
+            BITS=bits,
+            FIELDS=fields_per_byte(bits),
+            BLOCK_I=block_i,
+            BLOCK_R=configs.row_block(block_i),
+            enable_fp_fusion=False,
         )
     return codes

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from . import configs, reference
+from .blocks import BLOCK_T, block_channels, channel_of, load_blocks, store_blocks, token_of
 from .checks import FLOATS, check_choice, check_tensor, check_tiles
-from .device import quantize_tile
+from .encode import quantize_blocks
 from .layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
 from .reference.codec import Per
 
@@ -20,26 +21,24 @@ def _kvarn_quantize_kernel(
     zero_ptr,  # like scale
     tiles_ptr,  # [tiles, page_size, head_dim]
     G: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    D: tl.constexpr,
     BITS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
 ):
+    P: tl.constexpr = G // BLOCK_T
+    BLOCK_C: tl.constexpr = block_channels(D)
     index = tl.program_id(0).to(tl.int64)
-    offs_t = tl.arange(0, G)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < HEAD_DIM
-    place = index * G * HEAD_DIM + offs_t[:, None] * HEAD_DIM + offs_d[None, :]
-    mask = mask_d[None, :] & (offs_t >= 0)[:, None]
-    tile = tl.load(tiles_ptr + place, mask, other=0.0).to(tl.float32)
-    codes, scale, zero = quantize_tile(tile, mask_d, BITS, PER_CHANNEL)
-    tl.store(codes_ptr + place, codes.to(tl.uint8), mask)
+    blocks = load_blocks(tiles_ptr + index * G * D, D, G, D)
+    codes, scale, zero = quantize_blocks(blocks, P, D // BLOCK_C, BITS, PER_CHANNEL)
+    store_blocks(codes_ptr + index * G * D, codes, G, D)
     if PER_CHANNEL:
-        tl.store(scale_ptr + index * HEAD_DIM + offs_d, scale, mask_d)
-        tl.store(zero_ptr + index * HEAD_DIM + offs_d, zero, mask_d)
+        channel = channel_of(scale, BLOCK_C)
+        tl.store(scale_ptr + index * D + channel, scale, channel < D)
+        tl.store(zero_ptr + index * D + channel, zero, channel < D)
     else:
-        tl.store(scale_ptr + index * G + offs_t, scale)
-        tl.store(zero_ptr + index * G + offs_t, zero)
+        token = token_of(scale, P)
+        tl.store(scale_ptr + index * G + token, scale)
+        tl.store(zero_ptr + index * G + token, zero)
 
 
 @triton.jit
@@ -99,11 +98,10 @@ def quantize(tiles: torch.Tensor, bits: int, *, per: Per) -> tuple[torch.Tensor,
             zero,
             tiles,
             G=page_size,
-            HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
+            D=head_dim,
             BITS=bits,
             PER_CHANNEL=per == "channel",
-            num_warps=configs.tile_warps(page_size, head_dim),
+            num_warps=configs.block_warps(head_dim, tiles.device),
             enable_fp_fusion=False,
         )
     return codes, scale, zero

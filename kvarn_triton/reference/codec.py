@@ -3,8 +3,8 @@
 Every function works on any device and in any floating dtype up to float64; half precision is computed in float32. The
 kernels compute the same operations in the same order, so codes, packed bytes and stored scales are equal bit for bit in
 float32 (`docs/numerics.md`). Three choices make that possible, and none of them changes the method of arXiv 2606.03458:
-sums are binary trees of a fixed shape, scales are kept as factors instead of logarithms, and tiles are multiplied by
-reciprocals instead of divided.
+sums have a fixed order (`dot`), scales are kept as factors instead of logarithms, and tiles are multiplied by reciprocals
+instead of divided.
 
 A tile is [..., page_size, head_dim]: tokens by channels. `per` says which axis has one quantization scale and zero each:
 "channel" for keys, "token" for values.
@@ -64,21 +64,47 @@ def hadamard(x: torch.Tensor, *, block_size: int | None = None, out: torch.Tenso
     return y if out is None else out.copy_(y)
 
 
-def sum_tokens(x: torch.Tensor) -> torch.Tensor:
-    """Sum [..., tokens, channels] over tokens, always adding the second half to the first: [..., 1, channels]."""
-    while x.shape[-2] > 1:
-        half = x.shape[-2] // 2
-        x = x[..., :half, :] + x[..., half:, :]
+BLOCK_TOKENS = 16
+"""Distance of the tokens that a sum over tokens adds one after the other (`dot`)."""
+
+
+def block_channels(head_dim: int) -> int:
+    """Return the distance of the channels that a sum over channels adds one after the other (`dot`)."""
+    return 32 if head_dim >= 256 else 16
+
+
+def fma(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """Return `x * y + z` of float32 tensors, rounded once as GPUs do it; of float64 tensors plainly."""
+    if x.dtype == torch.float64:
+        return x * y + z
+    product, z = x.double() * y.double(), z.double()
+    total = product + z
+    rest = total - product
+    error = (product - (total - rest)) + (z - rest)
+    # Rounding twice is rounding once if the first result, where inexact, is the neighbour with an odd last bit.
+    move = (error.abs() > 0) & (total.view(torch.int64) % 2 == 0)
+    return torch.where(move, torch.nextafter(total, torch.copysign(torch.full_like(error, math.inf), error)), total).float()
+
+
+def sum_halves(x: torch.Tensor) -> torch.Tensor:
+    """Sum over dimension 0, whose size is a power of two, always adding the second half to the first."""
+    while len(x) > 1:
+        x = x[: len(x) // 2] + x[len(x) // 2 :]
     return x
 
 
-def sum_channels(x: torch.Tensor) -> torch.Tensor:
-    """Sum [..., tokens, channels] over channels, always adding neighbours: [..., tokens, 1]."""
-    size = 1 << (x.shape[-1] - 1).bit_length()
-    x = torch.nn.functional.pad(x, (0, size - x.shape[-1]))
-    while x.shape[-1] > 1:
-        x = x[..., 0::2] + x[..., 1::2]
-    return x
+def dot(x: torch.Tensor, y: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sum `x * y` of tiles [..., tokens, channels] over tokens (dim -2) or channels (dim -1), which stay with size 1.
+
+    A thread of the kernels holds every 16th token (`BLOCK_TOKENS`) and every `block_channels`-th channel: those are added
+    first, one after the other and without rounding the products; the sums of threads then in halves.
+    """
+    stride = BLOCK_TOKENS if dim == -2 else block_channels(x.shape[-1])
+    x, y = (tile.movedim(dim, 0).unflatten(0, (-1, stride)) for tile in torch.broadcast_tensors(x, y))
+    total = torch.zeros_like(x[0])
+    for each_x, each_y in zip(x, y, strict=True):
+        total = fma(each_x, each_y, total)
+    return sum_halves(total).movedim(0, dim)
 
 
 def sqrt(x: torch.Tensor) -> torch.Tensor:
@@ -86,18 +112,12 @@ def sqrt(x: torch.Tensor) -> torch.Tensor:
     return torch.sqrt(x.double()).to(x.dtype)
 
 
-def std_per_channel(x: torch.Tensor) -> torch.Tensor:
-    """Return the standard deviation (ddof 1, mean subtracted first) of each channel over its tokens: [..., 1, channels]."""
-    n = x.shape[-2]
-    deviation = x - sum_tokens(x) * (1.0 / n)
-    return sqrt(sum_tokens(deviation * deviation) * (1.0 / (n - 1)))
-
-
-def std_per_token(x: torch.Tensor) -> torch.Tensor:
-    """Return the standard deviation (ddof 1, mean subtracted first) of each token over its channels: [..., tokens, 1]."""
-    n = x.shape[-1]
-    deviation = x - sum_channels(x) * (1.0 / n)
-    return sqrt(sum_channels(deviation * deviation) * (1.0 / (n - 1)))
+def std(tile: torch.Tensor, inverse: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the standard deviation (ddof 1, mean subtracted first) of `tile * inverse` over a dimension of tiles."""
+    n = tile.shape[dim]
+    mean = dot(tile, inverse, dim) * (1.0 / n)
+    deviation = fma(tile, inverse, -mean)
+    return sqrt(dot(deviation, deviation, dim) * (1.0 / (n - 1)))
 
 
 def _next_scale(std: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -142,27 +162,28 @@ def _tile_scale(tiles: torch.Tensor, encoder: Encoder) -> torch.Tensor:
     if not encoder.equivariant:
         return torch.ones_like(tiles[..., :1, :1])
     count = tiles.shape[-1] * tiles.shape[-2]
-    rms = sqrt(sum_channels(sum_tokens(tiles * tiles)) * (1.0 / count)).clamp_max(TILE_SCALE_MAX)
+    squares = sum_halves(dot(tiles, tiles, -1).movedim(-2, 0)).movedim(0, -2)
+    rms = sqrt(squares * (1.0 / count)).clamp_max(TILE_SCALE_MAX)
     return torch.where(rms > 0, rms, 1.0)
 
 
 def _balance(tile: torch.Tensor, per: Per, iterations: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     token_scale = torch.ones_like(tile[..., :, :1])
     channel_scale = torch.ones_like(tile[..., :1, :])
-    token_std, channel_std = std_per_token(tile), std_per_channel(tile)
+    token_std, channel_std = std(tile, channel_scale, -1), std(tile, token_scale, -2)
     best = _spread(token_std, token_scale) + _spread(channel_std, channel_scale)
     best_token_scale, best_channel_scale = token_scale, channel_scale
     for _ in range(iterations):
         if per == "channel":
             token_scale = _next_scale(token_std, token_scale)
-            channel_std = std_per_channel(tile * (1.0 / token_scale))
+            channel_std = std(tile, 1.0 / token_scale, -2)
             channel_scale = _next_scale(channel_std, channel_scale)
-            token_std = std_per_token(tile * (1.0 / channel_scale))
+            token_std = std(tile, 1.0 / channel_scale, -1)
         else:
             channel_scale = _next_scale(channel_std, channel_scale)
-            token_std = std_per_token(tile * (1.0 / channel_scale))
+            token_std = std(tile, 1.0 / channel_scale, -1)
             token_scale = _next_scale(token_std, token_scale)
-            channel_std = std_per_channel(tile * (1.0 / token_scale))
+            channel_std = std(tile, 1.0 / token_scale, -2)
         imbalance = _spread(token_std, token_scale) + _spread(channel_std, channel_scale)
         better = imbalance <= best
         best = torch.where(better, imbalance, best)

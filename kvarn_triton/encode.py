@@ -1,0 +1,264 @@
+"""From a rotated tile to codes and their scales: what one program does with the blocks of a tile (`blocks`).
+
+Operations and their order are those of `reference.codec`, which makes the results equal bit for bit in kernels compiled with
+`enable_fp_fusion=False`. Two flavours: PER_CHANNEL for keys, per token for values.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .blocks import (
+    BLOCK_T,
+    add,
+    block_channels,
+    channel_of,
+    channel_vector,
+    least,
+    most,
+    spread_channels,
+    spread_tokens,
+    sum_of_tokens,
+    token_vector,
+)
+from .device import (
+    IMBALANCE_EPS,
+    RANGE_EPS,
+    ROUND_MAGIC,
+    SCALE_MAX,
+    SCALE_MIN,
+    STD_MAX,
+    STD_MIN,
+    TILE_SCALE_MAX,
+    bounded_exponent,
+    fma,
+    power_of_two,
+)
+
+
+@triton.jit
+def _std_per_token(blocks, inverse, P: tl.constexpr, Q: tl.constexpr, D: tl.constexpr):
+    """Standard deviation of the tokens of blocks * inverse, a tuple of Q blocks: a token vector (`reference.codec.std`)."""
+    sums = ()
+    for p in tl.static_range(P):
+        total = tl.zeros_like(blocks[0])
+        for q in tl.static_range(Q):
+            total = fma(blocks[p * Q + q], inverse[q], total)
+        sums = sums + (total,)
+    mean = spread_tokens(token_vector(sums, add) * (1.0 / D), P)
+    squares = ()
+    for p in tl.static_range(P):
+        total = tl.zeros_like(blocks[0])
+        for q in tl.static_range(Q):
+            deviation = fma(blocks[p * Q + q], inverse[q], -mean[p])
+            total = fma(deviation, deviation, total)
+        squares = squares + (total,)
+    return tl.sqrt_rn(token_vector(squares, add) * (1.0 / (D - 1)))
+
+
+@triton.jit
+def _std_per_channel(blocks, inverse, P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr):
+    """Standard deviation of the channels of blocks * inverse, a tuple of P blocks: a channel vector."""
+    BLOCK_C: tl.constexpr = blocks[0].shape[1]
+    sums = ()
+    for q in tl.static_range(Q):
+        total = tl.zeros_like(blocks[0])
+        for p in tl.static_range(P):
+            total = fma(blocks[p * Q + q], inverse[p], total)
+        sums = sums + (total,)
+    mean = spread_channels(channel_vector(sums, add) * (1.0 / G), Q, BLOCK_C)
+    squares = ()
+    for q in tl.static_range(Q):
+        total = tl.zeros_like(blocks[0])
+        for p in tl.static_range(P):
+            deviation = fma(blocks[p * Q + q], inverse[p], -mean[q])
+            total = fma(deviation, deviation, total)
+        squares = squares + (total,)
+    return tl.sqrt_rn(channel_vector(squares, add) * (1.0 / (G - 1)))
+
+
+@triton.jit
+def _next_scale(std, scale):
+    bounded = tl.minimum(tl.maximum(std, scale * STD_MIN), scale * STD_MAX)
+    return tl.minimum(tl.maximum(bounded, SCALE_MIN), SCALE_MAX)
+
+
+@triton.jit
+def _ratio(std):
+    """Return largest over least of a vector.
+
+    Both come from one maximum, because every reduction over threads costs barriers, and of integers, because GPUs have an
+    instruction for those: numbers of one sign are ordered as their bits are.
+    """
+    bits = tl.ravel(std).to(tl.int32, bitcast=True)
+    most_bits, least_bits = tl.split(tl.max(tl.join(bits, -bits), axis=0))
+    least_number = tl.maximum((-least_bits).to(tl.float32, bitcast=True), IMBALANCE_EPS)
+    return tl.div_rn(most_bits.to(tl.float32, bitcast=True), least_number)
+
+
+@triton.jit
+def tile_rms(blocks, P: tl.constexpr, Q: tl.constexpr, COUNT: tl.constexpr):
+    """Root mean square of a tile of COUNT elements; 1 if it is zero."""
+    squares = ()
+    for p in tl.static_range(P):
+        total = tl.zeros_like(blocks[0])
+        for q in tl.static_range(Q):
+            total = fma(blocks[p * Q + q], blocks[p * Q + q], total)
+        squares = squares + (total,)
+    rms = tl.minimum(tl.sqrt_rn(sum_of_tokens(token_vector(squares, add), P) * (1.0 / COUNT)), TILE_SCALE_MAX)
+    return tl.where(rms > 0, rms, 1.0)
+
+
+@triton.jit
+def scale_blocks(blocks, factor):
+    """Return blocks times a scalar."""
+    scaled = ()
+    for k in tl.static_range(len(blocks)):
+        scaled = scaled + (blocks[k] * factor,)
+    return scaled
+
+
+@triton.jit
+def balance(blocks, G: tl.constexpr, D: tl.constexpr, PER_CHANNEL: tl.constexpr, ITERATIONS: tl.constexpr):
+    """Balance a tile (`reference.variance_normalize`); returns a token vector and a channel vector of scales."""
+    P: tl.constexpr = G // BLOCK_T
+    BLOCK_C: tl.constexpr = block_channels(D)
+    Q: tl.constexpr = D // BLOCK_C
+    token_scale = tl.zeros_like(blocks[0]) + 1.0
+    channel_scale = tl.full((BLOCK_C * triton.next_power_of_2(Q),), 1.0, tl.float32)
+    token_std = token_scale
+    channel_std = channel_scale
+    best = float("inf")
+    best_token_scale = token_scale
+    best_channel_scale = channel_scale
+    # The first step is the state of no iteration: scales of one.
+    for step in range(ITERATIONS + 1):
+        if PER_CHANNEL:
+            token_scale = tl.where(step == 0, 1.0, _next_scale(token_std, token_scale))
+            inverse_token = tl.div_rn(1.0, token_scale)
+            channel_std = _std_per_channel(blocks, spread_tokens(inverse_token, P), P, Q, G)
+            channel_scale = tl.where(step == 0, 1.0, _next_scale(channel_std, channel_scale))
+            inverse_channel = tl.div_rn(1.0, channel_scale)
+            token_std = _std_per_token(blocks, spread_channels(inverse_channel, Q, BLOCK_C), P, Q, D)
+        else:
+            channel_scale = tl.where(step == 0, 1.0, _next_scale(channel_std, channel_scale))
+            inverse_channel = tl.div_rn(1.0, channel_scale)
+            token_std = _std_per_token(blocks, spread_channels(inverse_channel, Q, BLOCK_C), P, Q, D)
+            token_scale = tl.where(step == 0, 1.0, _next_scale(token_std, token_scale))
+            inverse_token = tl.div_rn(1.0, token_scale)
+            channel_std = _std_per_channel(blocks, spread_tokens(inverse_token, P), P, Q, G)
+        imbalance = _ratio(token_std * inverse_token) + _ratio(channel_std * inverse_channel)
+        better = imbalance <= best
+        best = tl.where(better, imbalance, best)
+        best_token_scale = tl.where(better, token_scale, best_token_scale)
+        best_channel_scale = tl.where(better, channel_scale, best_channel_scale)
+    return best_token_scale, best_channel_scale
+
+
+@triton.jit
+def apply_balance(blocks, token_scale, channel_scale, P: tl.constexpr, Q: tl.constexpr):
+    """Divide a tile by both of its scales."""
+    inverse_token = spread_tokens(tl.div_rn(1.0, token_scale), P)
+    inverse_channel = spread_channels(tl.div_rn(1.0, channel_scale), Q, blocks[0].shape[1])
+    balanced = ()
+    for p in tl.static_range(P):
+        for q in tl.static_range(Q):
+            balanced = balanced + (blocks[p * Q + q] * inverse_token[p] * inverse_channel[q],)
+    return balanced
+
+
+@triton.jit
+def _range_per_channel(blocks, OP: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
+    """Return the largest or least number of each channel: a channel vector."""
+    partials = ()
+    for q in tl.static_range(Q):
+        extreme = blocks[q]
+        for p in tl.static_range(1, P):
+            extreme = OP(extreme, blocks[p * Q + q])
+        partials = partials + (extreme,)
+    return channel_vector(partials, OP)
+
+
+@triton.jit
+def _range_per_token(blocks, OP: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
+    """Return the largest or least number of each token: a token vector."""
+    partials = ()
+    for p in tl.static_range(P):
+        extreme = blocks[p * Q]
+        for q in tl.static_range(1, Q):
+            extreme = OP(extreme, blocks[p * Q + q])
+        partials = partials + (extreme,)
+    return token_vector(partials, OP)
+
+
+@triton.jit
+def quantize_blocks(blocks, P: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """Round a tile (`reference.quantize`); returns codes, scale and zero, these two as vectors of the axis named.
+
+    Codes are the low 8 bits of int32 blocks. Nothing is clamped: no number is less than `zero`, and none so much larger than
+    the largest that it would round to more levels than there are.
+    """
+    LEVELS: tl.constexpr = 2**BITS - 1
+    BLOCK_C: tl.constexpr = blocks[0].shape[1]
+    if PER_CHANNEL:
+        zero = _range_per_channel(blocks, least, P, Q)
+        top = _range_per_channel(blocks, most, P, Q)
+    else:
+        zero = _range_per_token(blocks, least, P, Q)
+        top = _range_per_token(blocks, most, P, Q)
+    scale = tl.maximum((top - zero) * (1.0 / LEVELS), RANGE_EPS)
+    inverse = tl.div_rn(1.0, scale)
+    if PER_CHANNEL:
+        zeros = spread_channels(zero, Q, BLOCK_C)
+        inverses = spread_channels(inverse, Q, BLOCK_C)
+    else:
+        zeros = spread_tokens(zero, P)
+        inverses = spread_tokens(inverse, P)
+    codes = ()
+    for p in tl.static_range(P):
+        for q in tl.static_range(Q):
+            if PER_CHANNEL:
+                steps = (blocks[p * Q + q] - zeros[q]) * inverses[q]
+            else:
+                steps = (blocks[p * Q + q] - zeros[p]) * inverses[p]
+            codes = codes + ((steps + ROUND_MAGIC).to(tl.int32, bitcast=True),)
+    return codes, scale, zero
+
+
+@triton.jit
+def encode_blocks(
+    blocks,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    EQUIVARIANT: tl.constexpr,
+):
+    """Balance, round and absorb (`reference.encode`).
+
+    Returns codes as int32 blocks; scale and zero as vectors of one axis and norm of the other; the gain, a scalar.
+    """
+    LEVELS: tl.constexpr = 2**BITS - 1
+    P: tl.constexpr = G // BLOCK_T
+    Q: tl.constexpr = D // block_channels(D)
+    if EQUIVARIANT:
+        tile_scale = tile_rms(blocks, P, Q, G * D)
+        blocks = scale_blocks(blocks, tl.div_rn(1.0, tile_scale))
+    token_scale, channel_scale = balance(blocks, G, D, PER_CHANNEL, ITERATIONS)
+    balanced = apply_balance(blocks, token_scale, channel_scale, P, Q)
+    codes, scale, zero = quantize_blocks(balanced, P, Q, BITS, PER_CHANNEL)
+    own = channel_scale if PER_CHANNEL else token_scale
+    norm = token_scale if PER_CHANNEL else channel_scale
+    scale = scale * own
+    zero = zero * own
+    if EQUIVARIANT:
+        scale = scale * tile_scale
+        zero = zero * tile_scale
+    reach = tl.maximum(tl.abs(zero), tl.abs(scale * LEVELS + zero))
+    value_exponent = bounded_exponent(tl.max(tl.ravel(reach), axis=0))
+    norm_exponent = bounded_exponent(tl.max(tl.ravel(norm), axis=0))
+    gauge = power_of_two(-value_exponent)
+    gain = power_of_two(value_exponent + norm_exponent)
+    return codes, scale * gauge, zero * gauge, norm * power_of_two(-norm_exponent), gain
