@@ -75,7 +75,7 @@ def split_last(x):
 
 @triton.jit
 def join_last(blocks):
-    """Return a tuple of blocks [16, BLOCK_C] as one tensor [16, BLOCK_C, n], n padded to a power of two with the first block."""
+    """Return a tuple of blocks [16, BLOCK_C] as one tensor [16, BLOCK_C, n]; n is padded with the first to a power of two."""
     ROWS: tl.constexpr = blocks[0].shape[0]
     LANES: tl.constexpr = blocks[0].shape[1]
     COUNT: tl.constexpr = triton.next_power_of_2(len(blocks))
@@ -90,13 +90,14 @@ def join_last(blocks):
 
 
 @triton.constexpr_function
-def _chunk(page_size, head_dim):
+def _chunk(page_size, head_dim, dtype):
     """Return how many blocks of tokens are loaded or stored at once.
 
-    One access to many blocks costs the compiler far less time than many to one block each. The limit is shared memory, through
-    which numbers pass from the threads that hold neighbours in memory to those that hold a block.
+    One access to many blocks costs the compiler far less time than many to one block each. The limit is 64 KiB of shared
+    memory, through which numbers pass from the threads that hold neighbours in memory to those that hold a block.
     """
-    return min(max(16384 // (16 * triton.next_power_of_2(head_dim)), 1), page_size // 16)
+    limit = 2**16 * 8 // dtype.primitive_bitwidth
+    return min(max(limit // (16 * triton.next_power_of_2(head_dim)), 1), page_size // 16)
 
 
 @triton.jit
@@ -110,18 +111,55 @@ def _place_in_tile(P: tl.constexpr, Q: tl.constexpr, BLOCK_C: tl.constexpr, stri
 
 
 @triton.jit
-def load_blocks(tile_ptr, stride_token, G: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr = tl.float32):
-    """Load a tile [G, D] as blocks of DTYPE, those of the first 16 tokens first."""
+def _from_lane(x, lanes, DISTANCE: tl.constexpr):
+    """Return what the lane at a distance of a power of two holds."""
+    return tl.gather(x, lanes ^ DISTANCE, axis=1)
+
+
+@triton.jit
+def _add_and_subtract(x, HALF: tl.constexpr):
+    """Add and subtract channels at a distance of HALF: one step of a rotation of [16, BLOCK_C, blocks]."""
+    BLOCK_C: tl.constexpr = x.shape[1]
+    if HALF < BLOCK_C:
+        lanes = tl.broadcast_to(tl.arange(0, BLOCK_C)[None, :, None], x.shape)
+        sign = tl.where((lanes & HALF) != 0, -1.0, 1.0)
+        y = fma(x, sign, _from_lane(x, lanes, HALF))
+    else:
+        PAIRS: tl.constexpr = x.shape[2] * BLOCK_C // (2 * HALF)
+        pairs = tl.reshape(x, (x.shape[0], BLOCK_C, PAIRS, 2, HALF // BLOCK_C))
+        a, b = tl.split(tl.permute(pairs, (0, 1, 2, 4, 3)))
+        y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 2, 4, 3)), x.shape)
+    return y
+
+
+@triton.jit
+def load_blocks(
+    tile_ptr,
+    stride_token,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DTYPE: tl.constexpr = tl.float32,
+    ROTATE: tl.constexpr = 1,
+):
+    """Load a tile [G, D] as blocks of DTYPE, those of the first 16 tokens first.
+
+    Tokens are rotated by the Hadamard matrix in blocks of ROTATE channels (`reference.hadamard`).
+    """
     BLOCK_C: tl.constexpr = block_channels(D)
     Q: tl.constexpr = D // BLOCK_C
-    CHUNK: tl.constexpr = _chunk(G, D)
+    CHUNK: tl.constexpr = _chunk(G, D, tile_ptr.dtype.element_ty)
     place, mask = _place_in_tile(CHUNK, Q, BLOCK_C, stride_token)
     blocks = ()
     for p in tl.static_range(0, G // BLOCK_T, CHUNK):
-        parts = split_last(tl.load(tile_ptr + p * BLOCK_T * stride_token + place, mask, other=0))
+        x = tl.load(tile_ptr + p * BLOCK_T * stride_token + place, mask, other=0).to(DTYPE)
+        if ROTATE > 1:
+            for step in tl.static_range(log2(ROTATE)):
+                x = _add_and_subtract(x, ROTATE >> (step + 1))
+            x = x * (ROTATE**-0.5)
+        parts = split_last(x)
         for k in tl.static_range(len(parts)):
             if k % (len(parts) // CHUNK) < Q:
-                blocks = blocks + (parts[k].to(DTYPE),)
+                blocks = blocks + (parts[k],)
     return blocks
 
 
@@ -137,50 +175,13 @@ def store_blocks(tile_ptr, blocks, G: tl.constexpr, D: tl.constexpr):
     """Store blocks to a contiguous tile [G, D]."""
     BLOCK_C: tl.constexpr = block_channels(D)
     Q: tl.constexpr = D // BLOCK_C
-    CHUNK: tl.constexpr = _chunk(G, D)
+    CHUNK: tl.constexpr = _chunk(G, D, tile_ptr.dtype.element_ty)
     place, mask = _place_in_tile(CHUNK, Q, BLOCK_C, D)
     for p in tl.static_range(0, G // BLOCK_T, CHUNK):
         parts = ()
         for k in tl.static_range(CHUNK * triton.next_power_of_2(Q)):
             parts = parts + (blocks[_padded_block(p, k, Q)],)
         tl.store(tile_ptr + p * BLOCK_T * D + place, join_last(parts).to(tile_ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def _from_lane(x, lanes, DISTANCE: tl.constexpr):
-    """Return what the lane at a distance of a power of two holds."""
-    return tl.gather(x, lanes ^ DISTANCE, axis=1)
-
-
-@triton.jit
-def _add_and_subtract(blocks, BLOCKS: tl.constexpr, HALF: tl.constexpr):
-    """Do the step of a rotation that adds and subtracts channels at a distance of HALF."""
-    BLOCK_C: tl.constexpr = blocks[0].shape[1]
-    lanes = lanes_of(blocks[0])
-    sign = tl.where((lanes & HALF) != 0, -1.0, 1.0)
-    rotated = ()
-    for k in tl.static_range(len(blocks)):
-        if HALF < BLOCK_C:
-            rotated = rotated + (fma(blocks[k], sign, _from_lane(blocks[k], lanes, HALF)),)
-        elif k % BLOCKS // (HALF // BLOCK_C) % 2 == 0:
-            rotated = rotated + (blocks[k] + blocks[k + HALF // BLOCK_C],)
-        else:
-            rotated = rotated + (blocks[k - HALF // BLOCK_C] - blocks[k],)
-    return rotated
-
-
-@triton.jit
-def rotate_blocks(blocks, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rotate the tokens of a tile by the Hadamard matrix in blocks of BLOCK channels (`reference.hadamard`).
-
-    BLOCKS is the number of blocks side by side.
-    """
-    for step in tl.static_range(log2(BLOCK)):
-        blocks = _add_and_subtract(blocks, BLOCKS, BLOCK >> (step + 1))
-    scaled = ()
-    for k in tl.static_range(len(blocks)):
-        scaled = scaled + (blocks[k] * (BLOCK**-0.5),)
-    return scaled
 
 
 @triton.jit

@@ -13,7 +13,6 @@ from .blocks import (
     BLOCK_T,
     add,
     block_channels,
-    channel_of,
     channel_vector,
     least,
     most,

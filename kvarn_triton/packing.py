@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from . import configs, reference
-from .checks import check_choice, check_tensor, check_tiles
 from .blocks import BLOCK_T, join_last, lanes_of, load_blocks, rows_of
+from .checks import check_choice, check_tensor, check_tiles
 from .device import byte_of_item, field_of_item, item_of_field
 from .layout import (
     SUPPORTED_BITS,
@@ -112,9 +112,7 @@ def _store_plane(
         for column in tl.static_range(COLUMNS):
             parts = parts + (codes[row * Q + column if AXIS == 1 else column * Q + row],)
         for i in tl.static_range(PER_ROW):
-            packed = packed + (
-                _pack_bytes(parts, i * COUNT, NUM_BYTES, ITEMS, BLOCK, BITS, FIELDS, PLANE, AXIS).to(tl.uint8),
-            )
+            packed = packed + (_pack_bytes(parts, i * COUNT, NUM_BYTES, ITEMS, BLOCK, BITS, FIELDS, PLANE, AXIS).to(tl.uint8),)
     joined = join_last(packed)
     block = tl.arange(0, joined.shape[2])[None, None, :]
     i = tl.arange(0, joined.shape[0])[:, None, None]

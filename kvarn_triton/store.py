@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import configs, reference
-from .blocks import BLOCK_T, block_channels, channel_of, load_blocks, rotate_blocks, token_of
+from .blocks import BLOCK_T, block_channels, channel_of, load_blocks, token_of
 from .checks import FLOATS, INDICES, check_pages, check_tensor
 from .device import join_halves
 from .encode import encode_blocks
@@ -97,7 +97,7 @@ def _kvarn_store_pages_kernel(
         x_ptr = tl.where(values, v_ptr, k_ptr)
         stride_token = tl.where(values, stride_v_token, stride_k_token)
         x_ptr += start * stride_token + head * tl.where(values, stride_v_head, stride_k_head)
-        blocks = rotate_blocks(load_blocks(x_ptr, stride_token, G, D), D // block_channels(D), LAYOUT.block_size)
+        blocks = load_blocks(x_ptr, stride_token, G, D, ROTATE=LAYOUT.block_size)
         if values:
             store_tile(blocks, record_ptr, True, LAYOUT, V_FIELDS, ITERATIONS, EQUIVARIANT)
         else:

@@ -71,6 +71,8 @@ def describe(compiled: Compiled, case: str) -> dict:
         "num_warps": used.num_warps,
         "page_loop": used.product_loop.total(),
         "loop_spills": used.product_loop["LDL"] + used.product_loop["STL"],
+        "largest_loop": used.loops[0].total() if used.loops else 0,
+        "largest_loop_spills": used.loops[0]["LDL"] + used.loops[0]["STL"] if used.loops else 0,
     }
 
 

@@ -43,6 +43,16 @@ def uneven(*shape: int, seed: int = 0) -> torch.Tensor:
     return draw(*shape, seed=seed) * tokens * channels
 
 
+def hard_sums() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return float32 x, y and z for x * y + z: sums of all magnitudes, sums that cancel, and sums near ties."""
+    x, y, z = (draw(3000, seed=seed) for seed in range(3))
+    z *= 2.0 ** torch.arange(-20, 20).repeat(75)
+    z[:1000] = -(x * y)[:1000]
+    coarse = (x[1000:2000] * y[1000:2000]).abs() * 2.0**24
+    z[1000:2000] = torch.exp2(torch.floor(torch.log2(coarse)))  # half of its last place is about the product
+    return x, y, z
+
+
 def bits_of(x: torch.Tensor) -> torch.Tensor:
     """Return the bits of a tensor as integers, so that NaN equals the same NaN."""
     return x.contiguous().view(INT_OF_SIZE[x.element_size()])

@@ -6,6 +6,8 @@ import itertools
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers import (
     DTYPES,
     LAYOUTS,
@@ -13,6 +15,7 @@ from helpers import (
     assert_rounded_alike,
     assert_same_bits,
     draw,
+    hard_sums,
     layout_id,
     strided,
     uneven,
@@ -32,6 +35,7 @@ from kvarn_triton import (
     unpack,
     variance_normalize,
 )
+from kvarn_triton.device import fma
 from kvarn_triton.layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
 from kvarn_triton.testing import relative_error
 
@@ -49,6 +53,22 @@ def test_empty_memory_is_poisoned(device):
     """What the other tests rely on: memory that a kernel should have written starts as NaN, or as 255."""
     assert torch.empty(4, device=device).isnan().all()
     assert (torch.empty(4, dtype=torch.uint8, device=device) == 255).all()
+
+
+@triton.jit
+def _fma_kernel(out_ptr, x_ptr, y_ptr, z_ptr, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < count
+    x, y, z = (tl.load(x_ptr + place, mask), tl.load(y_ptr + place, mask), tl.load(z_ptr + place, mask))
+    tl.store(out_ptr + place, fma(x, y, z), mask)
+
+
+def test_fused_multiply_add(device):
+    """What sums rest on: one rounding, where rounding twice gives other bits (`hard_sums`)."""
+    x, y, z = (t.to(device) for t in hard_sums())
+    out = torch.empty_like(x)
+    _fma_kernel[(triton.cdiv(len(x), 256),)](out, x, y, z, len(x), BLOCK=256)
+    assert_same_bits(out, reference.codec.fma(x, y, z))
 
 
 @pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)

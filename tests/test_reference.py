@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
-from helpers import draw, uneven
+from helpers import draw, hard_sums, uneven
 
 from kvarn_triton import DEFAULT, PUBLISHED, Encoder, PageLayout, reference
 from kvarn_triton.layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS
@@ -209,11 +210,25 @@ def test_magnitudes_beyond_float16(magnitude, bits):
         assert relative_error(got / magnitude, tile) < 1.03 * relative_error(expected, tile) + 2**-9
 
 
+def test_fused_multiply_add():
+    """The reference's float32 multiply-add rounds once: no float32 is nearer to the exact result."""
+    x, y, z = hard_sums()
+    got = reference.codec.fma(x, y, z)
+    infinity = torch.full_like(got, math.inf)
+    around = torch.nextafter(got, -infinity), got, torch.nextafter(got, infinity)
+    for values in zip(*(t.tolist() for t in (x, y, z, *around)), strict=True):
+        a, b, c, below, result, above = map(Fraction, values)
+        exact = a * b + c
+        assert abs(exact - result) <= min(abs(exact - below), abs(exact - above))
+    assert not torch.equal(got, x * y + z)
+
+
 @pytest.mark.parametrize("per", ["channel", "token"])
 def test_large_mean(per):
     """Float32 finds the deviations of numbers a thousand times their deviation, as float64 does (KF 6)."""
     tile = 1000 + uneven(128, 128)
-    for std, dim in ((reference.codec.std_per_token(tile), -1), (reference.codec.std_per_channel(tile), -2)):
+    for dim in (-1, -2):
+        std = reference.codec.std(tile, torch.ones(()), dim)
         torch.testing.assert_close(std.double(), tile.double().std(dim, keepdim=True), rtol=1e-5, atol=0)
     # One round: later ones amplify the difference of the inputs, whose mean float32 rounds.
     encoder = Encoder(iterations=1, equivariant=False)
