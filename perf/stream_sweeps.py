@@ -14,10 +14,10 @@ from timing import Call, copy_calls, measure, num_input_sets
 import kvarn_triton as kvarn
 from kvarn_triton import PageLayout
 
-PAGE_COUNTS = (1, 16, 512)
-"""Pages of one call: a page that decoding finished, a chunk of 2K tokens, four prompts of 16K tokens."""
+PAGE_COUNTS = (1, 8, 256, 512)
+"""Pages of one call: a page that decoding finished, a prompt of 1K tokens, one of 32K, four of 16K."""
 ROW_COUNTS = (1024, 1 << 20)
-HEADERS = {"shape": "shape", "preset": "preset", "pages": "pages", "tokens": "tokens", **TIMED}
+HEADERS = {"shape": "shape", "preset": "preset", "pages": "pages", "tokens": "tokens", **TIMED, "tb_s": "16-bit TB/s"}
 
 
 def _shapes(options: Options) -> list[Shape]:
@@ -55,6 +55,8 @@ def _run(
         providers["copy"] = copy_calls(num_bytes)
         timings, errors = measure(providers, samples=9 if options.quick else 21)
         row |= timed_fields(timings.get("kvarn"), errors.get("kvarn"), num_bytes, roof_gb_s)
+        if row["us"] is not None:
+            row["tb_s"] = tokens * shape.num_kv_heads * 4 * shape.head_dim / row["us"] / 1e6
         row["bytes_per_token"] = num_bytes / (tokens * shape.num_kv_heads)
         if "copy" in timings:
             row["copy_us"] = timings["copy"].us
@@ -68,7 +70,7 @@ def _run(
     needs="gpu",
     headers=HEADERS,
     note="one store_pages call: 16-bit keys and values in, pages out. 16-bit us: a copy of the same keys and values to a\n"
-    "16-bit cache. B/token: bytes moved per token and kv head.",
+    "16-bit cache. B/token: bytes moved per token and kv head. 16-bit TB/s: bytes of keys and values alone over the time.",
 )
 def store(options: Options) -> Iterator[Row]:
     """Time `store_pages`."""
@@ -94,7 +96,8 @@ def _store_calls(shape: Shape, layout: PageLayout, count: int, seed: int) -> tup
     "dequantize",
     needs="gpu",
     headers=HEADERS,
-    note="one dequantize_pages call: pages in, 16-bit keys and values out. B/token: bytes moved per token and kv head.",
+    note="one dequantize_pages call: pages in, 16-bit keys and values out. B/token: bytes moved per token and kv head.\n"
+    "16-bit TB/s: bytes of keys and values alone over the time.",
 )
 def dequantize(options: Options) -> Iterator[Row]:
     """Time `dequantize_pages`."""
