@@ -86,18 +86,18 @@ def _kvarn_decode_attention_kernel(
     num_programs = tl.num_programs(0)
     if EARLY_MERGE:
         gdc_launch_dependents()
-    pieces, size, longer = plan(
+    pieces, size, longer, split = plan(
         seq_lens_ptr, num_quantized_ptr, batch, num_tiles, num_programs, few_programs, sink_len, split_size,
         G, BLOCK_R, HAS_RAW,
     )  # fmt: skip
-    align = tl.maximum(split_size, 1)
+    align = tl.maximum(split, 1)
     TILES: tl.constexpr = triton.cdiv(GROUP, TILE)
     for piece in range(tl.program_id(0), pieces, num_programs):
         unit = start_of_piece(piece, size, longer)
         end = start_of_piece(piece + 1, size, longer)
         while unit < end:
             row, row_start = find_row(
-                seq_lens_ptr, num_quantized_ptr, unit, batch, num_tiles, sink_len, split_size, G, BLOCK_R, HAS_RAW
+                seq_lens_ptr, num_quantized_ptr, unit, batch, num_tiles, sink_len, split, G, BLOCK_R, HAS_RAW
             )  # fmt: skip
             seq_len, num_sinks, num_paged, num_tails = row_lengths(
                 seq_lens_ptr, num_quantized_ptr, row, row < batch, sink_len, G, BLOCK_R, HAS_RAW

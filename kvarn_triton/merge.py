@@ -49,18 +49,18 @@ def _kvarn_merge_splits_kernel(
 ):
     q_head, row = tl.program_id(0), tl.program_id(1)
     tile = q_head // GROUP * triton.cdiv(GROUP, TILE) + q_head % GROUP // TILE
-    _, size, longer = plan(
+    _, size, longer, split = plan(
         seq_lens_ptr, num_quantized_ptr, tl.num_programs(1), num_tiles, num_programs, few_programs, sink_len,
         split_size, PAGE_SIZE, BLOCK_R, HAS_RAW,
     )  # fmt: skip
     row_start = start_of_row(
-        seq_lens_ptr, num_quantized_ptr, row, num_tiles, sink_len, split_size, PAGE_SIZE, BLOCK_R, HAS_RAW
+        seq_lens_ptr, num_quantized_ptr, row, num_tiles, sink_len, split, PAGE_SIZE, BLOCK_R, HAS_RAW
     )  # fmt: skip
     _, sinks, pages, tails = row_lengths(
         seq_lens_ptr, num_quantized_ptr, row, row >= 0, sink_len, PAGE_SIZE, BLOCK_R, HAS_RAW
     )  # fmt: skip
     units = sinks + pages + tails
-    align = tl.maximum(split_size, 1)
+    align = tl.maximum(split, 1)
     first_unit = row_start + tile * (tl.cdiv(units, align) * align)
     first_piece = piece_of_unit(first_unit, size, longer)
     last_piece = piece_of_unit(first_unit + units - 1, size, longer)

@@ -4,8 +4,10 @@ A unit is a quantized page, or a run of BLOCK_R raw tokens, which is about as ma
 head and position; a piece may end one head and begin the next. Everything follows from the lengths on the device, so that
 the grid depends on shapes only, whatever the lengths are, and one long sequence among short ones is spread over the GPU.
 
-Balanced (split_size = 0): as many pieces as programs, no two of which differ by more than one unit; fewer where a piece would
-have less than LEAST_UNITS, because a program costs about as much as a page before it has read one.
+Balanced (split_size = 0): no more pieces than programs; fewer where a piece would have less than LEAST_UNITS, because a program
+costs about as much as a page before it has read one. If pieces of some size, hardly longer than an equal share, leave each head
+pieces of its own, that is what they get, because a program that ends one head and begins the next starts twice. Otherwise no
+two pieces differ by more than one unit.
 Invariant (split_size > 0): pieces of split_size units; every head starts a new piece. Where a sequence is cut then depends on
 its own length alone.
 
@@ -22,6 +24,8 @@ BLOCK_B = tl.constexpr(128)
 """Sequences whose lengths are looked at together."""
 LEAST_UNITS = tl.constexpr(5)
 """Units of a piece below which `few_programs` do the work."""
+TRIES = tl.constexpr(3)
+"""Sizes of pieces that are tried, from an equal share on, before heads share pieces."""
 
 
 @triton.jit
@@ -61,6 +65,28 @@ def _units_of_rows(
 
 
 @triton.jit
+def _total_units(
+    seq_lens_ptr,
+    num_quantized_ptr,
+    batch,
+    num_kv_heads,
+    sink_len,
+    split_size,
+    G: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_RAW: tl.constexpr,
+):
+    """Return the units of all heads, each rounded up to whole pieces of split_size units if that is not 0."""
+    total = 0
+    for first_row in range(0, batch, BLOCK_B):
+        units = _units_of_rows(
+            seq_lens_ptr, num_quantized_ptr, first_row, batch, sink_len, split_size, G, BLOCK_R, HAS_RAW
+        )  # fmt: skip
+        total += tl.sum(units, axis=0) * num_kv_heads
+    return total
+
+
+@triton.jit
 def plan(
     seq_lens_ptr,
     num_quantized_ptr,
@@ -74,21 +100,32 @@ def plan(
     BLOCK_R: tl.constexpr,
     HAS_RAW: tl.constexpr,
 ):
-    """Return the number of pieces, the units of a piece, and how many pieces at the start have one unit more."""
-    total = 0
-    for first_row in range(0, batch, BLOCK_B):
-        units = _units_of_rows(
-            seq_lens_ptr, num_quantized_ptr, first_row, batch, sink_len, split_size, G, BLOCK_R, HAS_RAW
-        )  # fmt: skip
-        total += tl.sum(units, axis=0) * num_kv_heads
+    """Return the number of pieces, the units of a piece, how many pieces at the start have one unit more, and the split size.
+
+    The split size is that of the following functions: 0 where pieces may end one head and begin the next.
+    """
+    total = _total_units(
+        seq_lens_ptr, num_quantized_ptr, batch, num_kv_heads, sink_len, split_size, G, BLOCK_R, HAS_RAW
+    )  # fmt: skip
     pieces = tl.where(total < LEAST_UNITS * num_programs, few_programs, num_programs)
+    split = split_size
+    if split_size == 0:
+        least = tl.maximum(tl.cdiv(total, pieces), 1)
+        for candidate in range(least, least + TRIES):
+            if split == 0:
+                aligned = _total_units(
+                    seq_lens_ptr, num_quantized_ptr, batch, num_kv_heads, sink_len, candidate, G, BLOCK_R, HAS_RAW
+                )  # fmt: skip
+                if aligned <= candidate * pieces:
+                    split = candidate
+                    total = aligned
     size = total // pieces
     longer = total - size * pieces
-    if split_size > 0:
-        pieces = total // split_size
-        size = split_size
+    if split > 0:
+        pieces = total // split
+        size = split
         longer = 0
-    return pieces, size, longer
+    return pieces, size, longer, split
 
 
 @triton.jit
