@@ -1,9 +1,8 @@
 """Page completion: quantize the pages of the tail whose tokens are all committed. The device decides which those are.
 
-One program of the first kernel looks at some candidates (a sequence and one of the pages that it may have completed) for the
-keys or the values of one kv head, encodes those that are due, and returns at once where none is. The second kernel advances the
-counts of quantized pages. Grids follow from shapes alone, so that both replay from a captured graph. Bytes moved per page that
-completes: its raw tile and its record.
+One program of the first kernel encodes one tile of (sequence, new page, kv head, keys or values) if that is due, and returns
+at once otherwise. The second kernel advances the counts of quantized pages. Grids follow from shapes alone, so that both replay
+from a captured graph. Bytes moved per page that completes: its raw tile and its record.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def _last_due(committed_len, num_quantized, sink_len, keep_pages, max_new_pages,
 
 
 _NOT_SPECIALIZED = [
-    "num_candidates", "max_new_pages", "max_pages", "sink_len", "num_sink_pages", "num_tail_slots", "keep_pages",
+    "num_kv_heads", "max_new_pages", "max_pages", "sink_len", "num_sink_pages", "num_tail_slots", "keep_pages",
     "stride_raw_table", "stride_table",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
@@ -43,7 +42,7 @@ def _kvarn_commit_pages_kernel(
     block_table_ptr,  # int32 [batch, max_pages]
     committed_lens_ptr,  # int32 [batch]
     num_quantized_ptr,  # int32 [batch]
-    num_candidates,  # batch * max_new_pages
+    num_kv_heads,
     max_new_pages,
     max_pages,
     sink_len,
@@ -61,43 +60,31 @@ def _kvarn_commit_pages_kernel(
     LAYOUT: tl.constexpr,
     K_FIELDS: tl.constexpr,
     V_FIELDS: tl.constexpr,
-    BLOCK: tl.constexpr,
     ITERATIONS: tl.constexpr,
     EQUIVARIANT: tl.constexpr,
 ):
     G: tl.constexpr = LAYOUT.page_size
     D: tl.constexpr = LAYOUT.head_dim
-    head, values = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2 == 1
-    first_candidate, step = tl.program_id(1), tl.num_programs(1)
-    raw_pages_ptr += head * stride_raw_head + tl.where(values, stride_raw_half, 0)
-    pages_ptr += head * stride_pages_head
-
-    for chunk in range(first_candidate, num_candidates, step * BLOCK):
-        # Many candidates at once: mostly none is due.
-        candidates = chunk + tl.arange(0, BLOCK) * step
-        mask = candidates < num_candidates
-        first = tl.load(num_quantized_ptr + candidates // max_new_pages, mask, other=0)
-        committed_len = tl.load(committed_lens_ptr + candidates // max_new_pages, mask, other=0)
-        last = _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G)
-        due = mask & (first + candidates % max_new_pages < last)
-        end = tl.max(tl.where(due, candidates + 1, 0), axis=0)
-        for candidate in range(chunk, end, step):
-            row = candidate // max_new_pages
-            row_first = tl.load(num_quantized_ptr + row)
-            row_len = tl.load(committed_lens_ptr + row)
-            body = row_first + candidate % max_new_pages
-            page = tl.full((), -1, tl.int64)
-            if body < _last_due(row_len, row_first, sink_len, keep_pages, max_new_pages, max_pages, G):
-                page = tl.load(block_table_ptr + row.to(tl.int64) * stride_table + body).to(tl.int64)
-            if page >= 0:
-                column = num_sink_pages + body % num_tail_slots
-                raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column).to(tl.int64)
-                record_ptr = pages_ptr + page * stride_pages_page
-                blocks = load_blocks(raw_pages_ptr + raw_page * stride_raw_page, stride_raw_token, G, D)
-                if values:
-                    store_tile(blocks, record_ptr, True, LAYOUT, V_FIELDS, ITERATIONS, EQUIVARIANT)
-                else:
-                    store_tile(blocks, record_ptr, False, LAYOUT, K_FIELDS, ITERATIONS, EQUIVARIANT)
+    tile = tl.program_id(0)
+    head = (tile // 2 % num_kv_heads).to(tl.int64)
+    row = tile // (2 * num_kv_heads * max_new_pages)
+    first = tl.load(num_quantized_ptr + row)
+    body = first + tile // (2 * num_kv_heads) % max_new_pages
+    committed_len = tl.load(committed_lens_ptr + row)
+    last = _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G)
+    page = tl.full((), -1, tl.int64)
+    if body < last:
+        page = tl.load(block_table_ptr + row.to(tl.int64) * stride_table + body).to(tl.int64)
+    if page >= 0:
+        column = num_sink_pages + body % num_tail_slots
+        raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column).to(tl.int64)
+        tile_ptr = raw_pages_ptr + raw_page * stride_raw_page + head * stride_raw_head
+        record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
+        blocks = load_blocks(tile_ptr + tile % 2 * stride_raw_half, stride_raw_token, G, D)
+        if tile % 2 == 0:
+            store_tile(blocks, record_ptr, False, LAYOUT, K_FIELDS, ITERATIONS, EQUIVARIANT)
+        else:
+            store_tile(blocks, record_ptr, True, LAYOUT, V_FIELDS, ITERATIONS, EQUIVARIANT)
 
 
 @triton.jit(do_not_specialize=["batch", "max_new_pages", "max_pages", "sink_len", "keep_pages"])
@@ -194,16 +181,14 @@ def commit_pages(
     if batch == 0:
         return
     num_sink_pages = -(-sink_len // layout.page_size)
-    num_candidates = batch * max_new_pages
-    step = min(num_candidates, max(configs.num_programs(pages.device, 4) // (2 * num_kv_heads), 1))
-    _kvarn_commit_pages_kernel[(2 * num_kv_heads, step)](
+    _kvarn_commit_pages_kernel[(batch * max_new_pages * num_kv_heads * 2,)](
         pages,
         raw_pages,
         raw_table,
         block_table,
         committed_lens,
         num_quantized,
-        num_candidates,
+        num_kv_heads,
         max_new_pages,
         max_pages,
         sink_len,
@@ -218,7 +203,6 @@ def commit_pages(
         LAYOUT=layout,
         K_FIELDS=fields_per_byte(layout.k_bits),
         V_FIELDS=fields_per_byte(layout.v_bits),
-        BLOCK=32,
         ITERATIONS=encoder.iterations,
         EQUIVARIANT=encoder.equivariant,
         **configs.encode_options(layout.head_dim, pages.device),

@@ -6,8 +6,9 @@ the grid depends on shapes only, whatever the lengths are, and one long sequence
 
 Balanced (split_size = 0): no more pieces than programs; fewer where a piece would have less than LEAST_UNITS, because a program
 costs about as much as a page before it has read one. If pieces of some size, hardly longer than an equal share, leave each head
-pieces of its own, that is what they get, because a program that ends one head and begins the next starts twice. Otherwise no
-two pieces differ by more than one unit.
+pieces of its own, that is what they get, because a program that ends one head and begins the next starts twice; where there is
+less than a unit for each program, looking for such a size costs more than it saves. Otherwise no two pieces differ by more than
+one unit.
 Invariant (split_size > 0): pieces of split_size units; every head starts a new piece. Where a sequence is cut then depends on
 its own length alone.
 
@@ -109,7 +110,7 @@ def plan(
     )  # fmt: skip
     pieces = tl.where(total < LEAST_UNITS * num_programs, few_programs, num_programs)
     split = split_size
-    if split_size == 0:
+    if (split_size == 0) & (total >= num_programs):
         least = tl.maximum(tl.cdiv(total, pieces), 1)
         for candidate in range(least, least + TRIES):
             if split == 0:

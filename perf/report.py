@@ -93,7 +93,7 @@ def _draw_decode(plt: Any, rows: list[Row]) -> Any:
             contexts = [point[0] for point in points]
             axes[0][column].plot(contexts, [point[1] for point in points], marker="o", label=label, **style)
             axes[1][column].plot(contexts, [point[2] for point in points], marker="o", label=label, **style)
-        axes[0][column].set(title=f"{shape}, batch {batch}", ylabel="us per call", xscale="log", yscale="log")
+        axes[0][column].set(title=f"{shape}, batch {batch}, {at[0]['cache']}", ylabel="us per call", xscale="log", yscale="log")
         axes[1][column].axhline(100, color="grey", linewidth=1, label="device-to-device copy")
         axes[1][column].set(xlabel="context (tokens)", ylabel="% of copy bandwidth", xscale="log")
         axes[1][column].set_ylim(0, max(110, *axes[1][column].get_ylim()))

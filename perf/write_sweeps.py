@@ -37,8 +37,8 @@ STEP = "append and commit, mean of a page's steps"
         "percent_of_attention": "% of attention",
     },
     note="one layer of one decode step of `batch` sequences. mean of a page's steps: appending, and committing where in one\n"
-    f"step of page_size all sequences complete a page. attention: served, {CONTEXT:,} tokens each. Advancing the counts of pages\n"
-    "is the last layer's. Times of graph replays, launches included.",
+    f"step of page_size all sequences complete a page. attention: served, {CONTEXT:,} tokens each. Advancing the counts of\n"
+    "pages is the last layer's. Times of graph replays, launches included.",
 )
 def write(options: Options) -> Iterator[Row]:
     """Time the write path of the first shape beside attention."""
