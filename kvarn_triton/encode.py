@@ -37,44 +37,43 @@ from .device import (
 
 
 @triton.jit
-def _std_per_token(blocks, inverse, P: tl.constexpr, Q: tl.constexpr, D: tl.constexpr):
-    """Standard deviation of the tokens of blocks * inverse, a tuple of Q blocks: a token vector (`reference.codec.std`)."""
+def _sums(blocks, factors, LINES: tl.constexpr, Q: tl.constexpr, PER_TOKEN: tl.constexpr):
+    """Return the sums of blocks * factors over the blocks of each line, a row of Q blocks or else a column."""
     sums = ()
-    for p in tl.static_range(P):
+    for line in tl.static_range(LINES):
         total = tl.zeros_like(blocks[0])
-        for q in tl.static_range(Q):
-            total = fma(blocks[p * Q + q], inverse[q], total)
+        for k in tl.static_range(len(factors)):
+            total = fma(blocks[line * Q + k if PER_TOKEN else k * Q + line], factors[k], total)
         sums = sums + (total,)
-    mean = spread_tokens(token_vector(sums, add) * (1.0 / D), P)
-    squares = ()
-    for p in tl.static_range(P):
-        total = tl.zeros_like(blocks[0])
-        for q in tl.static_range(Q):
-            deviation = fma(blocks[p * Q + q], inverse[q], -mean[p])
-            total = fma(deviation, deviation, total)
-        squares = squares + (total,)
-    return tl.sqrt_rn(token_vector(squares, add) * (1.0 / (D - 1)))
+    return sums
 
 
 @triton.jit
-def _std_per_channel(blocks, inverse, P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr):
-    """Standard deviation of the channels of blocks * inverse, a tuple of P blocks: a channel vector."""
-    BLOCK_C: tl.constexpr = blocks[0].shape[1]
+def _squares(blocks, factors, means, LINES: tl.constexpr, Q: tl.constexpr, PER_TOKEN: tl.constexpr):
+    """Return the sums of the squares of what blocks * factors differ from the mean of their line."""
     sums = ()
-    for q in tl.static_range(Q):
+    for line in tl.static_range(LINES):
         total = tl.zeros_like(blocks[0])
-        for p in tl.static_range(P):
-            total = fma(blocks[p * Q + q], inverse[p], total)
-        sums = sums + (total,)
-    mean = spread_channels(channel_vector(sums, add) * (1.0 / G), Q, BLOCK_C)
-    squares = ()
-    for q in tl.static_range(Q):
-        total = tl.zeros_like(blocks[0])
-        for p in tl.static_range(P):
-            deviation = fma(blocks[p * Q + q], inverse[p], -mean[q])
+        for k in tl.static_range(len(factors)):
+            deviation = fma(blocks[line * Q + k if PER_TOKEN else k * Q + line], factors[k], -means[line])
             total = fma(deviation, deviation, total)
-        squares = squares + (total,)
-    return tl.sqrt_rn(channel_vector(squares, add) * (1.0 / (G - 1)))
+        sums = sums + (total,)
+    return sums
+
+
+@triton.jit
+def _std_per_token(blocks, inverse, P: tl.constexpr, Q: tl.constexpr, D: tl.constexpr):
+    """Standard deviation of the tokens of blocks * inverse, a tuple of Q blocks: a token vector (`reference.codec.std`)."""
+    means = spread_tokens(token_vector(_sums(blocks, inverse, P, Q, True), add) * (1.0 / D), P)
+    return tl.sqrt_rn(token_vector(_squares(blocks, inverse, means, P, Q, True), add) * (1.0 / (D - 1)))
+
+
+@triton.jit
+def _std_per_channel(blocks, inverse, Q: tl.constexpr, G: tl.constexpr):
+    """Standard deviation of the channels of blocks * inverse, a tuple of P blocks: a channel vector."""
+    means = channel_vector(_sums(blocks, inverse, Q, Q, False), add) * (1.0 / G)
+    means = spread_channels(means, Q, blocks[0].shape[1])
+    return tl.sqrt_rn(channel_vector(_squares(blocks, inverse, means, Q, Q, False), add) * (1.0 / (G - 1)))
 
 
 @triton.jit
@@ -136,7 +135,7 @@ def balance(blocks, G: tl.constexpr, D: tl.constexpr, PER_CHANNEL: tl.constexpr,
         if PER_CHANNEL:
             token_scale = tl.where(step == 0, 1.0, _next_scale(token_std, token_scale))
             inverse_token = tl.div_rn(1.0, token_scale)
-            channel_std = _std_per_channel(blocks, spread_tokens(inverse_token, P), P, Q, G)
+            channel_std = _std_per_channel(blocks, spread_tokens(inverse_token, P), Q, G)
             channel_scale = tl.where(step == 0, 1.0, _next_scale(channel_std, channel_scale))
             inverse_channel = tl.div_rn(1.0, channel_scale)
             token_std = _std_per_token(blocks, spread_channels(inverse_channel, Q, BLOCK_C), P, Q, D)
@@ -146,7 +145,7 @@ def balance(blocks, G: tl.constexpr, D: tl.constexpr, PER_CHANNEL: tl.constexpr,
             token_std = _std_per_token(blocks, spread_channels(inverse_channel, Q, BLOCK_C), P, Q, D)
             token_scale = tl.where(step == 0, 1.0, _next_scale(token_std, token_scale))
             inverse_token = tl.div_rn(1.0, token_scale)
-            channel_std = _std_per_channel(blocks, spread_tokens(inverse_token, P), P, Q, G)
+            channel_std = _std_per_channel(blocks, spread_tokens(inverse_token, P), Q, G)
         imbalance = _ratio(token_std * inverse_token) + _ratio(channel_std * inverse_channel)
         better = imbalance <= best
         best = tl.where(better, imbalance, best)
