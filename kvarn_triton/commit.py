@@ -80,7 +80,7 @@ def _kvarn_commit_pages_kernel(
         raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column).to(tl.int64)
         tile_ptr = raw_pages_ptr + raw_page * stride_raw_page + head * stride_raw_head
         record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
-        blocks = load_blocks(tile_ptr + tile % 2 * stride_raw_half, stride_raw_token, G, D)
+        blocks = load_blocks(tile_ptr + tile % 2 * stride_raw_half, stride_raw_token.to(tl.int64), G, D)
         if tile % 2 == 0:
             store_tile(blocks, record_ptr, False, LAYOUT, K_FIELDS, ITERATIONS, EQUIVARIANT)
         else:

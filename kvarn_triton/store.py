@@ -95,7 +95,7 @@ def _kvarn_store_pages_kernel(
         record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
         values = tile % 2 == 1
         x_ptr = tl.where(values, v_ptr, k_ptr)
-        stride_token = tl.where(values, stride_v_token, stride_k_token)
+        stride_token = tl.where(values, stride_v_token, stride_k_token).to(tl.int64)
         x_ptr += start * stride_token + head * tl.where(values, stride_v_head, stride_k_head)
         blocks = load_blocks(x_ptr, stride_token, G, D, ROTATE=LAYOUT.block_size)
         if values:

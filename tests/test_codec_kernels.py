@@ -301,3 +301,17 @@ def test_byte_offsets_above_2_to_31(device):
         strict=True,
     ):
         assert_same_bits(far, near)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs 9 GB of activations")
+def test_token_offsets_above_2_to_31(device):
+    """The tokens of one page may lie further apart than 32 bits can say (KF 28)."""
+    layout, stride = PageLayout(128, 128, 4, 2), 2**25
+    memory = torch.zeros(127 * stride + 128, dtype=torch.float16, device=device)
+    far = memory.as_strided((128, 1, 128), (stride, 128, 1))
+    near = draw(128, 1, 128, dtype=torch.float16, device=device)
+    far.copy_(near)
+    pages = torch.zeros(layout.pages_shape(2, 1), dtype=torch.uint8, device=device)
+    store_pages(far, near, pages, torch.tensor([0], device=device), layout)
+    store_pages(near, near, pages, torch.tensor([1], device=device), layout)
+    assert_same_bits(pages[0], pages[1])
