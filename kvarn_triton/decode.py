@@ -110,6 +110,10 @@ def _kvarn_decode_attention_kernel(
             first = (unit - row_start) % aligned_units
             last = tl.minimum(first + end - unit, row_units)
 
+            # Both here, so that what they are made of needs no registers in the loops below.
+            part = row * num_tiles + tile + piece
+            next_unit = row_start + (tile + 1) * aligned_units
+
             pages_row_ptr = pages_ptr + head.to(tl.int64) * stride_pages_head
             table_row_ptr = block_table_ptr + row.to(tl.int64) * stride_table
             first_page = tl.maximum(first - num_sinks, 0)
@@ -147,11 +151,11 @@ def _kvarn_decode_attention_kernel(
             offs_n = tl.arange(0, BLOCK_N)
             offs_d = tl.arange(0, CHANNELS)
             mask_n = offs_n < TILE
-            place = (row * num_tiles + tile + piece).to(tl.int64) * TILE + offs_n
+            place = part.to(tl.int64) * TILE + offs_n
             tl.store(partial_lse_ptr + place, m_i + tl.log2(l_i), mask_n)
             mask = mask_n[:, None] & (offs_d < LAYOUT.head_dim)[None, :]
             tl.store(partial_ptr + place[:, None] * LAYOUT.head_dim + offs_d[None, :], acc * (1.0 / l_i)[:, None], mask)
-            unit = row_start + (tile + 1) * aligned_units
+            unit = next_unit
 
 
 def _check_decode(q, pages, block_table, seq_lens, layout, raw_pages, raw_table, num_quantized, sink_len, out) -> int:
