@@ -44,12 +44,13 @@ def uneven(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def hard_sums() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return float32 x, y and z for x * y + z: sums of all magnitudes, sums that cancel, and sums near ties."""
+    """Return float32 x, y and z for x * y + z: sums of all magnitudes, sums that cancel, and sums next to ties."""
     x, y, z = (draw(3000, seed=seed) for seed in range(3))
     z *= 2.0 ** torch.arange(-20, 20).repeat(75)
     z[:1000] = -(x * y)[:1000]
-    coarse = (x[1000:2000] * y[1000:2000]).abs() * 2.0**24
-    z[1000:2000] = torch.exp2(torch.floor(torch.log2(coarse)))  # half of its last place is about the product
+    # Half of the last place of z, less than float64 can tell from it: rounding to float64 first gives a tie.
+    small = 2.0 ** -torch.arange(15, 23).repeat(125)
+    x[1000:2000], y[1000:2000], z[1000:2000] = 1 + small, (1 - small) * 2.0**-24, 1 + 2.0**-23
     return x, y, z
 
 
