@@ -118,7 +118,10 @@ def _from_lane(x, lanes, DISTANCE: tl.constexpr):
 
 @triton.jit
 def _add_and_subtract(x, HALF: tl.constexpr):
-    """Add and subtract channels at a distance of HALF: one step of a rotation of [16, BLOCK_C, blocks]."""
+    """Add and subtract channels at a distance of HALF: one step of a rotation of [16, BLOCK_C, blocks].
+
+    `device.hadamard` gives the same bits, but leaves whole tokens in single threads.
+    """
     BLOCK_C: tl.constexpr = x.shape[1]
     if HALF < BLOCK_C:
         lanes = tl.broadcast_to(tl.arange(0, BLOCK_C)[None, :, None], x.shape)

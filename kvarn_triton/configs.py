@@ -28,7 +28,7 @@ def uses_ptx() -> bool:
 def block_warps(head_dim: int, device: torch.device) -> int:
     """Return the warps of a program that holds a tile in registers: a thread for each number of a block (`blocks`)."""
     threads = BLOCK_TOKENS * block_channels(head_dim)
-    wavefront = 64 if (arch_of(device) or "").startswith("gfx") else 32
+    wavefront = 64 if (arch_of(device) or "").startswith("gfx9") else 32
     return threads // wavefront
 
 

@@ -218,7 +218,7 @@ def decode_attention(
         sm_scale: factor of the scores; by default head_dim ** -0.5.
         out: where to write; like `q`, any strides whose innermost is 1.
         return_lse: whether to return the log-sum-exp too.
-        split_size: batch-invariant mode: pages of one run into which each sequence is cut (32 raw tokens count as a page), so
+        split_size: batch-invariant mode: pages of one run into which each sequence is cut (16 raw tokens count as a page), so
             that the bits of a row depend on the row alone, whatever else is in the batch. By default the runs are as long
             as it takes to give every multiprocessor the same work.
         workspace: uint8 [at least decode_workspace_size(...)], contiguous; allocated if not given.

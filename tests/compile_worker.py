@@ -35,12 +35,12 @@ def decode(layout: PageLayout, *, group: int = 8, dtype: torch.dtype = torch.flo
     kvarn.decode_attention(q, pages, layout=layout, return_lse=True, **tables)
 
 
-def encode(layout: PageLayout) -> None:
+def encode(layout: PageLayout, dtype: torch.dtype = torch.float16) -> None:
     """Call store_pages and commit_pages."""
     pages, ids = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(2, dtype=torch.int32)
-    tokens = torch.zeros(2 * layout.page_size, 2, layout.head_dim, dtype=torch.float16)
+    tokens = torch.zeros(2 * layout.page_size, 2, layout.head_dim, dtype=dtype)
     kvarn.store_pages(tokens, tokens, pages, ids, layout)
-    raw_pages = torch.zeros(4, 2, 2, layout.page_size, layout.head_dim, dtype=torch.float16)
+    raw_pages = torch.zeros(4, 2, 2, layout.page_size, layout.head_dim, dtype=dtype)
     kvarn.commit_pages(raw_pages, pages, ids[:, None].repeat(1, 2), ids[:, None], ids, ids, layout)
 
 
@@ -93,6 +93,7 @@ def main(target: str) -> None:
             "decode head_dim 256, 8 bits": lambda: decode(PageLayout(256, 128, 8, 8), group=16),
             "decode head_dim 512": lambda: decode(PageLayout(512, 64, 8, 8), group=2),
             "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3)),
+            "encode head_dim 192, float32": lambda: encode(PageLayout(192, 128, 3, 8), dtype=torch.float32),
             "encode head_dim 512": lambda: encode(PageLayout(512, 64, 8, 4)),
         }
     rows = []

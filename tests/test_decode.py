@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers import DTYPES, LAYOUTS, ON_GPU, assert_same_bits, draw, layout_id, strided
 
 from kvarn_triton import (
     DecodeConfig,
     DecodeTable,
     PageLayout,
+    configs,
     decode_attention,
     decode_workspace_size,
     dequantize_pages,
@@ -20,6 +23,7 @@ from kvarn_triton import (
     reference,
 )
 from kvarn_triton.layout import SUPPORTED_PAGE_SIZES
+from kvarn_triton.paging import load_page_id
 from kvarn_triton.tables import Entry
 from kvarn_triton.testing import CacheCase, attention_in, cache_case, relative_error
 
@@ -132,6 +136,21 @@ def test_many_pages(split_size, device):
     """More runs than one step of the merge takes; and many pages in one run."""
     case = cache_case(PageLayout(64, 64, 2, 2), [36 * 64 + 5], group=1, num_kv_heads=1, device=device)
     check(case, split_size=split_size)
+
+
+@triton.jit(do_not_specialize=["last"])
+def _page_id_kernel(out_ptr, table_ptr, last, PTX: tl.constexpr):
+    column = tl.program_id(0)
+    tl.store(out_ptr + column, load_page_id(table_ptr, column, last, PTX))
+
+
+@pytest.mark.parametrize("last", [-3, 0, 1, 4])
+def test_page_ids_of_the_table_only(last, device):
+    """A loop loads an id ahead, and one even if it has no step: never from outside of the table."""
+    memory = torch.tensor([-7, -7, -7, -7, 10, 11, 12, 13, -7, -7, -7, -7], dtype=torch.int32, device=device)
+    out = torch.empty(6, dtype=torch.int32, device=device)
+    _page_id_kernel[(6,)](out, memory[4:], last, PTX=configs.uses_ptx())
+    assert out.tolist() == ([10 + min(column, last - 1) for column in range(6)] if last > 0 else [0] * 6)
 
 
 @pytest.mark.parametrize("raw_dtype", DTYPES)
