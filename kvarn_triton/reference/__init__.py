@@ -1,19 +1,11 @@
 """The whole method in plain PyTorch: the specification of this package, and its implementation for CPU tensors.
 
-Read `codec` first (what happens to one tile), then `cache` (pages, tails and attention). Each public function has the name,
-the arguments and the meaning of the kernel's launcher in `kvarn_triton`. Nothing here imports a kernel.
+Read `codec` first (what happens to one tile), then `cache` (pages and tails) and `attention`. Each public function has the
+name, the arguments and the meaning of the kernel's launcher in `kvarn_triton`. Nothing here imports a kernel.
 """
 
-from .cache import (
-    append_tokens,
-    commit_pages,
-    decode_attention,
-    dequantize_pages,
-    gather_cache,
-    merge_states,
-    raw_slots,
-    store_pages,
-)
+from .attention import decode_attention, gather_cache, merge_states, prefill_attention
+from .cache import append_tokens, commit_pages, dequantize_pages, raw_slots, store_pages
 from .codec import dequantize, encode, hadamard, pack, quantize, unpack, variance_normalize
 
 __all__ = [
@@ -27,6 +19,7 @@ __all__ = [
     "hadamard",
     "merge_states",
     "pack",
+    "prefill_attention",
     "quantize",
     "raw_slots",
     "store_pages",

@@ -1,4 +1,4 @@
-"""Pages, tails and attention in plain PyTorch. The cache model is that of `docs/method.md`, section 4.
+"""Pages and tails in plain PyTorch. The cache model is that of `docs/method.md`, section 4.
 
 A sequence is [sink | quantized body pages | tail body pages]. Token `p` below `sink_len` is slot `p % page_size` of raw page
 `raw_table[b, p // page_size]`. Later ones belong to body page `j = (p - sink_len) // page_size`: quantized in
@@ -6,8 +6,6 @@ A sequence is [sink | quantized body pages | tail body pages]. Token `p` below `
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 
@@ -38,6 +36,16 @@ def decode_records(
     k = dequantize(k_codes, fields["k_scale"], fields["k_zero"], per="channel") * fields["k_norm"].unsqueeze(-1)
     v = dequantize(v_codes, fields["v_scale"], fields["v_zero"], per="token") * fields["v_norm"].unsqueeze(-2)
     return k * fields["k_gain"].unsqueeze(-1), v * fields["v_gain"].unsqueeze(-1)
+
+
+def body_page_ids(
+    block_table: torch.Tensor | None, kv_indptr: torch.Tensor | None, kv_indices: torch.Tensor | None, row: int
+) -> torch.Tensor:
+    """Return the ids of the body pages of a sequence: its row of a block table, or its run of `kv_indices`."""
+    if block_table is not None:
+        return block_table[row]
+    assert kv_indptr is not None and kv_indices is not None
+    return kv_indices[int(kv_indptr[row]) : int(kv_indptr[row + 1])]
 
 
 def store_pages(
@@ -110,7 +118,7 @@ def commit_pages(
     raw_pages: torch.Tensor,
     pages: torch.Tensor,
     raw_table: torch.Tensor,
-    block_table: torch.Tensor,
+    block_table: torch.Tensor | None,
     committed_lens: torch.Tensor,
     num_quantized: torch.Tensor,
     layout: PageLayout,
@@ -119,118 +127,23 @@ def commit_pages(
     keep_pages: int = 0,
     max_new_pages: int = 1,
     advance: bool = True,
+    kv_indptr: torch.Tensor | None = None,
+    kv_indices: torch.Tensor | None = None,
     encoder: Encoder = DEFAULT,
 ) -> None:
     """Quantize finished pages of the tail; see `kvarn_triton.commit_pages`."""
     num_sink_pages = -(-sink_len // layout.page_size)
     num_tail_slots = raw_table.shape[1] - num_sink_pages
-    for b in range(block_table.shape[0]):
+    for b in range(committed_lens.shape[0]):
+        page_ids = body_page_ids(block_table, kv_indptr, kv_indices, b)
         finished = max(int(committed_lens[b]) - sink_len, 0) // layout.page_size - keep_pages
         first = int(num_quantized[b])
-        last = min(finished, first + max_new_pages, block_table.shape[1])
+        last = min(finished, first + max_new_pages, page_ids.shape[0])
         for j in range(first, last):
-            page = int(block_table[b, j])
+            page = int(page_ids[j])
             if page >= 0:
                 raw = raw_pages[int(raw_table[b, num_sink_pages + j % num_tail_slots])]
                 k, v = raw.to(working_dtype(raw.dtype)).unbind(0)
                 pages[page] = encode_records(k, v, layout, encoder)
         if advance:
             num_quantized[b] = max(first, last)
-
-
-def gather_cache(
-    pages: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_len: int,
-    layout: PageLayout,
-    *,
-    row: int,
-    raw_pages: torch.Tensor | None = None,
-    raw_table: torch.Tensor | None = None,
-    num_quantized: int | None = None,
-    sink_len: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rotated k and v [num_kv_heads, seq_len, head_dim] in `dtype` that sequence `row` attends to."""
-    page_size, num_sink_pages = layout.page_size, -(-sink_len // layout.page_size)
-    parts = [pages.new_zeros(2, pages.shape[1], 0, layout.head_dim, dtype=dtype)]
-
-    def raw(column: int, length: int) -> torch.Tensor:
-        assert raw_pages is not None and raw_table is not None
-        return raw_pages[int(raw_table[row, column]), :, :, :length].to(dtype)
-
-    for start in range(0, min(seq_len, sink_len), page_size):
-        parts.append(raw(start // page_size, min(seq_len, sink_len, start + page_size) - start))
-    for j in range(-(-max(seq_len - sink_len, 0) // page_size)):
-        length = min(page_size, seq_len - sink_len - j * page_size)
-        if num_quantized is None or j < num_quantized:
-            k, v = decode_records(pages[int(block_table[row, j])], layout, dtype)
-            parts.append(torch.stack((k, v))[:, :, :length])
-        else:
-            assert raw_table is not None
-            parts.append(raw(num_sink_pages + j % (raw_table.shape[1] - num_sink_pages), length))
-    k, v = torch.cat(parts, dim=2).unbind(0)
-    return k, v
-
-
-def decode_attention(
-    q: torch.Tensor,
-    pages: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    layout: PageLayout,
-    *,
-    raw_pages: torch.Tensor | None = None,
-    raw_table: torch.Tensor | None = None,
-    num_quantized: torch.Tensor | None = None,
-    sink_len: int = 0,
-    sm_scale: float | None = None,
-    out: torch.Tensor | None = None,
-    return_lse: bool = False,
-    split_size: int | None = None,
-    workspace: torch.Tensor | None = None,
-    table: object = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attend with one query token per sequence; see `kvarn_triton.decode_attention`. How it is split plays no part here."""
-    dtype = working_dtype(q.dtype)
-    group = q.shape[1] // pages.shape[1]
-    scale = layout.head_dim**-0.5 if sm_scale is None else sm_scale
-    result = torch.empty_like(q) if out is None else out
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    rotated = hadamard(q.to(dtype))
-    for b in range(q.shape[0]):
-        k, v = gather_cache(
-            pages,
-            block_table,
-            int(seq_lens[b]),
-            layout,
-            row=b,
-            raw_pages=raw_pages,
-            raw_table=raw_table,
-            num_quantized=None if num_quantized is None else int(num_quantized[b]),
-            sink_len=sink_len,
-            dtype=dtype,
-        )
-        scores = torch.einsum("hgd,htd->hgt", rotated[b].unflatten(0, (-1, group)), k) * scale
-        row_lse = torch.logsumexp(scores, dim=-1)
-        weights = torch.exp(scores - torch.where(row_lse == -math.inf, 0.0, row_lse)[..., None])
-        row_out = hadamard(torch.einsum("hgt,htd->hgd", weights, v))
-        result[b] = row_out.flatten(0, 1).to(result.dtype)
-        lse[b] = row_lse.flatten().float()
-    return (result, lse) if return_lse else result
-
-
-def merge_states(
-    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge two partial attention results; see `kvarn_triton.merge_states`."""
-    dtype = working_dtype(out_a.dtype)
-    lse_a, lse_b = lse_a.to(dtype), lse_b.to(dtype)
-    top = torch.maximum(lse_a, lse_b)
-    top = torch.where(top == -math.inf, 0.0, top)
-    weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
-    total = weight_a + weight_b
-    parts = torch.where(weight_a[..., None] > 0, out_a.to(dtype) * weight_a[..., None], 0.0)
-    parts = parts + torch.where(weight_b[..., None] > 0, out_b.to(dtype) * weight_b[..., None], 0.0)
-    merged = parts / torch.where(total > 0, total, 1.0)[..., None]
-    return merged.to(out_a.dtype), (torch.log(total) + top).float()

@@ -1,0 +1,209 @@
+"""Attention over a cache in plain PyTorch: which token a query sees, and what it makes of them.
+
+`prefill_attention` is the definition; decode attention is its case of one query token per sequence. How a call is split
+among programs plays no part here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..layout import PageLayout
+from .cache import body_page_ids, decode_records
+from .codec import hadamard, working_dtype
+
+
+def gather_cache(
+    pages: torch.Tensor,
+    block_table: torch.Tensor | None,
+    seq_len: int,
+    layout: PageLayout,
+    *,
+    row: int,
+    start: int = 0,
+    raw_pages: torch.Tensor | None = None,
+    raw_table: torch.Tensor | None = None,
+    num_quantized: int | None = None,
+    sink_len: int = 0,
+    kv_indptr: torch.Tensor | None = None,
+    kv_indices: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rotated k and v [num_kv_heads, seq_len - start, head_dim] in `dtype` of tokens `start` to `seq_len`.
+
+    Pages without such a token are not read.
+    """
+    page_size, num_sink_pages = layout.page_size, -(-sink_len // layout.page_size)
+    page_ids = body_page_ids(block_table, kv_indptr, kv_indices, row)
+    parts = [pages.new_zeros(2, pages.shape[1], 0, layout.head_dim, dtype=dtype)]
+
+    def add(k_and_v: torch.Tensor, first: int, end: int) -> None:
+        """Add what is needed of a page that holds tokens `first` to `end`."""
+        parts.append(k_and_v[:, :, max(start - first, 0) : end - first].to(dtype))
+
+    def raw_page(column: int) -> torch.Tensor:
+        assert raw_pages is not None and raw_table is not None
+        return raw_pages[int(raw_table[row, column])]
+
+    for first in range(0, min(seq_len, sink_len), page_size):
+        end = min(seq_len, sink_len, first + page_size)
+        if end > start:
+            add(raw_page(first // page_size), first, end)
+    for j in range(-(-max(seq_len - sink_len, 0) // page_size)):
+        first = sink_len + j * page_size
+        end = min(seq_len, first + page_size)
+        if end <= start:
+            continue
+        if num_quantized is None or j < num_quantized:
+            add(torch.stack(decode_records(pages[int(page_ids[j])], layout, dtype)), first, end)
+        else:
+            assert raw_table is not None
+            add(raw_page(num_sink_pages + j % (raw_table.shape[1] - num_sink_pages)), first, end)
+    k, v = torch.cat(parts, dim=2).unbind(0)
+    return k, v
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    sm_scale: float,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return attention of q [n, num_q_heads, head_dim] to k, v [num_kv_heads, tokens, head_dim], and lse [n, num_q_heads].
+
+    A query sees the keys at its own position and before it; with a window only the last `window` of those.
+    """
+    group = q.shape[1] // k.shape[0]
+    scores = torch.einsum("nhgd,htd->nhgt", q.unflatten(1, (-1, group)), k).flatten(1, 2) * sm_scale
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    distance = query_positions[:, None] - key_positions[None, :]
+    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    scores = torch.where(visible[:, None], scores, -math.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype))
+    weights = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None])
+    return torch.einsum("nhgt,htd->nhgd", weights.unflatten(1, (-1, group)), v).flatten(1, 2), lse
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor | None,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    layout: PageLayout,
+    *,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    raw_pages: torch.Tensor | None = None,
+    raw_table: torch.Tensor | None = None,
+    num_quantized: torch.Tensor | None = None,
+    sink_len: int = 0,
+    kv_indptr: torch.Tensor | None = None,
+    kv_indices: torch.Tensor | None = None,
+    sm_scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    split_size: int | None = None,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attend with several query tokens per sequence; see `kvarn_triton.prefill_attention`."""
+    dtype = working_dtype(q.dtype)
+    sm_scale = layout.head_dim**-0.5 if sm_scale is None else sm_scale
+    result = torch.zeros_like(q) if out is None else out
+    lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float32, device=q.device)
+    for b in range(seq_lens.shape[0]):
+        seq_len, first, last = int(seq_lens[b]), int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1])
+        if first == last:
+            continue
+        positions = torch.arange(seq_len - (last - first), seq_len, device=q.device)
+        start = 0 if window is None else max(int(positions[0]) - window + 1, 0)
+        cached = seq_len if k is None else max(int(positions[0]), 0)
+        keys, values = gather_cache(
+            pages,
+            block_table,
+            cached,
+            layout,
+            row=b,
+            start=min(start, cached),
+            raw_pages=raw_pages,
+            raw_table=raw_table,
+            num_quantized=None if num_quantized is None else int(num_quantized[b]),
+            sink_len=sink_len,
+            kv_indptr=kv_indptr,
+            kv_indices=kv_indices,
+            dtype=dtype,
+        )
+        key_positions = torch.arange(min(start, cached), cached, device=q.device)
+        if k is not None and v is not None:
+            new_keys, new_values = (hadamard(x[first:last].to(dtype)).transpose(0, 1) for x in (k, v))
+            keys, values = torch.cat((keys, new_keys), dim=1), torch.cat((values, new_values), dim=1)
+            key_positions = torch.cat((key_positions, positions))
+        rotated, row_lse = attend(
+            hadamard(q[first:last].to(dtype)), keys, values, positions, key_positions, sm_scale,
+            window=window, soft_cap=soft_cap, sinks=sinks,
+        )  # fmt: skip
+        result[first:last] = hadamard(rotated).to(result.dtype)
+        lse[first:last] = row_lse.float()
+    return (result, lse) if return_lse else result
+
+
+def decode_attention(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor | None,
+    seq_lens: torch.Tensor,
+    layout: PageLayout,
+    *,
+    raw_pages: torch.Tensor | None = None,
+    raw_table: torch.Tensor | None = None,
+    num_quantized: torch.Tensor | None = None,
+    sink_len: int = 0,
+    kv_indptr: torch.Tensor | None = None,
+    kv_indices: torch.Tensor | None = None,
+    sm_scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    split_size: int | None = None,
+    workspace: torch.Tensor | None = None,
+    table: object = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attend with one query token per sequence; see `kvarn_triton.decode_attention`."""
+    one_each = torch.arange(q.shape[0] + 1, device=q.device)
+    return prefill_attention(
+        q, pages, block_table, seq_lens, one_each, layout, raw_pages=raw_pages, raw_table=raw_table,
+        num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr, kv_indices=kv_indices, sm_scale=sm_scale,
+        window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
+    )  # fmt: skip
+
+
+def merge_states(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge two partial attention results; see `kvarn_triton.merge_states`."""
+    dtype = working_dtype(out_a.dtype)
+    lse_a, lse_b = lse_a.to(dtype), lse_b.to(dtype)
+    top = torch.maximum(lse_a, lse_b)
+    top = torch.where(top == -math.inf, 0.0, top)
+    weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
+    total = weight_a + weight_b
+    parts = torch.where(weight_a[..., None] > 0, out_a.to(dtype) * weight_a[..., None], 0.0)
+    parts = parts + torch.where(weight_b[..., None] > 0, out_b.to(dtype) * weight_b[..., None], 0.0)
+    merged = parts / torch.where(total > 0, total, 1.0)[..., None]
+    return merged.to(out_a.dtype), (torch.log(total) + top).float()
