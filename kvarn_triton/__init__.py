@@ -10,6 +10,7 @@ from .gather import dequantize_pages
 from .layout import FORMAT_VERSION, PRESETS, PageLayout
 from .merge import merge_states
 from .packing import pack, unpack
+from .prefill import prefill_attention, prefill_workspace_size
 from .quantization import dequantize, quantize
 from .rotation import hadamard
 from .store import store_pages
@@ -40,6 +41,8 @@ __all__ = [
     "merge_states",
     "no_compilation",
     "pack",
+    "prefill_attention",
+    "prefill_workspace_size",
     "quantize",
     "raw_slots",
     "reference",

@@ -39,7 +39,7 @@ def _log2_unit(bits, operand):
 
 
 @triton.jit
-def _load_bytes(rows_ptr, row, BYTES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ALL_ROWS: tl.constexpr):
+def load_bytes(rows_ptr, row, BYTES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ALL_ROWS: tl.constexpr):
     """Load BYTES bytes of each row, padded to BLOCK, as int8 [BLOCK, rows]; rows from ROWS on are zero."""
     byte = tl.arange(0, BLOCK)[:, None]
     place = row[None, :] * BYTES + byte
@@ -51,7 +51,7 @@ def _load_bytes(rows_ptr, row, BYTES: tl.constexpr, BLOCK: tl.constexpr, ROWS: t
 
 
 @triton.jit
-def _load_high(rows_ptr, row, BYTES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr):
+def load_high(rows_ptr, row, BYTES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr):
     """Load the high bits of 3-bit codes for rows of BYTES bytes as int8 [BLOCK, rows]: bit f belongs to field f."""
     byte = tl.arange(0, BLOCK)[:, None]
     place = row[None, :] * (BYTES // 2) + byte
@@ -110,10 +110,10 @@ def quantized_scores(
     for part in tl.static_range(G // BLOCK_T):
         token = part * BLOCK_T + tl.arange(0, BLOCK_T)
         row = part * BLOCK_T + spread_columns(tl.arange(0, BLOCK_T))
-        packed = _load_bytes(codes_ptr, row, BYTES, BLOCK_K, G, True)
+        packed = load_bytes(codes_ptr, row, BYTES, BLOCK_K, G, True)
         high = packed
         if BITS == 3:
-            high = _load_high(codes_ptr + G * BYTES, row, BYTES, BLOCK_K, G, PTX)
+            high = load_high(codes_ptr + G * BYTES, row, BYTES, BLOCK_K, G, PTX)
         product = tl.zeros((2 * planes[0].shape[0], BLOCK_T), sum_dtype(OPERAND))
         for f in tl.static_range(FIELDS):
             codes = field_codes(packed, high, f, BITS, field_factor(f, BITS), OPERAND, PTX)
@@ -173,10 +173,10 @@ def add_quantized_values(
     sums = ()
     for part in tl.static_range(PARTS):
         row = part * BLOCK_D + spread_columns(tl.arange(0, BLOCK_D))
-        packed = _load_bytes(codes_ptr, row, BYTES, BLOCK_B, D, CHANNELS == D)
+        packed = load_bytes(codes_ptr, row, BYTES, BLOCK_B, D, CHANNELS == D)
         high = packed
         if BITS == 3:
-            high = _load_high(codes_ptr + D * BYTES, row, BYTES, BLOCK_B, D, PTX)
+            high = load_high(codes_ptr + D * BYTES, row, BYTES, BLOCK_B, D, PTX)
         product = tl.zeros((operands[0].shape[0], BLOCK_D), sum_dtype(OPERAND))
         for f in tl.static_range(FIELDS):
             codes = field_codes(packed, high, f, BITS, 1, OPERAND, PTX)

@@ -66,6 +66,38 @@ def decode_config(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class PrefillConfig:
+    """Launch parameters of `prefill_attention`."""
+
+    block_m: int
+    """Query rows of a tile."""
+    num_warps: int
+    block_t: int
+    """Quantized tokens of one product with keys."""
+    block_r: int
+    """Raw or new tokens of one step."""
+    num_stages: int = 2
+    programs_per_sm: int = 2
+
+
+def prefill_config(
+    layout: PageLayout, dtype: torch.dtype, total_tokens: int, batch: int, group: int, split_size: int | None
+) -> PrefillConfig:
+    """Return the parameters for `total_tokens` query tokens of `batch` sequences with `group` query heads per kv head.
+
+    In the batch-invariant mode (`split_size`) they depend on neither of the first two.
+    """
+    if dtype == torch.float32:
+        return PrefillConfig(16, 4, 32, 16, num_stages=1)
+    wide = layout.head_dim // 128
+    block_t, block_r = (min(layout.page_size, 128), 64) if wide <= 1 else (64 // (wide // 2), 64 // wide)
+    rows = -(-total_tokens // max(batch, 1)) * group
+    if rows > 64 and split_size is None and wide <= 1:
+        return PrefillConfig(128, 8, block_t, block_r, programs_per_sm=1)
+    return PrefillConfig(64, 4 if wide <= 2 else 8, block_t, block_r)
+
+
 PROGRAM_BYTES = 56 * 1024
 """Largest page that a decode program keeps in shared memory; larger ones go through it tile by tile."""
 _KIB = 1024

@@ -10,11 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import item_of_field, log2
-from .operands import DIGITS_MAX, RUN, field_factor, spread_columns, two_terms
+from .device import hadamard, item_of_field, log2
+from .operands import DIGITS_MAX, RUN, field_factor, split_planes, spread_columns, two_terms
 
 LEAST_QUERY = tl.constexpr(1e-30)
 """Rotated queries whose largest number is below this, zero ones too, are not scaled up further: float32 would overflow."""
+QUERY_MAX = tl.constexpr(4096.0)
+"""Largest magnitude of a query in 16 bits: what is a millionth of it is still a normal float16."""
 
 
 @triton.jit
@@ -132,3 +134,20 @@ def raw_query(planes, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.co
     for f in tl.static_range(FIELDS):
         terms = terms + (two_terms(planes[f] * (field_factor(f, LAYOUT.k_bits) / UNIT), OPERAND, False),)
     return terms, UNIT
+
+
+@triton.jit
+def rotate_rows(q, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.constexpr):
+    """Rotate query rows [rows, channels] of many tokens, as planes [rows, bytes] in OPERAND.
+
+    Returns the planes and one factor of their scores: they are scaled so that the largest number of all rows is QUERY_MAX.
+    No product with a matrix here: ptxas 12.8 loses the descriptor of the second one where there are two (sm90).
+    """
+    ROWS: tl.constexpr = q.shape[0]
+    COLS: tl.constexpr = q.shape[1]
+    BLOCK: tl.constexpr = LAYOUT.block_size
+    rotated = hadamard(q.to(tl.float32), BLOCK)
+    factor = QUERY_MAX / tl.maximum(tl.max(tl.abs(rotated)), LEAST_QUERY)
+    scaled = tl.reshape((rotated * factor).to(OPERAND), (ROWS, COLS // BLOCK, FIELDS, BLOCK // FIELDS))
+    planes = split_planes(tl.reshape(tl.permute(scaled, (0, 2, 1, 3)), (ROWS, COLS)), FIELDS)
+    return planes, 1.0 / factor

@@ -1,0 +1,227 @@
+"""Attention of many queries to quantized pages and to raw tokens: what one program does with a tile of query rows.
+
+With many rows it pays to dequantize each page once and to multiply plain 16-bit numbers: `code * scale + zero` of keys and
+values, rounded once, times the norm of a channel for values. The norm of a key token multiplies its scores. Query rows are
+rows of the products; tokens are columns of the product with keys, channels of the product with values.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attend import load_bytes, load_high
+from .device import split_halves
+from .operands import join_planes, split_planes
+from .paging import load_page_id
+from .query import plane_channels
+
+LEAST_UNIT = tl.constexpr(2.0**-120)
+"""Least unit of a sum of values: above zero, so that one can divide by it."""
+
+
+@triton.constexpr_function
+def _expand_ptx(field, bits):
+    """PTX of `expand_field` for four bytes: `$2` codes, `$3` high bits of 3-bit codes, `$4, $5` scales, `$6, $7` zeros.
+
+    A code in the low byte of 0x6400 is the float16 number 1024 + code.
+    """
+    width = 2 if bits == 3 else bits
+    shift = f"shr.b32 t, $2, {field * width}; " if field else "mov.b32 t, $2; "
+    mask = "" if bits == 8 else f"and.b32 t, t, {(2**width - 1) * 0x01010101}; "
+    high = ""
+    if bits == 3:
+        move = f"shl.b32 u, $3, {2 - field}; " if field <= 2 else f"shr.b32 u, $3, {field - 2}; "
+        high = f"{move}and.b32 u, u, {4 * 0x01010101}; or.b32 t, t, u; "
+    return (
+        "{ .reg .b32 t, u, magic; mov.b32 magic, 0x64006400; " + shift + mask + high + "prmt.b32 $0, t, magic, 0x5150; "
+        "prmt.b32 $1, t, magic, 0x5352; sub.rn.f16x2 $0, $0, magic; sub.rn.f16x2 $1, $1, magic; "
+        "fma.rn.f16x2 $0, $0, $4, $6; fma.rn.f16x2 $1, $1, $5, $7; }"
+    )
+
+
+@triton.jit
+def expand_field(
+    packed, high, scale, zero, FIELD: tl.constexpr, BITS: tl.constexpr, OPERAND: tl.constexpr, PTX: tl.constexpr
+):
+    """Return `code * scale + zero` of one field of packed bytes, in OPERAND. `high` as in `operands.field_codes`."""
+    scale = tl.broadcast_to(scale, packed.shape)
+    zero = tl.broadcast_to(zero, packed.shape)
+    if PTX and OPERAND == tl.float16:
+        numbers = tl.inline_asm_elementwise(
+            _expand_ptx(FIELD, BITS), "=&r,=&r,r,r,r,r,r,r", [packed, high, scale, zero], tl.float16, is_pure=True, pack=4
+        )  # fmt: skip
+    else:
+        WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+        codes = (packed.to(tl.int32) >> (FIELD * WIDTH)) & (2**WIDTH - 1)
+        if BITS == 3:
+            codes = codes | (((high.to(tl.int32) >> FIELD) & 1) << 2)
+        numbers = codes.to(OPERAND) * scale + zero
+    return numbers
+
+
+@triton.jit
+def _page_scores(
+    record_ptr,
+    planes,
+    LAYOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    FIELDS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Return the products [rows, page_size] of query planes and the keys of a record, norms and gain not included."""
+    BITS: tl.constexpr = LAYOUT.k_bits
+    G: tl.constexpr = LAYOUT.page_size
+    BYTES: tl.constexpr = LAYOUT.head_dim // FIELDS
+    BLOCK_K: tl.constexpr = planes[0].shape[1]
+    codes_ptr = (record_ptr + LAYOUT.k_codes_offset).to(tl.pointer_type(tl.int8))
+    params_ptr = (record_ptr + LAYOUT.k_params_offset).to(tl.pointer_type(tl.uint32))
+    byte = tl.arange(0, BLOCK_K)
+    products = ()
+    for part in tl.static_range(G // BLOCK_T):
+        row = part * BLOCK_T + tl.arange(0, BLOCK_T)
+        packed = load_bytes(codes_ptr, row, BYTES, BLOCK_K, G, True)
+        high = packed
+        if BITS == 3:
+            high = load_high(codes_ptr + G * BYTES, row, BYTES, BLOCK_K, G, PTX)
+        product = tl.zeros((planes[0].shape[0], BLOCK_T), tl.float32)
+        for f in tl.static_range(FIELDS):
+            channel, mask = plane_channels(f, LAYOUT, FIELDS, byte)
+            scale, zero = split_halves(tl.load(params_ptr + channel, mask, other=0))
+            keys = expand_field(
+                packed, high, scale.to(OPERAND)[:, None], zero.to(OPERAND)[:, None], f, BITS, OPERAND, PTX
+            )  # fmt: skip
+            product = tl.dot(planes[f], keys, product, input_precision="ieee")
+        products = products + (product,)
+    return join_planes(products)
+
+
+@triton.jit
+def _add_page_values(
+    acc,
+    weights,
+    record_ptr,
+    value_factor,
+    LAYOUT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Add weights [rows, page_size] times the values of a record, whose norms are multiplied by value_factor, to `acc`."""
+    BITS: tl.constexpr = LAYOUT.v_bits
+    G: tl.constexpr = LAYOUT.page_size
+    D: tl.constexpr = LAYOUT.head_dim
+    BYTES: tl.constexpr = G // FIELDS
+    CHANNELS: tl.constexpr = acc.shape[1]
+    codes_ptr = (record_ptr + LAYOUT.v_codes_offset).to(tl.pointer_type(tl.int8))
+    params_ptr = (record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32))
+    channel = tl.arange(0, CHANNELS)
+    norm = tl.load((record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + channel, channel < D, other=0.0)
+    norm = (norm.to(tl.float32) * value_factor).to(OPERAND)
+    packed = load_bytes(codes_ptr, channel, BYTES, BYTES, D, CHANNELS == D)
+    high = packed
+    if BITS == 3:
+        high = load_high(codes_ptr + D * BYTES, channel, BYTES, BYTES, D, PTX)
+    weights = split_planes(weights.to(OPERAND), FIELDS)
+    for f in tl.static_range(FIELDS):
+        scale, zero = split_halves(tl.load(params_ptr + f * BYTES + tl.arange(0, BYTES)))
+        values = expand_field(packed, high, scale.to(OPERAND)[:, None], zero.to(OPERAND)[:, None], f, BITS, OPERAND, PTX)
+        acc = tl.dot(weights[f], values * norm[None, :], acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def advance_softmax(scores, m_i, l_i):
+    """Return weights [rows, tokens] of scores (base 2), the factor of what was summed before, and the new (m_i, l_i).
+
+    A row may have no finite score yet: its weights are 0.
+    """
+    m_new = tl.maximum(m_i, tl.max(scores, axis=1))
+    origin = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m_i - origin)
+    weights = tl.exp2(scores - origin[:, None])
+    return weights, alpha, m_new, l_i * alpha + tl.sum(weights, axis=1)
+
+
+@triton.jit
+def visible(position, key, window, HAS_WINDOW: tl.constexpr):
+    """Return which keys [tokens] the queries at `position` [rows] see: those up to its own and within the window."""
+    seen = key[None, :] <= position[:, None]
+    if HAS_WINDOW:
+        seen = seen & (key[None, :] > position[:, None] - window)
+    return seen
+
+
+@triton.jit
+def attend_pages(
+    acc,
+    m_i,
+    l_i,
+    planes,
+    q_factor,
+    soft_cap,
+    pages_ptr,
+    table_ptr,
+    stride_page,
+    first_page,
+    last_page,
+    num_valid,
+    position,
+    first_position,
+    last_position,
+    window,
+    LAYOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    K_FIELDS: tl.constexpr,
+    V_FIELDS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    PTX: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Advance (acc, m_i, l_i) by body pages first_page to last_page of one kv head, of which num_valid tokens count.
+
+    `position` [rows] are those of the queries within the body, from first_position to last_position. Sums are kept in units
+    of the largest gain of values so far, so that 16-bit values neither overflow nor vanish.
+    """
+    G: tl.constexpr = LAYOUT.page_size
+    unit = LEAST_UNIT
+    unit = tl.full((), unit, tl.float32)
+    page = tl.zeros((), tl.int32)
+    if first_page < last_page:
+        page = load_page_id(table_ptr, first_page, last_page, PTX)
+    for i in tl.range(first_page, last_page, num_stages=NUM_STAGES):
+        record_ptr = pages_ptr + page.to(tl.int64) * stride_page
+        page = load_page_id(table_ptr, i + 1, last_page, PTX)
+        gain_ptr = (record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32))
+        k_gain = tl.load(gain_ptr)
+        v_gain = tl.load(gain_ptr + 1)
+        token = tl.arange(0, G)
+        norm = tl.load((record_ptr + LAYOUT.k_norm_offset).to(tl.pointer_type(tl.float16)) + token).to(tl.float32)
+        scores = _page_scores(record_ptr, planes, LAYOUT, BLOCK_T, K_FIELDS, OPERAND, PTX)
+        scores = scores * (norm * (k_gain * q_factor))[None, :]
+        if HAS_CAP:
+            scores = capped(scores, soft_cap)
+        key = i * G + token
+        hidden = (i + 1) * G > tl.minimum(num_valid, first_position + 1)
+        if HAS_WINDOW:
+            hidden = hidden | (i * G <= last_position - window)
+        if hidden:
+            seen = visible(position, key, window, HAS_WINDOW) & (key < num_valid)[None, :]
+            scores = tl.where(seen, scores, float("-inf"))
+        weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
+        new_unit = tl.maximum(unit, v_gain)
+        acc = acc * (alpha * (unit / new_unit))[:, None]
+        acc = _add_page_values(acc, weights, record_ptr, v_gain / new_unit, LAYOUT, V_FIELDS, OPERAND, PTX)
+        unit = new_unit
+    return acc * unit, m_i, l_i
+
+
+@triton.jit
+def capped(scores, cap):
+    """Return cap * tanh(scores / cap)."""
+    x = tl.abs(scores) * (2.8853900817779268 / cap)
+    tanh = 1.0 - 2.0 / (1.0 + tl.exp2(x))
+    return tl.where(scores < 0, -cap, cap) * tanh

@@ -1,0 +1,126 @@
+"""Attention of many queries to tokens in 16 bits: to those of sinks and tails, and to new ones outside of the cache.
+
+What one program does with a tile of query rows; masks and softmax are those of `attend_many`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attend_many import advance_softmax, capped, visible
+from .paging import load_page_id
+from .query import plane_channels
+
+
+@triton.jit
+def attend_raw_run(
+    acc,
+    m_i,
+    l_i,
+    planes,
+    q_factor,
+    soft_cap,
+    raw_pages_ptr,
+    table_ptr,
+    stride_page,
+    stride_half,
+    stride_token,
+    first,
+    last,
+    first_column,
+    num_columns,
+    position,
+    window,
+    LAYOUT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    K_FIELDS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    PTX: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Advance (acc, m_i, l_i) by raw tokens `first` to `last` of one kv head.
+
+    Token t is in page t // page_size of the sink or of the body, whose id is in column first_column + page % num_columns of
+    the raw table. `position` [rows] counts as tokens do.
+    """
+    G: tl.constexpr = LAYOUT.page_size
+    D: tl.constexpr = LAYOUT.head_dim
+    byte = tl.arange(0, planes[0].shape[1])
+    offs_d = tl.arange(0, acc.shape[1])
+    offs_t = tl.arange(0, BLOCK_R)
+    for start in tl.range(first // BLOCK_R * BLOCK_R, last, BLOCK_R, num_stages=NUM_STAGES):
+        page = load_page_id(table_ptr, first_column + start // G % num_columns, first_column + num_columns, PTX)
+        page_ptr = raw_pages_ptr + page.to(tl.int64) * stride_page
+        token = start + offs_t
+        valid = (token >= first) & (token < last)
+        place = (start % G + offs_t) * stride_token
+        product = tl.zeros((planes[0].shape[0], BLOCK_R), tl.float32)
+        for f in tl.static_range(K_FIELDS):
+            channel, mask = plane_channels(f, LAYOUT, K_FIELDS, byte)
+            keys = tl.load(page_ptr + place[None, :] + channel[:, None], valid[None, :] & mask[:, None], other=0.0)
+            product = tl.dot(planes[f].to(OPERAND), keys.to(OPERAND), product, input_precision="ieee")
+        scores = product * q_factor
+        if HAS_CAP:
+            scores = capped(scores, soft_cap)
+        scores = tl.where(visible(position, token, window, HAS_WINDOW) & valid[None, :], scores, float("-inf"))
+        weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
+        mask = valid[:, None] & (offs_d < D)[None, :]
+        values = tl.load(page_ptr + stride_half + place[:, None] + offs_d[None, :], mask, other=0.0)
+        acc = tl.dot(weights.to(OPERAND), values.to(OPERAND), acc * alpha[:, None], input_precision="ieee")
+    return acc, m_i, l_i
+
+
+@triton.jit
+def attend_new(
+    acc,
+    m_i,
+    l_i,
+    q,
+    qk_scale,
+    soft_cap,
+    k_ptr,
+    v_ptr,
+    stride_k_token,
+    stride_v_token,
+    first,
+    last,
+    position,
+    first_position,
+    last_position,
+    window,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Advance (acc, m_i, l_i) by new tokens `first` to `last` of one sequence and kv head, neither rotated nor in the cache.
+
+    `q` [rows, channels] is not rotated either. `position` [rows], from first_position to last_position, counts new tokens.
+    """
+    offs_d = tl.arange(0, acc.shape[1])
+    offs_t = tl.arange(0, BLOCK_R)
+    mask_d = offs_d < D
+    for start in tl.range(first, last, BLOCK_R, num_stages=NUM_STAGES):
+        token = start + offs_t
+        valid = token < last
+        keys = tl.load(
+            k_ptr + token.to(tl.int64)[None, :] * stride_k_token + offs_d[:, None], valid[None, :] & mask_d[:, None], other=0.0
+        )
+        scores = tl.dot(q, keys.to(q.dtype), input_precision="ieee") * qk_scale
+        if HAS_CAP:
+            scores = capped(scores, soft_cap)
+        hidden = start + BLOCK_R > tl.minimum(last, first_position + 1)
+        if HAS_WINDOW:
+            hidden = hidden | (start <= last_position - window)
+        if hidden:
+            scores = tl.where(visible(position, token, window, HAS_WINDOW) & valid[None, :], scores, float("-inf"))
+        weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
+        values = tl.load(
+            v_ptr + token.to(tl.int64)[:, None] * stride_v_token + offs_d[None, :], valid[:, None] & mask_d[None, :], other=0.0
+        )
+        acc = tl.dot(weights.to(q.dtype), values.to(q.dtype), acc * alpha[:, None], input_precision="ieee")
+    return acc, m_i, l_i
