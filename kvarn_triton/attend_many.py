@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from .attend import load_bytes, load_high
-from .device import split_halves
-from .operands import join_planes, split_planes
+from .device import item_of_field, log2, split_halves
+from .operands import join_planes
 from .paging import load_page_id
 from .query import plane_channels
 
@@ -61,20 +61,40 @@ def expand_field(
 
 
 @triton.jit
+def _join_fields(planes):
+    """Put a tuple of 2**n tiles [rows, columns] below each other."""
+    for _ in tl.static_range(log2(len(planes))):
+        joined = ()
+        for j in tl.static_range(len(planes) // 2):
+            a = planes[2 * j]
+            pair = tl.permute(tl.join(a, planes[2 * j + 1]), (2, 0, 1))
+            joined = joined + (tl.reshape(pair, (2 * a.shape[0], a.shape[1])),)
+        planes = joined
+    return planes[0]
+
+
+@triton.jit
+def channel_in_order(index, BLOCK_K: tl.constexpr, LAYOUT: tl.constexpr, FIELDS: tl.constexpr):
+    """Return the channels in the order of query and key operands, field by field, and which are not padding."""
+    byte = index % BLOCK_K
+    return item_of_field(byte, index // BLOCK_K, LAYOUT.block_size, FIELDS), byte < LAYOUT.head_dim // FIELDS
+
+
+@triton.jit
 def _page_scores(
     record_ptr,
-    planes,
+    q,
     LAYOUT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     FIELDS: tl.constexpr,
     OPERAND: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Return the products [rows, page_size] of query planes and the keys of a record, norms and gain not included."""
+    """Return the products [rows, page_size] of queries and the keys of a record, norms and gain not included."""
     BITS: tl.constexpr = LAYOUT.k_bits
     G: tl.constexpr = LAYOUT.page_size
     BYTES: tl.constexpr = LAYOUT.head_dim // FIELDS
-    BLOCK_K: tl.constexpr = planes[0].shape[1]
+    BLOCK_K: tl.constexpr = q.shape[1] // FIELDS
     codes_ptr = (record_ptr + LAYOUT.k_codes_offset).to(tl.pointer_type(tl.int8))
     params_ptr = (record_ptr + LAYOUT.k_params_offset).to(tl.pointer_type(tl.uint32))
     byte = tl.arange(0, BLOCK_K)
@@ -85,50 +105,46 @@ def _page_scores(
         high = packed
         if BITS == 3:
             high = load_high(codes_ptr + G * BYTES, row, BYTES, BLOCK_K, G, PTX)
-        product = tl.zeros((planes[0].shape[0], BLOCK_T), tl.float32)
+        planes = ()
         for f in tl.static_range(FIELDS):
             channel, mask = plane_channels(f, LAYOUT, FIELDS, byte)
             scale, zero = split_halves(tl.load(params_ptr + channel, mask, other=0))
-            keys = expand_field(
-                packed, high, scale.to(OPERAND)[:, None], zero.to(OPERAND)[:, None], f, BITS, OPERAND, PTX
-            )  # fmt: skip
-            product = tl.dot(planes[f], keys, product, input_precision="ieee")
-        products = products + (product,)
+            scale = scale.to(OPERAND)[:, None]
+            planes = planes + (expand_field(packed, high, scale, zero.to(OPERAND)[:, None], f, BITS, OPERAND, PTX),)
+        products = products + (tl.dot(q, _join_fields(planes), input_precision="ieee"),)
     return join_planes(products)
 
 
 @triton.jit
-def _add_page_values(
-    acc,
-    weights,
+def _page_values(
     record_ptr,
     value_factor,
+    CHANNELS: tl.constexpr,
     LAYOUT: tl.constexpr,
     FIELDS: tl.constexpr,
     OPERAND: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Add weights [rows, page_size] times the values of a record, whose norms are multiplied by value_factor, to `acc`."""
+    """Return the values [page_size, CHANNELS] of a record, whose norms are multiplied by value_factor."""
     BITS: tl.constexpr = LAYOUT.v_bits
-    G: tl.constexpr = LAYOUT.page_size
     D: tl.constexpr = LAYOUT.head_dim
-    BYTES: tl.constexpr = G // FIELDS
-    CHANNELS: tl.constexpr = acc.shape[1]
+    BYTES: tl.constexpr = LAYOUT.page_size // FIELDS
     codes_ptr = (record_ptr + LAYOUT.v_codes_offset).to(tl.pointer_type(tl.int8))
     params_ptr = (record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32))
     channel = tl.arange(0, CHANNELS)
     norm = tl.load((record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + channel, channel < D, other=0.0)
-    norm = (norm.to(tl.float32) * value_factor).to(OPERAND)
+    norm = (norm.to(tl.float32) * value_factor).to(OPERAND)[None, :]
     packed = load_bytes(codes_ptr, channel, BYTES, BYTES, D, CHANNELS == D)
     high = packed
     if BITS == 3:
         high = load_high(codes_ptr + D * BYTES, channel, BYTES, BYTES, D, PTX)
-    weights = split_planes(weights.to(OPERAND), FIELDS)
+    planes = ()
     for f in tl.static_range(FIELDS):
         scale, zero = split_halves(tl.load(params_ptr + f * BYTES + tl.arange(0, BYTES)))
-        values = expand_field(packed, high, scale.to(OPERAND)[:, None], zero.to(OPERAND)[:, None], f, BITS, OPERAND, PTX)
-        acc = tl.dot(weights[f], values * norm[None, :], acc, input_precision="ieee")
-    return acc
+        scale = scale.to(OPERAND)[:, None]
+        values = expand_field(packed, high, scale, zero.to(OPERAND)[:, None], f, BITS, OPERAND, PTX)
+        planes = planes + (values * norm,)
+    return _join_fields(planes)
 
 
 @triton.jit
@@ -158,7 +174,7 @@ def attend_pages(
     acc,
     m_i,
     l_i,
-    planes,
+    q,
     q_factor,
     soft_cap,
     pages_ptr,
@@ -187,8 +203,7 @@ def attend_pages(
     of the largest gain of values so far, so that 16-bit values neither overflow nor vanish.
     """
     G: tl.constexpr = LAYOUT.page_size
-    unit = LEAST_UNIT
-    unit = tl.full((), unit, tl.float32)
+    unit = tl.full((), LEAST_UNIT, tl.float32)
     page = tl.zeros((), tl.int32)
     if first_page < last_page:
         page = load_page_id(table_ptr, first_page, last_page, PTX)
@@ -200,7 +215,7 @@ def attend_pages(
         v_gain = tl.load(gain_ptr + 1)
         token = tl.arange(0, G)
         norm = tl.load((record_ptr + LAYOUT.k_norm_offset).to(tl.pointer_type(tl.float16)) + token).to(tl.float32)
-        scores = _page_scores(record_ptr, planes, LAYOUT, BLOCK_T, K_FIELDS, OPERAND, PTX)
+        scores = _page_scores(record_ptr, q, LAYOUT, BLOCK_T, K_FIELDS, OPERAND, PTX)
         scores = scores * (norm * (k_gain * q_factor))[None, :]
         if HAS_CAP:
             scores = capped(scores, soft_cap)
@@ -214,7 +229,8 @@ def attend_pages(
         weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
         new_unit = tl.maximum(unit, v_gain)
         acc = acc * (alpha * (unit / new_unit))[:, None]
-        acc = _add_page_values(acc, weights, record_ptr, v_gain / new_unit, LAYOUT, V_FIELDS, OPERAND, PTX)
+        values = _page_values(record_ptr, v_gain / new_unit, acc.shape[1], LAYOUT, V_FIELDS, OPERAND, PTX)
+        acc = tl.dot(weights.to(OPERAND), values, acc, input_precision="ieee")
         unit = new_unit
     return acc * unit, m_i, l_i
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attend_many import advance_softmax, capped, visible
+from .attend_many import advance_softmax, capped, channel_in_order, visible
 from .paging import load_page_id
-from .query import plane_channels
 
 
 @triton.jit
@@ -18,7 +17,7 @@ def attend_raw_run(
     acc,
     m_i,
     l_i,
-    planes,
+    q,
     q_factor,
     soft_cap,
     raw_pages_ptr,
@@ -48,7 +47,7 @@ def attend_raw_run(
     """
     G: tl.constexpr = LAYOUT.page_size
     D: tl.constexpr = LAYOUT.head_dim
-    byte = tl.arange(0, planes[0].shape[1])
+    channel, mask_c = channel_in_order(tl.arange(0, q.shape[1]), q.shape[1] // K_FIELDS, LAYOUT, K_FIELDS)
     offs_d = tl.arange(0, acc.shape[1])
     offs_t = tl.arange(0, BLOCK_R)
     for start in tl.range(first // BLOCK_R * BLOCK_R, last, BLOCK_R, num_stages=NUM_STAGES):
@@ -57,12 +56,8 @@ def attend_raw_run(
         token = start + offs_t
         valid = (token >= first) & (token < last)
         place = (start % G + offs_t) * stride_token
-        product = tl.zeros((planes[0].shape[0], BLOCK_R), tl.float32)
-        for f in tl.static_range(K_FIELDS):
-            channel, mask = plane_channels(f, LAYOUT, K_FIELDS, byte)
-            keys = tl.load(page_ptr + place[None, :] + channel[:, None], valid[None, :] & mask[:, None], other=0.0)
-            product = tl.dot(planes[f].to(OPERAND), keys.to(OPERAND), product, input_precision="ieee")
-        scores = product * q_factor
+        keys = tl.load(page_ptr + place[None, :] + channel[:, None], valid[None, :] & mask_c[:, None], other=0.0)
+        scores = tl.dot(q.to(OPERAND), keys.to(OPERAND), input_precision="ieee") * q_factor
         if HAS_CAP:
             scores = capped(scores, soft_cap)
         scores = tl.where(visible(position, token, window, HAS_WINDOW) & valid[None, :], scores, float("-inf"))

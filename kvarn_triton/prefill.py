@@ -166,7 +166,7 @@ def _kvarn_prefill_attention_kernel(
         offs_d = tl.arange(0, CHANNELS)
         place = token * stride_q_token + q_head * stride_q_head
         q = tl.load(q_ptr + place[:, None] + offs_d[None, :], mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
-        planes, q_factor = rotate_rows(q, LAYOUT, K_FIELDS, OPERAND)
+        rotated, q_factor = rotate_rows(q, LAYOUT, K_FIELDS, OPERAND)
         q_factor = q_factor * qk_scale
         m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         l_i = tl.zeros((BLOCK_M,), tl.float32)
@@ -177,7 +177,7 @@ def _kvarn_prefill_attention_kernel(
         else:
             table_row_ptr += row.to(tl.int64) * stride_table
         acc, m_i, l_i = attend_pages(
-            acc, m_i, l_i, planes, q_factor, soft_cap,
+            acc, m_i, l_i, rotated, q_factor, soft_cap,
             pages_ptr + head.to(tl.int64) * stride_pages_head, table_row_ptr, stride_pages_page,
             first_page, last_page, num_valid, shift + query, shift + first_query, shift + last_query, window,
             LAYOUT, BLOCK_T, K_FIELDS, V_FIELDS, OPERAND, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
@@ -190,7 +190,7 @@ def _kvarn_prefill_attention_kernel(
                     # The sink, whose tokens count from 0 on, then the tail.
                     base = sink_len * (1 - part)
                     acc, m_i, l_i = attend_raw_run(
-                        acc, m_i, l_i, planes, q_factor, soft_cap, raw_head_ptr, raw_row_ptr,
+                        acc, m_i, l_i, rotated, q_factor, soft_cap, raw_head_ptr, raw_row_ptr,
                         stride_raw_page, stride_raw_half, stride_raw_token,
                         tl.maximum(oldest, quantized * G) if part else oldest + sink_len,
                         num_valid if part else tl.minimum(num_valid + sink_len, sink_len),

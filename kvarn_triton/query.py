@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .device import hadamard, item_of_field, log2
-from .operands import DIGITS_MAX, RUN, field_factor, split_planes, spread_columns, two_terms
+from .operands import DIGITS_MAX, RUN, field_factor, spread_columns, two_terms
 
 LEAST_QUERY = tl.constexpr(1e-30)
 """Rotated queries whose largest number is below this, zero ones too, are not scaled up further: float32 would overflow."""
@@ -138,10 +138,10 @@ def raw_query(planes, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.co
 
 @triton.jit
 def rotate_rows(q, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.constexpr):
-    """Rotate query rows [rows, channels] of many tokens, as planes [rows, bytes] in OPERAND.
+    """Rotate query rows [rows, channels] of many tokens, in OPERAND, channels field by field (`channel_in_order`).
 
-    Returns the planes and one factor of their scores: they are scaled so that the largest number of all rows is QUERY_MAX.
-    No product with a matrix here: ptxas 12.8 loses the descriptor of the second one where there are two (sm90).
+    Returns them and one factor of their scores: they are scaled so that the largest number of all rows is QUERY_MAX. No
+    product with a matrix here: ptxas 12.8 loses the descriptor of the second of two of them (sm90).
     """
     ROWS: tl.constexpr = q.shape[0]
     COLS: tl.constexpr = q.shape[1]
@@ -149,5 +149,4 @@ def rotate_rows(q, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.const
     rotated = hadamard(q.to(tl.float32), BLOCK)
     factor = QUERY_MAX / tl.maximum(tl.max(tl.abs(rotated)), LEAST_QUERY)
     scaled = tl.reshape((rotated * factor).to(OPERAND), (ROWS, COLS // BLOCK, FIELDS, BLOCK // FIELDS))
-    planes = split_planes(tl.reshape(tl.permute(scaled, (0, 2, 1, 3)), (ROWS, COLS)), FIELDS)
-    return planes, 1.0 / factor
+    return tl.reshape(tl.permute(scaled, (0, 2, 1, 3)), (ROWS, COLS)), 1.0 / factor
