@@ -13,7 +13,7 @@ import math
 import triton
 import triton.language as tl
 
-from .device import split_halves
+from .device import LOG2E, split_halves
 from .operands import (
     DIGITS_MAX,
     code_offset,
@@ -30,9 +30,6 @@ from .operands import (
 )
 from .paging import load_page_id
 from .query import plane_channels
-
-LOG2E = tl.constexpr(math.log2(math.e))
-"""Scores are kept times this, because exp2 is what the hardware has."""
 
 
 @triton.constexpr_function

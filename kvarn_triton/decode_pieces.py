@@ -13,8 +13,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import configs
-from .attend import LOG2E, attend_quantized
+from .attend import attend_quantized
 from .attend_raw import attend_raw
+from .device import LOG2E
 from .layout import PageLayout, fields_per_byte
 from .paging import ids_of_row, load_page_id, prefetch_record
 from .query import load_query, rotate_query

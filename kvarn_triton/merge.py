@@ -13,9 +13,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from . import configs, reference
-from .attend import LOG2E
 from .checks import FLOATS, check_tensor
-from .device import hadamard
+from .device import LOG2E, hadamard
 from .layout import PageLayout
 from .schedule import Work, piece_of_unit, plan, row_units, start_of_row
 
@@ -73,7 +72,7 @@ def _kvarn_merge_splits_kernel(
     acc = tl.zeros((1, BLOCK_D), tl.float32)
     if HAS_SINKS:
         m_i = tl.load(sinks_ptr + q_head + tl.arange(0, 1)) * LOG2E
-        l_i = tl.where(m_i > float("-inf"), 1.0, 0.0)
+        l_i += 1.0  # of weight 0 if the logit is -inf
     if EARLY:
         gdc_wait()
     for start in range(0, num_parts, BLOCK_S):
