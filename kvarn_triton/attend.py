@@ -13,7 +13,7 @@ import math
 import triton
 import triton.language as tl
 
-from .device import split_halves
+from .device import LOG2E, split_halves
 from .operands import (
     DIGITS_MAX,
     code_offset,
@@ -200,6 +200,21 @@ def add_quantized_values(
 
 
 @triton.jit
+def capped(scores, cap):
+    """Return cap * tanh(scores / cap), to the last places of float32 for small and large scores alike.
+
+    Scores and cap may be in any unit, but in the same one: natural ones, or times log2(e).
+    """
+    x = scores * (1.0 / cap)
+    size = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2E)) + 1.0)
+    square = x * x
+    odd = ((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square
+    odd = ((odd + 1.33314422036e-1) * square - 3.33332819422e-1) * square
+    return cap * tl.where(size < 0.625, x + x * odd, tl.where(x < 0, -far, far))
+
+
+@triton.jit
 def attend_quantized(
     acc,
     m_i,
@@ -212,7 +227,8 @@ def attend_quantized(
     page,
     first_page,
     last_page,
-    num_valid,
+    visible,
+    cap,
     LAYOUT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -221,18 +237,29 @@ def attend_quantized(
     OPERAND: tl.constexpr,
     PTX: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
 ):
-    """Advance (acc, m_i, l_i) by body pages first_page to last_page of one kv head, of which num_valid tokens count.
+    """Advance (acc, m_i, l_i) by body pages first_page to last_page of one kv head.
 
-    `page` is the id of the first of them.
+    `page` is the id of the first of them. Of the tokens of the body those from visible[0] to visible[1] are seen, at least one
+    in every page; without HAS_WINDOW from the first token on.
     """
     G: tl.constexpr = LAYOUT.page_size
+    first_visible, num_valid = visible
     for i in tl.range(first_page, tl.minimum(last_page, tl.cdiv(num_valid, G)), num_stages=NUM_STAGES):
         record_ptr = pages_ptr + page.to(tl.int64) * stride_page
         page = load_page_id(table_ptr, i + 1, last_page, PTX)
         scores = quantized_scores(record_ptr, planes, q_factor, LAYOUT, BLOCK_T, K_FIELDS, OPERAND, PTX)
-        if (i + 1) * G > num_valid:
+        if HAS_CAP:
+            scores = capped(scores, cap)
+        at_edge = (i + 1) * G > num_valid
+        if HAS_WINDOW:
+            at_edge |= i * G < first_visible
+        if at_edge:
             valid = i * G + tl.arange(0, G) < num_valid
+            if HAS_WINDOW:
+                valid &= i * G + tl.arange(0, G) >= first_visible
             scores = tl.where(valid[None, :], scores, float("-inf"))
         acc, m_i, l_i = add_quantized_values(acc, m_i, l_i, scores, record_ptr, LAYOUT, BLOCK_D, V_FIELDS, OPERAND, PTX)
     return acc, m_i, l_i

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attend import load_bytes, load_high
+from .attend import capped, load_bytes, load_high
 from .device import item_of_field, log2, split_halves
 from .operands import join_planes
 from .paging import load_page_id
@@ -41,13 +41,11 @@ def _expand_ptx(field, bits):
 
 
 @triton.jit
-def expand_field(
-    packed, high, scale, zero, FIELD: tl.constexpr, BITS: tl.constexpr, OPERAND: tl.constexpr, PTX: tl.constexpr
-):
+def expand_field(packed, high, scale, zero, FIELD: tl.constexpr, BITS: tl.constexpr, OPERAND: tl.constexpr, PTX: tl.constexpr):
     """Return `code * scale + zero` of one field of packed bytes, in OPERAND. `high` as in `operands.field_codes`."""
     scale = tl.broadcast_to(scale, packed.shape)
     zero = tl.broadcast_to(zero, packed.shape)
-    if PTX and OPERAND == tl.float16:
+    if PTX and tl.float16 == OPERAND:
         numbers = tl.inline_asm_elementwise(
             _expand_ptx(FIELD, BITS), "=&r,=&r,r,r,r,r,r,r", [packed, high, scale, zero], tl.float16, is_pure=True, pack=4
         )  # fmt: skip
@@ -233,11 +231,3 @@ def attend_pages(
         acc = tl.dot(weights.to(OPERAND), values, acc, input_precision="ieee")
         unit = new_unit
     return acc * unit, m_i, l_i
-
-
-@triton.jit
-def capped(scores, cap):
-    """Return cap * tanh(scores / cap)."""
-    x = tl.abs(scores) * (2.8853900817779268 / cap)
-    tanh = 1.0 - 2.0 / (1.0 + tl.exp2(x))
-    return tl.where(scores < 0, -cap, cap) * tanh

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .attend import capped
 from .operands import sum_of_terms, two_terms
 from .paging import load_page_id
 from .query import plane_channels, raw_query
@@ -51,19 +52,23 @@ def attend_raw(
     tail_token,
     num_sink_pages,
     num_tail_slots,
-    sink_valid,
-    tail_valid,
+    sink_visible,
+    body_visible,
+    cap,
     LAYOUT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     K_FIELDS: tl.constexpr,
     OPERAND: tl.constexpr,
     PTX: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
 ):
     """Advance (acc, m_i, l_i) by runs of BLOCK_R raw tokens of one kv head: num_sinks of the sink, then num_tails of the tail.
 
-    The first are runs first_sink of the sink and first_tail of the tail, which starts at token tail_token of the body;
-    sink_valid and tail_valid say how many tokens of the sink and of the body count.
+    The first are runs first_sink of the sink and first_tail of the tail, which starts at token tail_token of the body.
+    sink_visible and body_visible say from which token on, and up to which, those of the sink and of the body are seen, at least
+    one in every run; without HAS_WINDOW from the first token on.
     """
     G: tl.constexpr = LAYOUT.page_size
     D: tl.constexpr = LAYOUT.head_dim
@@ -87,14 +92,19 @@ def attend_raw(
         )  # fmt: skip
         page = load_page_id(table_ptr, column, num_columns, PTX)
         offs_t = tl.arange(0, BLOCK_R)
-        valid = start + offs_t < tl.where(in_sink, sink_valid, tail_valid)
+        valid = start + offs_t < tl.where(in_sink, sink_visible[1], body_visible[1])
+        if HAS_WINDOW:
+            valid &= start + offs_t >= tl.where(in_sink, sink_visible[0], body_visible[0])
         place = (start % G + offs_t) * stride_token
         product = tl.zeros((terms[0].shape[0], BLOCK_R), tl.float32)
         for f in tl.static_range(K_FIELDS):
             channel, mask = plane_channels(f, LAYOUT, K_FIELDS, byte)
             keys = tl.load(page_ptr + place[None, :] + channel[:, None], valid[None, :] & mask[:, None], other=0.0)
             product = tl.dot(terms[f], keys.to(OPERAND), product, input_precision="ieee")
-        scores = tl.where(valid[None, :], sum_of_terms(product) * q_factor[:, None], float("-inf"))
+        scores = sum_of_terms(product) * q_factor[:, None]
+        if HAS_CAP:
+            scores = capped(scores, cap)
+        scores = tl.where(valid[None, :], scores, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(scores, axis=1))
         alpha = tl.exp2(m_i - m_new)
         weights = tl.exp2(scores - m_new[:, None])

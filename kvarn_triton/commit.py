@@ -14,9 +14,11 @@ import triton.language as tl
 from . import configs, reference
 from .append import check_raw_pages, check_raw_table
 from .blocks import load_blocks
+from .cache_checks import check_body_tables
 from .checks import check_pages, check_tensor, require
 from .encoder import DEFAULT, Encoder
 from .layout import PageLayout, fields_per_byte
+from .paging import ids_of_row, num_ids_of_row
 from .store import store_tile
 
 
@@ -39,7 +41,8 @@ def _kvarn_commit_pages_kernel(
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
     raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, head_dim]
     raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots]
-    block_table_ptr,  # int32 [batch, max_pages]
+    table_ptr,  # int32 [batch, max_pages], or with CSR [n]
+    kv_indptr_ptr,  # int32 [batch + 1]; unused if not CSR
     committed_lens_ptr,  # int32 [batch]
     num_quantized_ptr,  # int32 [batch]
     num_kv_heads,
@@ -58,6 +61,7 @@ def _kvarn_commit_pages_kernel(
     stride_raw_table,
     stride_table,
     LAYOUT: tl.constexpr,
+    CSR: tl.constexpr,
     K_FIELDS: tl.constexpr,
     V_FIELDS: tl.constexpr,
     ITERATIONS: tl.constexpr,
@@ -71,10 +75,11 @@ def _kvarn_commit_pages_kernel(
     first = tl.load(num_quantized_ptr + row)
     body = first + tile // (2 * num_kv_heads) % max_new_pages
     committed_len = tl.load(committed_lens_ptr + row)
+    max_pages = num_ids_of_row(kv_indptr_ptr, row, row >= 0, max_pages, CSR)
     last = _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G)
     page = tl.full((), -1, tl.int64)
     if body < last:
-        page = tl.load(block_table_ptr + row.to(tl.int64) * stride_table + body).to(tl.int64)
+        page = tl.load(ids_of_row(table_ptr, kv_indptr_ptr, row, stride_table, CSR) + body).to(tl.int64)
     if page >= 0:
         column = num_sink_pages + body % num_tail_slots
         raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column).to(tl.int64)
@@ -91,45 +96,49 @@ def _kvarn_commit_pages_kernel(
 def _kvarn_advance_quantized_kernel(
     num_quantized_ptr,  # int32 [batch], updated in place
     committed_lens_ptr,  # int32 [batch]
+    kv_indptr_ptr,  # int32 [batch + 1]; unused if not CSR
     batch,
     max_new_pages,
     max_pages,
     sink_len,
     keep_pages,
     G: tl.constexpr,
+    CSR: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask = row < batch
     first = tl.load(num_quantized_ptr + row, mask, other=0)
     committed_len = tl.load(committed_lens_ptr + row, mask, other=0)
+    max_pages = num_ids_of_row(kv_indptr_ptr, row, mask, max_pages, CSR)
     last = _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G)
     tl.store(num_quantized_ptr + row, tl.maximum(first, last), mask)
 
 
 def _check_commit(
-    raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, sink_len, keep_pages, max_new_pages
-) -> None:
-    """Check the arguments of `commit_pages`."""
+    raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, sink_len, keep_pages, max_new_pages,
+    kv_indptr, kv_indices,
+) -> int:  # fmt: skip
+    """Check the arguments of `commit_pages` and return the number of sequences."""
     num_kv_heads = check_pages(pages, layout.page_bytes)
     check_raw_pages(raw_pages, num_kv_heads, pages.device)
     require(raw_pages.shape[3] == layout.page_size, "raw_pages.shape[3]", str(layout.page_size), raw_pages.shape[3])
     require(raw_pages.shape[4] == layout.head_dim, "raw_pages.shape[4]", str(layout.head_dim), raw_pages.shape[4])
-    check_tensor("block_table", block_table, [None, None], torch.int32, device=pages.device)
-    batch = block_table.shape[0]
+    batch = check_body_tables(block_table, kv_indptr, kv_indices, None, pages.device)
     check_tensor("raw_table", raw_table, [batch, None], torch.int32, device=pages.device)
     check_raw_table(raw_table, sink_len, layout.page_size)
     check_tensor("committed_lens", committed_lens, [batch], torch.int32, device=pages.device)
     check_tensor("num_quantized", num_quantized, [batch], torch.int32, device=pages.device)
     require(isinstance(keep_pages, int) and keep_pages >= 0, "keep_pages", "an integer of at least 0", keep_pages)
     require(isinstance(max_new_pages, int) and max_new_pages >= 1, "max_new_pages", "an integer of at least 1", max_new_pages)
+    return batch
 
 
 def commit_pages(
     raw_pages: torch.Tensor,
     pages: torch.Tensor,
     raw_table: torch.Tensor,
-    block_table: torch.Tensor,
+    block_table: torch.Tensor | None,
     committed_lens: torch.Tensor,
     num_quantized: torch.Tensor,
     layout: PageLayout,
@@ -138,13 +147,16 @@ def commit_pages(
     keep_pages: int = 0,
     max_new_pages: int = 1,
     advance: bool = True,
+    kv_indptr: torch.Tensor | None = None,
+    kv_indices: torch.Tensor | None = None,
     encoder: Encoder = DEFAULT,
 ) -> None:
     """Quantize the pages of the tail whose tokens are all committed, and advance `num_quantized`.
 
     Body page j of a sequence is due if `sink_len + (j + 1 + keep_pages) * page_size <= committed_lens`. It is read from its
-    slot of the tail ring and written to `pages[block_table[row, j]]`. Nothing is read back to the host: the launch is the same
-    whether pages complete or not, and a page is quantized once, because `num_quantized` says which have been.
+    slot of the tail ring and written to `pages[block_table[row, j]]`, or to the page whose id `kv_indices` holds. Nothing is
+    read back to the host: the launch is the same whether pages complete or not, and a page is quantized once, because
+    `num_quantized` says which have been.
 
     Args:
         raw_pages: float16, bfloat16 or float32 [num_raw_pages, 2, num_kv_heads, page_size, head_dim], rotated.
@@ -152,7 +164,7 @@ def commit_pages(
         raw_table: int32 [batch, num_sink_pages + num_tail_slots]. A step of n tokens needs keep_pages + 1 +
             ceil((n - 1) / page_size) slots.
         block_table: int32 [batch, max_pages]; ids of pages that the sequence will need, set before they complete. A page with
-            an id below 0 is not written.
+            an id below 0 is not written. None with `kv_indptr` and `kv_indices`.
         committed_lens: int32 [batch], tokens that will not be rolled back; drafts don't count.
         num_quantized: int32 [batch], body pages in quantized form; updated in place.
         layout: the page format.
@@ -161,21 +173,26 @@ def commit_pages(
         max_new_pages: most pages of one sequence that one call quantizes: the tokens of a step over page_size, rounded up.
         advance: whether to count the pages in `num_quantized`. Layers that share their tables share it too: pass False for all
             layers of a step but the last.
+        kv_indptr: int32 [batch + 1], rising; where the page ids of each sequence begin in `kv_indices`, and the last one's end.
+        kv_indices: int32 [n]; `kv_indices[kv_indptr[b] + j]` is the page id of body page j of sequence b. A sequence gets no
+            more pages than it has ids, however many tokens are committed.
         encoder: options of the encoder.
 
     Raises:
-        ValueError: for a wrong shape, dtype, device, stride or option; nothing is written. Ids and lengths are not read to be
-            checked.
+        ValueError: for a wrong shape, dtype, device, stride or option, and for two forms of page ids, or none; nothing is
+            written. Ids and lengths are not read to be checked.
     """
-    _check_commit(
-        raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, sink_len, keep_pages, max_new_pages
+    batch = _check_commit(
+        raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, sink_len, keep_pages, max_new_pages,
+        kv_indptr, kv_indices,
     )  # fmt: skip
-    batch, max_pages = block_table.shape
+    csr, max_pages = block_table is None, 0 if block_table is None else block_table.shape[1]
     num_kv_heads = pages.shape[1]
     if not configs.on_device(pages):
         reference.commit_pages(
             raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout,
-            sink_len=sink_len, keep_pages=keep_pages, max_new_pages=max_new_pages, advance=advance, encoder=encoder,
+            sink_len=sink_len, keep_pages=keep_pages, max_new_pages=max_new_pages, advance=advance, kv_indptr=kv_indptr,
+            kv_indices=kv_indices, encoder=encoder,
         )  # fmt: skip
         return
     if batch == 0:
@@ -185,7 +202,8 @@ def commit_pages(
         pages,
         raw_pages,
         raw_table,
-        block_table,
+        kv_indices if block_table is None else block_table,
+        committed_lens if kv_indptr is None else kv_indptr,
         committed_lens,
         num_quantized,
         num_kv_heads,
@@ -199,8 +217,9 @@ def commit_pages(
         pages.stride(1),
         *raw_pages.stride()[:4],
         raw_table.stride(0),
-        block_table.stride(0),
+        0 if block_table is None else block_table.stride(0),
         LAYOUT=layout,
+        CSR=csr,
         K_FIELDS=fields_per_byte(layout.k_bits),
         V_FIELDS=fields_per_byte(layout.v_bits),
         ITERATIONS=encoder.iterations,
@@ -213,12 +232,14 @@ def commit_pages(
     _kvarn_advance_quantized_kernel[(triton.cdiv(batch, 256),)](
         num_quantized,
         committed_lens,
+        committed_lens if kv_indptr is None else kv_indptr,
         batch,
         max_new_pages,
         max_pages,
         sink_len,
         keep_pages,
         G=layout.page_size,
+        CSR=csr,
         BLOCK_B=256,
         num_warps=1,
         enable_fp_fusion=True,

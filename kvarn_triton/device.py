@@ -6,6 +6,8 @@ compiled with `enable_fp_fusion=False`.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -23,6 +25,8 @@ RANGE_EPS = tl.constexpr(codec.RANGE_EPS)
 TILE_SCALE_MAX = tl.constexpr(codec.TILE_SCALE_MAX)
 EXPONENT_MAX = tl.constexpr(codec.EXPONENT_MAX)
 HALF_MAX = tl.constexpr(codec.HALF_MAX)
+LOG2E = tl.constexpr(math.log2(math.e))
+"""Scores are kept times this, because exp2 is what the hardware has."""
 ROUND_MAGIC = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding and subtracting it rounds a small float32 to the nearest integer, ties to even."""
 

@@ -1,7 +1,8 @@
 """Merge partial attention results: the pieces of one decode call, or two results over disjoint keys.
 
-`_kvarn_merge_splits_kernel`: one program merges the partial results of one query head and rotates the sum back. Grid: (query
-head, sequence). `_kvarn_merge_states_kernel`: one program merges a run of rows of two results. Grid: (run,).
+`_kvarn_merge_splits_kernel`: one program merges the partial results of one query head, and its attention sink, and rotates the
+sum back. Grid: (query head, sequence). `_kvarn_merge_states_kernel`: one program merges a run of rows of two results. Grid:
+(run,).
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from triton.language.extra.cuda import gdc_wait
 
 from . import configs, reference
 from .checks import FLOATS, check_tensor
-from .device import hadamard
+from .device import LOG2E, hadamard
 from .layout import PageLayout
-from .schedule import piece_of_unit, plan, row_lengths, start_of_row
+from .schedule import Work, piece_of_unit, plan, row_units, start_of_row
 
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_programs", "few_programs", "sink_len", "split_size"])
+@triton.jit(do_not_specialize=["num_tiles", "num_programs", "few_programs", "sink_len", "window", "split_size"])
 def _kvarn_merge_splits_kernel(
     out_ptr,  # [batch, num_q_heads, head_dim]
     lse_ptr,  # float32 [batch, num_q_heads], natural logarithm; unused if not RETURN_LSE
@@ -28,38 +29,33 @@ def _kvarn_merge_splits_kernel(
     partial_lse_ptr,  # float32 [num_partials, TILE], base 2
     seq_lens_ptr,  # int32 [batch]
     num_quantized_ptr,  # int32 [batch]
+    sinks_ptr,  # float32 [num_q_heads], natural logarithm; unused if not HAS_SINKS
     num_tiles,  # of query heads
     num_programs,
     few_programs,
     sink_len,
+    window,
     split_size,
     stride_out_batch,
     stride_out_head,
     HEAD_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
     ROTATION: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a kv head
     TILE: tl.constexpr,  # query heads of a tile
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    HAS_RAW: tl.constexpr,
+    UNITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     q_head, row = tl.program_id(0), tl.program_id(1)
     tile = q_head // GROUP * triton.cdiv(GROUP, TILE) + q_head % GROUP // TILE
-    _, size, longer, split = plan(
-        seq_lens_ptr, num_quantized_ptr, tl.num_programs(1), num_tiles, num_programs, few_programs, sink_len,
-        split_size, PAGE_SIZE, BLOCK_R, HAS_RAW,
-    )  # fmt: skip
-    row_start = start_of_row(
-        seq_lens_ptr, num_quantized_ptr, row, num_tiles, sink_len, split, PAGE_SIZE, BLOCK_R, HAS_RAW
-    )  # fmt: skip
-    _, sinks, pages, tails = row_lengths(
-        seq_lens_ptr, num_quantized_ptr, row, row >= 0, sink_len, PAGE_SIZE, BLOCK_R, HAS_RAW
-    )  # fmt: skip
-    units = sinks + pages + tails
+    rows = (seq_lens_ptr, num_quantized_ptr, sink_len, window)
+    _, size, longer, split = plan(rows, tl.num_programs(1), num_tiles, num_programs, few_programs, split_size, UNITS)
+    row_start = start_of_row(rows, row, num_tiles, split, UNITS)
+    _, _, _, counts = row_units(rows, row, row >= 0, UNITS)
+    units = counts[0] + counts[1] + counts[2]
     align = tl.maximum(split, 1)
     first_unit = row_start + tile * (tl.cdiv(units, align) * align)
     first_piece = piece_of_unit(first_unit, size, longer)
@@ -74,6 +70,9 @@ def _kvarn_merge_splits_kernel(
     m_i = tl.full((1,), float("-inf"), tl.float32)
     l_i = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, BLOCK_D), tl.float32)
+    if HAS_SINKS:
+        m_i = tl.load(sinks_ptr + q_head + tl.arange(0, 1)) * LOG2E
+        l_i += 1.0  # of weight 0 if the logit is -inf
     if EARLY:
         gdc_wait()
     for start in range(0, num_parts, BLOCK_S):
@@ -100,44 +99,41 @@ def launch_merge_splits(
     lse: torch.Tensor | None,
     partial: torch.Tensor,
     partial_lse: torch.Tensor,
-    seq_lens: torch.Tensor,
-    num_quantized: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     num_kv_heads: int,
     layout: PageLayout,
-    sink_len: int,
-    split_size: int,
-    num_programs: int,
-    few_programs: int,
+    work: Work,
     early: bool,
 ) -> None:
-    """Merge the partial results of a decode call of `num_programs` programs into `out` and `lse`; nothing is checked."""
+    """Merge the partial results of a decode call, and the logits of its sinks, into `out` and `lse`; nothing is checked."""
     batch, num_q_heads, head_dim = out.shape
     block_d = triton.next_power_of_2(head_dim)
     tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
-    block_s = configs.merge_block(num_programs, batch * num_tiles)
+    block_s = configs.merge_block(work.num_programs, batch * num_tiles)
     _kvarn_merge_splits_kernel[(num_q_heads, batch)](
         out,
         partial_lse if lse is None else lse,
         partial,
         partial_lse,
-        seq_lens,
-        seq_lens if num_quantized is None else num_quantized,
+        work.seq_lens,
+        work.seq_lens if work.num_quantized is None else work.num_quantized,
+        partial_lse if sinks is None else sinks,
         num_tiles,
-        num_programs,
-        few_programs,
-        sink_len,
-        split_size,
+        work.num_programs,
+        work.few_programs,
+        work.sink_len,
+        work.window or 0,
+        work.split_size,
         out.stride(0),
         out.stride(1),
         HEAD_DIM=head_dim,
-        PAGE_SIZE=layout.page_size,
         ROTATION=layout.block_size,
         GROUP=num_q_heads // num_kv_heads,
         TILE=tile,
         BLOCK_D=block_d,
         BLOCK_S=block_s,
-        BLOCK_R=configs.RAW_BLOCK,
-        HAS_RAW=num_quantized is not None,
+        UNITS=work.units,
+        HAS_SINKS=sinks is not None,
         RETURN_LSE=lse is not None,
         EARLY=early,
         num_warps=configs.merge_warps(block_s, block_d),
@@ -185,7 +181,8 @@ def merge_states(
 
     Args:
         out_a: float16, bfloat16 or float32 [..., head_dim], contiguous.
-        lse_a: float32 [...], natural logarithm of the sum of exponentiated scores; -inf where nothing was attended.
+        lse_a: float32 [...], natural logarithm of the sum of exponentiated scores; -inf where nothing was attended. Logits of
+            attention sinks are included, so give `sinks` to one of the two calls only.
         out_b: like `out_a`.
         lse_b: like `lse_a`.
 

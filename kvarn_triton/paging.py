@@ -7,6 +7,25 @@ import triton.language as tl
 
 
 @triton.jit
+def ids_of_row(table_ptr, indptr_ptr, row, stride_table, CSR: tl.constexpr):
+    """Return where the page ids of a row begin: in a block table, or in the indices of a CSR table."""
+    if CSR:
+        row_ptr = table_ptr + tl.load(indptr_ptr + row)
+    else:
+        row_ptr = table_ptr + row.to(tl.int64) * stride_table
+    return row_ptr
+
+
+@triton.jit
+def num_ids_of_row(indptr_ptr, row, mask, max_pages, CSR: tl.constexpr):
+    """Return how many page ids a row has, or each of several rows."""
+    count = max_pages
+    if CSR:
+        count = tl.load(indptr_ptr + row + 1, mask, other=0) - tl.load(indptr_ptr + row, mask, other=0)
+    return count
+
+
+@triton.jit
 def load_page_id(table_ptr, column, last, PTX: tl.constexpr):
     """Load the page id of a column, or of the last column before `last`; 0 if there is none, and nothing is read.
 

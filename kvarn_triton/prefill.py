@@ -18,7 +18,7 @@ from .attend_many import attend_pages
 from .attend_tokens import attend_new, attend_raw_run
 from .cache_checks import check_attention
 from .checks import FLOATS, check_aligned, check_tensor, require
-from .device import hadamard
+from .device import LOG2E, hadamard
 from .layout import PageLayout, fields_per_byte
 from .merge import LN2
 from .query import rotate_rows
@@ -214,7 +214,7 @@ def _kvarn_prefill_attention_kernel(
 
         if SINGLE:
             if HAS_SINKS:
-                logit = tl.load(sinks_ptr + q_head) * (1.0 / LN2)
+                logit = tl.load(sinks_ptr + q_head) * LOG2E
                 m_new = tl.maximum(m_i, logit)
                 origin = tl.where(m_new == float("-inf"), 0.0, m_new)
                 alpha = tl.exp2(m_i - origin)
@@ -261,7 +261,7 @@ def _kvarn_merge_queries_kernel(
         l_i = tl.zeros((1,), tl.float32)
         acc = tl.zeros((1, BLOCK_D), tl.float32)
         if HAS_SINKS:
-            m_i = tl.load(sinks_ptr + q_head + tl.arange(0, 1)) * (1.0 / LN2)
+            m_i = tl.load(sinks_ptr + q_head + tl.arange(0, 1)) * LOG2E
             l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
         for start in range(0, num_splits, BLOCK_S):
             split = start + tl.arange(0, BLOCK_S)
@@ -388,7 +388,7 @@ def prefill_attention(
         ValueError: for a wrong shape, dtype, device or stride; nothing is written. Ids and lengths are not read to be checked.
     """
     num_kv_heads = check_attention(
-        q, seq_lens.shape[0] if isinstance(seq_lens, torch.Tensor) else None, pages, block_table, seq_lens, layout,
+        q, None, pages, block_table, seq_lens, layout,
         raw_pages=raw_pages, raw_table=raw_table, num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr,
         kv_indices=kv_indices, window=window, soft_cap=soft_cap, sinks=sinks, out=out,
     )  # fmt: skip

@@ -111,7 +111,15 @@ def cache_case(
     )
 
 
-def attention_in(dtype: torch.dtype, case: CacheCase, sm_scale: float | None = None) -> torch.Tensor:
+def attention_in(
+    dtype: torch.dtype,
+    case: CacheCase,
+    sm_scale: float | None = None,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return plain attention over the dequantized cache with operands and weights rounded to `dtype`, sums in float32.
 
     This is what a 16-bit attention kernel computes on the same cache: the yardstick for the error of `decode_attention`.
@@ -122,22 +130,28 @@ def attention_in(dtype: torch.dtype, case: CacheCase, sm_scale: float | None = N
     for b, length in enumerate(case.seq_lens.tolist()):
         if length == 0:
             continue
-        k, v = gathered(case, b, torch.float32)
+        k, v = gathered(case, b, torch.float32, start=0 if window is None else max(length - window, 0))
         k, v = k.to(dtype).float(), v.to(dtype).float()
         q = rotated[b].unflatten(0, (k.shape[0], -1))
-        weights = torch.softmax(torch.einsum("hgd,htd->hgt", q, k) * scale, dim=-1)
+        scores = torch.einsum("hgd,htd->hgt", q, k) * scale
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.view(*q.shape[:2], 1)), dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., : k.shape[1]]
         out[b] = reference.hadamard(torch.einsum("hgt,htd->hgd", weights.to(dtype).float(), v)).flatten(0, 1)
     return out.to(dtype)
 
 
-def gathered(case: CacheCase, row: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rotated keys and values [num_kv_heads, seq_len, head_dim] of one sequence of a case."""
+def gathered(case: CacheCase, row: int, dtype: torch.dtype, *, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rotated keys and values [num_kv_heads, seq_len - start, head_dim] of one sequence of a case."""
     return reference.gather_cache(
         case.pages,
         case.block_table,
         int(case.seq_lens[row]),
         case.layout,
         row=row,
+        start=start,
         raw_pages=case.raw_pages,
         raw_table=case.raw_table,
         num_quantized=int(case.num_quantized[row]),

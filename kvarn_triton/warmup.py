@@ -55,11 +55,18 @@ def warmup(
     raw_dtype: torch.dtype | None = None,
     encoder: Encoder = DEFAULT,
     table: DecodeTable | None = None,
+    window: bool = False,
+    soft_cap: bool = False,
+    sinks: bool = False,
+    csr: bool = False,
 ) -> None:
     """Compile, and load, every kernel that a server's steps launch for one model: decode, append, commit and store.
 
-    Nothing depends on batch sizes, lengths, page counts or the size of the sink: one call serves them all. Cost: some
-    seconds for each kernel that is not in Triton's cache on disk. Tensors of a few pages are allocated and dropped.
+    Nothing depends on batch sizes, lengths, page counts, the size of the sink or of the window: one call serves them all. Cost:
+    some seconds for each kernel that is not in Triton's cache on disk. Tensors of a few pages are allocated and dropped.
+
+    The last four options are one kind of attention call, which all layers of many models share. Where layers differ, as in
+    models that have a window in every other layer, call it once for each kind: what they share is compiled once.
 
     Args:
         layout: the page format.
@@ -70,6 +77,10 @@ def warmup(
         raw_dtype: dtype of the raw pages; by default `dtype`.
         encoder: options of the encoder.
         table: as given to `decode_attention`.
+        window: whether attention gets a `window`; of any size.
+        soft_cap: whether attention gets a `soft_cap`.
+        sinks: whether attention gets `sinks`.
+        csr: whether page ids come as `kv_indptr` and `kv_indices`.
 
     Raises:
         ValueError: for a wrong option.
@@ -86,7 +97,12 @@ def warmup(
     tokens = torch.zeros(size, num_kv_heads, head_dim, dtype=dtype, device=device)
     # Rows of length 0, ids and slots below 0: the kernels find nothing to do.
     columns, lens = torch.zeros(2, 3, dtype=torch.int32, device=device), torch.zeros(2, dtype=torch.int32, device=device)
-    _warm_decode(layout, num_q_heads, pages, raw_pages, dtype, table)
+    options: dict[str, Any] = {"window": 1} if window else {}
+    if soft_cap:
+        options["soft_cap"] = 1.0
+    if sinks:
+        options["sinks"] = torch.zeros(num_q_heads, device=device)
+    _warm_decode(layout, num_q_heads, pages, raw_pages, dtype, csr, {"table": table, **options})
     for ids in (torch.int32, torch.int64):
         slots = torch.full((size,), -1, dtype=ids, device=device)
         count = configs.append_block(head_dim)
@@ -96,7 +112,16 @@ def warmup(
         page_ids = torch.full((1,), -1, dtype=ids, device=device)
         store_pages(tokens, tokens, pages, page_ids, layout, encoder=encoder)
         store_pages(tokens, tokens, pages, page_ids, layout, token_starts=page_ids, encoder=encoder)
-    commit_pages(raw_pages, pages, columns, columns, lens, lens, layout, encoder=encoder)
+    block_table, indices = _body_tables(columns, csr)
+    commit_pages(raw_pages, pages, columns, block_table, lens, lens, layout, encoder=encoder, **indices)
+
+
+def _body_tables(columns: torch.Tensor, csr: bool) -> tuple[torch.Tensor | None, dict[str, Any]]:
+    """Return a block table, or None and CSR tables of as many ids."""
+    if not csr:
+        return columns, {}
+    indptr = torch.zeros(columns.shape[0] + 1, dtype=torch.int32, device=columns.device)
+    return None, {"kv_indptr": indptr, "kv_indices": columns.flatten()}
 
 
 def _warm_decode(
@@ -105,11 +130,12 @@ def _warm_decode(
     pages: torch.Tensor,
     raw_pages: torch.Tensor,
     dtype: torch.dtype,
-    table: DecodeTable | None,
+    csr: bool,
+    options: dict[str, Any],
 ) -> None:
     """Compile decode attention, and its merge for every number of partial results that are looked at together."""
     device, num_kv_heads = pages.device, pages.shape[1]
-    programs = configs.num_programs(device, configs.decode_config(layout, dtype, device, table).programs_per_sm)
+    programs = configs.num_programs(device, configs.decode_config(layout, dtype, device, options["table"]).programs_per_sm)
     num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)[1]
     batches: dict[int, int] = {}
     for batch in (2**i for i in range(programs.bit_length() + 1)):
@@ -118,7 +144,8 @@ def _warm_decode(
         q = torch.zeros(batch, num_q_heads, layout.head_dim, dtype=dtype, device=device)
         columns = torch.zeros(batch, -(-programs // (batch * num_tiles)), dtype=torch.int32, device=device)
         lens = torch.zeros(batch, dtype=torch.int32, device=device)
-        raw = {"raw_pages": raw_pages, "raw_table": columns, "num_quantized": lens}
+        block_table, indices = _body_tables(columns, csr)
+        raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": columns, "num_quantized": lens}
         for return_lse in (False, True):
-            decode_attention(q, pages, columns, lens, layout, return_lse=return_lse, table=table)
-            decode_attention(q, pages, columns, lens, layout, return_lse=return_lse, table=table, **raw)  # type: ignore[arg-type]
+            for tables in (indices, indices | raw):
+                decode_attention(q, pages, block_table, lens, layout, return_lse=return_lse, **tables, **options)

@@ -19,7 +19,9 @@ WIDE_TARGETS = ("sm90", "gfx942")
 """Targets that compile other layouts than MAIN too."""
 
 
-def decode(layout: PageLayout, *, group: int = 8, dtype: torch.dtype = torch.float16, raw: bool = True) -> None:
+def decode(
+    layout: PageLayout, *, group: int = 8, dtype: torch.dtype = torch.float16, raw: bool = True, **options: float
+) -> None:
     """Call decode_attention for two kv heads."""
     batch, heads = 2, 2
     tables = {"block_table": torch.zeros(batch, 2, dtype=torch.int32), "seq_lens": torch.zeros(batch, dtype=torch.int32)}
@@ -32,7 +34,7 @@ def decode(layout: PageLayout, *, group: int = 8, dtype: torch.dtype = torch.flo
         }
     q = torch.zeros(batch, heads * group, layout.head_dim, dtype=dtype)
     pages = torch.zeros(layout.pages_shape(4, heads), dtype=torch.uint8)
-    kvarn.decode_attention(q, pages, layout=layout, return_lse=True, **tables)
+    kvarn.decode_attention(q, pages, layout=layout, return_lse=True, **tables, **options)
 
 
 def encode(layout: PageLayout, dtype: torch.dtype = torch.float16) -> None:
@@ -81,6 +83,7 @@ def main(target: str) -> None:
     cases = {
         "decode": lambda: decode(MAIN),
         "decode quantized only, group 8": lambda: decode(MAIN, raw=False),
+        "decode window and soft cap": lambda: decode(MAIN, window=1000, soft_cap=30.0),
         "encode": lambda: encode(MAIN),
         "small": lambda: small_functions(MAIN),
     }

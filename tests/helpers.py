@@ -1,4 +1,4 @@
-"""What several test files share: covering sets of layouts, drawn tensors, comparison of bits."""
+"""What several test files share: covering sets of layouts, drawn tensors, comparison of bits and of attention."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import itertools
 
 import torch
 
+from kvarn_triton import decode_attention, reference
 from kvarn_triton.layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, PageLayout
+from kvarn_triton.testing import CacheCase, attention_in, relative_error
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+FLOAT32_ERROR = 2e-6
+"""Sums of a thousand float32 products, in another order than the yardstick's."""
+LSE_ERROR = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-5}
+"""Rounding of a query to 11, 8 or 24 bits times scores of up to 5, and the sum."""
 
 
 def covering_layouts(turn: int = 0) -> list[PageLayout]:
@@ -85,3 +91,27 @@ def strided(x: torch.Tensor) -> torch.Tensor:
     view = memory[1:, 1:-1, 8 : 8 + c]
     view.copy_(x)
     return view
+
+
+def check(
+    case: CacheCase, *, working: torch.dtype | None = None, sm_scale: float | None = None, seen: dict | None = None, **options
+) -> torch.Tensor:
+    """Compare a call of decode_attention with float64, the log-sum-exp included; return the result.
+
+    The error may be twice that of plain attention whose operands are rounded to the working dtype (`testing.attention_in`).
+    `seen` is window, soft_cap and sinks, which change what is computed; `options` only change how.
+    """
+    working, seen = working or case.q.dtype, seen or {}
+    out, lse = decode_attention(case.q, **case.kwargs, sm_scale=sm_scale, return_lse=True, **seen, **options)
+    exact, exact_lse = reference.decode_attention(case.q.double(), **case.kwargs, sm_scale=sm_scale, return_lse=True, **seen)
+    assert out.dtype == case.q.dtype and out.shape == case.q.shape and not out.isnan().any()
+    empty = case.seq_lens == 0
+    assert (out[empty] == 0).all()
+    if not empty.all():
+        allowed = 2 * relative_error(attention_in(working, case, sm_scale, **seen), exact)
+        assert relative_error(out, exact) <= max(allowed, FLOAT32_ERROR)
+    attended = exact_lse > -torch.inf
+    assert torch.equal(attended, lse > -torch.inf)
+    assert "sinks" in seen or torch.equal(attended.all(dim=1), ~empty)
+    assert ((lse - exact_lse).abs()[attended] <= LSE_ERROR[working]).all()
+    return out

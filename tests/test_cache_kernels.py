@@ -165,6 +165,19 @@ def test_commit_several_pages(device):
     assert case.quantized.tolist() == [4, 3, 1]
 
 
+def test_commit_with_csr_tables(device):
+    """The same pages from ids in CSR form; a sequence gets no more pages than it has ids, and one without ids gets none."""
+    case = Commit(device, [64 * 3, 64 * 3, 64, 64 * 2 + 5], [0, 1, 0, 1], num_tail_slots=3)
+    counts = [2, 3, 0, 4]
+    ids = [row[:count] for row, count in zip(case.block_table, counts, strict=True)]
+    indptr = torch.tensor([1, 3, 6, 6, 10], dtype=torch.int32, device=device)
+    indices = torch.cat((case.block_table.new_full((1,), -(10**6)), *ids))
+    case.block_table = None
+    case.check(max_new_pages=3, kv_indptr=indptr, kv_indices=indices)
+    assert case.quantized.tolist() == [2, 3, 0, 2]
+    assert int((case.pages != 255).any(dim=-1).sum()) == 5
+
+
 def test_commit_for_layers_that_share_tables(device):
     """advance=False quantizes and leaves the counts, for all layers of a step but the last; then every layer is the same."""
     first, last = Commit(device, [128, 64, 63], [1, 0, 0]), Commit(device, [128, 64, 63], [1, 0, 0])

@@ -1,6 +1,6 @@
 """decode_attention and merge_states against float64 attention over the same cache.
 
-The error may be twice that of plain attention whose operands are rounded to the working dtype (`testing.attention_in`).
+How large the error may be is said in `helpers.check`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import DTYPES, LAYOUTS, ON_GPU, assert_same_bits, draw, layout_id, strided
+from helpers import DTYPES, LAYOUTS, ON_GPU, assert_same_bits, check, draw, layout_id, strided
 
 from kvarn_triton import (
     DecodeConfig,
@@ -25,29 +25,10 @@ from kvarn_triton import (
 from kvarn_triton.layout import SUPPORTED_PAGE_SIZES
 from kvarn_triton.paging import load_page_id
 from kvarn_triton.tables import Entry
-from kvarn_triton.testing import CacheCase, attention_in, cache_case, relative_error
+from kvarn_triton.testing import cache_case, relative_error
 
-FLOAT32_ERROR = 2e-6
-"""Sums of a thousand float32 products, in another order than the yardstick's."""
-LSE_ERROR = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-5}
-"""Rounding of a query to 11, 8 or 24 bits times scores of up to 5, and the sum."""
 GROUPS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
 """More than 8 are attended to in tiles of equal sizes."""
-
-
-def check(case: CacheCase, *, working: torch.dtype | None = None, sm_scale: float | None = None, **options) -> torch.Tensor:
-    """Compare a call with float64, the log-sum-exp included; return the result."""
-    working = working or case.q.dtype
-    out, lse = decode_attention(case.q, **case.kwargs, sm_scale=sm_scale, return_lse=True, **options)
-    exact, exact_lse = reference.decode_attention(case.q.double(), **case.kwargs, sm_scale=sm_scale, return_lse=True)
-    assert out.dtype == case.q.dtype and out.shape == case.q.shape and not out.isnan().any()
-    empty = case.seq_lens == 0
-    assert (out[empty] == 0).all() and (lse[empty] == -torch.inf).all()
-    if not empty.all():
-        allowed = 2 * relative_error(attention_in(working, case, sm_scale), exact)
-        assert relative_error(out, exact) <= max(allowed, FLOAT32_ERROR)
-        assert (lse[~empty] - exact_lse[~empty]).abs().max() <= LSE_ERROR[working]
-    return out
 
 
 @pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=[layout_id(layout) for layout in LAYOUTS])

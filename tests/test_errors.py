@@ -26,6 +26,7 @@ def valid_arguments(device: torch.device) -> dict[str, dict]:
     state, lse = torch.randn(2, 6, 64, device=device), torch.zeros(2, 6, device=device)
     tables = {"raw_pages": case.raw_pages, "raw_table": case.raw_table, "num_quantized": case.num_quantized}
     out = torch.randn(2, 64, 2, 64, device=device)
+    options = {"window": 100, "soft_cap": 30.0, "sinks": torch.zeros(6, device=device)}
     return {
         "hadamard": {"x": torch.randn(3, 64, device=device), "out": torch.randn(3, 64, device=device)},
         "variance_normalize": {"tiles": tile, "per": "channel"},
@@ -56,7 +57,7 @@ def valid_arguments(device: torch.device) -> dict[str, dict]:
             "sink_len": 16,
         },
         "dequantize_pages": {"pages": case.pages, "page_ids": ids, "layout": LAYOUT, "out": (out, out.clone())},
-        "decode_attention": {"q": case.q, **case.kwargs, "out": torch.empty_like(case.q)},
+        "decode_attention": {"q": case.q, **case.kwargs, "out": torch.empty_like(case.q), **options},
         "merge_states": {"out_a": state, "lse_a": lse, "out_b": state, "lse_b": lse},
     }
 
@@ -134,6 +135,9 @@ BLOCK_TABLE = [
     ("block_table", lambda x: x[0], r"expected shape \[.*\], got \[\d+\]"),
     ("num_quantized", to(torch.int64), "expected dtype int32, got int64"),
     ("num_quantized", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
+    ("block_table", set_to(None), "expected a tensor, or kv_indptr and kv_indices, got None"),
+    ("kv_indptr", set_to(torch.zeros(3, dtype=torch.int32)), "expected None beside block_table, got 'Tensor'"),
+    ("kv_indices", set_to([1, 2]), "expected None beside block_table, got 'list'"),
 ]
 WRONG: dict[str, list[tuple[str, Callable, str]]] = {
     "hadamard": [
@@ -231,6 +235,18 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("num_quantized", set_to(None), "expected a tensor, got NoneType"),
         ("out", to(torch.float32), "expected dtype float16, got float32"),
         ("out", lambda x: x[:1], r"expected shape \[2, 6, 64\], got \[1, 6, 64\]"),
+        ("window", set_to(0), "window: expected None or an integer from 1 to 2147483647, got 0"),
+        ("window", set_to(2**31), "window: expected None or an integer from 1 to 2147483647, got 2147483648"),
+        ("window", set_to(2.0), "window: expected None or an integer .*, got 2.0"),
+        ("soft_cap", set_to(0), "soft_cap: expected None or a number above 0 .from 1e-30 to 1e30., got 0"),
+        ("soft_cap", set_to(-30.0), "soft_cap: expected None or a number above 0 .*, got -30.0"),
+        ("soft_cap", set_to(float("nan")), "soft_cap: expected None or a number above 0 .*, got nan"),
+        ("soft_cap", set_to(float("inf")), "soft_cap: expected None or a number above 0 .*, got inf"),
+        ("soft_cap", set_to("30"), "soft_cap: expected None or a number above 0 .*, got '30'"),
+        ("sinks", set_to(1.0), "expected a tensor, got float"),
+        ("sinks", to(torch.float16), "expected dtype float32, got float16"),
+        ("sinks", lambda x: x[:5], r"expected shape \[6\], got \[5\]"),
+        ("sinks", *GAPPED),
         ("split_size", set_to(0), "split_size: expected an integer of at least 1, got 0"),
         ("workspace", set_to(torch.zeros(8)), "expected dtype uint8, got float32"),
     ],
@@ -271,6 +287,46 @@ def test_wrong_arguments(function, device):
 def test_valid_arguments(function, device):
     """The arguments that the test above spoils are valid."""
     getattr(kvarn, function)(**valid_arguments(device)[function])
+
+
+@pytest.mark.parametrize("function", ["commit_pages", "decode_attention"])
+def test_csr_tables(function, device):
+    """Page ids in CSR form are as good as a block table; each wrong one is named, and nothing is written."""
+    arguments = valid_arguments(device)[function]
+    table = arguments["block_table"]
+    indptr = torch.tensor([0, *range(table.shape[1], table.numel() + 1, table.shape[1])], dtype=torch.int32, device=device)
+    arguments |= {"block_table": None, "kv_indptr": indptr, "kv_indices": table.flatten()}
+    before = [tensor.clone() for tensor in tensors_of(arguments)]
+    for name, change, message in [
+        ("kv_indptr", set_to(None), "expected a tensor, got NoneType"),
+        ("kv_indptr", to(torch.int64), "expected dtype int32, got int64"),
+        ("kv_indptr", lambda x: x[None], r"expected shape \[.*\], got \[1, 3\]"),
+        ("kv_indptr", gapped, "expected the last dimension contiguous"),
+        ("kv_indices", set_to(None), "expected a tensor, got NoneType"),
+        ("kv_indices", to(torch.int64), "expected dtype int32, got int64"),
+        ("kv_indices", lambda x: x[None], r"expected shape \[\*\], got \[1, "),
+        ("kv_indices", gapped, "expected the last dimension contiguous"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{name}: {message}"):
+            getattr(kvarn, function)(**arguments | {name: change(arguments[name])})
+    for tensor, old in zip(tensors_of(arguments), before, strict=True):
+        assert torch.equal(bits_of(tensor), bits_of(old))
+    getattr(kvarn, function)(**arguments)
+
+
+def test_csr_table_of_another_batch(device):
+    """A table that has rows for other than the sequences of the call is refused, by the first argument that differs."""
+    arguments = valid_arguments(device)
+    for function, message in (
+        ("decode_attention", r"kv_indptr: expected shape \[3\], got \[2\]"),
+        ("commit_pages", r"raw_table: expected shape \[1, \*\], got \[2, 3\]"),
+    ):
+        ids = torch.zeros(2, dtype=torch.int32, device=device)
+        with pytest.raises(ValueError, match=message):
+            getattr(kvarn, function)(**arguments[function] | {"block_table": None, "kv_indptr": ids, "kv_indices": ids})
+    empty = ids[:0]
+    with pytest.raises(ValueError, match="kv_indptr: expected at least 1 element, got 0"):
+        kvarn.commit_pages(**arguments["commit_pages"] | {"block_table": None, "kv_indptr": empty, "kv_indices": ids})
 
 
 def test_too_few_tokens(device):

@@ -16,22 +16,33 @@ HEADS = 2
 
 
 def step(
-    batch: int, max_pages: int, sink_len: int, group: int = 4, num_heads: int = HEADS, split_size: int | None = None
+    batch: int,
+    max_pages: int,
+    sink_len: int,
+    group: int = 4,
+    num_heads: int = HEADS,
+    split_size: int | None = None,
+    window: int | None = None,
 ) -> None:
-    """Call everything that a server's step calls."""
+    """Call everything that a server's step calls; with a window also with a soft cap, sinks and CSR tables."""
     size, head_dim = LAYOUT.page_size, LAYOUT.head_dim
     pages = torch.zeros(LAYOUT.pages_shape(3, num_heads), dtype=torch.uint8)
     raw_pages = torch.zeros(5, 2, num_heads, size, head_dim, dtype=torch.float16)
     q = torch.zeros(batch, num_heads * group, head_dim, dtype=torch.float16)
     tokens = torch.zeros(batch, num_heads, head_dim, dtype=torch.float16)
-    table = torch.zeros(batch, max_pages, dtype=torch.int32)
+    table: torch.Tensor | None = torch.zeros(batch, max_pages, dtype=torch.int32)
+    ids, options = {}, {"split_size": split_size}
+    if window is not None:
+        table, indptr = None, torch.zeros(batch + 1, dtype=torch.int32)
+        ids = {"kv_indptr": indptr, "kv_indices": torch.zeros(batch * max_pages, dtype=torch.int32)}
+        options |= {"window": window, "soft_cap": 1.0 * window, "sinks": torch.zeros(num_heads * group)}
     raw_table = torch.zeros(batch, -(-sink_len // size) + 2, dtype=torch.int32)
     lens = torch.zeros(batch, dtype=torch.int32)
     raw = {"raw_pages": raw_pages, "raw_table": raw_table, "num_quantized": lens, "sink_len": sink_len}
     kvarn.append_tokens(tokens, tokens, raw_pages, torch.zeros(batch, dtype=torch.int64))
-    kvarn.decode_attention(q, pages, table, lens, LAYOUT, split_size=split_size, **raw)
-    kvarn.decode_attention(q, pages, table, lens, LAYOUT, split_size=split_size, return_lse=True)
-    kvarn.commit_pages(raw_pages, pages, raw_table, table, lens, lens, LAYOUT, sink_len=sink_len)
+    kvarn.decode_attention(q, pages, table, lens, LAYOUT, **options, **ids, **raw)
+    kvarn.decode_attention(q, pages, table, lens, LAYOUT, **options, **ids, return_lse=True)
+    kvarn.commit_pages(raw_pages, pages, raw_table, table, lens, lens, LAYOUT, sink_len=sink_len, **ids)
     prompt = torch.zeros(3 * size, num_heads, head_dim, dtype=torch.float16)
     kvarn.store_pages(prompt, prompt, pages, torch.zeros(3, dtype=torch.int32), LAYOUT)
 
@@ -45,14 +56,21 @@ def main() -> None:
             for batch, max_pages, sink_len in ((1, 1, 0), (2, 16, 1), (3, 5, 64), (64, 32, 200), (200, 48, 16)):
                 step(batch, max_pages, sink_len)
                 step(batch, max_pages, sink_len, split_size=batch)
-            try:
-                step(2, 2, 0, group=1)
-            except CompilationError as error:
-                print(f"refused: {error}")
-            else:
-                raise AssertionError("a group that was not warmed up was compiled")
+            for other in ({"group": 1}, {"window": 1}):
+                try:
+                    step(2, 2, 0, **other)
+                except CompilationError as error:
+                    print(f"refused: {error}")
+                else:
+                    raise AssertionError(f"{other} was not warmed up, but compiled")
         step(2, 2, 0, group=1)
         assert len(kernels) > count
+        options = {"window": True, "soft_cap": True, "sinks": True, "csr": True}
+        kvarn.warmup(LAYOUT, 4 * HEADS, HEADS, torch.device("cpu"), dtype=torch.float16, **options)
+        with kvarn.no_compilation():
+            for batch, max_pages, sink_len in ((1, 1, 0), (2, 16, 1), (64, 32, 200)):
+                for window in (1, 16, 4096):
+                    step(batch, max_pages, sink_len, window=window, split_size=3 if window == 16 else None)
     print("ok")
 
 
