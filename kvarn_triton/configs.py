@@ -80,6 +80,12 @@ class PrefillConfig:
     num_stages: int = 2
     programs_per_sm: int = 2
 
+    def options(self) -> dict[str, int]:
+        """Return launch options: on NVIDIA GPUs as many registers as let `programs_per_sm` programs run side by side."""
+        if not uses_ptx():
+            return {}
+        return {"maxnreg": min(65536 // (32 * self.num_warps * self.programs_per_sm) // 8 * 8, 255)}
+
 
 def prefill_config(
     layout: PageLayout, dtype: torch.dtype, total_tokens: int, batch: int, group: int, split_size: int | None

@@ -511,6 +511,7 @@ def _launch_prefill(
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
         enable_fp_fusion=True,
+        **config.options(),
     )
     if splits > 1:
         block_d = triton.next_power_of_2(head_dim)
