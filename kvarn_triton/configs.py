@@ -79,6 +79,10 @@ class PrefillConfig:
     """Raw or new tokens of one step."""
     num_stages: int = 2
     programs_per_sm: int = 2
+    block_d: int = 128
+    """Channels of one product with values, if pages are left as they are."""
+    folded: bool = False
+    """Whether pages are left as they are (`attend_few`) or dequantized (`attend_many`)."""
 
     def options(self) -> dict[str, int]:
         """Return launch options: on NVIDIA GPUs as many registers as let `programs_per_sm` programs run side by side."""
@@ -88,20 +92,33 @@ class PrefillConfig:
 
 
 def prefill_config(
-    layout: PageLayout, dtype: torch.dtype, total_tokens: int, batch: int, group: int, split_size: int | None
+    layout: PageLayout,
+    dtype: torch.dtype,
+    device: torch.device,
+    total_tokens: int,
+    batch: int,
+    group: int,
+    split_size: int | None,
 ) -> PrefillConfig:
     """Return the parameters for `total_tokens` query tokens of `batch` sequences with `group` query heads per kv head.
 
-    In the batch-invariant mode (`split_size`) they depend on neither of the first two.
+    In the batch-invariant mode (`split_size`) they depend on neither of the first two. Dequantizing takes a GPU whose programs
+    have room for a page of 16-bit numbers; elsewhere, and where there are few rows, pages are left as they are.
     """
-    if dtype == torch.float32:
-        return PrefillConfig(16, 4, 32, 16, num_stages=1)
-    wide = layout.head_dim // 128
-    block_t, block_r = (min(layout.page_size, 128), 64) if wide <= 1 else (64 // (wide // 2), 64 // wide)
+    channels = triton.next_power_of_2(layout.head_dim)
     rows = -(-total_tokens // max(batch, 1)) * group
-    if rows > 64 and split_size is None and wide <= 1:
-        return PrefillConfig(128, 8, block_t, block_r, programs_per_sm=1)
-    return PrefillConfig(64, 4 if wide <= 2 else 8, block_t, block_r)
+    arch = arch_of(device)
+    roomy = arch is None or (arch.startswith("sm") and _multiprocessor_bytes(device, arch) >= 200 * _KIB)
+    if dtype == torch.float32 or channels > 256 or not roomy or rows <= 32 or split_size is not None:
+        few = decode_config(layout, dtype, device)
+        return PrefillConfig(
+            16, few.num_warps, few.block_t, RAW_BLOCK, few.num_stages, few.programs_per_sm, few.block_d, folded=True
+        )
+    if channels == 256:
+        return PrefillConfig(64, 4, 64, 32, programs_per_sm=1)
+    if rows <= 64:
+        return PrefillConfig(64, 4, layout.page_size, 64)
+    return PrefillConfig(128, 8, layout.page_size, 64, num_stages=3, programs_per_sm=1)
 
 
 PROGRAM_BYTES = 56 * 1024

@@ -1,0 +1,105 @@
+"""The second kernel of prefill attention: it merges the runs into which the pages of a tile were split.
+
+One program merges the partial results of one query head of a token. Grid: (query head, token).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs
+from .device import LOG2E, hadamard
+from .layout import PageLayout
+from .merge import LN2
+
+
+@triton.jit(do_not_specialize=["batch", "num_splits", "total_rows"])
+def _kvarn_merge_queries_kernel(
+    out_ptr,  # [total_tokens, num_q_heads, head_dim]
+    lse_ptr,  # float32 [total_tokens, num_q_heads], natural logarithm; unused if not RETURN_LSE
+    partial_ptr,  # float32 [num_splits, total_tokens, num_q_heads, head_dim]
+    partial_lse_ptr,  # float32 [num_splits, total_tokens, num_q_heads], base 2
+    cu_seqlens_ptr,  # int32 [batch + 1]
+    sinks_ptr,  # float32 [num_q_heads]
+    batch,
+    num_splits,
+    total_rows,
+    stride_out_token,
+    stride_out_head,
+    HEAD_DIM: tl.constexpr,
+    ROTATION: tl.constexpr,  # 1 if the partial results are not rotated
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+):
+    q_head, token = tl.program_id(0), tl.program_id(1)
+    row = token.to(tl.int64) * tl.num_programs(0) + q_head
+    if token < tl.load(cu_seqlens_ptr + batch):
+        offs_d = tl.arange(0, BLOCK_D)
+        mask_d = offs_d < HEAD_DIM
+        m_i = tl.full((1,), float("-inf"), tl.float32)
+        l_i = tl.zeros((1,), tl.float32)
+        acc = tl.zeros((1, BLOCK_D), tl.float32)
+        if HAS_SINKS:
+            m_i = tl.load(sinks_ptr + q_head + tl.arange(0, 1)) * LOG2E
+            l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
+        for start in range(0, num_splits, BLOCK_S):
+            split = start + tl.arange(0, BLOCK_S)
+            mask = split < num_splits
+            place = split.to(tl.int64) * total_rows + row
+            lse = tl.load(partial_lse_ptr + place, mask, other=float("-inf"))
+            partial = tl.load(
+                partial_ptr + place[:, None] * HEAD_DIM + offs_d, (lse > float("-inf"))[:, None] & mask_d, other=0.0
+            )
+            m_new = tl.maximum(m_i, tl.max(lse, axis=0))
+            origin = tl.where(m_new == float("-inf"), 0.0, m_new)
+            weights = tl.exp2(lse - origin)
+            alpha = tl.exp2(m_i - origin)
+            l_i = l_i * alpha + tl.sum(weights, axis=0)
+            acc = acc * alpha[:, None] + tl.sum(partial * weights[:, None], axis=0)[None, :]
+            m_i = m_new
+        out = hadamard(acc / tl.where(l_i > 0, l_i, 1.0)[:, None], ROTATION)
+        place = token.to(tl.int64) * stride_out_token + q_head * stride_out_head
+        tl.store(out_ptr + place + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask_d[None, :])
+        if RETURN_LSE:
+            tl.store(lse_ptr + row + tl.arange(0, 1), (m_i + tl.log2(l_i)) * LN2)
+
+
+def launch_merge_queries(
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    sinks: torch.Tensor | None,
+    layout: PageLayout,
+    rotated: bool,
+) -> None:
+    """Merge `partial` [num_splits, total_tokens, num_q_heads, head_dim] into `out` and `lse`; nothing is checked."""
+    num_splits, total_tokens, num_q_heads, head_dim = partial.shape
+    block_d = triton.next_power_of_2(head_dim)
+    block_s = min(triton.next_power_of_2(num_splits), configs.MERGE_BLOCKS[1])
+    _kvarn_merge_queries_kernel[(num_q_heads, total_tokens)](
+        out,
+        partial_lse if lse is None else lse,
+        partial,
+        partial_lse,
+        cu_seqlens_q,
+        partial_lse if sinks is None else sinks,
+        cu_seqlens_q.shape[0] - 1,
+        num_splits,
+        total_tokens * num_q_heads,
+        out.stride(0),
+        out.stride(1),
+        HEAD_DIM=head_dim,
+        ROTATION=layout.block_size if rotated else 1,
+        BLOCK_D=block_d,
+        BLOCK_S=block_s,
+        HAS_SINKS=sinks is not None,
+        RETURN_LSE=lse is not None,
+        num_warps=configs.merge_warps(block_s, block_d),
+        enable_fp_fusion=True,
+    )

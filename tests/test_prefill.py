@@ -1,0 +1,299 @@
+"""prefill_attention against float64 attention over the same cache: several query tokens per sequence, causally.
+
+The error may be twice that of plain attention whose operands are rounded to the working dtype (`plain_attention`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import DTYPES, FLOAT32_ERROR, LAYOUTS, LSE_ERROR, ON_GPU, assert_same_bits, draw, layout_id, strided
+
+from kvarn_triton import (
+    PageLayout,
+    append_tokens,
+    configs,
+    decode_attention,
+    dequantize_pages,
+    merge_states,
+    prefill_attention,
+    prefill_workspace_size,
+    raw_slots,
+    reference,
+)
+from kvarn_triton.testing import cache_case, relative_error
+
+SMALL = PageLayout(64, 64, 4, 2)
+
+
+def prefill_case(
+    layout, lengths, queries, *, new=False, group=2, num_kv_heads=1, dtype=torch.float16, seed=0, **options
+) -> dict:
+    """Return arguments of `prefill_attention`: sequences of `lengths` tokens of which the last `queries` are asked for.
+
+    With `new` those are outside of the cache, else in its tail.
+    """
+    cached = [length - count if new else length for length, count in zip(lengths, queries, strict=True)]
+    case = cache_case(layout, cached, group=group, num_kv_heads=num_kv_heads, dtype=dtype, seed=seed, **options)
+    device, total = case.q.device, sum(queries)
+    ends = torch.tensor([0, *queries]).cumsum(0).int().to(device)
+    arguments = case.kwargs | {"seq_lens": torch.tensor(lengths, dtype=torch.int32, device=device), "cu_seqlens_q": ends}
+    arguments["q"] = draw(total, num_kv_heads * group, layout.head_dim, seed=seed + 1, dtype=dtype, device=device)
+    if new:
+        for name, shift in (("k", 2), ("v", 3)):
+            arguments[name] = draw(total, num_kv_heads, layout.head_dim, seed=seed + shift, dtype=dtype, device=device)
+    return arguments
+
+
+def plain_attention(dtype: torch.dtype, arguments: dict, seen: dict) -> torch.Tensor:
+    """Return attention whose queries, keys, values and weights are rounded to `dtype`, sums in float32."""
+    q, layout = arguments["q"], arguments["layout"]
+    out = torch.zeros_like(q, dtype=torch.float32)
+    ends = arguments["cu_seqlens_q"].tolist()
+    options = {name: arguments[name] for name in ("raw_pages", "raw_table", "sink_len") if name in arguments}
+    for b, length in enumerate(arguments["seq_lens"].tolist()):
+        first, last = ends[b], ends[b + 1]
+        if first == last:
+            continue
+        cached = length - (last - first) if "k" in arguments else length
+        k, v = reference.gather_cache(
+            arguments["pages"], arguments["block_table"], cached, layout, row=b,
+            num_quantized=int(arguments["num_quantized"][b]), **options,
+        )  # fmt: skip
+        if "k" in arguments:
+            new_k, new_v = (reference.hadamard(arguments[name][first:last].float()).transpose(0, 1) for name in ("k", "v"))
+            k, v = torch.cat((k, new_k), dim=1), torch.cat((v, new_v), dim=1)
+        rotated = reference.hadamard(q[first:last].float())
+        rotated, k, v = (x.to(dtype).float() for x in (rotated, k, v))
+        group = q.shape[1] // k.shape[0]
+        scores = torch.einsum("nhgd,htd->nhgt", rotated.unflatten(1, (-1, group)), k) * layout.head_dim**-0.5
+        if cap := seen.get("soft_cap"):
+            scores = cap * torch.tanh(scores / cap)
+        distance = torch.arange(length - (last - first), length)[:, None] - torch.arange(length)
+        visible = (distance >= 0) & (distance < seen.get("window", math.inf))
+        scores = torch.where(visible[:, None, None].to(q.device), scores, -torch.inf)
+        if "sinks" in seen:
+            logits = seen["sinks"].view(1, -1, group, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat((scores, logits), dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., :length].to(dtype).float()
+        out[first:last] = reference.hadamard(torch.einsum("nhgt,htd->nhgd", weights, v)).flatten(1, 2)
+    return out.to(dtype)
+
+
+def check(arguments: dict, seen: dict | None = None, **options) -> torch.Tensor:
+    """Compare a call with float64, the log-sum-exp included; return the result."""
+    q, seen = arguments["q"], seen or {}
+    out, lse = prefill_attention(**arguments, **seen, **options, return_lse=True)
+    exact, exact_lse = reference.prefill_attention(**arguments | {"q": q.double()}, **seen, return_lse=True)
+    assert out.dtype == q.dtype and out.shape == q.shape and not out.isnan().any()
+    allowed = 2 * relative_error(plain_attention(q.dtype, arguments, seen), exact)
+    assert relative_error(out, exact) <= max(allowed, FLOAT32_ERROR)
+    attended = exact_lse > -torch.inf
+    assert torch.equal(attended, lse > -torch.inf)
+    assert ((lse - exact_lse).abs()[attended] <= LSE_ERROR[q.dtype]).all()
+    return out
+
+
+@pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=[layout_id(layout) for layout in LAYOUTS])
+def test_layouts(index, device):
+    """Every pair of bits, every shape, every dtype, drafts in the cache and new tokens, few rows and many."""
+    layout, dtype, new = LAYOUTS[index], DTYPES[index % 3], bool(index // 2 % 2)
+    queries = [5, 3] if index % 4 < 2 else [40, 2]
+    sink_len = (0, 16, layout.page_size)[index // 2 % 3]
+    group = 1 + index % 5
+    lengths = [layout.page_size * 2 + 9, layout.page_size + 1]
+    check(prefill_case(layout, lengths, queries, new=new, group=group, dtype=dtype, sink_len=sink_len, device=device))
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16, 20])
+@pytest.mark.parametrize("new", [False, True])
+def test_groups(group, new, device):
+    """Tiles of rows begin and end inside tokens, and a token may take several tiles."""
+    check(prefill_case(SMALL, [150, 70, 3], [7, 1, 3], new=new, group=group, sink_len=16, device=device))
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("queries", [[1, 1, 1], [64, 0, 1], [65, 12, 33], [130, 7, 64]])
+def test_query_counts(queries, new, device):
+    """One token, none, a whole sequence, more than a page; every one sees just what comes before it."""
+    num_tail_slots = 4 if not new else 2  # without new keys all query tokens are in the tail
+    check(prefill_case(SMALL, [200, 12, 64], queries, new=new, sink_len=10, num_tail_slots=num_tail_slots, device=device))
+
+
+@pytest.mark.parametrize("queries", [[4, 3], [50, 30]])
+def test_queries_inside_quantized_pages(queries, device):
+    """Drafts may be quantized too: pages are causal within themselves."""
+    check(prefill_case(SMALL, [192, 128], queries, num_tail_slots=1, device=device))
+
+
+def test_first_chunk(device):
+    """Nothing is cached yet: attention over the new tokens alone, as PyTorch's own."""
+    arguments = prefill_case(SMALL, [150, 20], [150, 20], new=True, device=device)
+    out = check(arguments)
+    for first, last in ((0, 150), (150, 170)):
+        q, k, v = (arguments[name][first:last].double().transpose(0, 1) for name in ("q", "k", "v"))
+        exact = torch.nn.functional.scaled_dot_product_attention(q, k.expand_as(q), v.expand_as(q), is_causal=True)
+        assert relative_error(out[first:last].transpose(0, 1), exact) < 1e-3
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("rows", ["few", "many"])
+@pytest.mark.parametrize("window", [1, 5, 64, 74, 100, 1000])
+def test_window(window, rows, new, device):
+    """Windows that end inside new tokens, tail, pages and sink; ids of pages outside are not looked at."""
+    queries = [6, 3] if rows == "few" else [45, 20]
+    arguments = prefill_case(SMALL, [272, 90], queries, new=new, sink_len=70, num_tail_slots=3, device=device)
+    freed = arguments["block_table"].clone()
+    for b, (length, count) in enumerate(zip([272, 90], queries, strict=True)):
+        unseen = max(length - count - window + 1 - 70, 0) // 64
+        freed[b, :unseen] = 2**28
+    out = check(arguments, {"window": window})
+    assert_same_bits(prefill_attention(**arguments | {"block_table": freed}, window=window), out)
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("rows", ["few", "many"])
+def test_soft_cap_and_sinks(rows, new, device):
+    """Scores of up to 40 capped at 20, and a logit that takes weight from them, with and without a window."""
+    queries = [6, 3] if rows == "few" else [45, 20]
+    arguments = prefill_case(SMALL, [200, 90], queries, new=new, sink_len=20, num_tail_slots=3, k_scale=3, device=device)
+    sinks = torch.tensor([1.0, -torch.inf], device=device)
+    for seen in ({"soft_cap": 20.0}, {"sinks": sinks}, {"soft_cap": 20.0, "sinks": sinks, "window": 80}):
+        check(arguments, seen)
+        check(arguments, seen, split_size=1)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 100.0, 1e4])
+@pytest.mark.parametrize("queries", [[4], [40]])
+def test_magnitudes(scale, queries, device):
+    """Keys and values of any size neither overflow nor vanish (KF 7)."""
+    arguments = prefill_case(SMALL, [192], queries, num_tail_slots=1, k_scale=scale, v_scale=scale, device=device)
+    arguments["q"] = (arguments["q"].float() / scale).to(torch.float16) if scale > 1 else arguments["q"]
+    check(arguments)
+
+
+def test_equals_decode(device):
+    """One query token per sequence gives what `decode_attention` gives."""
+    case = cache_case(SMALL, [150, 70, 1], group=4, sink_len=16, device=device)
+    ends = torch.arange(4, dtype=torch.int32, device=device)
+    out = prefill_attention(case.q, **case.kwargs, cu_seqlens_q=ends)
+    assert relative_error(out, decode_attention(case.q, **case.kwargs)) < 1e-3
+
+
+def test_appended_equals_new(device):
+    """Tokens given as `k` and `v` count as they do once they are in the tail."""
+    arguments = prefill_case(SMALL, [150], [20], new=True, sink_len=16, num_tail_slots=3, device=device)
+    expected = prefill_attention(**arguments)
+    positions = torch.arange(130, 150, device=device)[None]
+    slots = raw_slots(positions, arguments["raw_table"], sink_len=16, page_size=64)[0]
+    append_tokens(arguments.pop("k"), arguments.pop("v"), arguments["raw_pages"], slots)
+    assert relative_error(prefill_attention(**arguments), expected) < 1e-3
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("split_size", [1, 2, 5])
+def test_splits_and_batch_invariance(split_size, new, device):
+    """The bits of a sequence are the same alone, beside others and in another place; padding is not written."""
+    arguments = prefill_case(SMALL, [330, 70, 200], [6, 2, 17], new=new, sink_len=16, device=device)
+    out = check(arguments, split_size=split_size)
+    again = prefill_attention(**arguments, split_size=split_size)
+    assert_same_bits(again, out)
+    alone = {name: arguments[name][2:] for name in ("block_table", "seq_lens", "raw_table", "num_quantized")}
+    alone |= {name: arguments[name][8:] for name in ("q", "k", "v") if name in arguments}
+    alone["cu_seqlens_q"] = torch.tensor([0, 17], dtype=torch.int32, device=device)
+    assert_same_bits(prefill_attention(**arguments | alone, split_size=split_size), out[8:])
+
+
+def test_padding(device):
+    """Query tokens after the last sequence are left alone, split or not."""
+    arguments = prefill_case(SMALL, [200, 90], [3, 2], device=device)
+    out = check(arguments)
+    for split_size in (None, 1):
+        padded = torch.full((9, *out.shape[1:]), 7.0, dtype=out.dtype, device=device)
+        q = torch.cat((arguments["q"], arguments["q"][:4]))
+        prefill_attention(**arguments | {"q": q}, out=padded, split_size=split_size)
+        assert (padded[5:] == 7).all() and relative_error(padded[:5], out) < 1e-3
+
+
+def test_csr_strides_and_workspace(device):
+    """CSR tables, views with gaps, memory of the caller: the same bits."""
+    arguments = prefill_case(SMALL, [330, 70], [6, 9], new=True, num_kv_heads=2, sink_len=16, device=device)
+    expected = prefill_attention(**arguments, split_size=2)
+    counts = arguments["num_quantized"].tolist()
+    indices = torch.cat([arguments["block_table"][b, :count] for b, count in enumerate(counts)])
+    csr = arguments | {"block_table": None, "kv_indices": indices}
+    csr["kv_indptr"] = torch.tensor([0, *counts], device=device).cumsum(0).int()
+    for name in ("q", "k", "v"):
+        csr[name] = strided(arguments[name])
+    size = prefill_workspace_size(15, 2, 4, 2, SMALL, len(indices), device, split_size=2)
+    out = strided(torch.zeros_like(expected))
+    prefill_attention(**csr, split_size=2, out=out, workspace=torch.empty(size, dtype=torch.uint8, device=device))
+    assert_same_bits(out.contiguous(), expected)
+    with pytest.raises(ValueError, match="workspace: expected at least"):
+        prefill_attention(**csr, split_size=2, workspace=torch.empty(size - 16, dtype=torch.uint8, device=device))
+
+
+def test_many_sequences(device):
+    """More sequences than are looked at together; most have no query token."""
+    queries = [0] * 140
+    for b, count in ((0, 2), (127, 1), (128, 3), (139, 2)):
+        queries[b] = count
+    lengths = [max(count, 1) + b % 3 for b, count in enumerate(queries)]
+    check(prefill_case(SMALL, lengths, queries, num_tail_slots=1, device=device))
+
+
+def test_context_in_two_parts(device):
+    """Attention to the cache and to the new tokens can be merged from two calls."""
+    arguments = prefill_case(SMALL, [192 + 8], [8], new=True, num_tail_slots=1, device=device)
+    whole = prefill_attention(**arguments)
+    first = {name: value for name, value in arguments.items() if name not in ("k", "v")}
+    k, v = dequantize_pages(arguments["pages"], arguments["block_table"][0, :3], SMALL)
+    q = arguments["q"].double()
+    out, lse = reference.attention.attend(
+        q, k.double().flatten(0, 1).transpose(0, 1), v.double().flatten(0, 1).transpose(0, 1),
+        torch.full((8,), 192, device=device), torch.arange(192, device=device), 64**-0.5,
+    )  # fmt: skip
+    empty = {"seq_lens": torch.tensor([8], dtype=torch.int32, device=device), "k": arguments["k"], "v": arguments["v"]}
+    new_out, new_lse = prefill_attention(**first | empty, return_lse=True)
+    merged, _ = merge_states(out.half(), lse.float().contiguous(), new_out, new_lse)
+    assert relative_error(merged, whole) < 1e-3
+
+
+def test_launch_parameters():
+    """Few rows leave pages as they are, many dequantize them; the batch-invariant mode knows neither count."""
+    device = torch.device("cpu")
+
+    def rows_and_form(tokens: int, split_size: int | None = None) -> tuple[int, bool]:
+        config = configs.prefill_config(PageLayout(), torch.float16, device, tokens, 1, 4, split_size)
+        return config.block_m, config.folded
+
+    assert [rows_and_form(tokens) for tokens in (4, 8, 9, 16, 17)] == [
+        (16, True), (16, True), (64, False), (64, False), (128, False),
+    ]  # fmt: skip
+    assert rows_and_form(4, 8) == rows_and_form(2048, 8) == (16, True)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs 2.4 GB of pages and a long loop")
+@pytest.mark.parametrize("queries", [4, 64])
+def test_a_million_tokens(queries, device):
+    """Byte offsets above 2**31: 8,192 pages of which a few are different."""
+    layout, heads, count = PageLayout(), 24, 8192
+    case = cache_case(layout, [512], num_kv_heads=heads, group=1, num_tail_slots=1, device=device)
+    pages = torch.empty(layout.pages_shape(count, heads), dtype=torch.uint8, device=device)
+    for first in range(0, count, 4):
+        pages[first : first + 4] = case.pages[case.block_table[0].long()]
+    assert pages.numel() > 2**31
+    q = draw(queries, heads, 128, dtype=torch.float16, device=device)
+    ends = torch.tensor([0, queries], dtype=torch.int32, device=device)
+    lens = torch.tensor([count * 128], dtype=torch.int32, device=device)
+    table = torch.arange(count, dtype=torch.int32, device=device)[None]
+    out, lse = prefill_attention(q, pages, table, lens, ends, layout, window=count * 128, return_lse=True)
+    short = torch.tensor([512], dtype=torch.int32, device=device)
+    last_q, last = q[-1:], torch.tensor([0, 1], dtype=torch.int32, device=device)
+    expected, expected_lse = reference.prefill_attention(
+        last_q.double(), pages[:4], table[:, :4], short, last, layout, return_lse=True
+    )
+    assert relative_error(out[-1:], expected) < 2e-3
+    torch.testing.assert_close(lse[-1:], expected_lse + math.log(count / 4), rtol=0, atol=5e-3)
