@@ -111,9 +111,9 @@ def prefill_config(
     roomy = arch is None or (arch.startswith("sm") and _multiprocessor_bytes(device, arch) >= 200 * _KIB)
     if dtype == torch.float32 or channels > 256 or not roomy or rows <= 32 or split_size is not None:
         few = decode_config(layout, dtype, device)
-        return PrefillConfig(
-            16, few.num_warps, few.block_t, RAW_BLOCK, few.num_stages, few.programs_per_sm, few.block_d, folded=True
-        )
+        # A page too large for shared memory goes through it tile by tile: small ones, beside 16 rows of as many channels.
+        block_t, block_d = (few.block_t, few.block_d) if few.num_stages > 1 else (32, 32)
+        return PrefillConfig(16, few.num_warps, block_t, RAW_BLOCK, few.num_stages, few.programs_per_sm, block_d, folded=True)
     if channels == 256:
         return PrefillConfig(64, 4, 64, 32, programs_per_sm=1)
     if rows <= 64:

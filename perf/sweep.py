@@ -23,12 +23,13 @@ sys.path.insert(0, str(ROOT))  # the checkout's package, installed or not
 import torch  # noqa: E402
 from common import SWEEPS, Options, Row, Sweep, environment, say, title  # noqa: E402
 
-DEFAULT_WITH_GPU = ("gate", "decode", "ragged", "write", "store", "dequantize", "hadamard", "capacity", "model")
+DEFAULT_WITH_GPU = ("gate", "decode", "ragged", "prefill", "write", "store", "dequantize", "hadamard", "capacity", "model")
 DEFAULT_WITHOUT_GPU = ("gate", "capacity", "error", "compile", "model")
 HELP = {
     "gate": "check every operation against the reference; in Triton's interpreter if there is no GPU",
     "decode": "time decode attention against a 16-bit paged twin, SDPA and a copy (GPU)",
     "ragged": "time decode over sequences of very different lengths, and the batch-invariant mode (GPU)",
+    "prefill": "time several query tokens per sequence: drafts beside decoding, chunks beside a 16-bit twin (GPU)",
     "tune": "search launch parameters of decode: on this GPU, or with --target from the compiler's counts",
     "write": "time appending and committing beside attention (GPU)",
     "store": "time quantizing keys and values into pages (GPU)",
@@ -46,6 +47,7 @@ def register_sweeps() -> None:
     import gate  # noqa: F401
     import gpu_sweeps  # noqa: F401
     import offline_sweeps  # noqa: F401
+    import prefill_sweeps  # noqa: F401
     import ragged_sweeps  # noqa: F401
     import stream_sweeps  # noqa: F401
     import tune  # noqa: F401
