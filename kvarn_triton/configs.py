@@ -43,6 +43,11 @@ def gather_threads(block_size: int, device: torch.device) -> tuple[int, int]:
     return num_warps, num_warps * wavefront
 
 
+def gather_parts(programs: int, device: torch.device) -> int:
+    """Return among how many programs to divide each of `programs`, so that 16 run on a multiprocessor: at most 16."""
+    return min(max(num_programs(device, 16) // programs, 1), 16)
+
+
 def encode_options(head_dim: int, device: torch.device) -> dict[str, int]:
     """Return the launch options of kernels that encode pages."""
     options = {"num_warps": block_warps(head_dim, device)}

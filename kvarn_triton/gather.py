@@ -1,8 +1,9 @@
 """Quantized pages as plain keys and values, for engines that bring their own attention, and for looking at a cache.
 
 One program decodes the keys or the values of one page of one kv head, in one block of the rotation [page_size, block_size], a
-chunk of tokens at a time (`expand`). It is one warp where that suffices, so that nothing waits at barriers. Grid: (block of the
-rotation, page, kv head times two). Bytes moved: each record byte in, each element out once.
+chunk of tokens at a time (`expand`). It is one warp where that suffices, so that nothing waits at barriers. If there are few
+pages, several programs share the chunks. Grid: (program,), those of a page next to each other. Bytes moved: each record byte
+in, each element out once.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ def _dequantize_keys(
     out_ptr,
     record_ptr,
     block,
+    part,
+    parts,
     stride_token,
     LAYOUT: tl.constexpr,
     FIELDS: tl.constexpr,
     THREADS: tl.constexpr,
     ROTATED: tl.constexpr,
 ):
-    """Write a block of the keys of a record; fields of a byte are channels."""
+    """Write a part of a block of the keys of a record; fields of a byte are channels."""
     G: tl.constexpr = LAYOUT.page_size
     BLOCK: tl.constexpr = LAYOUT.block_size
     BYTES: tl.constexpr = BLOCK // FIELDS
@@ -55,7 +58,7 @@ def _dequantize_keys(
     field = index(FIELDS, 3)
     params = tl.load(params_ptr + spread(own[1] + (field * BYTES + place[1]), LANES, ROWS))
     scale, zero = scale_and_zero(params, field, LAYOUT.k_bits)
-    for first in range(0, G, M * ROWS):
+    for first in range(part * M * ROWS, G, parts * M * ROWS):
         packed, high = load_bytes(
             record_ptr + LAYOUT.k_codes_offset,
             (first, block * BYTES),
@@ -77,13 +80,15 @@ def _dequantize_values(
     out_ptr,
     record_ptr,
     block,
+    part,
+    parts,
     stride_token,
     LAYOUT: tl.constexpr,
     FIELDS: tl.constexpr,
     THREADS: tl.constexpr,
     ROTATED: tl.constexpr,
 ):
-    """Write a block of the values of a record; fields of a byte are tokens, of which some at a time are decoded."""
+    """Write a part of a block of the values of a record; fields of a byte are tokens, some of which are decoded at a time."""
     BLOCK: tl.constexpr = LAYOUT.block_size
     BYTES: tl.constexpr = LAYOUT.page_size // FIELDS
     ROWS: tl.constexpr = THREADS // RUN
@@ -96,7 +101,7 @@ def _dequantize_values(
     own = (index(RUN, 0), index(ROWS, 1))
     place = (index(N, 4) * RUN, index(M, 2) * ROWS)
     factor = norm_factor(tl.load(norm_ptr + spread(own[0] + place[0], RUN, ROWS)), gain, BLOCK, ROTATED)
-    for first in range(0, BYTES, M * ROWS):
+    for first in range(part * M * ROWS, BYTES, parts * M * ROWS):
         packed, high = load_bytes(
             record_ptr + LAYOUT.v_codes_offset,
             (block * BLOCK, first),
@@ -118,19 +123,21 @@ def _dequantize_values(
 
 
 @triton.jit
-def _store_zeros(out_ptr, stride_token, G: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr):
-    """Write zeros to a block of all tokens."""
+def _store_zeros(out_ptr, part, parts, stride_token, G: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr):
+    """Write zeros to a block of the tokens of a part."""
     ROWS: tl.constexpr = min(ELEMENTS * THREADS // BLOCK, G)
-    for first in range(0, G, ROWS):
+    for first in range(part * ROWS, G, parts * ROWS):
         _store_tokens(out_ptr, tl.zeros((ROWS, BLOCK), tl.float32), first + tl.arange(0, ROWS), stride_token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_kv_heads", "parts"])
 def _kvarn_dequantize_pages_kernel(
     k_ptr,  # [n, page_size, num_kv_heads, head_dim]
     v_ptr,  # [n, page_size, num_kv_heads, head_dim]
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
     page_ids_ptr,  # [n]
+    num_kv_heads,
+    parts,
     stride_pages_page,
     stride_pages_head,
     stride_k_page,
@@ -146,23 +153,26 @@ def _kvarn_dequantize_pages_kernel(
     ROTATED: tl.constexpr,
 ):
     BLOCK: tl.constexpr = LAYOUT.block_size
-    block = tl.program_id(0)
-    entry = tl.program_id(1).to(tl.int64)
-    head = (tl.program_id(2) // 2).to(tl.int64)
+    BLOCKS: tl.constexpr = LAYOUT.head_dim // BLOCK
+    block = tl.program_id(0) % BLOCKS
+    part = tl.program_id(0) // BLOCKS % parts
+    tile = tl.program_id(0) // BLOCKS // parts
+    entry = (tile // (2 * num_kv_heads)).to(tl.int64)
+    head = (tile // 2 % num_kv_heads).to(tl.int64)
     page = tl.load(page_ids_ptr + entry).to(tl.int64)
     record_ptr = pages_ptr + tl.maximum(page, 0) * stride_pages_page + head * stride_pages_head
-    if tl.program_id(2) % 2 == 0:
+    if tile % 2 == 0:
         k_ptr += entry * stride_k_page + head * stride_k_head + block * BLOCK
         if page >= 0:
-            _dequantize_keys(k_ptr, record_ptr, block, stride_k_token, LAYOUT, K_FIELDS, THREADS, ROTATED)
+            _dequantize_keys(k_ptr, record_ptr, block, part, parts, stride_k_token, LAYOUT, K_FIELDS, THREADS, ROTATED)
         else:
-            _store_zeros(k_ptr, stride_k_token, LAYOUT.page_size, BLOCK, THREADS)
+            _store_zeros(k_ptr, part, parts, stride_k_token, LAYOUT.page_size, BLOCK, THREADS)
     else:
         v_ptr += entry * stride_v_page + head * stride_v_head + block * BLOCK
         if page >= 0:
-            _dequantize_values(v_ptr, record_ptr, block, stride_v_token, LAYOUT, V_FIELDS, THREADS, ROTATED)
+            _dequantize_values(v_ptr, record_ptr, block, part, parts, stride_v_token, LAYOUT, V_FIELDS, THREADS, ROTATED)
         else:
-            _store_zeros(v_ptr, stride_v_token, LAYOUT.page_size, BLOCK, THREADS)
+            _store_zeros(v_ptr, part, parts, stride_v_token, LAYOUT.page_size, BLOCK, THREADS)
 
 
 def dequantize_pages(
@@ -207,11 +217,15 @@ def dequantize_pages(
     if num_pages == 0 or num_kv_heads == 0:
         return k, v
     num_warps, threads = configs.gather_threads(layout.block_size, pages.device)
-    _kvarn_dequantize_pages_kernel[(layout.head_dim // layout.block_size, num_pages, 2 * num_kv_heads)](
+    num_blocks = layout.head_dim // layout.block_size
+    parts = configs.gather_parts(num_blocks * num_pages * 2 * num_kv_heads, pages.device)
+    _kvarn_dequantize_pages_kernel[(num_blocks * parts * num_pages * 2 * num_kv_heads,)](
         k,
         v,
         pages,
         page_ids,
+        num_kv_heads,
+        parts,
         pages.stride(0),
         pages.stride(1),
         *k.stride()[:3],

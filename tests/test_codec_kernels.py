@@ -25,6 +25,7 @@ from kvarn_triton import (
     PUBLISHED,
     Encoder,
     PageLayout,
+    configs,
     dequantize,
     dequantize_pages,
     hadamard,
@@ -236,6 +237,17 @@ def test_dequantize_any_page(layout, rotated, device):
         assert_same_bits(result, tile)
     views.fill_(-7.0)
     assert (memory == -7).all()
+
+
+@pytest.mark.parametrize("parts", [1, 3, 16])
+def test_dequantize_in_parts(parts, monkeypatch, device):
+    """Any number of programs may share a page, more than there are chunks too."""
+    layout = PageLayout(64, 128, 4, 2)
+    pages, page_ids = random_pages(layout, 1, 1, device), torch.tensor([0, -1], device=device)
+    monkeypatch.setattr(configs, "gather_parts", lambda programs, device: parts)
+    results = dequantize_pages(pages, page_ids, layout)
+    for result, tile in zip(results, reference.dequantize_pages(pages, page_ids, layout), strict=True):
+        assert_same_bits(result, tile)
 
 
 @pytest.mark.parametrize("gain", [2.0**-126, 2.0**-100, 2.0**88])

@@ -90,6 +90,7 @@ def test_compiles(target, compiled):
             assert 0 < encode["largest_loop"] * encode["num_warps"] <= INSTRUCTIONS_PER_STEP, encode
             assert encode["largest_loop_spills"] == 0, encode
         read = next(k for k in kernels if k["kernel"] == "_kvarn_dequantize_pages_kernel")
-        assert len(read["loops"]) == len(READ_TRIPS) and read["num_warps"] == 1, read
-        assert sum(loop * trips for loop, trips in zip(read["loops"], READ_TRIPS, strict=True)) <= INSTRUCTIONS_PER_READ, read
+        values, keys = read["loops"][:2]
+        assert read["num_warps"] == 1 and values > keys, read
+        assert values * READ_TRIPS[0] + keys * READ_TRIPS[1] <= INSTRUCTIONS_PER_READ, read
         assert read["stack"] == 0 and read["registers"] <= 128, read
