@@ -32,6 +32,22 @@ def block_warps(head_dim: int, device: torch.device) -> int:
     return threads // wavefront
 
 
+GATHER_RUN = 8
+"""Neighbouring channels that a thread of `dequantize_pages` writes: 16 bytes of 16-bit numbers."""
+
+
+def gather_threads(block_size: int, device: torch.device) -> tuple[int, int]:
+    """Return the warps and threads of a program that dequantizes blocks of `block_size` channels: enough to write a token."""
+    wavefront = 64 if (arch_of(device) or "").startswith("gfx9") else 32
+    num_warps = max(block_size // GATHER_RUN // wavefront, 1)
+    return num_warps, num_warps * wavefront
+
+
+def gather_parts(programs: int, device: torch.device) -> int:
+    """Return among how many programs to divide each of `programs`, so that 16 run on a multiprocessor: at most 16."""
+    return min(max(num_programs(device, 16) // programs, 1), 16)
+
+
 def encode_options(head_dim: int, device: torch.device) -> dict[str, int]:
     """Return the launch options of kernels that encode pages."""
     options = {"num_warps": block_warps(head_dim, device)}

@@ -1,7 +1,9 @@
 """Quantized pages as plain keys and values, for engines that bring their own attention, and for looking at a cache.
 
-One program decodes a run of tokens of the keys or the values of one page of one kv head. Grid: (run, page, kv head times two).
-Bytes moved: each record byte in, each element out once.
+One program decodes the keys or the values of one page of one kv head, in one block of the rotation [page_size, block_size], a
+chunk of tokens at a time (`expand`). It is one warp where that suffices, so that nothing waits at barriers. If there are few
+pages, several programs share the chunks. Grid: (program,), those of a page next to each other. Bytes moved: each record byte
+in, each element out once.
 """
 
 from __future__ import annotations
@@ -12,69 +14,130 @@ import triton.language as tl
 
 from . import configs, reference
 from .checks import FLOATS, INDICES, check_choice, check_pages, check_tensor, require
-from .device import hadamard, split_halves
+from .expand import decode, index, lanes_first, load_bytes, norm_factor, scale_and_zero, spread, to_tokens
 from .layout import PageLayout, fields_per_byte
-from .packing import load_codes
+
+RUN = tl.constexpr(configs.GATHER_RUN)
+ELEMENTS = tl.constexpr(32)
+"""Numbers of a chunk that a thread holds, if it needn't hold more channels."""
 
 
 @triton.jit
-def _load_tile(record_ptr, offs_t, VALUES: tl.constexpr, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return the rotated keys or values float32 [tokens, BLOCK_D] of tokens `offs_t` of a record."""
-    BITS: tl.constexpr = LAYOUT.v_bits if VALUES else LAYOUT.k_bits
-    CODES: tl.constexpr = LAYOUT.v_codes_offset if VALUES else LAYOUT.k_codes_offset
-    PARAMS: tl.constexpr = LAYOUT.v_params_offset if VALUES else LAYOUT.k_params_offset
-    NORM: tl.constexpr = LAYOUT.v_norm_offset if VALUES else LAYOUT.k_norm_offset
-    D: tl.constexpr = LAYOUT.head_dim
-    offs_t = offs_t[:, None]
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    mask_d = offs_d < D
-    mask_t = offs_t >= 0
-    G: tl.constexpr = LAYOUT.page_size
-    params_ptr = (record_ptr + PARAMS).to(tl.pointer_type(tl.uint32))
-    norm_ptr = (record_ptr + NORM).to(tl.pointer_type(tl.float16))
-    if VALUES:
-        codes = load_codes(record_ptr + CODES, offs_d, offs_t, mask_t & mask_d, D, G, G, BITS, FIELDS)
-        params = tl.load(params_ptr + offs_t, mask_t, other=0)
-        norm = tl.load(norm_ptr + offs_d, mask_d, other=0.0)
-    else:
-        codes = load_codes(record_ptr + CODES, offs_t, offs_d, mask_t & mask_d, G, D, LAYOUT.block_size, BITS, FIELDS)
-        params = tl.load(params_ptr + offs_d, mask_d, other=0)
-        norm = tl.load(norm_ptr + offs_t, mask_t, other=0.0)
-    scale, zero = split_halves(params)
-    gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + VALUES)
-    return (codes.to(tl.float32) * scale.to(tl.float32) + zero.to(tl.float32)) * norm.to(tl.float32) * gain
+def _store_tokens(out_ptr, tile, token, stride_token):
+    """Store tokens [tokens, channels] at their places."""
+    place = token.to(tl.int64)[:, None] * stride_token + tl.arange(0, tile.shape[1])[None, :]
+    tl.store(out_ptr + place, tile.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
-def _dequantize_run(
+def _dequantize_keys(
     out_ptr,
     record_ptr,
-    offs_t,
+    block,
+    part,
+    parts,
     stride_token,
-    valid,
-    VALUES: tl.constexpr,
     LAYOUT: tl.constexpr,
     FIELDS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    THREADS: tl.constexpr,
     ROTATED: tl.constexpr,
 ):
-    """Write the keys or values of tokens `offs_t` of a record, or zeros if it is not valid."""
-    tile = tl.zeros((offs_t.shape[0], BLOCK_D), tl.float32)
-    if valid:
-        tile = _load_tile(record_ptr, offs_t, VALUES, LAYOUT, FIELDS, BLOCK_D)
-    if not ROTATED:
-        tile = hadamard(tile, LAYOUT.block_size)
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    mask = (offs_d < LAYOUT.head_dim) & (offs_t >= 0)[:, None]
-    tl.store(out_ptr + offs_t[:, None] * stride_token + offs_d, tile.to(out_ptr.dtype.element_ty), mask)
+    """Write a part of a block of the keys of a record; fields of a byte are channels."""
+    G: tl.constexpr = LAYOUT.page_size
+    BLOCK: tl.constexpr = LAYOUT.block_size
+    BYTES: tl.constexpr = BLOCK // FIELDS
+    LANES: tl.constexpr = min(BYTES, RUN)
+    ROWS: tl.constexpr = THREADS // LANES
+    N: tl.constexpr = BYTES // LANES
+    M: tl.constexpr = max(min(ELEMENTS // (FIELDS * N), G // ROWS), 1)
+    params_ptr = (record_ptr + LAYOUT.k_params_offset).to(tl.pointer_type(tl.uint32)) + block * BLOCK
+    norm_ptr = (record_ptr + LAYOUT.k_norm_offset).to(tl.pointer_type(tl.float16))
+    gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)))
+    own = (index(ROWS, 1), index(LANES, 0))
+    place = (index(M, 2) * ROWS, index(N, 4) * LANES)
+    field = index(FIELDS, 3)
+    params = tl.load(params_ptr + spread(own[1] + (field * BYTES + place[1]), LANES, ROWS))
+    scale, zero = scale_and_zero(params, field, LAYOUT.k_bits)
+    for first in range(part * M * ROWS, G, parts * M * ROWS):
+        packed, high = load_bytes(
+            record_ptr + LAYOUT.k_codes_offset,
+            (first, block * BYTES),
+            own,
+            place,
+            G,
+            LAYOUT.head_dim // FIELDS,
+            LAYOUT.k_bits,
+        )
+        x = lanes_first(decode(packed, high, field, scale, zero, LAYOUT.k_bits))
+        tile = to_tokens(tl.reshape(x, (LANES, ROWS, M, FIELDS * N)), ROTATED)
+        token = first + tl.arange(0, M * ROWS)
+        factor = norm_factor(tl.load(norm_ptr + token), gain, BLOCK, ROTATED)
+        _store_tokens(out_ptr, tile * factor[:, None], token, stride_token)
 
 
 @triton.jit
+def _dequantize_values(
+    out_ptr,
+    record_ptr,
+    block,
+    part,
+    parts,
+    stride_token,
+    LAYOUT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    THREADS: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
+    """Write a part of a block of the values of a record; fields of a byte are tokens, some of which are decoded at a time."""
+    BLOCK: tl.constexpr = LAYOUT.block_size
+    BYTES: tl.constexpr = LAYOUT.page_size // FIELDS
+    ROWS: tl.constexpr = THREADS // RUN
+    N: tl.constexpr = BLOCK // RUN
+    SOME: tl.constexpr = max(min(ELEMENTS // N, FIELDS), 1)
+    M: tl.constexpr = max(min(ELEMENTS // (SOME * N), BYTES // ROWS), 1)
+    params_ptr = (record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32))
+    norm_ptr = (record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + block * BLOCK
+    gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + 1)
+    own = (index(RUN, 0), index(ROWS, 1))
+    place = (index(N, 4) * RUN, index(M, 2) * ROWS)
+    factor = norm_factor(tl.load(norm_ptr + spread(own[0] + place[0], RUN, ROWS)), gain, BLOCK, ROTATED)
+    for first in range(part * M * ROWS, BYTES, parts * M * ROWS):
+        packed, high = load_bytes(
+            record_ptr + LAYOUT.v_codes_offset,
+            (block * BLOCK, first),
+            own,
+            place,
+            LAYOUT.head_dim,
+            BYTES,
+            LAYOUT.v_bits,
+        )
+        for first_field in tl.static_range(0, FIELDS, SOME):
+            field = first_field + index(SOME, 3)
+            params = tl.load(params_ptr + first + spread(own[1], RUN, ROWS) + (field * BYTES + place[1]))
+            scale, zero = scale_and_zero(params, field, LAYOUT.v_bits)
+            x = lanes_first(decode(packed, high, field, scale, zero, LAYOUT.v_bits) * factor)
+            tile = to_tokens(tl.reshape(x, (RUN, ROWS, M * SOME, N)), ROTATED)
+            i = tl.arange(0, M * SOME * ROWS)
+            token = (first_field + i // ROWS % SOME) * BYTES + first + i // (SOME * ROWS) * ROWS + i % ROWS
+            _store_tokens(out_ptr, tile, token, stride_token)
+
+
+@triton.jit
+def _store_zeros(out_ptr, part, parts, stride_token, G: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr):
+    """Write zeros to a block of the tokens of a part."""
+    ROWS: tl.constexpr = min(ELEMENTS * THREADS // BLOCK, G)
+    for first in range(part * ROWS, G, parts * ROWS):
+        _store_tokens(out_ptr, tl.zeros((ROWS, BLOCK), tl.float32), first + tl.arange(0, ROWS), stride_token)
+
+
+@triton.jit(do_not_specialize=["num_kv_heads", "parts"])
 def _kvarn_dequantize_pages_kernel(
     k_ptr,  # [n, page_size, num_kv_heads, head_dim]
     v_ptr,  # [n, page_size, num_kv_heads, head_dim]
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
     page_ids_ptr,  # [n]
+    num_kv_heads,
+    parts,
     stride_pages_page,
     stride_pages_head,
     stride_k_page,
@@ -84,23 +147,32 @@ def _kvarn_dequantize_pages_kernel(
     stride_v_token,
     stride_v_head,
     LAYOUT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     K_FIELDS: tl.constexpr,
     V_FIELDS: tl.constexpr,
+    THREADS: tl.constexpr,
     ROTATED: tl.constexpr,
 ):
-    index = tl.program_id(1).to(tl.int64)
-    head = (tl.program_id(2) // 2).to(tl.int64)
-    page = tl.load(page_ids_ptr + index).to(tl.int64)
+    BLOCK: tl.constexpr = LAYOUT.block_size
+    BLOCKS: tl.constexpr = LAYOUT.head_dim // BLOCK
+    block = tl.program_id(0) % BLOCKS
+    part = tl.program_id(0) // BLOCKS % parts
+    tile = tl.program_id(0) // BLOCKS // parts
+    entry = (tile // (2 * num_kv_heads)).to(tl.int64)
+    head = (tile // 2 % num_kv_heads).to(tl.int64)
+    page = tl.load(page_ids_ptr + entry).to(tl.int64)
     record_ptr = pages_ptr + tl.maximum(page, 0) * stride_pages_page + head * stride_pages_head
-    offs_t = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    if tl.program_id(2) % 2 == 0:
-        k_ptr += index * stride_k_page + head * stride_k_head
-        _dequantize_run(k_ptr, record_ptr, offs_t, stride_k_token, page >= 0, False, LAYOUT, K_FIELDS, BLOCK_D, ROTATED)
+    if tile % 2 == 0:
+        k_ptr += entry * stride_k_page + head * stride_k_head + block * BLOCK
+        if page >= 0:
+            _dequantize_keys(k_ptr, record_ptr, block, part, parts, stride_k_token, LAYOUT, K_FIELDS, THREADS, ROTATED)
+        else:
+            _store_zeros(k_ptr, part, parts, stride_k_token, LAYOUT.page_size, BLOCK, THREADS)
     else:
-        v_ptr += index * stride_v_page + head * stride_v_head
-        _dequantize_run(v_ptr, record_ptr, offs_t, stride_v_token, page >= 0, True, LAYOUT, V_FIELDS, BLOCK_D, ROTATED)
+        v_ptr += entry * stride_v_page + head * stride_v_head + block * BLOCK
+        if page >= 0:
+            _dequantize_values(v_ptr, record_ptr, block, part, parts, stride_v_token, LAYOUT, V_FIELDS, THREADS, ROTATED)
+        else:
+            _store_zeros(v_ptr, part, parts, stride_v_token, LAYOUT.page_size, BLOCK, THREADS)
 
 
 def dequantize_pages(
@@ -144,24 +216,26 @@ def dequantize_pages(
     k, v = out
     if num_pages == 0 or num_kv_heads == 0:
         return k, v
-    block_d = triton.next_power_of_2(layout.head_dim)
-    block_r = min(configs.row_block(block_d), layout.page_size)
-    _kvarn_dequantize_pages_kernel[(layout.page_size // block_r, num_pages, 2 * num_kv_heads)](
+    num_warps, threads = configs.gather_threads(layout.block_size, pages.device)
+    num_blocks = layout.head_dim // layout.block_size
+    parts = configs.gather_parts(num_blocks * num_pages * 2 * num_kv_heads, pages.device)
+    _kvarn_dequantize_pages_kernel[(num_blocks * parts * num_pages * 2 * num_kv_heads,)](
         k,
         v,
         pages,
         page_ids,
+        num_kv_heads,
+        parts,
         pages.stride(0),
         pages.stride(1),
         *k.stride()[:3],
         *v.stride()[:3],
         LAYOUT=layout,
-        BLOCK_D=block_d,
-        BLOCK_R=block_r,
         K_FIELDS=fields_per_byte(layout.k_bits),
         V_FIELDS=fields_per_byte(layout.v_bits),
+        THREADS=threads,
         ROTATED=rotated,
-        num_warps=4,
+        num_warps=num_warps,
         enable_fp_fusion=False,
     )
     return k, v

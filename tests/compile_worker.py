@@ -46,6 +46,11 @@ def encode(layout: PageLayout, dtype: torch.dtype = torch.float16) -> None:
     kvarn.commit_pages(raw_pages, pages, ids[:, None].repeat(1, 2), ids[:, None], ids, ids, layout)
 
 
+def dequantize(layout: PageLayout, dtype: torch.dtype) -> None:
+    """Call dequantize_pages."""
+    kvarn.dequantize_pages(torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(2).int(), layout, dtype=dtype)
+
+
 def small_functions(layout: PageLayout) -> None:
     """Call everything else."""
     pages, ids = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(2, dtype=torch.int32)
@@ -73,6 +78,7 @@ def describe(compiled: Compiled, case: str) -> dict:
         "num_warps": used.num_warps,
         "page_loop": used.product_loop.total(),
         "loop_spills": used.product_loop["LDL"] + used.product_loop["STL"],
+        "loops": [loop.total() for loop in used.loops],
         "largest_loop": used.loops[0].total() if used.loops else 0,
         "largest_loop_spills": used.loops[0]["LDL"] + used.loops[0]["STL"] if used.loops else 0,
     }
@@ -97,6 +103,8 @@ def main(target: str) -> None:
             "decode head_dim 512": lambda: decode(PageLayout(512, 64, 8, 8), group=2),
             "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3)),
             "encode head_dim 192, float32": lambda: encode(PageLayout(192, 128, 3, 8), dtype=torch.float32),
+            "dequantize head_dim 80": lambda: dequantize(PageLayout(80, 64, 3, 8), torch.bfloat16),
+            "dequantize head_dim 512": lambda: dequantize(PageLayout(512, 64, 2, 3), torch.float32),
             "encode head_dim 512": lambda: encode(PageLayout(512, 64, 8, 4)),
         }
     rows = []

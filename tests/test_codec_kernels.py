@@ -25,6 +25,7 @@ from kvarn_triton import (
     PUBLISHED,
     Encoder,
     PageLayout,
+    configs,
     dequantize,
     dequantize_pages,
     hadamard,
@@ -205,6 +206,64 @@ def test_dequantize_pages_into_views(device):
     for result, expected in zip(results, reference.dequantize_pages(pages, page_ids, layout, dtype=torch.float32), strict=True):
         assert_same_bits(result, expected)
     assert (memory[:, :, 2] == -7).all() and (memory[..., :8] == -7).all() and (memory[..., 88:] == -7).all()
+
+
+def random_pages(layout: PageLayout, num_pages: int, num_kv_heads: int, device: torch.device) -> torch.Tensor:
+    """Return pages of random codes whose parameters and norms are float16 numbers of all magnitudes below 1."""
+    generator = torch.Generator().manual_seed(0)
+    pages = torch.randint(0, 256, layout.pages_shape(num_pages, num_kv_heads), generator=generator).to(torch.uint8)
+    for name, field in layout.fields(pages).items():
+        if field.dtype == torch.float16:
+            numbers = torch.randint(0, 0x3C00, field.shape, generator=generator).to(torch.int16).view(torch.float16)
+            field.copy_(-numbers if name.endswith("zero") else numbers)
+        elif field.dtype == torch.float32:
+            field.fill_(1.0)
+    return pages.to(device)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize(
+    "layout", [PageLayout(80, 64, 3, 4), PageLayout(128, 64, 8, 3), PageLayout(192, 64, 2, 2)], ids=layout_id
+)
+def test_dequantize_any_page(layout, rotated, device):
+    """Scales and zeros next to each other that no encoder writes, and skipped ids between others, into strided memory."""
+    pages = random_pages(layout, 3, 2, device)
+    page_ids = torch.tensor([-1, 2, -7, 0], dtype=torch.int32, device=device)
+    memory = torch.full((2, 4, layout.page_size + 1, 3, layout.head_dim + 16), -7.0, device=device)
+    views = memory[:, :, :-1, :2, 8:-8]
+    dequantize_pages(pages, page_ids, layout, rotated=rotated, out=(views[0], views[1]))
+    expected = reference.dequantize_pages(pages, page_ids, layout, dtype=torch.float32, rotated=rotated)
+    for result, tile in zip(views, expected, strict=True):
+        assert_same_bits(result, tile)
+    views.fill_(-7.0)
+    assert (memory == -7).all()
+
+
+@pytest.mark.parametrize("parts", [1, 3, 16])
+def test_dequantize_in_parts(parts, monkeypatch, device):
+    """Any number of programs may share a page, more than there are chunks too."""
+    layout = PageLayout(64, 128, 4, 2)
+    pages, page_ids = random_pages(layout, 1, 1, device), torch.tensor([0, -1], device=device)
+    monkeypatch.setattr(configs, "gather_parts", lambda programs, device: parts)
+    results = dequantize_pages(pages, page_ids, layout)
+    for result, tile in zip(results, reference.dequantize_pages(pages, page_ids, layout), strict=True):
+        assert_same_bits(result, tile)
+
+
+@pytest.mark.parametrize("gain", [2.0**-126, 2.0**-100, 2.0**88])
+def test_extreme_gains(gain, device):
+    """The whole range of gains that the encoder writes, subnormal results included."""
+    layout = PageLayout(64, 64, 4, 2)
+    pages = random_pages(layout, 1, 1, device)
+    for name in ("k_gain", "v_gain"):
+        layout.fields(pages)[name].fill_(gain)
+    page_ids = torch.tensor([0], device=device)
+    for rotated in (False, True):
+        results = dequantize_pages(pages, page_ids, layout, dtype=torch.float32, rotated=rotated)
+        expected = reference.dequantize_pages(pages, page_ids, layout, dtype=torch.float32, rotated=rotated)
+        for result, tile in zip(results, expected, strict=True):
+            assert torch.isfinite(tile).all() and (tile != 0).any()
+            assert_same_bits(result, tile)
 
 
 @pytest.mark.parametrize("encoder", [Encoder(0), Encoder(1), PUBLISHED, Encoder(16, equivariant=False)], ids=str)

@@ -26,6 +26,12 @@ BUDGET_CASES = ("decode quantized only, group 8", "decode")
 INSTRUCTIONS_PER_STEP = 5900
 """Most warp instructions of a step of the balancing of a 128 x 128 tile, all warps of a program together. There are nine: the
 floor is three multiply-adds per number and direction, 3,072 of them."""
+INSTRUCTIONS_PER_READ = 14000
+"""Most warp instructions of the loops that dequantize the keys and the values of a page of 128 tokens: k4v2_g128, head_dim 128,
+float16, one kv head. The floor is seven additions per number, 7,168 of them; an H200 has about 18,000 issue slots in the time
+that a copy of the bytes takes."""
+READ_TRIPS = (8, 16)
+"""How often the loops over values and over keys run there; that of values is the larger one."""
 BUDGET_TARGETS = ("sm80", "sm90", "sm100")
 
 
@@ -83,3 +89,8 @@ def test_compiles(target, compiled):
             encode = next(k for k in kernels if (k["kernel"], k["case"]) == (f"_kvarn_{name}_kernel", "encode"))
             assert 0 < encode["largest_loop"] * encode["num_warps"] <= INSTRUCTIONS_PER_STEP, encode
             assert encode["largest_loop_spills"] == 0, encode
+        read = next(k for k in kernels if k["kernel"] == "_kvarn_dequantize_pages_kernel")
+        values, keys = read["loops"][:2]
+        assert read["num_warps"] == 1 and values > keys, read
+        assert values * READ_TRIPS[0] + keys * READ_TRIPS[1] <= INSTRUCTIONS_PER_READ, read
+        assert read["stack"] == 0 and read["registers"] <= 128, read

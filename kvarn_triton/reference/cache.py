@@ -11,7 +11,7 @@ import torch
 
 from ..encoder import DEFAULT, Encoder
 from ..layout import PageLayout
-from .codec import HALF_MAX, dequantize, encode, hadamard, pack, unpack, working_dtype
+from .codec import HALF_MAX, butterflies, dequantize, encode, hadamard, pack, unpack, working_dtype
 
 
 def encode_records(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, encoder: Encoder = DEFAULT) -> torch.Tensor:
@@ -27,15 +27,24 @@ def encode_records(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, encoder
 
 
 def decode_records(
-    records: torch.Tensor, layout: PageLayout, dtype: torch.dtype = torch.float32
+    records: torch.Tensor, layout: PageLayout, dtype: torch.dtype = torch.float32, *, rotated: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rotated k and v [..., page_size, head_dim] in `dtype` of records uint8 [..., page_bytes]."""
+    """Return k and v [..., page_size, head_dim] in `dtype` of records uint8 [..., page_bytes].
+
+    They are as stored, or rotated back. Norm, gain and what makes the rotation orthonormal are one factor, which a key, where
+    it is the same for the whole token, gets after the rotation.
+    """
     fields = {name: field if field.dtype == torch.uint8 else field.to(dtype) for name, field in layout.fields(records).items()}
     k_codes = unpack(fields["k_codes"], layout.k_bits, layout.page_size, layout.head_dim, per="channel")
     v_codes = unpack(fields["v_codes"], layout.v_bits, layout.page_size, layout.head_dim, per="token")
-    k = dequantize(k_codes, fields["k_scale"], fields["k_zero"], per="channel") * fields["k_norm"].unsqueeze(-1)
-    v = dequantize(v_codes, fields["v_scale"], fields["v_zero"], per="token") * fields["v_norm"].unsqueeze(-2)
-    return k * fields["k_gain"].unsqueeze(-1), v * fields["v_gain"].unsqueeze(-1)
+    root = 1.0 if rotated else layout.block_size**-0.5
+    k_factor = fields["k_norm"] * root * fields["k_gain"]
+    v_factor = fields["v_norm"] * root * fields["v_gain"]
+    k = dequantize(k_codes, fields["k_scale"], fields["k_zero"], per="channel")
+    v = dequantize(v_codes, fields["v_scale"], fields["v_zero"], per="token") * v_factor.unsqueeze(-2)
+    if not rotated:
+        k, v = butterflies(k, layout.block_size), butterflies(v, layout.block_size)
+    return k * k_factor.unsqueeze(-1), v
 
 
 def body_page_ids(
@@ -81,9 +90,10 @@ def dequantize_pages(
     shape = (page_ids.shape[0], layout.page_size, pages.shape[1], layout.head_dim)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=pages.device), torch.empty(shape, dtype=dtype, device=pages.device)
-    for result, tile in zip(out, decode_records(pages[page_ids[kept].long()], layout), strict=True):
+    tiles = decode_records(pages[page_ids[kept].long()], layout, rotated=rotated)
+    for result, tile in zip(out, tiles, strict=True):
         result[~kept] = 0
-        result[kept] = (tile if rotated else hadamard(tile)).transpose(1, 2).to(result.dtype)
+        result[kept] = tile.transpose(1, 2).to(result.dtype)
     return out
 
 

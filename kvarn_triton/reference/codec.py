@@ -53,15 +53,20 @@ def hadamard(x: torch.Tensor, *, block_size: int | None = None, out: torch.Tenso
         A tensor like `x`. The matrix is symmetric, so a second call undoes the first up to rounding.
     """
     size = block_size or largest_power_of_two_divisor(x.shape[-1])
-    y = x.to(working_dtype(x.dtype)).reshape(-1, size)
-    half = size // 2
-    while half:
-        pairs = y.reshape(-1, size // (2 * half), 2, half)
-        a, b = pairs[:, :, 0], pairs[:, :, 1]
-        y = torch.stack((a + b, a - b), dim=2).reshape(-1, size)
-        half //= 2
-    y = (y * size**-0.5).reshape(x.shape).to(x.dtype)
+    y = (butterflies(x.to(working_dtype(x.dtype)), size) * size**-0.5).to(x.dtype)
     return y if out is None else out.copy_(y)
+
+
+def butterflies(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Return `hadamard` of [..., head_dim] times the root of `block_size`: sums and differences only, each step of halves."""
+    y = x.reshape(-1, block_size)
+    half = block_size // 2
+    while half:
+        pairs = y.reshape(-1, block_size // (2 * half), 2, half)
+        a, b = pairs[:, :, 0], pairs[:, :, 1]
+        y = torch.stack((a + b, a - b), dim=2).reshape(-1, block_size)
+        half //= 2
+    return y.reshape(x.shape)
 
 
 BLOCK_TOKENS = 16

@@ -1,0 +1,139 @@
+"""From the bytes of a record to tokens: what a program that dequantizes does with a chunk of its tokens (`gather`).
+
+    [lanes, rows, m, n]     first a thread holds every 8th channel of some tokens. What is read per channel is read once for all
+                            tokens, and steps of the rotation that add channels 8 or more apart are arithmetic of one thread.
+    [tokens, block_size]    then it holds 8 neighbouring channels, as they are written, and does the other steps.
+
+Numbers change threads once in between, through shared memory. A row is a token of keys, and of values a byte: tokens that share
+it. Operations and their order are those of `reference.cache.decode_records`, which makes the results equal bit for bit in
+kernels compiled with `enable_fp_fusion=False`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import fma, log2, power_of_two, split_halves
+
+DOWN = tl.constexpr(37)
+"""Decoded numbers are 2**DOWN times too small until they are multiplied by the norm (`decode`)."""
+LANES_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
+"""Which axes of a load Triton spreads over lanes where it knows of no neighbours: the first, or the last. Only speed depends on
+it."""
+
+
+@triton.jit
+def index(SIZE: tl.constexpr, AXIS: tl.constexpr):
+    """Return 0 ... SIZE - 1 along an axis of [lanes, rows, m, fields, n], in the order of axes that loads have.
+
+    Lanes and rows are masked: Triton then knows of no neighbours in memory, and loads each number in the thread that needs it.
+    """
+    numbers = tl.arange(0, SIZE)
+    if AXIS < 2:
+        numbers = numbers & (SIZE - 1)
+    for _ in tl.static_range(AXIS if LANES_FIRST else 4 - AXIS):
+        numbers = tl.expand_dims(numbers, 0)
+    for _ in tl.static_range(4 - AXIS if LANES_FIRST else AXIS):
+        numbers = tl.expand_dims(numbers, -1)
+    return numbers
+
+
+@triton.jit
+def spread(x, LANES: tl.constexpr, ROWS: tl.constexpr):
+    """Broadcast an index over all lanes and rows, so that every thread loads what it needs."""
+    if LANES_FIRST:
+        y = tl.broadcast_to(x, (LANES, ROWS, x.shape[2], x.shape[3], x.shape[4]))
+    else:
+        y = tl.broadcast_to(x, (x.shape[0], x.shape[1], x.shape[2], ROWS, LANES))
+    return y
+
+
+@triton.jit
+def lanes_first(x):
+    """Return what was loaded as [lanes, rows, m, fields, n]."""
+    return x if LANES_FIRST else tl.permute(x, (4, 3, 2, 1, 0))
+
+
+@triton.jit
+def load_bytes(codes_ptr, first, own, place, ROWS: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr):
+    """Return bytes of rows of codes, int32, and the high bits of their 3-bit codes, that of field f at bit f + 2.
+
+    Their rows and bytes are sums of three: `first`, scalars; `own`, different in each thread; and `place`, different for each
+    number of a thread and known to the compiler, so that a load needs no addition of its own.
+    """
+    first_ptr = codes_ptr + (first[0] * BYTES + first[1])
+    packed = tl.load(first_ptr + (own[0] * BYTES + own[1]) + (place[0] * BYTES + place[1])).to(tl.int32)
+    high = packed
+    if BITS == 3:
+        HALF: tl.constexpr = BYTES // 2
+        row = first[0] + own[0] + place[0]
+        byte = first[1] + own[1] + place[1]
+        bits = tl.load(codes_ptr + ROWS * BYTES + row * HALF + byte % HALF).to(tl.int32)
+        high = (bits >> (byte // HALF * 4)) << 2
+    return packed, high
+
+
+@triton.jit
+def scale_and_zero(words, field, BITS: tl.constexpr):
+    """Return the scale and zero of parameters, float32, as `decode` uses them for a field."""
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    scale, zero = split_halves(words)
+    return scale.to(tl.float32) * power_of_two(field * -WIDTH + (149 - DOWN)), zero.to(tl.float32) * (2.0**-DOWN)
+
+
+@triton.jit
+def decode(packed, high, field, scale, zero, BITS: tl.constexpr):
+    """Return code * scale + zero of a field of bytes, divided by 2**DOWN: float32.
+
+    A code stays at its place in the byte: the bits of a small integer are a subnormal float32, 2**-149 times as large. The
+    largest scale, of float16, times the rest of that still is a float32 if the result is divided by 2**DOWN. The product of a
+    code and a scale is exact, so that one rounding is that of the reference.
+    """
+    if BITS == 3:
+        code = (packed & (3 << (2 * field))) | ((high << field) & (4 << (2 * field)))
+    else:
+        code = packed & ((2**BITS - 1) << (BITS * field))
+    return fma(code.to(tl.float32, bitcast=True), scale, zero)
+
+
+@triton.jit
+def norm_factor(norm, gain, BLOCK: tl.constexpr, ROTATED: tl.constexpr):
+    """Return what `decode` leaves to multiply by, for numbers that stay rotated or for those that `to_tokens` rotates back.
+
+    It overflows where norm times gain reaches 2**(128 - DOWN). The encoder stays below 2**88 as long as the root mean square of
+    a tile is below its limit, 1e19.
+    """
+    factor = norm.to(tl.float32)
+    if not ROTATED:
+        factor = factor * (BLOCK**-0.5)
+    return factor * gain * (2.0**DOWN)
+
+
+@triton.jit
+def _add_and_subtract(x, HALF: tl.constexpr):
+    """Add and subtract numbers [lanes, rows, m, n] at a distance of HALF along the last axis."""
+    pairs = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] * x.shape[3] // (2 * HALF), 2, HALF))
+    a, b = tl.split(tl.permute(pairs, (0, 1, 2, 4, 3)))
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 2, 4, 3)), x.shape)
+
+
+@triton.jit
+def _butterflies(x):
+    """Add and subtract numbers [lanes, rows, m, n] at all distances along the last axis (`reference.codec.butterflies`)."""
+    for step in tl.static_range(log2(x.shape[3])):
+        x = _add_and_subtract(x, x.shape[3] >> (step + 1))
+    return x
+
+
+@triton.jit
+def to_tokens(x, ROTATED: tl.constexpr):
+    """Rotate numbers [lanes, rows, m, n] of channels n * lanes + lane: [m * rows, n * lanes]."""
+    if not ROTATED:
+        x = _butterflies(x)
+    LANES: tl.constexpr = x.shape[0]
+    TOKENS: tl.constexpr = x.shape[1] * x.shape[2]
+    y = tl.reshape(tl.permute(x, (2, 1, 3, 0)), (1, 1, TOKENS * x.shape[3], LANES))
+    if not ROTATED:
+        y = _butterflies(y)
+    return tl.reshape(y, (TOKENS, x.shape[3] * LANES))
