@@ -118,23 +118,25 @@ def prefill_config(
 ) -> PrefillConfig:
     """Return the parameters for `total_tokens` query tokens of `batch` sequences with `group` query heads per kv head.
 
-    In the batch-invariant mode (`split_size`) they depend on neither of the first two. Dequantizing takes a GPU whose programs
-    have room for a page of 16-bit numbers; elsewhere, and where there are few rows, pages are left as they are.
+    In the batch-invariant mode (`split_size`) they depend on neither of the first two.
     """
     channels = triton.next_power_of_2(layout.head_dim)
-    rows = -(-total_tokens // max(batch, 1)) * group
-    arch = arch_of(device)
-    roomy = arch is None or (arch.startswith("sm") and _multiprocessor_bytes(device, arch) >= 200 * _KIB)
-    if dtype == torch.float32 or channels > 256 or not roomy or rows <= 32 or split_size is not None:
+    if dtype == torch.float32 or channels > 256 or not holds_dequantized_pages(device):
         few = decode_config(layout, dtype, device)
         # A page too large for shared memory goes through it tile by tile: small ones, beside 16 rows of as many channels.
         block_t, block_d = (few.block_t, few.block_d) if few.num_stages > 1 else (32, 32)
         return PrefillConfig(16, few.num_warps, block_t, RAW_BLOCK, few.num_stages, few.programs_per_sm, block_d, folded=True)
     if channels == 256:
         return PrefillConfig(64, 4, 64, 32, programs_per_sm=1)
-    if rows <= 64:
+    if split_size is not None or -(-total_tokens // max(batch, 1)) * group <= 64:
         return PrefillConfig(64, 4, layout.page_size, 64)
     return PrefillConfig(128, 8, layout.page_size, 64, num_stages=3, programs_per_sm=1)
+
+
+def holds_dequantized_pages(device: torch.device) -> bool:
+    """Return whether a program has room for a page of 16-bit numbers beside what it was made of, as in the interpreter."""
+    arch = arch_of(device)
+    return arch is None or (arch.startswith("sm") and _multiprocessor_bytes(device, arch) >= 200 * _KIB)
 
 
 PROGRAM_BYTES = 56 * 1024

@@ -26,6 +26,14 @@ from kvarn_triton import (
 from kvarn_triton.testing import cache_case, relative_error
 
 SMALL = PageLayout(64, 64, 4, 2)
+FORMS = pytest.mark.parametrize("form", ["dequantized", "folded"], indirect=True)
+
+
+@pytest.fixture
+def form(request, monkeypatch) -> str:
+    """Have pages dequantized, or their scales folded into queries and weights as on GPUs with little shared memory."""
+    monkeypatch.setattr(configs, "holds_dequantized_pages", lambda device: request.param == "dequantized")
+    return request.param
 
 
 def prefill_case(
@@ -96,9 +104,10 @@ def check(arguments: dict, seen: dict | None = None, **options) -> torch.Tensor:
     return out
 
 
+@FORMS
 @pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=[layout_id(layout) for layout in LAYOUTS])
-def test_layouts(index, device):
-    """Every pair of bits, every shape, every dtype, drafts in the cache and new tokens, few rows and many."""
+def test_layouts(index, form, device):
+    """Every pair of bits, every shape, every dtype, drafts in the cache and new tokens, few rows and many (KF 1, KF 9)."""
     layout, dtype, new = LAYOUTS[index], DTYPES[index % 3], bool(index // 2 % 2)
     queries = [5, 3] if index % 4 < 2 else [40, 2]
     sink_len = (0, 16, layout.page_size)[index // 2 % 3]
@@ -107,11 +116,11 @@ def test_layouts(index, device):
     check(prefill_case(layout, lengths, queries, new=new, group=group, dtype=dtype, sink_len=sink_len, device=device))
 
 
+@FORMS
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16, 20])
-@pytest.mark.parametrize("new", [False, True])
-def test_groups(group, new, device):
+def test_groups(group, form, device):
     """Tiles of rows begin and end inside tokens, and a token may take several tiles."""
-    check(prefill_case(SMALL, [150, 70, 3], [7, 1, 3], new=new, group=group, sink_len=16, device=device))
+    check(prefill_case(SMALL, [150, 70, 3], [7, 1, 3], new=group % 2 == 0, group=group, sink_len=16, device=device))
 
 
 @pytest.mark.parametrize("new", [False, True])
@@ -122,8 +131,9 @@ def test_query_counts(queries, new, device):
     check(prefill_case(SMALL, [200, 12, 64], queries, new=new, sink_len=10, num_tail_slots=num_tail_slots, device=device))
 
 
+@FORMS
 @pytest.mark.parametrize("queries", [[4, 3], [50, 30]])
-def test_queries_inside_quantized_pages(queries, device):
+def test_queries_inside_quantized_pages(queries, form, device):
     """Drafts may be quantized too: pages are causal within themselves."""
     check(prefill_case(SMALL, [192, 128], queries, num_tail_slots=1, device=device))
 
@@ -138,12 +148,12 @@ def test_first_chunk(device):
         assert relative_error(out[first:last].transpose(0, 1), exact) < 1e-3
 
 
+@FORMS
 @pytest.mark.parametrize("new", [False, True])
-@pytest.mark.parametrize("rows", ["few", "many"])
 @pytest.mark.parametrize("window", [1, 5, 64, 74, 100, 1000])
-def test_window(window, rows, new, device):
+def test_window(window, new, form, device):
     """Windows that end inside new tokens, tail, pages and sink; ids of pages outside are not looked at."""
-    queries = [6, 3] if rows == "few" else [45, 20]
+    queries = [6, 3] if window % 2 else [45, 20]
     arguments = prefill_case(SMALL, [272, 90], queries, new=new, sink_len=70, num_tail_slots=3, device=device)
     freed = arguments["block_table"].clone()
     for b, (length, count) in enumerate(zip([272, 90], queries, strict=True)):
@@ -153,11 +163,11 @@ def test_window(window, rows, new, device):
     assert_same_bits(prefill_attention(**arguments | {"block_table": freed}, window=window), out)
 
 
+@FORMS
 @pytest.mark.parametrize("new", [False, True])
-@pytest.mark.parametrize("rows", ["few", "many"])
-def test_soft_cap_and_sinks(rows, new, device):
+def test_soft_cap_and_sinks(new, form, device):
     """Scores of up to 40 capped at 20, and a logit that takes weight from them, with and without a window."""
-    queries = [6, 3] if rows == "few" else [45, 20]
+    queries = [6, 3] if new else [45, 20]
     arguments = prefill_case(SMALL, [200, 90], queries, new=new, sink_len=20, num_tail_slots=3, k_scale=3, device=device)
     sinks = torch.tensor([1.0, -torch.inf], device=device)
     for seen in ({"soft_cap": 20.0}, {"sinks": sinks}, {"soft_cap": 20.0, "sinks": sinks, "window": 80}):
@@ -165,11 +175,11 @@ def test_soft_cap_and_sinks(rows, new, device):
         check(arguments, seen, split_size=1)
 
 
+@FORMS
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 100.0, 1e4])
-@pytest.mark.parametrize("queries", [[4], [40]])
-def test_magnitudes(scale, queries, device):
+def test_magnitudes(scale, form, device):
     """Keys and values of any size neither overflow nor vanish (KF 7)."""
-    arguments = prefill_case(SMALL, [192], queries, num_tail_slots=1, k_scale=scale, v_scale=scale, device=device)
+    arguments = prefill_case(SMALL, [192], [6], num_tail_slots=1, k_scale=scale, v_scale=scale, device=device)
     arguments["q"] = (arguments["q"].float() / scale).to(torch.float16) if scale > 1 else arguments["q"]
     check(arguments)
 
@@ -192,9 +202,10 @@ def test_appended_equals_new(device):
     assert relative_error(prefill_attention(**arguments), expected) < 1e-3
 
 
+@FORMS
 @pytest.mark.parametrize("new", [False, True])
 @pytest.mark.parametrize("split_size", [1, 2, 5])
-def test_splits_and_batch_invariance(split_size, new, device):
+def test_splits_and_batch_invariance(split_size, new, form, device):
     """The bits of a sequence are the same alone, beside others and in another place; padding is not written."""
     arguments = prefill_case(SMALL, [330, 70, 200], [6, 2, 17], new=new, sink_len=16, device=device)
     out = check(arguments, split_size=split_size)
@@ -261,18 +272,19 @@ def test_context_in_two_parts(device):
     assert relative_error(merged, whole) < 1e-3
 
 
-def test_launch_parameters():
-    """Few rows leave pages as they are, many dequantize them; the batch-invariant mode knows neither count."""
+def test_launch_parameters(monkeypatch):
+    """The more rows, the larger the tiles; the batch-invariant mode knows neither tokens nor sequences."""
     device = torch.device("cpu")
 
-    def rows_and_form(tokens: int, split_size: int | None = None) -> tuple[int, bool]:
-        config = configs.prefill_config(PageLayout(), torch.float16, device, tokens, 1, 4, split_size)
-        return config.block_m, config.folded
+    def config(tokens: int, split_size: int | None = None, layout: PageLayout = LAYOUTS[8], dtype=torch.float16):
+        chosen = configs.prefill_config(layout, dtype, device, tokens, 1, 4, split_size)
+        return chosen.block_m, chosen.folded
 
-    assert [rows_and_form(tokens) for tokens in (4, 8, 9, 16, 17)] == [
-        (16, True), (16, True), (64, False), (64, False), (128, False),
-    ]  # fmt: skip
-    assert rows_and_form(4, 8) == rows_and_form(2048, 8) == (16, True)
+    assert [config(tokens) for tokens in (4, 16, 17)] == [(64, False), (64, False), (128, False)]
+    assert config(4, 8) == config(2048, 8) == (64, False)
+    assert config(4, dtype=torch.float32) == config(4, layout=PageLayout(head_dim=512)) == (16, True)
+    monkeypatch.setattr(configs, "holds_dequantized_pages", lambda device: False)
+    assert config(4) == config(2048) == config(4, 8) == (16, True)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs 2.4 GB of pages and a long loop")
