@@ -80,7 +80,7 @@ class PageLayout:
         k_bits, v_bits, page_size = map(int, match.groups())
         return cls(head_dim=head_dim, page_size=page_size, k_bits=k_bits, v_bits=v_bits)
 
-    @functools.cached_property
+    @property
     def name(self) -> str:
         """The preset name, such as `k4v2_g128`."""
         return f"k{self.k_bits}v{self.v_bits}_g{self.page_size}"
