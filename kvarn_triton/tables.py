@@ -68,8 +68,10 @@ class DecodeTable:
         """Return the parameters of the nearest head_dim that isn't smaller, else of the largest."""
         if not self.entries:
             return DecodeConfig()
-        larger = [entry for entry in self.entries if entry.head_dim >= head_dim]
-        return min(larger, key=lambda e: e.head_dim).config if larger else max(self.entries, key=lambda e: e.head_dim).config
+        # Plain lists, which torch.compile can trace.
+        head_dims = [entry.head_dim for entry in self.entries]
+        nearest = min([size for size in head_dims if size >= head_dim] or [max(head_dims)])
+        return self.entries[head_dims.index(nearest)].config
 
 
 def _read(data: object, path: Path) -> list[DecodeTable]:

@@ -41,7 +41,8 @@ MAX_ERROR = 2e-3
         "times_decode": "x decode",
     },
     note="one prefill_attention call, pages only. verify: the query tokens are in the cache; decode us: one token per\n"
-    "sequence of the same cache. chunk: the query tokens' keys and values are given; 16-bit: the tuned twin, all tokens in 16-bit pages.",
+    "sequence of the same cache. chunk: the query tokens' keys and values are given; 16-bit: the tuned twin, all tokens\n"
+    "in 16-bit pages.",
 )
 def prefill(options: Options) -> Iterator[Row]:
     """Time `prefill_attention` for the first shape."""

@@ -35,6 +35,7 @@ HELP = {
     "store": "time quantizing keys and values into pages (GPU)",
     "dequantize": "time reading pages back as 16-bit keys and values (GPU)",
     "hadamard": "time the rotation (GPU)",
+    "overhead": "host time of a call through an operator beside the plain function",
     "capacity": "bytes per token of every preset",
     "error": "error of keys, values and attention on synthetic distributions",
     "compile": "registers, spills, shared memory and loop lengths on every architecture; compiles, runs nothing",
@@ -47,6 +48,7 @@ def register_sweeps() -> None:
     import gate  # noqa: F401
     import gpu_sweeps  # noqa: F401
     import offline_sweeps  # noqa: F401
+    import overhead_sweeps  # noqa: F401
     import prefill_sweeps  # noqa: F401
     import ragged_sweeps  # noqa: F401
     import stream_sweeps  # noqa: F401

@@ -17,7 +17,7 @@ from kvarn_triton import reference
 
 PACKAGE = Path(kvarn.__file__).parent
 FUNCTIONS = [name for name in kvarn.__all__ if inspect.isfunction(getattr(kvarn, name))]
-WITHOUT_TWIN = {"decode_workspace_size", "load_table", "no_compilation", "save_table", "warmup"}
+WITHOUT_TWIN = {"decode_workspace_size", "load_table", "no_compilation", "prefill_workspace_size", "save_table", "warmup"}
 """The reference needs no workspace and compiles nothing."""
 
 

@@ -123,7 +123,7 @@ def prefill_attention(
     """Attend with several query tokens per sequence; see `kvarn_triton.prefill_attention`."""
     dtype = working_dtype(q.dtype)
     sm_scale = layout.head_dim**-0.5 if sm_scale is None else sm_scale
-    result = torch.zeros_like(q) if out is None else out
+    result = torch.zeros_like(q, memory_format=torch.contiguous_format) if out is None else out
     lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float32, device=q.device)
     for b in range(seq_lens.shape[0]):
         seq_len, first, last = int(seq_lens[b]), int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1])

@@ -1,0 +1,86 @@
+"""Operators on CPU tensors outside Triton's interpreter, where the reference runs. `test_ops.py` calls these functions."""
+
+from __future__ import annotations
+
+import torch
+
+import kvarn_triton as kvarn
+from kvarn_triton import configs, ops
+from kvarn_triton.testing import cache_case
+
+LAYOUT = kvarn.PageLayout(64, 64, 4, 2)
+NAMES = LAYOUT.name, LAYOUT.head_dim
+SINK = 16
+OPS = torch.ops.kvarn_triton
+
+
+def calls() -> list[tuple]:
+    """Return each operator with arguments for it; every optional argument is given at least once."""
+    case = cache_case(LAYOUT, [150, 70], sink_len=SINK)
+    # Results are compared, and NaN is not equal to NaN.
+    case.pages[(case.pages == 255).all(-1)] = 0
+    case.raw_pages.nan_to_num_(0.0)
+    k, v = (torch.randn(128, 2, 64).half() for _ in range(2))
+    ids, starts = torch.tensor([1, -1, 0]), torch.tensor([64, 0, 3], dtype=torch.int32)
+    raw = case.raw_pages, case.raw_table, case.num_quantized, SINK
+    csr = torch.tensor([0, 2, 4], dtype=torch.int32), case.block_table.flatten()
+    lens, committed = case.seq_lens, case.seq_lens + 64
+    options = 0.1, 90, 20.0, torch.zeros(8)  # sm_scale, window, soft_cap, sinks
+    row = [2, 2, 64, 64, 4, 4, 0, 1]
+    # Heads before rows: the result is contiguous all the same.
+    q = torch.randn(8, 2, 64).half().transpose(0, 1)
+    q5, new = torch.randn(5, 8, 64).half(), torch.randn(5, 2, 64).half()
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+    out, lse, workspace = torch.zeros(2, 8, 64).half(), torch.zeros(2, 8), torch.zeros(1 << 20, dtype=torch.uint8)
+    plain = q, case.pages, case.block_table, lens, *NAMES
+    full = q, case.pages, None, lens, *NAMES, *raw, *options, *csr, 2, row
+    many = q5, case.pages, case.block_table, lens, cu_seqlens, *NAMES, None, None, *raw
+    fresh = q5, case.pages, None, lens, cu_seqlens, *NAMES, new, new, *raw, *options, *csr, 2
+    tiles = torch.zeros(2, 3, 64, 2, 64).unbind(0)
+    commit = case.num_quantized.clone(), *NAMES, SINK, 0, 1, True, 8, True
+    return [
+        (OPS.hadamard.default, (q, None)),
+        (OPS.hadamard.into, (torch.zeros(3, 64), torch.randn(3, 64), 32)),
+        (OPS.raw_slots.default, (torch.tensor([[3, 149], [-1, 69]]), case.raw_table, SINK, 64)),
+        (OPS.append_tokens.default, (k[:2], v[:2], case.raw_pages, torch.tensor([5, -1]))),
+        (OPS.store_pages.default, (k, v, case.pages, ids[:2], *NAMES, 8, True, None)),
+        (OPS.store_pages.default, (k, v, case.pages, ids, *NAMES, 4, False, starts)),
+        (OPS.commit_pages.default, (case.raw_pages, case.pages, raw[1], case.block_table, committed, *commit, None, None)),
+        (OPS.commit_pages.default, (case.raw_pages, case.pages, raw[1], None, committed, *commit, *csr)),
+        (OPS.dequantize_pages.default, (case.pages, case.block_table[0, :1], *NAMES, torch.bfloat16, True)),
+        (OPS.dequantize_pages.into, (*tiles, case.pages, torch.tensor([-1, 1, -1]), *NAMES, torch.float16, False)),
+        (OPS.decode_attention.default, plain),
+        (OPS.decode_attention.default, full),
+        (OPS.decode_attention.lse, full),
+        (OPS.decode_attention.into, (out, None, *plain)),
+        (OPS.decode_attention.into_lse, (out, workspace, *full)),
+        (OPS.prefill_attention.default, many),
+        (OPS.prefill_attention.lse, fresh),
+        (OPS.prefill_attention.into, (torch.zeros_like(q5), workspace, *many)),
+        (OPS.prefill_attention.into_lse, (torch.zeros_like(q5), None, *fresh)),
+        (OPS.merge_states.default, (out, lse, out + 1, lse + 1)),
+    ]
+
+
+def check_registration() -> None:
+    """Run PyTorch's own checks: schema against what is written, fake against real results, compilation against eager."""
+    assert not configs.INTERPRETED
+    checked = set()
+    for operator, arguments in calls():
+        try:
+            torch.library.opcheck(operator, arguments)
+        except Exception as error:
+            raise AssertionError(f"{operator}: {error}") from error
+        checked.add(str(operator))
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kvarn_triton::")}
+    assert {name.removesuffix(".default").replace(".", "::", 1) for name in checked} == registered
+
+
+def check_no_gradients() -> None:
+    """Results require no gradients, whatever the arguments do."""
+    x = torch.randn(3, 64, requires_grad=True)
+    case = cache_case(LAYOUT, [70])
+    out, lse = ops.decode_attention(case.q.requires_grad_(), **case.kwargs, return_lse=True)
+    assert not any(result.requires_grad for result in (ops.hadamard(x), out, lse))
+    compiled = torch.compile(ops.hadamard, fullgraph=True, backend="aot_eager")
+    assert not compiled(x).requires_grad and torch.equal(compiled(x), kvarn.hadamard(x.detach()))

@@ -1,0 +1,154 @@
+"""Operators: what PyTorch checks of their registration, a compiled decode step, what is refused, and what an import costs."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import bits_of
+from test_dispatch import run_python
+
+import kvarn_triton as kvarn
+from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, operators, ops
+from kvarn_triton.tables import Entry
+from kvarn_triton.testing import cache_case
+
+LAYOUT = PageLayout(64, 64, 4, 2)
+SINK = 16
+FUNCTIONS = [name for name, value in vars(ops).items() if inspect.isfunction(value) and value.__module__ == ops.__name__]
+
+
+def run_worker(function: str) -> None:
+    """Run a function of `ops_worker.py` in a process without Triton's interpreter."""
+    run_python(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import ops_worker; ops_worker.{function}()")
+
+
+@pytest.mark.parametrize("function", ["check_registration", "check_no_gradients"])
+def test_registered_operators(function):
+    """Schemas, fake implementations and gradients of all operators."""
+    run_worker(function)
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if not name.startswith("_")])
+def test_same_parameters(name):
+    """Every function has the parameters and defaults of its launcher."""
+    own, launcher = (inspect.signature(getattr(module, name)).parameters.values() for module in (ops, kvarn))
+    assert [(p.name, p.kind, p.default) for p in own] == [(p.name, p.kind, p.default) for p in launcher]
+
+
+def test_importing_the_package_registers_nothing():
+    """Operators exist once `ops` is imported, and not before."""
+    run_python(
+        "import torch, kvarn_triton\n"
+        "assert not hasattr(torch.ops.kvarn_triton, 'hadamard')\n"
+        "from kvarn_triton import ops\n"
+        "assert hasattr(torch.ops.kvarn_triton, 'hadamard')\n"
+    )
+
+
+class Layer:
+    """A cache, and the decode step of a layer over it, with the operators or with the launchers."""
+
+    def __init__(self, module, device: torch.device) -> None:
+        self.module = module
+        case = cache_case(LAYOUT, [140, 70], sink_len=SINK, num_kv_heads=1, device=device)
+        self.case = case
+        self.projection = torch.randn(4 * 64, 32, generator=torch.Generator().manual_seed(1)).half().to(device)
+
+    def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Append a token per sequence, complete pages, attend and project."""
+        m, c = self.module, self.case
+        m.append_tokens(k, v, c.raw_pages, m.raw_slots(positions, c.raw_table, sink_len=SINK, page_size=64).flatten())
+        m.commit_pages(c.raw_pages, c.pages, c.raw_table, c.block_table, c.seq_lens, c.num_quantized, LAYOUT, sink_len=SINK)
+        out = m.decode_attention(q, **c.kwargs)
+        return m.hadamard(out).flatten(1) @ self.projection
+
+    def state(self) -> list[torch.Tensor]:
+        """Return the bits of all that a step writes."""
+        return [bits_of(x) for x in (self.case.raw_pages, self.case.pages, self.case.num_quantized)]
+
+
+def test_compiled_decode_step(device):
+    """A step in one graph gives the bits of the eager one, in the cache too; other lengths compile nothing.
+
+    The third step completes a page of the first sequence.
+    """
+    eager, traced = Layer(kvarn, device), Layer(ops, device)
+    compiled = torch.compile(traced.step, fullgraph=True, backend="aot_eager")
+    before = eager.state()[1].clone()
+    random = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for lengths in ([141, 71], [142, 72], [144, 73]):
+            q = torch.randn(2, 4, 64, generator=random).half().to(device)
+            k, v = (torch.randn(2, 1, 64, generator=random).half().to(device) for _ in range(2))
+            for layer in (eager, traced):
+                layer.case.seq_lens.copy_(torch.tensor(lengths))
+            positions = (eager.case.seq_lens - 1)[:, None]
+            with torch._dynamo.config.patch(error_on_recompile=lengths != [141, 71]):
+                result = compiled(q, k, v, positions)
+            assert torch.equal(bits_of(result), bits_of(eager.step(q, k, v, positions)))
+            assert all(torch.equal(a, b) for a, b in zip(eager.state(), traced.state(), strict=True))
+    assert not torch.equal(before, eager.state()[1])
+
+
+def test_options_reach_the_launcher(device, monkeypatch):
+    """A table's row for the head_dim, the encoder and memory of the caller arrive, in a compiled graph too."""
+    seen = []
+    for name, module in (("decode_attention", operators.decode), ("commit_pages", operators.commit)):
+        launch = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, launch=launch, **kwargs: seen.append(kwargs) or launch(*args, **kwargs))
+    wanted = DecodeConfig(num_warps=2, num_stages=1, maxnreg=64, programs_per_sm=1, few_programs_per_sm=1)
+    table = DecodeTable("any", (Entry(64, wanted, "measured"), Entry(512, DecodeConfig(), "measured")))
+    case = cache_case(LAYOUT, [70], device=device)
+    raw = case.raw_table, case.block_table, case.seq_lens, case.num_quantized
+    workspace = torch.empty(1 << 20, dtype=torch.uint8, device=device)
+
+    def step(out):
+        ops.commit_pages(case.raw_pages, case.pages, *raw, LAYOUT, keep_pages=1, encoder=kvarn.Encoder(3, equivariant=False))
+        return ops.decode_attention(
+            case.q,
+            **case.kwargs,
+            window=65,
+            soft_cap=30.0,
+            out=out,
+            workspace=workspace,
+            return_lse=True,
+            split_size=2,
+            table=table,
+        )
+
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        out = torch.zeros_like(case.q)
+        result, lse = run(out)
+        assert result is out and out.abs().sum() > 0 and lse.shape == (1, 8)
+        commit, attention = seen[-2:]
+        assert commit["encoder"] == kvarn.Encoder(3, equivariant=False) and commit["keep_pages"] == 1
+        assert attention["table"].find(64) == wanted
+        assert (attention["window"], attention["soft_cap"], attention["split_size"]) == (65, 30.0, 2)
+        assert attention["workspace"].shape == workspace.shape
+
+
+@pytest.mark.parametrize("config", [DecodeConfig(1, 2, 64, 32, 8, 4, 128, True), DecodeConfig(2, 3, 32, 64, 6, 5)])
+def test_rows_of_tables(config):
+    """Launch parameters survive the way through an operator's schema."""
+    row = operators.table_row(DecodeTable("any", (Entry(128, config, "measured"),)), 64)
+    assert operators._table(tuple(row), 64).find(64) == config
+
+
+def test_refusals(device):
+    """The launcher's errors come through, eagerly and from a compiled graph; those of the functions too."""
+    case = cache_case(LAYOUT, [70], device=device)
+    arguments = case.kwargs | {"block_table": case.block_table.long()}
+    compiled = torch.compile(ops.decode_attention, fullgraph=True, backend="aot_eager")
+    for attend in (ops.decode_attention, compiled):
+        with pytest.raises(ValueError, match="block_table: expected dtype int32, got int64"):
+            attend(case.q, **arguments)
+    workspace = torch.empty(1 << 20, dtype=torch.uint8, device=device)
+    with pytest.raises(ValueError, match="workspace: expected None without out, got 'a tensor'"):
+        ops.decode_attention(case.q, **case.kwargs, workspace=workspace)
+    with pytest.raises(ValueError, match="out: expected a tuple of two tensors, got 'list'"):
+        ops.dequantize_pages(case.pages, case.block_table[0], LAYOUT, out=[])
+    with pytest.raises(ValueError, match="q: expected shape"):
+        ops.decode_attention(torch.zeros(1, 8, 80, device=device).half(), **case.kwargs)
