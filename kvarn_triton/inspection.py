@@ -56,6 +56,8 @@ SHARED_MEMORY_LIMIT = {
 _TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 _OPCODE = re.compile(r"(?:/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?|^\s+(?=(?:v|s|ds|global|buffer|flat|scratch)_))(\w+)")
 _LABEL = re.compile(r"^\s*(\.L_x_\d+|\.LBB\d+_\d+):")
+_UNIFORM = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s+([^;]*\bUR\d[^;]*);")
+_PREDICATE = re.compile(r"!?U?P(?:\d+|T)")
 _BRANCH = re.compile(r"(?:BRA\b|s_c?branch\w*).*?(\.L_x_\d+|\.LBB\d+_\d+)")
 
 
@@ -125,6 +127,8 @@ class Resources:
         num_warps: warps of a program.
         instructions: static instructions of the whole kernel.
         loops: opcode counts of each innermost loop body, largest first: what one trip costs one warp.
+        unset: instructions that read a uniform register which nothing has written (NVIDIA). There are none in a right
+            program; ptxas 12.8 has lost the copy of a descriptor of a matrix in shared memory.
     """
 
     registers: int
@@ -133,6 +137,7 @@ class Resources:
     num_warps: int
     instructions: int
     loops: list[collections.Counter[str]] = field(default_factory=list)
+    unset: list[str] = field(default_factory=list)
 
     @property
     def product_loop(self) -> collections.Counter[str]:
@@ -185,6 +190,30 @@ def find_loops(sass: str) -> list[collections.Counter[str]]:
     return sorted(loops, key=lambda counts: -counts.total())
 
 
+def reads_of_unset_registers(sass: str) -> list[str]:
+    """Return the instructions of a disassembly that read a uniform register before any instruction, in order, writes it."""
+    written, found = {63}, []
+    for match in _UNIFORM.finditer(sass):
+        name, operands = match.group(1), [operand.strip() for operand in match.group(2).split(",")]
+        # The target comes first, after predicates that the instruction sets.
+        target = next((i for i, operand in enumerate(operands) if not _PREDICATE.fullmatch(operand)), 0)
+        target = target if re.fullmatch(r"UR\d+", operands[target]) else -1
+        wide = ".64" in name or "WIDE" in name
+        for i, operand in enumerate(operands):
+            for register in map(int, re.findall(r"UR(\d+)", operand)) if i != target else ():
+                width = 2 if "desc" in operand or name.endswith(".64") else 1
+                first = register
+                if "gdesc" in operand:  # of a matrix on either side; the left one may be in registers
+                    first, width = (register + 2, 2) if operands[1].startswith("R") else (register, 4)
+                if not written.issuperset(range(first, first + width)):
+                    found.append(match.group(0).strip())
+                    written.update(range(first, first + width))
+        if target >= 0:
+            register = int(operands[target][2:])
+            written.update((register, register + 1) if wide else (register,))
+    return found
+
+
 def resources(compiled: Compiled) -> Resources:
     """Return what a compiled kernel uses, from the compiler's metadata and the disassembly."""
     metadata, asm = compiled.kernel.metadata, compiled.kernel.asm
@@ -212,4 +241,5 @@ def resources(compiled: Compiled) -> Resources:
         num_warps=metadata.num_warps,
         instructions=sum(1 for _ in _OPCODE.finditer(sass)),
         loops=find_loops(sass),
+        unset=reads_of_unset_registers(sass),
     )

@@ -81,7 +81,7 @@ def launch_merge_queries(
     """Merge `partial` [num_splits, total_tokens, num_q_heads, head_dim] into `out` and `lse`; nothing is checked."""
     num_splits, total_tokens, num_q_heads, head_dim = partial.shape
     block_d = triton.next_power_of_2(head_dim)
-    block_s = min(triton.next_power_of_2(num_splits), configs.MERGE_BLOCKS[1])
+    block_s = configs.MERGE_BLOCKS[0] if num_splits <= configs.MERGE_BLOCKS[0] else configs.MERGE_BLOCKS[1]
     _kvarn_merge_queries_kernel[(num_q_heads, total_tokens)](
         out,
         partial_lse if lse is None else lse,

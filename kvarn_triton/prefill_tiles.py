@@ -332,7 +332,7 @@ def launch_prefill_tiles(
         HAS_SINKS=sinks is not None,
         CSR=block_table is None,
         SINGLE=num_splits == 1,
-        RETURN_LSE=lse is not None,
+        RETURN_LSE=lse is not None and num_splits == 1,
         PTX=configs.uses_ptx(),
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,

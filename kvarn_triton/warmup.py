@@ -17,6 +17,7 @@ from .commit import commit_pages
 from .decode import decode_attention
 from .encoder import DEFAULT, Encoder
 from .layout import PageLayout
+from .prefill import prefill_attention
 from .store import store_pages
 from .tables import DecodeTable
 
@@ -59,14 +60,15 @@ def warmup(
     soft_cap: bool = False,
     sinks: bool = False,
     csr: bool = False,
+    prefill: bool = False,
 ) -> None:
     """Compile, and load, every kernel that a server's steps launch for one model: decode, append, commit and store.
 
     Nothing depends on batch sizes, lengths, page counts, the size of the sink or of the window: one call serves them all. Cost:
     some seconds for each kernel that is not in Triton's cache on disk. Tensors of a few pages are allocated and dropped.
 
-    The last four options are one kind of attention call, which all layers of many models share. Where layers differ, as in
-    models that have a window in every other layer, call it once for each kind: what they share is compiled once.
+    Four options, from `window` on, are one kind of attention call, which all layers of many models share. Where layers differ,
+    as in models that have a window in every other layer, call it once for each kind: what they share is compiled once.
 
     Args:
         layout: the page format.
@@ -81,6 +83,7 @@ def warmup(
         soft_cap: whether attention gets a `soft_cap`.
         sinks: whether attention gets `sinks`.
         csr: whether page ids come as `kv_indptr` and `kv_indices`.
+        prefill: whether `prefill_attention` is called too, on raw pages of `raw_dtype`, with and without new keys and values.
 
     Raises:
         ValueError: for a wrong option.
@@ -103,6 +106,8 @@ def warmup(
     if sinks:
         options["sinks"] = torch.zeros(num_q_heads, device=device)
     _warm_decode(layout, num_q_heads, pages, raw_pages, dtype, csr, {"table": table, **options})
+    if prefill:
+        _warm_prefill(layout, num_q_heads, pages, raw_pages, tokens, csr, options)
     for ids in (torch.int32, torch.int64):
         slots = torch.full((size,), -1, dtype=ids, device=device)
         count = configs.append_block(head_dim)
@@ -149,3 +154,31 @@ def _warm_decode(
         for return_lse in (False, True):
             for tables in (indices, indices | raw):
                 decode_attention(q, pages, block_table, lens, layout, return_lse=return_lse, **tables, **options)
+
+
+def _warm_prefill(
+    layout: PageLayout,
+    num_q_heads: int,
+    pages: torch.Tensor,
+    raw_pages: torch.Tensor,
+    tokens: torch.Tensor,
+    csr: bool,
+    options: dict[str, Any],
+) -> None:
+    """Compile prefill attention for few and for many rows, with one run of pages, a few and many."""
+    num_kv_heads = pages.shape[1]
+    new = torch.zeros(65, num_kv_heads, layout.head_dim, dtype=tokens.dtype, device=pages.device)
+    lens = torch.zeros(1, dtype=torch.int32, device=pages.device)
+    ends = torch.zeros(2, dtype=torch.int32, device=pages.device)
+    for count in (1, 65):
+        q = torch.zeros(count, num_q_heads, layout.head_dim, dtype=tokens.dtype, device=pages.device)
+        for columns in (1, 2, 4096):
+            block_table, indices = _body_tables(torch.zeros(1, columns, dtype=torch.int32, device=pages.device), csr)
+            raw_table = torch.zeros(1, 2, dtype=torch.int32, device=pages.device)
+            raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": raw_table, "num_quantized": lens}
+            given: list[dict[str, Any]] = [{}, {"k": new[:count], "v": new[:count]}]
+            for keys in given:
+                for return_lse in (False, True):
+                    prefill_attention(
+                        q, pages, block_table, lens, ends, layout, return_lse=return_lse, **keys, **indices, **raw, **options
+                    )  # fmt: skip

@@ -37,6 +37,19 @@ def decode(
     kvarn.decode_attention(q, pages, layout=layout, return_lse=True, **tables, **options)
 
 
+def prefill(
+    layout: PageLayout, tokens: int, *, group: int = 4, dtype: torch.dtype = torch.float16, new: bool = True, **options: float
+) -> None:
+    """Call prefill_attention for two sequences and kv heads, split among programs or not."""
+    lens, table = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
+    raw_pages = torch.zeros(4, 2, 2, layout.page_size, layout.head_dim, dtype=dtype)
+    tables = {"block_table": table, "seq_lens": lens, "raw_pages": raw_pages, "raw_table": table, "num_quantized": lens}
+    q, kv = (torch.zeros(tokens, 2 * heads, layout.head_dim, dtype=dtype) for heads in (group, 1))
+    tables |= {"k": kv, "v": kv} if new else {}
+    pages, ends = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(3, dtype=torch.int32)
+    kvarn.prefill_attention(q, pages, cu_seqlens_q=ends, layout=layout, return_lse=True, **tables, **options)
+
+
 def encode(layout: PageLayout, dtype: torch.dtype = torch.float16) -> None:
     """Call store_pages and commit_pages."""
     pages, ids = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(2, dtype=torch.int32)
@@ -77,6 +90,7 @@ def describe(compiled: Compiled, case: str) -> dict:
         "registers": used.registers,
         "num_warps": used.num_warps,
         "page_loop": used.product_loop.total(),
+        "unset": used.unset,
         "loop_spills": used.product_loop["LDL"] + used.product_loop["STL"],
         "loops": [loop.total() for loop in used.loops],
         "largest_loop": used.loops[0].total() if used.loops else 0,
@@ -90,6 +104,8 @@ def main(target: str) -> None:
         "decode": lambda: decode(MAIN),
         "decode quantized only, group 8": lambda: decode(MAIN, raw=False),
         "decode window and soft cap": lambda: decode(MAIN, window=1000, soft_cap=30.0),
+        "prefill few": lambda: prefill(MAIN, 8, new=False),
+        "prefill many": lambda: prefill(MAIN, 512),
         "encode": lambda: encode(MAIN),
         "small": lambda: small_functions(MAIN),
     }
@@ -101,6 +117,11 @@ def main(target: str) -> None:
             "decode head_dim 80": lambda: decode(PageLayout(80, 64, 3, 3), group=5),
             "decode head_dim 256, 8 bits": lambda: decode(PageLayout(256, 128, 8, 8), group=16),
             "decode head_dim 512": lambda: decode(PageLayout(512, 64, 8, 8), group=2),
+            "prefill one run, window and soft cap": lambda: prefill(MAIN, 512, split_size=2, window=99, soft_cap=30.0),
+            "prefill float32": lambda: prefill(PageLayout(64, 64, 3, 8), 64, dtype=torch.float32),
+            "prefill bfloat16, head_dim 80": lambda: prefill(PageLayout(80, 64, 3, 3), 64, group=5, dtype=torch.bfloat16),
+            "prefill head_dim 256": lambda: prefill(PageLayout(256, 128, 8, 8), 64),
+            "prefill head_dim 512": lambda: prefill(PageLayout(512, 128, 8, 8), 64),
             "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3)),
             "encode head_dim 192, float32": lambda: encode(PageLayout(192, 128, 3, 8), dtype=torch.float32),
             "dequantize head_dim 80": lambda: dequantize(PageLayout(80, 64, 3, 8), torch.bfloat16),

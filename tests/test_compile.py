@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kvarn_triton.inspection import SHARED_MEMORY_LIMIT, TARGETS
+from kvarn_triton.inspection import SHARED_MEMORY_LIMIT, TARGETS, reads_of_unset_registers
 
 TESTS = Path(__file__).parent
 
@@ -69,9 +69,11 @@ def test_compiles(target, compiled):
             "dequantize",
             "dequantize_pages",
             "hadamard",
+            "merge_queries",
             "merge_splits",
             "merge_states",
             "pack",
+            "prefill_attention",
             "quantize",
             "store_pages",
             "unpack",
@@ -80,6 +82,7 @@ def test_compiles(target, compiled):
     }
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_MEMORY_LIMIT[target], kernel
+        assert not kernel["unset"], kernel
     if target in BUDGET_TARGETS:
         for case in BUDGET_CASES:
             decode = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_decode_attention_kernel", case))
@@ -94,3 +97,21 @@ def test_compiles(target, compiled):
         assert read["num_warps"] == 1 and values > keys, read
         assert values * READ_TRIPS[0] + keys * READ_TRIPS[1] <= INSTRUCTIONS_PER_READ, read
         assert read["stack"] == 0 and read["registers"] <= 128, read
+
+
+def test_unset_registers_are_found():
+    """A descriptor whose lower half is a copy that the compiler lost is found; what was written before it is read is not."""
+    whole = """
+        /*0000*/                   ULDC.64 UR4, c[0x0][0x208] ;
+        /*0010*/                   UMOV UR14, 0x20 ;
+        /*0020*/                   UMOV UR15, 0x80000020 ;
+        /*0030*/                   UIADD3 UR18, UP1, UR14, 0x2, URZ ;
+        /*0040*/                   UIADD3.X UR19, UR15, URZ, URZ, UP1, !UPT ;
+        /*0050*/               @P0 LDG.E R2, desc[UR4][R8.64] ;
+        /*0060*/                   HGMMA.64x128x16.F32 R88, R24, gdesc[UR12], R88 ;
+        /*0070*/                   HGMMA.64x128x16.F32 R88, R28, gdesc[UR16], R88, gsb0 ;
+    """
+    assert reads_of_unset_registers(whole) == []
+    lost = whole.replace("UR14, 0x2, URZ", "UR18, 0x2, URZ").replace("UR15, URZ, URZ, UP1", "UR19, URZ, URZ, UP1")
+    assert len(reads_of_unset_registers(lost)) == 2
+    assert len(reads_of_unset_registers(whole.replace("UMOV UR15", "UMOV UR16"))) == 2

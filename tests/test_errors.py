@@ -58,6 +58,15 @@ def valid_arguments(device: torch.device) -> dict[str, dict]:
         },
         "dequantize_pages": {"pages": case.pages, "page_ids": ids, "layout": LAYOUT, "out": (out, out.clone())},
         "decode_attention": {"q": case.q, **case.kwargs, "out": torch.empty_like(case.q), **options},
+        "prefill_attention": {
+            "q": torch.randn(9, 6, 64, device=device).half(),
+            **case.kwargs,
+            "cu_seqlens_q": torch.tensor([0, 5, 9], dtype=torch.int32, device=device),
+            "k": torch.randn(9, 2, 64, device=device).half(),
+            "v": torch.randn(9, 2, 64, device=device).half(),
+            "out": torch.zeros(9, 6, 64, device=device).half(),
+            **options,
+        },
         "merge_states": {"out_a": state, "lse_a": lse, "out_b": state, "lse_b": lse},
     }
 
@@ -250,6 +259,28 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("split_size", set_to(0), "split_size: expected an integer of at least 1, got 0"),
         ("workspace", set_to(torch.zeros(8)), "expected dtype uint8, got float32"),
     ],
+    "prefill_attention": [
+        *PAGES,
+        *RAW,
+        *RAW_TABLE,
+        *BLOCK_TABLE,
+        ("q", to(torch.float64), "expected dtype float16 or bfloat16 or float32, got float64"),
+        ("q", lambda x: x[:, :5], "expected a multiple of the 2 kv heads of pages as query heads, got 5"),
+        ("seq_lens", set_to(None), "expected a tensor, got NoneType"),
+        ("cu_seqlens_q", to(torch.int64), "expected dtype int32, got int64"),
+        ("cu_seqlens_q", lambda x: x[:2], r"expected shape \[3\], got \[2\]"),
+        ("k", lambda x: x[:8], r"expected shape \[9, 2, 64\], got \[8, 2, 64\]"),
+        ("k", to(torch.int32), "expected dtype float16 or bfloat16 or float32, got int32"),
+        ("v", set_to(None), "expected a tensor beside k, and None without it, got None"),
+        ("v", to(torch.float32), "expected dtype float16, got float32"),
+        ("v", *GAPPED),
+        ("out", lambda x: x[:1], r"expected shape \[9, 6, 64\], got \[1, 6, 64\]"),
+        ("window", set_to(0), "window: expected None or an integer from 1 to 2147483647, got 0"),
+        ("soft_cap", set_to(-1.0), "soft_cap: expected None or a number above 0 .*, got -1.0"),
+        ("sinks", lambda x: x[:5], r"expected shape \[6\], got \[5\]"),
+        ("split_size", set_to(0), "split_size: expected an integer of at least 1, got 0"),
+        ("workspace", set_to(torch.zeros(8)), "expected dtype uint8, got float32"),
+    ],
     "merge_states": [
         ("out_a", *NOT_A_TENSOR),
         ("out_a", to(torch.int32), "expected dtype float16 or bfloat16 or float32, got int32"),
@@ -289,7 +320,7 @@ def test_valid_arguments(function, device):
     getattr(kvarn, function)(**valid_arguments(device)[function])
 
 
-@pytest.mark.parametrize("function", ["commit_pages", "decode_attention"])
+@pytest.mark.parametrize("function", ["commit_pages", "decode_attention", "prefill_attention"])
 def test_csr_tables(function, device):
     """Page ids in CSR form are as good as a block table; each wrong one is named, and nothing is written."""
     arguments = valid_arguments(device)[function]

@@ -47,6 +47,19 @@ def step(
     kvarn.store_pages(prompt, prompt, pages, torch.zeros(3, dtype=torch.int32), LAYOUT)
 
 
+def chunk(batch: int, tokens: int, max_pages: int, new: bool) -> None:
+    """Call prefill attention with `tokens` query tokens for each sequence."""
+    size, head_dim, total = LAYOUT.page_size, LAYOUT.head_dim, batch * tokens
+    pages = torch.zeros(LAYOUT.pages_shape(3, HEADS), dtype=torch.uint8)
+    raw_pages = torch.zeros(5, 2, HEADS, size, head_dim, dtype=torch.float16)
+    q, kv = (torch.zeros(total, heads, head_dim, dtype=torch.float16) for heads in (4 * HEADS, HEADS))
+    tables = {"raw_pages": raw_pages, "raw_table": torch.zeros(batch, 4, dtype=torch.int32), "sink_len": size}
+    table, lens = torch.zeros(batch, max_pages, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32)
+    ends = torch.arange(batch + 1, dtype=torch.int32)
+    tables |= {"k": kv, "v": kv} if new else {}
+    kvarn.prefill_attention(q, pages, table, lens, ends, LAYOUT, num_quantized=lens, **tables)
+
+
 def main() -> None:
     """Warm up, then call."""
     with compile_for("sm90") as kernels:
@@ -65,6 +78,11 @@ def main() -> None:
                     raise AssertionError(f"{other} was not warmed up, but compiled")
         step(2, 2, 0, group=1)
         assert len(kernels) > count
+        kvarn.warmup(LAYOUT, 4 * HEADS, HEADS, torch.device("cpu"), dtype=torch.float16, prefill=True)
+        with kvarn.no_compilation():
+            for batch, tokens, max_pages in ((1, 1, 9), (2, 4, 5), (3, 16, 40), (2, 17, 3), (8, 300, 64), (5, 2, 1)):
+                for new in (False, True):
+                    chunk(batch, tokens, max_pages, new)
         options = {"window": True, "soft_cap": True, "sinks": True, "csr": True}
         kvarn.warmup(LAYOUT, 4 * HEADS, HEADS, torch.device("cpu"), dtype=torch.float16, **options)
         with kvarn.no_compilation():
