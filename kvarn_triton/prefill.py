@@ -11,10 +11,13 @@ import torch
 
 from . import configs, reference
 from .cache_checks import check_attention
-from .checks import FLOATS, check_aligned, check_tensor, require
+from .checks import check_aligned, check_tensor, require
 from .layout import PageLayout
 from .prefill_merge import launch_merge_queries
 from .prefill_tiles import launch_prefill_tiles
+
+MAX_SPLITS = 65535
+"""Most programs along the third axis of a grid."""
 
 
 def prefill_workspace_size(
@@ -143,7 +146,7 @@ def prefill_attention(
     check_tensor("cu_seqlens_q", cu_seqlens_q, [batch + 1], torch.int32, device=q.device)
     require((k is None) == (v is None), "v", "a tensor beside k, and None without it", None if v is None else "a tensor")
     if k is not None and v is not None:
-        check_tensor("k", k, [total_tokens, num_kv_heads, head_dim], FLOATS, device=q.device)
+        check_tensor("k", k, [total_tokens, num_kv_heads, head_dim], q.dtype, device=q.device)
         check_tensor("v", v, k.shape, k.dtype, device=q.device)
     if split_size is not None:
         require(isinstance(split_size, int) and split_size >= 1, "split_size", "an integer of at least 1", split_size)
@@ -153,6 +156,7 @@ def prefill_attention(
     table = block_table if block_table is not None else kv_indices
     assert table is not None
     splits = _num_splits(total_tokens, batch, num_q_heads, num_kv_heads, table.shape[-1], q.device, config, split_size)
+    require(splits <= MAX_SPLITS, "split_size", f"one that cuts pages into at most {MAX_SPLITS} runs", split_size)
     num_bytes = 0 if splits == 1 else 4 * splits * total_tokens * num_q_heads * (head_dim + 1)
     if workspace is not None:
         check_tensor("workspace", workspace, [None], torch.uint8, device=q.device)

@@ -1,6 +1,6 @@
 """The second kernel of prefill attention: it merges the runs into which the pages of a tile were split.
 
-One program merges the partial results of one query head of a token. Grid: (query head, token).
+One program merges the partial results of one query head of a token. Grid: (token, query head).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def _kvarn_merge_queries_kernel(
     HAS_SINKS: tl.constexpr,
     RETURN_LSE: tl.constexpr,
 ):
-    q_head, token = tl.program_id(0), tl.program_id(1)
-    row = token.to(tl.int64) * tl.num_programs(0) + q_head
+    token, q_head = tl.program_id(0), tl.program_id(1)
+    row = token.to(tl.int64) * tl.num_programs(1) + q_head
     if token < tl.load(cu_seqlens_ptr + batch):
         offs_d = tl.arange(0, BLOCK_D)
         mask_d = offs_d < HEAD_DIM
@@ -82,7 +82,7 @@ def launch_merge_queries(
     num_splits, total_tokens, num_q_heads, head_dim = partial.shape
     block_d = triton.next_power_of_2(head_dim)
     block_s = configs.MERGE_BLOCKS[0] if num_splits <= configs.MERGE_BLOCKS[0] else configs.MERGE_BLOCKS[1]
-    _kvarn_merge_queries_kernel[(num_q_heads, total_tokens)](
+    _kvarn_merge_queries_kernel[(total_tokens, num_q_heads)](
         out,
         partial_lse if lse is None else lse,
         partial,

@@ -270,7 +270,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("cu_seqlens_q", to(torch.int64), "expected dtype int32, got int64"),
         ("cu_seqlens_q", lambda x: x[:2], r"expected shape \[3\], got \[2\]"),
         ("k", lambda x: x[:8], r"expected shape \[9, 2, 64\], got \[8, 2, 64\]"),
-        ("k", to(torch.int32), "expected dtype float16 or bfloat16 or float32, got int32"),
+        ("k", to(torch.float32), "expected dtype float16, got float32"),
         ("v", set_to(None), "expected a tensor beside k, and None without it, got None"),
         ("v", to(torch.float32), "expected dtype float16, got float32"),
         ("v", *GAPPED),
