@@ -198,19 +198,21 @@ def reads_of_unset_registers(sass: str) -> list[str]:
         # The target comes first, after predicates that the instruction sets.
         target = next((i for i, operand in enumerate(operands) if not _PREDICATE.fullmatch(operand)), 0)
         target = target if re.fullmatch(r"UR\d+", operands[target]) else -1
-        wide = ".64" in name or "WIDE" in name
+        size = re.search(r"\.(64|96|128|256)\b", name)
+        count = int(size.group(1)) // 32 if size else 2 if "WIDE" in name else 1
         for i, operand in enumerate(operands):
             for register in map(int, re.findall(r"UR(\d+)", operand)) if i != target else ():
-                width = 2 if "desc" in operand or name.endswith(".64") else 1
-                first = register
-                if "gdesc" in operand:  # of a matrix on either side; the left one may be in registers
-                    first, width = (register + 2, 2) if operands[1].startswith("R") else (register, 4)
-                if not written.issuperset(range(first, first + width)):
+                wide = operand.startswith(("desc", "gdesc")) or (name.startswith("U") and name.endswith(".64"))
+                read = range(register, register + (2 if wide else 1))
+                if operand.startswith("gdesc") and name.startswith("HGMMA"):
+                    # Descriptors of two matrices, of which the left one may be in registers instead.
+                    read = range(register + (2 if operands[1].startswith("R") else 0), register + 4)
+                if not written.issuperset(read):
                     found.append(match.group(0).strip())
-                    written.update(range(first, first + width))
+                    written.update(read)
         if target >= 0:
             register = int(operands[target][2:])
-            written.update((register, register + 1) if wide else (register,))
+            written.update(range(register, register + count))
     return found
 
 
