@@ -2,7 +2,7 @@
 
 As in `attend` nothing is dequantized: scales are folded into queries and weights, zeros are one number per row. As in
 `attend_many` numbers are rounded to 16 bits once, so that the rows of a product are 16 queries, not 8 in two terms. Codes are
-multiplied as float16 numbers below its normal range: the bits of a code are the number code * 2**-24, exactly.
+multiplied as float16 numbers below the normal range: the bits of a code are the number code * 2**-24, exactly.
 
 Codes are above 0, so rounding a folded number by r would move a score by r times a mean code of half the largest one. That
 mean is taken out: what was rounded off, times the mean code, goes into the number per row.
@@ -13,16 +13,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attend import capped, load_bytes, load_high
-from .attend_many import visible
+from .attend import load_bytes, load_high
 from .device import split_halves
 from .operands import join_planes, split_planes
-from .paging import load_page_id
 from .query import plane_channels
 
 CODE_UNIT = tl.constexpr(2.0**24)
 LARGEST = tl.constexpr(16384.0)
-"""Largest folded weight or query: within float16, far above its smallest normal number."""
+"""Largest folded weight: within float16, far above its smallest normal number."""
 LEAST_SCORE = tl.constexpr(-1e30)
 """Stands for the largest score of a row that sees no token of a page."""
 
@@ -34,8 +32,8 @@ def _mean_code(bits):
 
 
 @triton.constexpr_function
-def _half_ptx(field, bits):
-    """PTX of `_half_codes` for four bytes: `$2` codes, `$3` high bits of 3-bit codes."""
+def field_ptx(field, bits):
+    """PTX that leaves the codes of one field of four bytes `$2` in `t`; `$3` are the high bits of 3-bit codes, `u` is free."""
     width = 2 if bits == 3 else bits
     shift = f"shr.b32 t, $2, {field * width}; " if field else "mov.b32 t, $2; "
     mask = "" if bits == 8 else f"and.b32 t, t, {(2**width - 1) * 0x01010101}; "
@@ -43,7 +41,23 @@ def _half_ptx(field, bits):
     if bits == 3:
         move = f"shl.b32 u, $3, {2 - field}; " if field <= 2 else f"shr.b32 u, $3, {field - 2}; "
         high = f"{move}and.b32 u, u, {4 * 0x01010101}; or.b32 t, t, u; "
-    return "{ .reg .b32 t, u; " + shift + mask + high + "prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }"
+    return shift + mask + high
+
+
+@triton.jit
+def whole_codes(packed, high, FIELD: tl.constexpr, BITS: tl.constexpr):
+    """Return the codes int32 of one field of packed bytes. `high` as in `operands.field_codes`."""
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    codes = (packed.to(tl.int32) >> (FIELD * WIDTH)) & (2**WIDTH - 1)
+    if BITS == 3:
+        codes = codes | (((high.to(tl.int32) >> FIELD) & 1) << 2)
+    return codes
+
+
+@triton.constexpr_function
+def _half_ptx(field, bits):
+    """PTX of `_half_codes` for four bytes."""
+    return "{ .reg .b32 t, u; " + field_ptx(field, bits) + "prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }"
 
 
 @triton.jit
@@ -54,16 +68,12 @@ def _half_codes(packed, high, FIELD: tl.constexpr, BITS: tl.constexpr, OPERAND: 
             _half_ptx(FIELD, BITS), "=&r,=&r,r,r", [packed, high], tl.float16, is_pure=True, pack=4
         )  # fmt: skip
     else:
-        WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-        whole = (packed.to(tl.int32) >> (FIELD * WIDTH)) & (2**WIDTH - 1)
-        if BITS == 3:
-            whole = whole | (((high.to(tl.int32) >> FIELD) & 1) << 2)
-        codes = (whole.to(tl.float32) * (1.0 / CODE_UNIT)).to(OPERAND)
+        codes = (whole_codes(packed, high, FIELD, BITS).to(tl.float32) * (1.0 / CODE_UNIT)).to(OPERAND)
     return codes
 
 
 @triton.jit
-def _page_scores(
+def folded_scores(
     record_ptr,
     planes,
     q_factor,
@@ -113,7 +123,7 @@ def _page_scores(
 
 
 @triton.jit
-def _add_page_values(
+def add_folded_values(
     acc,
     m_i,
     l_i,
@@ -170,56 +180,3 @@ def _add_page_values(
     update = join_planes(products) * (page_factor * CODE_UNIT)[:, None] + (offset * page_factor)[:, None]
     acc = acc * alpha[:, None] + update * norm.to(tl.float32)[None, :]
     return acc, m_new, l_i * alpha + total * beta
-
-
-@triton.jit
-def attend_pages_folded(
-    acc,
-    m_i,
-    l_i,
-    q,
-    q_factor,
-    soft_cap,
-    pages_ptr,
-    table_ptr,
-    stride_page,
-    first_page,
-    last_page,
-    num_valid,
-    position,
-    first_position,
-    last_position,
-    window,
-    LAYOUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    K_FIELDS: tl.constexpr,
-    V_FIELDS: tl.constexpr,
-    OPERAND: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    PTX: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
-    """Advance (acc, m_i, l_i) by body pages; all but BLOCK_D, channels of one product, is as in `attend_many.attend_pages`."""
-    G: tl.constexpr = LAYOUT.page_size
-    planes = split_planes(q, K_FIELDS)
-    page = tl.zeros((), tl.int32)
-    if first_page < last_page:
-        page = load_page_id(table_ptr, first_page, last_page, PTX)
-    for i in tl.range(first_page, last_page, num_stages=NUM_STAGES):
-        record_ptr = pages_ptr + page.to(tl.int64) * stride_page
-        page = load_page_id(table_ptr, i + 1, last_page, PTX)
-        factor = tl.full((acc.shape[0],), 1.0, tl.float32) * q_factor
-        scores = _page_scores(record_ptr, planes, factor, LAYOUT, BLOCK_T, K_FIELDS, OPERAND, PTX)
-        if HAS_CAP:
-            scores = capped(scores, soft_cap)
-        hidden = (i + 1) * G > tl.minimum(num_valid, first_position + 1)
-        if HAS_WINDOW:
-            hidden = hidden | (i * G <= last_position - window)
-        if hidden:
-            key = i * G + tl.arange(0, G)
-            seen = visible(position, key, window, HAS_WINDOW) & (key < num_valid)[None, :]
-            scores = tl.where(seen, scores, float("-inf"))
-        acc, m_i, l_i = _add_page_values(acc, m_i, l_i, scores, record_ptr, LAYOUT, BLOCK_D, V_FIELDS, OPERAND, PTX)
-    return acc, m_i, l_i

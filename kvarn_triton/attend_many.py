@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from .attend import capped, load_bytes, load_high
+from .attend_few import add_folded_values, field_ptx, folded_scores, whole_codes
 from .device import item_of_field, log2, split_halves
-from .operands import join_planes
+from .operands import join_planes, split_planes
 from .paging import load_page_id
 from .query import plane_channels
 
@@ -22,19 +23,12 @@ LEAST_UNIT = tl.constexpr(2.0**-120)
 
 @triton.constexpr_function
 def _expand_ptx(field, bits):
-    """PTX of `expand_field` for four bytes: `$2` codes, `$3` high bits of 3-bit codes, `$4, $5` scales, `$6, $7` zeros.
+    """PTX of `expand_field` for four bytes: `$4, $5` scales, `$6, $7` zeros.
 
     A code in the low byte of 0x6400 is the float16 number 1024 + code.
     """
-    width = 2 if bits == 3 else bits
-    shift = f"shr.b32 t, $2, {field * width}; " if field else "mov.b32 t, $2; "
-    mask = "" if bits == 8 else f"and.b32 t, t, {(2**width - 1) * 0x01010101}; "
-    high = ""
-    if bits == 3:
-        move = f"shl.b32 u, $3, {2 - field}; " if field <= 2 else f"shr.b32 u, $3, {field - 2}; "
-        high = f"{move}and.b32 u, u, {4 * 0x01010101}; or.b32 t, t, u; "
     return (
-        "{ .reg .b32 t, u, magic; mov.b32 magic, 0x64006400; " + shift + mask + high + "prmt.b32 $0, t, magic, 0x5150; "
+        "{ .reg .b32 t, u, magic; mov.b32 magic, 0x64006400; " + field_ptx(field, bits) + "prmt.b32 $0, t, magic, 0x5150; "
         "prmt.b32 $1, t, magic, 0x5352; sub.rn.f16x2 $0, $0, magic; sub.rn.f16x2 $1, $1, magic; "
         "fma.rn.f16x2 $0, $0, $4, $6; fma.rn.f16x2 $1, $1, $5, $7; }"
     )
@@ -50,11 +44,7 @@ def expand_field(packed, high, scale, zero, FIELD: tl.constexpr, BITS: tl.conste
             _expand_ptx(FIELD, BITS), "=&r,=&r,r,r,r,r,r,r", [packed, high, scale, zero], tl.float16, is_pure=True, pack=4
         )  # fmt: skip
     else:
-        WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-        codes = (packed.to(tl.int32) >> (FIELD * WIDTH)) & (2**WIDTH - 1)
-        if BITS == 3:
-            codes = codes | (((high.to(tl.int32) >> FIELD) & 1) << 2)
-        numbers = codes.to(OPERAND) * scale + zero
+        numbers = whole_codes(packed, high, FIELD, BITS).to(OPERAND) * scale + zero
     return numbers
 
 
@@ -82,13 +72,14 @@ def channel_in_order(index, BLOCK_K: tl.constexpr, LAYOUT: tl.constexpr, FIELDS:
 def _page_scores(
     record_ptr,
     q,
+    q_factor,
     LAYOUT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     FIELDS: tl.constexpr,
     OPERAND: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Return the products [rows, page_size] of queries and the keys of a record, norms and gain not included."""
+    """Return the scores [rows, page_size] of the tokens of a record, BLOCK_T of them to a product."""
     BITS: tl.constexpr = LAYOUT.k_bits
     G: tl.constexpr = LAYOUT.page_size
     BYTES: tl.constexpr = LAYOUT.head_dim // FIELDS
@@ -110,7 +101,9 @@ def _page_scores(
             scale = scale.to(OPERAND)[:, None]
             planes = planes + (expand_field(packed, high, scale, zero.to(OPERAND)[:, None], f, BITS, OPERAND, PTX),)
         products = products + (tl.dot(q, _join_fields(planes), input_precision="ieee"),)
-    return join_planes(products)
+    gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)))
+    norm = tl.load((record_ptr + LAYOUT.k_norm_offset).to(tl.pointer_type(tl.float16)) + tl.arange(0, G)).to(tl.float32)
+    return join_planes(products) * (norm * (gain * q_factor))[None, :]
 
 
 @triton.jit
@@ -187,9 +180,11 @@ def attend_pages(
     window,
     LAYOUT: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     K_FIELDS: tl.constexpr,
     V_FIELDS: tl.constexpr,
     OPERAND: tl.constexpr,
+    FOLDED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PTX: tl.constexpr,
@@ -198,7 +193,8 @@ def attend_pages(
     """Advance (acc, m_i, l_i) by body pages first_page to last_page of one kv head, of which num_valid tokens count.
 
     `position` [rows] are those of the queries within the body, from first_position to last_position. Sums are kept in units
-    of the largest gain of values so far, so that 16-bit values neither overflow nor vanish.
+    of the largest gain of values so far, so that 16-bit values neither overflow nor vanish. FOLDED: pages are not dequantized
+    (`attend_few`), BLOCK_D channels of values are multiplied at once.
     """
     G: tl.constexpr = LAYOUT.page_size
     unit = tl.full((), LEAST_UNIT, tl.float32)
@@ -208,26 +204,30 @@ def attend_pages(
     for i in tl.range(first_page, last_page, num_stages=NUM_STAGES):
         record_ptr = pages_ptr + page.to(tl.int64) * stride_page
         page = load_page_id(table_ptr, i + 1, last_page, PTX)
-        gain_ptr = (record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32))
-        k_gain = tl.load(gain_ptr)
-        v_gain = tl.load(gain_ptr + 1)
-        token = tl.arange(0, G)
-        norm = tl.load((record_ptr + LAYOUT.k_norm_offset).to(tl.pointer_type(tl.float16)) + token).to(tl.float32)
-        scores = _page_scores(record_ptr, q, LAYOUT, BLOCK_T, K_FIELDS, OPERAND, PTX)
-        scores = scores * (norm * (k_gain * q_factor))[None, :]
+        if FOLDED:
+            factor = tl.full((acc.shape[0],), 1.0, tl.float32) * q_factor
+            scores = folded_scores(record_ptr, split_planes(q, K_FIELDS), factor, LAYOUT, BLOCK_T, K_FIELDS, OPERAND, PTX)
+        else:
+            scores = _page_scores(record_ptr, q, q_factor, LAYOUT, BLOCK_T, K_FIELDS, OPERAND, PTX)
         if HAS_CAP:
             scores = capped(scores, soft_cap)
-        key = i * G + token
         hidden = (i + 1) * G > tl.minimum(num_valid, first_position + 1)
         if HAS_WINDOW:
             hidden = hidden | (i * G <= last_position - window)
         if hidden:
+            key = i * G + tl.arange(0, G)
             seen = visible(position, key, window, HAS_WINDOW) & (key < num_valid)[None, :]
             scores = tl.where(seen, scores, float("-inf"))
-        weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
-        new_unit = tl.maximum(unit, v_gain)
-        acc = acc * (alpha * (unit / new_unit))[:, None]
-        values = _page_values(record_ptr, v_gain / new_unit, acc.shape[1], LAYOUT, V_FIELDS, OPERAND, PTX)
-        acc = tl.dot(weights.to(OPERAND), values, acc, input_precision="ieee")
-        unit = new_unit
-    return acc * unit, m_i, l_i
+        if FOLDED:
+            acc, m_i, l_i = add_folded_values(acc, m_i, l_i, scores, record_ptr, LAYOUT, BLOCK_D, V_FIELDS, OPERAND, PTX)
+        else:
+            weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
+            gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + 1)
+            new_unit = tl.maximum(unit, gain)
+            acc = acc * (alpha * (unit / new_unit))[:, None]
+            values = _page_values(record_ptr, gain / new_unit, acc.shape[1], LAYOUT, V_FIELDS, OPERAND, PTX)
+            acc = tl.dot(weights.to(OPERAND), values, acc, input_precision="ieee")
+            unit = new_unit
+    if not FOLDED:
+        acc = acc * unit
+    return acc, m_i, l_i

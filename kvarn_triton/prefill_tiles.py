@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .attend_few import attend_pages_folded
 from .attend_many import attend_pages
 from .attend_tokens import attend_new, attend_raw_run
 from .device import LOG2E, hadamard
@@ -174,20 +173,12 @@ def _kvarn_prefill_attention_kernel(
         l_i = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, CHANNELS), tl.float32)
         table_row_ptr = ids_of_row(table_ptr, indptr_ptr, row, stride_table, CSR)
-        if FOLDED:
-            acc, m_i, l_i = attend_pages_folded(
-                acc, m_i, l_i, rotated, q_factor, soft_cap,
-                pages_ptr + head.to(tl.int64) * stride_pages_head, table_row_ptr, stride_pages_page,
-                first_page, last_page, num_valid, shift + query, shift + first_query, shift + last_query, window,
-                LAYOUT, BLOCK_T, BLOCK_D, K_FIELDS, V_FIELDS, OPERAND, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
-            )  # fmt: skip
-        else:
-            acc, m_i, l_i = attend_pages(
-                acc, m_i, l_i, rotated, q_factor, soft_cap,
-                pages_ptr + head.to(tl.int64) * stride_pages_head, table_row_ptr, stride_pages_page,
-                first_page, last_page, num_valid, shift + query, shift + first_query, shift + last_query, window,
-                LAYOUT, BLOCK_T, K_FIELDS, V_FIELDS, OPERAND, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
-            )  # fmt: skip
+        acc, m_i, l_i = attend_pages(
+            acc, m_i, l_i, rotated, q_factor, soft_cap,
+            pages_ptr + head.to(tl.int64) * stride_pages_head, table_row_ptr, stride_pages_page,
+            first_page, last_page, num_valid, shift + query, shift + first_query, shift + last_query, window,
+            LAYOUT, BLOCK_T, BLOCK_D, K_FIELDS, V_FIELDS, OPERAND, FOLDED, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
+        )  # fmt: skip
         if HAS_RAW and split == 0:
             raw_row_ptr = raw_table_ptr + row.to(tl.int64) * stride_raw_table
             raw_head_ptr = raw_pages_ptr + head.to(tl.int64) * stride_raw_head
