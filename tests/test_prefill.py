@@ -135,7 +135,7 @@ def test_query_counts(queries, new, device):
 @pytest.mark.parametrize("queries", [[4, 3], [50, 30]])
 def test_queries_inside_quantized_pages(queries, form, device):
     """Drafts may be quantized too: pages are causal within themselves."""
-    check(prefill_case(SMALL, [192, 128], queries, num_tail_slots=1, device=device))
+    check(prefill_case(SMALL, [192, 128], queries, num_tail_slots=1, device=device), split_size=3)
 
 
 def test_first_chunk(device):
@@ -159,8 +159,17 @@ def test_window(window, new, form, device):
     for b, (length, count) in enumerate(zip([272, 90], queries, strict=True)):
         unseen = max(length - count - window + 1 - 70, 0) // 64
         freed[b, :unseen] = 2**28
-    out = check(arguments, {"window": window})
-    assert_same_bits(prefill_attention(**arguments | {"block_table": freed}, window=window), out)
+    split_size = 100 if window > 64 else None  # all pages to one program
+    out = check(arguments, {"window": window}, split_size=split_size)
+    raw = arguments["raw_table"].clone()
+    for b, (length, count) in enumerate(zip([272, 90], queries, strict=True)):
+        cached, oldest = length - (count if new else 0), max(length - count - window + 1, 0)
+        used = {p // 64 for p in range(oldest, min(cached, 70))}
+        for p in range(max(oldest - 70, int(arguments["num_quantized"][b]) * 64), max(cached - 70, 0)):
+            used.add(2 + p // 64 % 3)
+        raw[b, [column for column in range(5) if column not in used]] = 2**28
+    freed_arguments = arguments | {"block_table": freed, "raw_table": raw}
+    assert_same_bits(prefill_attention(**freed_arguments, window=window, split_size=split_size), out)
 
 
 @FORMS
@@ -182,6 +191,18 @@ def test_magnitudes(scale, form, device):
     arguments = prefill_case(SMALL, [192], [6], num_tail_slots=1, k_scale=scale, v_scale=scale, device=device)
     arguments["q"] = (arguments["q"].float() / scale).to(torch.float16) if scale > 1 else arguments["q"]
     check(arguments)
+
+
+@FORMS
+def test_pages_of_different_magnitude(form, device):
+    """Values that grow from page to page by 2**6, and shrink again: what was summed before is kept in proportion."""
+    arguments = prefill_case(SMALL, [256], [6], num_tail_slots=1, device=device)
+    k, v = (draw(256, 1, 64, seed=seed) for seed in (8, 9))
+    v *= torch.tensor([1.0, 64.0, 4096.0, 8.0]).repeat_interleave(64)[:, None, None]
+    pages = arguments["pages"].cpu()
+    reference.store_pages(k, v, pages, arguments["block_table"][0].cpu(), SMALL)
+    for split_size in (None, 4):  # a page to a program, all pages to one
+        check(arguments | {"pages": pages.to(device)}, split_size=split_size)
 
 
 def test_equals_decode(device):
