@@ -1,4 +1,4 @@
-"""Attention of up to 16 query rows to quantized pages in one warp: what lies between `attend` and `attend_many`.
+"""Attention of up to 16 query rows to a quantized page as it is: what lies between `attend` and `attend_many`.
 
 As in `attend` nothing is dequantized: scales are folded into queries and weights, zeros are one number per row. As in
 `attend_many` numbers are rounded to 16 bits once, so that the rows of a product are 16 queries, not 8 in two terms. Codes are
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .attend import load_bytes, load_high
 from .device import split_halves
-from .operands import join_planes, split_planes
+from .operands import join_planes, split_planes, unsigned_codes, unsigned_codes_ptx
 from .query import plane_channels
 
 CODE_UNIT = tl.constexpr(2.0**24)
@@ -32,32 +32,10 @@ def _mean_code(bits):
 
 
 @triton.constexpr_function
-def field_ptx(field, bits):
-    """PTX that leaves the codes of one field of four bytes `$2` in `t`; `$3` are the high bits of 3-bit codes, `u` is free."""
-    width = 2 if bits == 3 else bits
-    shift = f"shr.b32 t, $2, {field * width}; " if field else "mov.b32 t, $2; "
-    mask = "" if bits == 8 else f"and.b32 t, t, {(2**width - 1) * 0x01010101}; "
-    high = ""
-    if bits == 3:
-        move = f"shl.b32 u, $3, {2 - field}; " if field <= 2 else f"shr.b32 u, $3, {field - 2}; "
-        high = f"{move}and.b32 u, u, {4 * 0x01010101}; or.b32 t, t, u; "
-    return shift + mask + high
-
-
-@triton.jit
-def whole_codes(packed, high, FIELD: tl.constexpr, BITS: tl.constexpr):
-    """Return the codes int32 of one field of packed bytes. `high` as in `operands.field_codes`."""
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    codes = (packed.to(tl.int32) >> (FIELD * WIDTH)) & (2**WIDTH - 1)
-    if BITS == 3:
-        codes = codes | (((high.to(tl.int32) >> FIELD) & 1) << 2)
-    return codes
-
-
-@triton.constexpr_function
 def _half_ptx(field, bits):
     """PTX of `_half_codes` for four bytes."""
-    return "{ .reg .b32 t, u; " + field_ptx(field, bits) + "prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }"
+    codes = unsigned_codes_ptx(field, bits, 1, "$2", "$3")
+    return "{ .reg .b32 t, u; " + codes + "prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }"
 
 
 @triton.jit
@@ -68,7 +46,7 @@ def _half_codes(packed, high, FIELD: tl.constexpr, BITS: tl.constexpr, OPERAND: 
             _half_ptx(FIELD, BITS), "=&r,=&r,r,r", [packed, high], tl.float16, is_pure=True, pack=4
         )  # fmt: skip
     else:
-        codes = (whole_codes(packed, high, FIELD, BITS).to(tl.float32) * (1.0 / CODE_UNIT)).to(OPERAND)
+        codes = (unsigned_codes(packed, high, FIELD, BITS).to(tl.float32) * (1.0 / CODE_UNIT)).to(OPERAND)
     return codes
 
 

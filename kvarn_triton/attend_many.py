@@ -1,8 +1,9 @@
-"""Attention of many queries to quantized pages and to raw tokens: what one program does with a tile of query rows.
+"""Attention of a tile of query rows to quantized pages: the loop over pages of prefill attention.
 
 With many rows it pays to dequantize each page once and to multiply plain 16-bit numbers: `code * scale + zero` of keys and
 values, rounded once, times the norm of a channel for values. The norm of a key token multiplies its scores. Query rows are
-rows of the products; tokens are columns of the product with keys, channels of the product with values.
+rows of the products; tokens are columns of the product with keys, channels of the product with values. With few rows, or little
+shared memory, pages stay as they are (`attend_few`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import triton
 import triton.language as tl
 
 from .attend import capped, load_bytes, load_high
-from .attend_few import add_folded_values, field_ptx, folded_scores, whole_codes
+from .attend_few import add_folded_values, folded_scores
 from .device import item_of_field, log2, split_halves
-from .operands import join_planes, split_planes
+from .operands import join_planes, split_planes, unsigned_codes, unsigned_codes_ptx
 from .paging import load_page_id
 from .query import plane_channels
 
@@ -27,8 +28,9 @@ def _expand_ptx(field, bits):
 
     A code in the low byte of 0x6400 is the float16 number 1024 + code.
     """
+    codes = unsigned_codes_ptx(field, bits, 1, "$2", "$3")
     return (
-        "{ .reg .b32 t, u, magic; mov.b32 magic, 0x64006400; " + field_ptx(field, bits) + "prmt.b32 $0, t, magic, 0x5150; "
+        "{ .reg .b32 t, u, magic; mov.b32 magic, 0x64006400; " + codes + "prmt.b32 $0, t, magic, 0x5150; "
         "prmt.b32 $1, t, magic, 0x5352; sub.rn.f16x2 $0, $0, magic; sub.rn.f16x2 $1, $1, magic; "
         "fma.rn.f16x2 $0, $0, $4, $6; fma.rn.f16x2 $1, $1, $5, $7; }"
     )
@@ -44,7 +46,7 @@ def expand_field(packed, high, scale, zero, FIELD: tl.constexpr, BITS: tl.conste
             _expand_ptx(FIELD, BITS), "=&r,=&r,r,r,r,r,r,r", [packed, high, scale, zero], tl.float16, is_pure=True, pack=4
         )  # fmt: skip
     else:
-        numbers = whole_codes(packed, high, FIELD, BITS).to(OPERAND) * scale + zero
+        numbers = unsigned_codes(packed, high, FIELD, BITS).to(OPERAND) * scale + zero
     return numbers
 
 

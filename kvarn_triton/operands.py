@@ -121,20 +121,39 @@ def code_offset(bits):
 
 
 @triton.constexpr_function
-def _field_ptx(field, bits, factor):
-    """PTX of `field_codes` for four bytes at once; $2 are the high bits of 3-bit codes."""
-    if bits == 8:
-        return "xor.b32 $0, $1, 0x80808080;"
+def unsigned_codes_ptx(field, bits, factor, packed, high):
+    """PTX that leaves the codes of one field of four bytes `packed`, times `factor`, in t, unsigned.
+
+    `high` are the high bits of 3-bit codes (`high_bits`). t and u are 32-bit registers.
+    """
     width = 2 if bits == 3 else bits
     up = 2 if factor == 4 else 0
     down = field * width - up
-    shift = f"shr.b32 t, $1, {down}; " if down else "mov.b32 t, $1; "
-    low = f"and.b32 t, t, {((2**width - 1) << up) * 0x01010101}; "
+    shift = f"shr.b32 t, {packed}, {down}; " if down else f"mov.b32 t, {packed}; "
+    low = "" if bits == 8 else f"and.b32 t, t, {((2**width - 1) << up) * 0x01010101}; "
     if bits != 3:
-        return f"{{ .reg .b32 t; {shift}{low}mov.b32 $0, t; }}"
+        return shift + low
     move = 2 + up - field
-    place = f"shl.b32 u, $2, {move}; " if move >= 0 else f"shr.b32 u, $2, {-move}; "
-    return f"{{ .reg .b32 t, u; {shift}{low}{place}and.b32 u, u, {(4 << up) * 0x01010101}; or.b32 $0, t, u; }}"
+    place = f"shl.b32 u, {high}, {move}; " if move >= 0 else f"shr.b32 u, {high}, {-move}; "
+    return f"{shift}{low}{place}and.b32 u, u, {(4 << up) * 0x01010101}; or.b32 t, t, u; "
+
+
+@triton.jit
+def unsigned_codes(packed, high, FIELD: tl.constexpr, BITS: tl.constexpr):
+    """Return the codes int32 of one field of packed bytes: what `unsigned_codes_ptx` is without PTX."""
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    codes = (packed.to(tl.int32) >> (FIELD * WIDTH)) & (2**WIDTH - 1)
+    if BITS == 3:
+        codes = codes | (((high.to(tl.int32) >> FIELD) & 1) << 2)
+    return codes
+
+
+@triton.constexpr_function
+def _field_ptx(field, bits, factor):
+    """PTX of `field_codes` for four bytes at once."""
+    if bits == 8:
+        return "xor.b32 $0, $1, 0x80808080;"
+    return "{ .reg .b32 t, u; " + unsigned_codes_ptx(field, bits, factor, "$1", "$2") + "mov.b32 $0, t; }"
 
 
 @triton.jit

@@ -143,6 +143,8 @@ def _kvarn_prefill_attention_kernel(
         first_query = first_row // GROUP
         last_query = (first_row + num_rows - 1) // GROUP
 
+        # A larger window shows no more, and could overflow what it is subtracted from.
+        window = tl.minimum(window, tl.maximum(seq_len, 1))
         # Positions within the body; the sink has negative ones.
         offs_m = tl.arange(0, BLOCK_M)
         query = (first_row + offs_m) // GROUP

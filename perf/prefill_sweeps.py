@@ -67,6 +67,7 @@ def prefill(options: Options) -> Iterator[Row]:
 def _calls(cases: Sequence[DecodeCase], tokens: int, new: bool, shape: Shape, seed: int) -> tuple[list[Call], list[dict]]:
     """Return a call for each case, without allocations, and their arguments."""
     generator = torch.Generator("cuda").manual_seed(seed)
+    device = cases[0].pages.device
     batch, total = len(cases[0].seq_lens), len(cases[0].seq_lens) * tokens
 
     def draw(heads: int) -> torch.Tensor:
@@ -76,7 +77,7 @@ def _calls(cases: Sequence[DecodeCase], tokens: int, new: bool, shape: Shape, se
     calls, every = [], []
     for case in cases:
         size = kvarn.prefill_workspace_size(
-            total, batch, shape.num_q_heads, shape.num_kv_heads, case.layout, case.block_table.shape[1], torch.device("cuda", 0)
+            total, batch, shape.num_q_heads, shape.num_kv_heads, case.layout, case.block_table.shape[1], device
         )
         arguments = {"q": draw(shape.num_q_heads), "pages": case.pages, "block_table": case.block_table, "layout": case.layout}
         arguments |= {"seq_lens": case.seq_lens + (tokens if new else 0), "cu_seqlens_q": ends}

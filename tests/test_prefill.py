@@ -172,6 +172,16 @@ def test_window(window, new, form, device):
     assert_same_bits(prefill_attention(**freed_arguments, window=window, split_size=split_size), out)
 
 
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("lengths", [[50, 12], [200, 71]])
+def test_the_largest_window(lengths, new, device):
+    """A window larger than any position, above all of queries inside the sink, is none."""
+    arguments = prefill_case(SMALL, lengths, [9, 4], new=new, sink_len=70, num_tail_slots=3, device=device)
+    for split_size in (None, 1):
+        out = check(arguments, {"window": 2**31 - 1}, split_size=split_size)
+        assert_same_bits(out, prefill_attention(**arguments, split_size=split_size))
+
+
 @FORMS
 @pytest.mark.parametrize("new", [False, True])
 def test_soft_cap_and_sinks(new, form, device):
