@@ -1,4 +1,4 @@
-"""A serving step captured in a CUDA graph, replayed over page boundaries, gives the bits of eager steps."""
+"""Serving steps captured in a CUDA graph and replayed with other lengths give the bits of eager steps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from kvarn_triton import (
     commit_pages,
     decode_attention,
     decode_workspace_size,
+    prefill_attention,
+    prefill_workspace_size,
     raw_slots,
 )
+from kvarn_triton.testing import cache_case
 
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
 LAYOUT = PageLayout(128, 64, 4, 2)
@@ -120,3 +123,39 @@ def test_replayed_steps_equal_eager_steps(device):
     assert replayed.seq_lens.tolist() == lens
     quantized = [max(length - SINK_LEN, 0) // LAYOUT.page_size for length in lens]
     assert replayed.num_quantized.tolist() == eager.num_quantized.tolist() == quantized
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_replayed_prefill_equals_eager_calls(new, device):
+    """Drafts in the cache and new tokens, ragged, with lengths and query counts that change between replays (KF 12, 30)."""
+    max_queries = 40
+    case = cache_case(
+        LAYOUT, [500, 430, 300], group=Q_HEADS // KV_HEADS, num_kv_heads=KV_HEADS, sink_len=SINK_LEN, device=device, seed=3
+    )
+    arguments = case.kwargs | {"cu_seqlens_q": torch.zeros(4, dtype=torch.int32, device=device)}
+    lengths = arguments["seq_lens"].clone()
+    arguments |= {"seq_lens": lengths.clone(), "num_quantized": arguments["num_quantized"].clone()}
+    names = ("q", "k", "v") if new else ("q",)
+    for seed, name in enumerate(names):
+        heads = Q_HEADS if name == "q" else KV_HEADS
+        arguments[name] = draw(max_queries, heads, LAYOUT.head_dim, seed=seed, dtype=torch.float16, device=device)
+    pages_per_row = arguments["block_table"].shape[1]
+    size = prefill_workspace_size(max_queries, 3, Q_HEADS, KV_HEADS, LAYOUT, pages_per_row, device)
+    memory = {"workspace": torch.zeros(size, dtype=torch.uint8, device=device), "out": torch.zeros_like(arguments["q"])}
+    prefill_attention(**arguments, **memory)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        prefill_attention(**arguments, **memory)
+    for counts in ((8, 8, 8), (1, 0, 30), (33, 5, 2)):
+        queries = torch.tensor(counts, dtype=torch.int32, device=device)
+        cu_seqlens = torch.cat((queries.new_zeros(1), queries.cumsum(0).int()))
+        with without_synchronization():
+            arguments["cu_seqlens_q"].copy_(cu_seqlens)
+            arguments["seq_lens"].copy_(lengths + queries if new else lengths)
+            memory["out"].fill_(torch.nan)
+            graph.replay()
+            replayed = memory["out"].clone()
+            memory["out"].fill_(torch.nan)
+            prefill_attention(**arguments, **memory)
+        assert_same_bits(replayed[: sum(counts)], memory["out"][: sum(counts)])
+        assert not replayed[: sum(counts)].isnan().any()
