@@ -33,6 +33,7 @@ class Options:
     shapes: tuple[str, ...] = ()
     points: tuple[tuple[int, int], ...] = ()
     targets: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
     quick: bool = False
     full: bool = False
     seed: int = 0

@@ -2,9 +2,9 @@
 
 Kernels that agree on random tensors can still lose what a model needs, and random weights hide it: their next-token
 distributions are flat. `TinyLM` is a plain transformer (RMSNorm, rotary positions, grouped query heads, SwiGLU) trained
-for a minute or two on text that every machine has, the Python sources of its own standard library. Trained weights are
-kept in the user's cache folder. `lm_cache.py` holds the key/value caches that the model generates with,
-`lm_compare.py` what quantizing them changes.
+for a minute or two on text that every machine has (`lm_text.py`), some of them also on problems that take hundreds of exact
+steps (`lm_tasks.py`). Trained weights are kept in the user's cache folder. `lm_cache.py` holds the key/value caches that the
+model generates with, `lm_compare.py` what quantizing them changes, `accuracy.py` what any codec does to them.
 
     python perf/lm.py train --config default
     python perf/lm.py generate --layout k4v2_g64 --prompt "def main("
@@ -18,18 +18,19 @@ import hashlib
 import math
 import os
 import sys
-import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import lm_tasks
 import torch
+from lm_tasks import IGNORED
+from lm_text import decode, encode, heldout_prompts, load_text
 from torch import nn
 from torch.nn import functional
 
-VOCAB_SIZE = 256
-TRAINING_VERSION = 1
+TRAINING_VERSION = 2
 """Part of the checkpoint's key. It changes whenever the same config and seed would train other weights."""
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -45,6 +46,8 @@ class LMConfig:
         num_q_heads, num_kv_heads, head_dim: attention; `num_kv_heads` divides `num_q_heads`.
         seq_len: tokens of one training sequence, and the longest context the model is good for.
         batch_size, steps, learning_rate: of the training; the rate is the peak of a cosine.
+        qk_norm: normalize queries and keys before the rotary embedding, as Qwen3 and Gemma 3 do.
+        tasks: train on the problems of `lm_tasks.py` too, whose tokens follow the 256 bytes.
     """
 
     num_layers: int = 4
@@ -57,23 +60,34 @@ class LMConfig:
     batch_size: int = 4
     steps: int = 640
     learning_rate: float = 1.5e-3
+    qk_norm: bool = False
+    tasks: bool = False
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model knows."""
+        return lm_tasks.VOCAB_SIZE if self.tasks else 256
+
+
+_LAB = {"num_layers": 6, "model_dim": 512, "mlp_dim": 1408, "seq_len": 2048, "batch_size": 32, "steps": 3000, "tasks": True}
 
 CONFIGS = {
     "default": LMConfig(),
     "d128": LMConfig(head_dim=128),
     "tiny": LMConfig(num_layers=2, model_dim=128, mlp_dim=352, seq_len=384, steps=500, learning_rate=2e-3),
+    "lab64": LMConfig(**_LAB, head_dim=64, num_q_heads=8),
+    "lab128": LMConfig(**_LAB, head_dim=128, num_q_heads=4, qk_norm=True),
 }
-"""Configs by name: `default` for numbers, `d128` for head_dim 128, `tiny` for unit tests."""
+"""Configs by name: `default` for numbers, `d128` for head_dim 128, `tiny` for unit tests, `lab*` for the accuracy sweep."""
 
 
 class TinyLM(nn.Module):
-    """A decoder-only transformer over bytes. What attends to what is the caller's: see `forward`."""
+    """A decoder-only transformer over bytes and the tokens of tasks. What attends to what is the caller's: see `forward`."""
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(VOCAB_SIZE, config.model_dim)
+        self.embedding = nn.Embedding(config.vocab_size, config.model_dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.model_dim)
         for name, weight in self.named_parameters():
@@ -86,7 +100,7 @@ class TinyLM(nn.Module):
     def forward(
         self, tokens: torch.Tensor, *, positions: torch.Tensor | None = None, attend: Attend | None = None
     ) -> torch.Tensor:
-        """Return the logits [batch, n, 256] of the byte that follows each token.
+        """Return the logits [batch, n, vocab_size] of the token that follows each token.
 
         Args:
             tokens: int64 [batch, n].
@@ -112,6 +126,8 @@ class Block(nn.Module):
         self.head_dim = config.head_dim
         self.heads = (config.num_q_heads, config.num_kv_heads, config.num_kv_heads)
         self.attention_norm = nn.RMSNorm(config.model_dim)
+        self.q_norm = nn.RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.qkv = nn.Linear(config.model_dim, sum(self.heads) * config.head_dim, bias=False)
         self.attention_out = nn.Linear(config.num_q_heads * config.head_dim, config.model_dim, bias=False)
         self.mlp_norm = nn.RMSNorm(config.model_dim)
@@ -122,7 +138,7 @@ class Block(nn.Module):
         """Return the residual stream [batch, n, model_dim] after this layer."""
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split(self.heads, dim=-2)
-        out = attend(self.layer, apply_rope(q, rope), apply_rope(k, rope), v)
+        out = attend(self.layer, apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v)
         x = x + self.attention_out(out.flatten(-2))
         gate, up = self.mlp_in(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.mlp_out(functional.silu(gate) * up)
@@ -149,61 +165,12 @@ def causal_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     return out.transpose(1, 2)
 
 
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-
-
-def load_text() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the training and the held-out text, uint8 [num_bytes] each.
-
-    Both come from the .py files of the running Python's standard library, without tests and tables; in sorted order,
-    every twentieth file is held out. Four spaces become one tab, lest the model spends itself on indentation.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    names = [name for name in names if not _SKIPPED_FOLDERS & set(name.split("/"))]
-    splits = ([name for i, name in enumerate(names) if i % 20], names[::20])
-    texts = (b"\n".join((root / name).read_bytes() for name in split).replace(b"    ", b"\t") for split in splits)
-    train_text, heldout_text = (torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts)
-    return train_text, heldout_text
-
-
-def encode(text: str) -> torch.Tensor:
-    """Return the tokens int64 [num_bytes] of a text."""
-    return torch.tensor(list(text.encode()), dtype=torch.int64)
-
-
-def decode(tokens: torch.Tensor) -> str:
-    """Return the text of tokens [n]; bytes that aren't UTF-8 show as replacement characters."""
-    return bytes(tokens.tolist()).decode(errors="replace")
-
-
-def heldout_prompts(lengths: list[int], num_tokens: int, *, seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Draw passages of held-out text.
-
-    Args:
-        lengths: tokens of each prompt.
-        num_tokens: tokens of each continuation.
-        seed: which passages.
-
-    Returns:
-        prompts, int64 [length] each, and what follows them in the text, int64 [len(lengths), num_tokens].
-    """
-    text = load_text()[1].long()
-    generator = torch.Generator().manual_seed(seed)
-    last_start = len(text) - max(lengths) - num_tokens
-    starts = torch.randint(last_start + 1, (len(lengths),), generator=generator).tolist()
-    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
-    prompts = [text[start:end] for start, end in zip(starts, ends, strict=True)]
-    return prompts, torch.stack([text[end : end + num_tokens] for end in ends])
-
-
-def next_byte_loss(model: TinyLM, windows: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross entropy, in nats, of windows [batch, n + 1]: each token but the first is predicted."""
+def token_loss(model: TinyLM, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross entropy, in nats, of `targets` [batch, n] after `tokens` [batch, n]; IGNORED ones don't count."""
     device = next(model.parameters()).device
-    windows = windows.to(device).long()
     with torch.autocast(device.type, torch.bfloat16, enabled=_has_fast_bfloat16(device)):
-        logits = model(windows[:, :-1])
-    return functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+        logits = model(tokens.to(device).long())
+    return functional.cross_entropy(logits.float().flatten(0, 1), targets.to(device).long().flatten(), ignore_index=IGNORED)
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:
@@ -219,7 +186,7 @@ def bits_per_byte(model: TinyLM, *, num_windows: int = 64) -> float:
     """Return the loss on `num_windows` evenly spaced windows of the held-out text, in bits per byte."""
     windows = load_text()[1].unfold(0, model.config.seq_len + 1, 1)
     windows = windows[torch.linspace(0, len(windows) - 1, num_windows).long()]
-    losses = [next_byte_loss(model, batch).item() for batch in windows.split(8)]
+    losses = [token_loss(model, batch[:, :-1], batch[:, 1:]).item() for batch in windows.split(8)]
     return sum(losses) / len(losses) / math.log(2)
 
 
@@ -231,6 +198,7 @@ def train(config: LMConfig, seed: int = 0, *, device: str | torch.device = "cpu"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TinyLM(config).to(device)
+    trained = torch.compile(model) if torch.device(device).type == "cuda" else model
     windows = load_text()[0].unfold(0, config.seq_len + 1, 1)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
@@ -240,7 +208,11 @@ def train(config: LMConfig, seed: int = 0, *, device: str | torch.device = "cpu"
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / config.steps)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(cosine, (step + 1) / warmup)
-        loss = next_byte_loss(model, windows[torch.randint(len(windows), (config.batch_size,), generator=generator)])
+        tokens = windows[torch.randint(len(windows), (config.batch_size,), generator=generator)]
+        tokens, targets = tokens[:, :-1].long(), tokens[:, 1:].long()
+        if config.tasks:
+            lm_tasks.write_problems(tokens, targets, generator)
+        loss = token_loss(trained, tokens, targets)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -248,7 +220,7 @@ def train(config: LMConfig, seed: int = 0, *, device: str | torch.device = "cpu"
         if (step + 1) % max(1, config.steps // 10) == 0:
             bits = loss.item() / math.log(2)
             seconds = time.perf_counter() - start
-            print(f"train: step {step + 1}/{config.steps}, {bits:.2f} bits/byte, {seconds:.0f} s", file=sys.stderr)
+            print(f"train: step {step + 1}/{config.steps}, {bits:.2f} bits/token, {seconds:.0f} s", file=sys.stderr, flush=True)
     return model.eval().requires_grad_(False)
 
 

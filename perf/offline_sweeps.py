@@ -283,6 +283,7 @@ MODEL_PRESETS = ("k8v8_g64", "k4v4_g64", "k4v2_g64", "k2v2_g64")
 def model(options: Options) -> Iterator[Row]:
     """Generate with the 16-bit cache and with quantized ones; trains the model at the first call."""
     import lm
+    import lm_text
     from lm_compare import compare
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -292,7 +293,7 @@ def model(options: Options) -> Iterator[Row]:
     network = lm.load_or_train(config, options.seed, device=device)
     count, num_tokens = (2, 32) if options.quick else (8, 96) if large else (4, 64)
     lengths = [config.seq_len - num_tokens - 8 * (i + 1) for i in range(count)]
-    prompts, _ = lm.heldout_prompts(lengths, num_tokens, seed=options.seed)
+    prompts, _ = lm_text.heldout_prompts(lengths, num_tokens, seed=options.seed)
     layouts = [PageLayout.from_name(name, head_dim=config.head_dim) for name in options.presets or MODEL_PRESETS]
     for name, encoder in (("published", PUBLISHED), ("equivariant", Encoder())):
         say(f"model: {name} encoder")

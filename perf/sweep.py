@@ -39,12 +39,15 @@ HELP = {
     "capacity": "bytes per token of every preset",
     "error": "error of keys, values and attention on synthetic distributions",
     "compile": "registers, spills, shared memory and loop lengths on every architecture; compiles, runs nothing",
+    "accuracy": "baselines, the method as published and the default encoder on language models trained here",
+    "encoders": "options of the encoder on the same models, those that did not help included",
     "model": "what quantized caches change in a small trained language model",
 }
 
 
 def register_sweeps() -> None:
     """Import the modules that register sweeps."""
+    import accuracy_sweeps  # noqa: F401
     import gate  # noqa: F401
     import gpu_sweeps  # noqa: F401
     import offline_sweeps  # noqa: F401
@@ -89,6 +92,7 @@ def parse_preset(text: str) -> str:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     from cases import SHAPES
+    from lm import CONFIGS
 
     from kvarn_triton import inspection
 
@@ -111,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--table", metavar="FILE", help="of tune: the file of launch parameters to write; those of other GPUs in it stay")
     add("--dtype", choices=["float16", "bfloat16"], help="of decode: of queries, sinks and tails; float16 by default")
+    add("--model", action="append", choices=list(CONFIGS), help="of accuracy: which language models; may be repeated")
     add("--seed", type=int, help="of all random inputs; 0 by default")
     result = argparse.ArgumentParser(
         prog="sweep.py",
@@ -136,6 +141,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         shapes=several("shape"),
         points=several("point"),
         targets=several("target"),
+        models=several("model"),
         quick=getattr(arguments, "quick", False),
         full=getattr(arguments, "full", False),
         seed=getattr(arguments, "seed", 0),
@@ -185,7 +191,8 @@ def child_arguments(options: Options) -> list[str]:
     result = ["--seed", str(options.seed), "--dtype", str(options.dtype).removeprefix("torch.")]
     result += [f"--{name}" for name in ("quick", "full") if getattr(options, name)]
     result += ["--table", options.table] if options.table else []
-    for flag, values in (("--preset", options.presets), ("--shape", options.shapes), ("--target", options.targets)):
+    flags = {"--preset": options.presets, "--shape": options.shapes, "--target": options.targets, "--model": options.models}
+    for flag, values in flags.items():
         result += [word for value in values for word in (flag, value)]
     return result + [word for batch, tokens in options.points for word in ("--point", f"{batch}x{tokens}")]
 

@@ -18,6 +18,7 @@ from kvarn_triton import PageLayout, configs
 sys.path.insert(0, str(Path(__file__).parent.parent / "perf"))
 import lm
 import lm_cache
+import lm_text
 
 SINK_LEN = 16
 NEAR_TIE = {"k8v8_g64": 0.02, "k4v4_g64": 0.2, "k4v2_g64": 0.5}
@@ -33,7 +34,7 @@ def model() -> lm.TinyLM:
 def compare(model: lm.TinyLM, layout: PageLayout, lengths: list[int], num_tokens: int, device: torch.device) -> None:
     """Feed the dense cache's greedy tokens to the paged cache; its best tokens must be the same except where two are near."""
     model = model.to(device)
-    prompts, _ = lm.heldout_prompts(lengths, num_tokens)
+    prompts, _ = lm_text.heldout_prompts(lengths, num_tokens)
     sizes = {"batch": len(lengths), "capacity": max(lengths) + num_tokens, "device": device}
     tokens, dense = lm_cache.run(model, lm_cache.DenseCache(model.config, **sizes), prompts, num_tokens)
     cache = lm_cache.PagedCache(model.config, layout, sink_len=SINK_LEN, **sizes)
