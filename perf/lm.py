@@ -69,7 +69,7 @@ class LMConfig:
         return lm_tasks.VOCAB_SIZE if self.tasks else 256
 
 
-_LAB = {"num_layers": 6, "model_dim": 512, "mlp_dim": 1408, "seq_len": 2048, "batch_size": 32, "steps": 3000, "tasks": True}
+_LAB = {"num_layers": 6, "model_dim": 512, "mlp_dim": 1408, "seq_len": 2048, "batch_size": 32, "steps": 2500, "tasks": True}
 
 CONFIGS = {
     "default": LMConfig(),

@@ -40,12 +40,9 @@ def chain(num_problems: int, num_steps: int, generator: torch.Generator) -> tupl
     """
     registers = torch.randint(NUM_REGISTERS, (num_problems, num_steps), generator=generator)
     digits = torch.randint(10, (num_problems, num_steps), generator=generator)
-    states = torch.zeros(num_problems, NUM_REGISTERS, dtype=torch.int64)
-    old = torch.empty_like(digits)
-    for step in range(num_steps):
-        register = registers[:, step : step + 1]
-        old[:, step : step + 1] = states.gather(1, register)
-        states.scatter_(1, register, (old[:, step : step + 1] + digits[:, step : step + 1]) % 10)
+    # States before each step: what the register's earlier digits add up to.
+    added = torch.nn.functional.one_hot(registers, NUM_REGISTERS) * digits[..., None]
+    old = (added.cumsum(1) - added).gather(2, registers[..., None])[..., 0] % 10
     labels = 256 + torch.arange(num_steps).expand(num_problems, -1)
     lines = torch.stack((labels, registers + ord("a"), digits + ord("0")), dim=-1)
     steps = torch.cat((lines, torch.stack((old, (old + digits) % 10), dim=-1) + ord("0")), dim=-1)
@@ -81,7 +78,7 @@ def _with_ends(lines: torch.Tensor, first: int | None, last: int) -> torch.Tenso
 
 
 def write_problems(tokens: torch.Tensor, targets: torch.Tensor, generator: torch.Generator) -> None:
-    """Write problems over the start of some rows of text; nothing is to be learnt from their prompts.
+    """Write problems over the start of some rows of text, those of a kind of one size; prompts are not to be learnt.
 
     Args:
         tokens, targets: int64 [rows, n], written in place; the first rows get problems, `TASK_SHARE` of them.
@@ -90,19 +87,18 @@ def write_problems(tokens: torch.Tensor, targets: torch.Tensor, generator: torch
     num_rows, length = tokens.shape
     row = 0
     for name, share in TASK_SHARE.items():
-        for _ in range(round(share * num_rows)):
-            size = 0.15 + 0.85 * torch.rand((), generator=generator).item()
-            if name == "chain":
-                num_steps = min(int(size * (length - 3) / (CHAIN_LINE + CHAIN_STEP)), NUM_LABELS)
-                prompt, answer = chain(1, num_steps, generator)
-            else:
-                num_lines = int(size * (length - 3) / (KEY + VALUE) * 0.7)
-                prompt, answer = retrieval(1, num_lines, max(1, num_lines // 3), generator)
-            problem = torch.cat((prompt, answer), dim=1)[0]
-            tokens[row, : len(problem)] = problem
-            learnt = problem.clone()
-            learnt[: prompt.shape[1]] = IGNORED
-            if name == "retrieval":
-                learnt[prompt.shape[1] : -1].view(-1, KEY + VALUE)[:, :KEY] = IGNORED
-            targets[row, : len(problem) - 1] = learnt[1:]
-            row += 1
+        size = 0.15 + 0.85 * torch.rand((), generator=generator).item()
+        count = round(share * num_rows)
+        if name == "chain":
+            num_steps = min(int(size * (length - 3) / (CHAIN_LINE + CHAIN_STEP)), NUM_LABELS)
+            prompt, answer = chain(count, num_steps, generator)
+            learnt = answer
+        else:
+            num_lines = int(size * (length - 3) / (KEY + VALUE) * 0.7)
+            prompt, answer = retrieval(count, num_lines, max(1, num_lines // 3), generator)
+            learnt = answer.clone()
+            learnt[:, :-1].view(count, -1, KEY + VALUE)[..., :KEY] = IGNORED
+        problem, rows = torch.cat((prompt, answer), dim=1), slice(row, row + count)
+        tokens[rows, : problem.shape[1]] = problem
+        targets[rows, : problem.shape[1] - 1] = torch.cat((torch.full_like(prompt, IGNORED), learnt), dim=1)[:, 1:]
+        row += count
