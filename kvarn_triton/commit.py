@@ -64,8 +64,7 @@ def _kvarn_commit_pages_kernel(
     CSR: tl.constexpr,
     K_FIELDS: tl.constexpr,
     V_FIELDS: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-    EQUIVARIANT: tl.constexpr,
+    ENCODER: tl.constexpr,
 ):
     G: tl.constexpr = LAYOUT.page_size
     D: tl.constexpr = LAYOUT.head_dim
@@ -87,9 +86,9 @@ def _kvarn_commit_pages_kernel(
         record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
         blocks = load_blocks(tile_ptr + tile % 2 * stride_raw_half, stride_raw_token.to(tl.int64), G, D)
         if tile % 2 == 0:
-            store_tile(blocks, record_ptr, False, LAYOUT, K_FIELDS, ITERATIONS, EQUIVARIANT)
+            store_tile(blocks, record_ptr, False, LAYOUT, K_FIELDS, ENCODER)
         else:
-            store_tile(blocks, record_ptr, True, LAYOUT, V_FIELDS, ITERATIONS, EQUIVARIANT)
+            store_tile(blocks, record_ptr, True, LAYOUT, V_FIELDS, ENCODER)
 
 
 @triton.jit(do_not_specialize=["batch", "max_new_pages", "max_pages", "sink_len", "keep_pages"])
@@ -222,8 +221,7 @@ def commit_pages(
         CSR=csr,
         K_FIELDS=fields_per_byte(layout.k_bits),
         V_FIELDS=fields_per_byte(layout.v_bits),
-        ITERATIONS=encoder.iterations,
-        EQUIVARIANT=encoder.equivariant,
+        ENCODER=encoder,
         **configs.encode_options(layout.head_dim, pages.device),
         enable_fp_fusion=False,
     )

@@ -14,8 +14,6 @@ from .blocks import (
     add,
     block_channels,
     channel_vector,
-    least,
-    most,
     spread_channels,
     spread_tokens,
     sum_of_tokens,
@@ -23,8 +21,6 @@ from .blocks import (
 )
 from .device import (
     IMBALANCE_EPS,
-    RANGE_EPS,
-    ROUND_MAGIC,
     SCALE_MAX,
     SCALE_MIN,
     STD_MAX,
@@ -34,6 +30,7 @@ from .device import (
     fma,
     power_of_two,
 )
+from .fit import length_norm, quantize_blocks, squares_across
 
 
 @triton.jit
@@ -167,72 +164,13 @@ def apply_balance(blocks, token_scale, channel_scale, P: tl.constexpr, Q: tl.con
 
 
 @triton.jit
-def _range_per_channel(blocks, OP: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
-    """Return the largest or least number of each channel: a channel vector."""
-    partials = ()
-    for q in tl.static_range(Q):
-        extreme = blocks[q]
-        for p in tl.static_range(1, P):
-            extreme = OP(extreme, blocks[p * Q + q])
-        partials = partials + (extreme,)
-    return channel_vector(partials, OP)
-
-
-@triton.jit
-def _range_per_token(blocks, OP: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
-    """Return the largest or least number of each token: a token vector."""
-    partials = ()
-    for p in tl.static_range(P):
-        extreme = blocks[p * Q]
-        for q in tl.static_range(1, Q):
-            extreme = OP(extreme, blocks[p * Q + q])
-        partials = partials + (extreme,)
-    return token_vector(partials, OP)
-
-
-@triton.jit
-def quantize_blocks(blocks, P: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr, PER_CHANNEL: tl.constexpr):
-    """Round a tile (`reference.quantize`); returns codes, scale and zero, these two as vectors of the axis named.
-
-    Codes are the low 8 bits of int32 blocks. Nothing is clamped: no number is less than `zero`, and none so much larger than
-    the largest that it would round to more levels than there are.
-    """
-    LEVELS: tl.constexpr = 2**BITS - 1
-    BLOCK_C: tl.constexpr = blocks[0].shape[1]
-    if PER_CHANNEL:
-        zero = _range_per_channel(blocks, least, P, Q)
-        top = _range_per_channel(blocks, most, P, Q)
-    else:
-        zero = _range_per_token(blocks, least, P, Q)
-        top = _range_per_token(blocks, most, P, Q)
-    scale = tl.maximum((top - zero) * (1.0 / LEVELS), RANGE_EPS)
-    inverse = tl.div_rn(1.0, scale)
-    if PER_CHANNEL:
-        zeros = spread_channels(zero, Q, BLOCK_C)
-        inverses = spread_channels(inverse, Q, BLOCK_C)
-    else:
-        zeros = spread_tokens(zero, P)
-        inverses = spread_tokens(inverse, P)
-    codes = ()
-    for p in tl.static_range(P):
-        for q in tl.static_range(Q):
-            if PER_CHANNEL:
-                steps = (blocks[p * Q + q] - zeros[q]) * inverses[q]
-            else:
-                steps = (blocks[p * Q + q] - zeros[p]) * inverses[p]
-            codes = codes + ((steps + ROUND_MAGIC).to(tl.int32, bitcast=True),)
-    return codes, scale, zero
-
-
-@triton.jit
 def encode_blocks(
     blocks,
     G: tl.constexpr,
     D: tl.constexpr,
     BITS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-    EQUIVARIANT: tl.constexpr,
+    ENCODER: tl.constexpr,
 ):
     """Balance, round and absorb (`reference.encode`).
 
@@ -241,17 +179,22 @@ def encode_blocks(
     LEVELS: tl.constexpr = 2**BITS - 1
     P: tl.constexpr = G // BLOCK_T
     Q: tl.constexpr = D // block_channels(D)
-    if EQUIVARIANT:
+    if ENCODER.equivariant:
         tile_scale = tile_rms(blocks, P, Q, G * D)
         blocks = scale_blocks(blocks, tl.div_rn(1.0, tile_scale))
-    token_scale, channel_scale = balance(blocks, G, D, PER_CHANNEL, ITERATIONS)
+    if ENCODER.norm == "length":
+        # Now, because the tile itself is not kept.
+        squares = squares_across(blocks, P, Q, PER_CHANNEL)
+    token_scale, channel_scale = balance(blocks, G, D, PER_CHANNEL, ENCODER.iterations)
     balanced = apply_balance(blocks, token_scale, channel_scale, P, Q)
-    codes, scale, zero = quantize_blocks(balanced, P, Q, BITS, PER_CHANNEL)
+    codes, scale, zero = quantize_blocks(balanced, P, Q, BITS, PER_CHANNEL, ENCODER.clip, ENCODER.fits)
     own = channel_scale if PER_CHANNEL else token_scale
     norm = token_scale if PER_CHANNEL else channel_scale
     scale = scale * own
     zero = zero * own
-    if EQUIVARIANT:
+    if ENCODER.norm == "length":
+        norm = length_norm(codes, scale, zero, squares, norm, P, Q, PER_CHANNEL)
+    if ENCODER.equivariant:
         scale = scale * tile_scale
         zero = zero * tile_scale
     reach = tl.maximum(tl.abs(zero), tl.abs(scale * LEVELS + zero))

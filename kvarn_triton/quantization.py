@@ -9,7 +9,8 @@ import triton.language as tl
 from . import configs, reference
 from .blocks import BLOCK_T, block_channels, channel_of, load_blocks, store_blocks, token_of
 from .checks import FLOATS, check_choice, check_tensor, check_tiles
-from .encode import quantize_blocks
+from .encoder import DEFAULT, Encoder
+from .fit import quantize_blocks
 from .layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
 from .reference.codec import Per
 
@@ -24,12 +25,14 @@ def _kvarn_quantize_kernel(
     D: tl.constexpr,
     BITS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    CLIP: tl.constexpr,
+    FITS: tl.constexpr,
 ):
     P: tl.constexpr = G // BLOCK_T
     BLOCK_C: tl.constexpr = block_channels(D)
     index = tl.program_id(0).to(tl.int64)
     blocks = load_blocks(tiles_ptr + index * G * D, D, G, D)
-    codes, scale, zero = quantize_blocks(blocks, P, D // BLOCK_C, BITS, PER_CHANNEL)
+    codes, scale, zero = quantize_blocks(blocks, P, D // BLOCK_C, BITS, PER_CHANNEL, CLIP, FITS)
     store_blocks(codes_ptr + index * G * D, codes, G, D)
     if PER_CHANNEL:
         channel = channel_of(scale, BLOCK_C)
@@ -66,13 +69,19 @@ def _kvarn_dequantize_kernel(
     tl.store(out_ptr + place, codes * scale + zero, mask)
 
 
-def quantize(tiles: torch.Tensor, bits: int, *, per: Per) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round tiles to `2**bits` evenly spaced values between the least and the largest of each channel or token.
+def quantize(
+    tiles: torch.Tensor, bits: int, *, per: Per, encoder: Encoder = DEFAULT
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round tiles to `2**bits` evenly spaced values per channel or token.
+
+    They start as those between the least and the largest number of the row (paper, section 3), or in the middle of that range
+    if `encoder.clip`. Then, `encoder.fits` times, they become those of least squared error for the codes of the ones before.
 
     Args:
         tiles: float16, bfloat16 or float32 [..., page_size, head_dim], contiguous, of sizes that `PageLayout` supports.
         bits: 2, 3, 4 or 8.
         per: the axis with one scale and zero each: "channel" (keys) or "token" (values).
+        encoder: its `clip` and `fits`.
 
     Returns:
         `codes` uint8 like `tiles`, `scale` and `zero` float32 [..., head_dim] or [..., page_size]. Ties round to even; a
@@ -85,7 +94,7 @@ def quantize(tiles: torch.Tensor, bits: int, *, per: Per) -> tuple[torch.Tensor,
     check_choice("bits", bits, SUPPORTED_BITS)
     check_choice("per", per, ("channel", "token"))
     if not configs.on_device(tiles):
-        return reference.quantize(tiles, bits, per=per)
+        return reference.quantize(tiles, bits, per=per, encoder=encoder)
     *lead, page_size, head_dim = tiles.shape
     codes = torch.empty(tiles.shape, dtype=torch.uint8, device=tiles.device)
     scale = torch.empty(*lead, head_dim if per == "channel" else page_size, dtype=torch.float32, device=tiles.device)
@@ -101,6 +110,8 @@ def quantize(tiles: torch.Tensor, bits: int, *, per: Per) -> tuple[torch.Tensor,
             D=head_dim,
             BITS=bits,
             PER_CHANNEL=per == "channel",
+            CLIP=encoder.clip,
+            FITS=encoder.fits,
             num_warps=configs.block_warps(head_dim, tiles.device),
             enable_fp_fusion=False,
         )

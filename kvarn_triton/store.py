@@ -28,8 +28,7 @@ def store_tile(
     VALUES: tl.constexpr,
     LAYOUT: tl.constexpr,
     FIELDS: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-    EQUIVARIANT: tl.constexpr,
+    ENCODER: tl.constexpr,
 ):
     """Encode a rotated tile and write its half of the record: codes, parameters, norms, gain."""
     BITS: tl.constexpr = LAYOUT.v_bits if VALUES else LAYOUT.k_bits
@@ -38,7 +37,7 @@ def store_tile(
     NORM: tl.constexpr = LAYOUT.v_norm_offset if VALUES else LAYOUT.k_norm_offset
     D: tl.constexpr = LAYOUT.head_dim
     G: tl.constexpr = LAYOUT.page_size
-    codes, scale, zero, norm, gain = encode_blocks(blocks, G, D, BITS, not VALUES, ITERATIONS, EQUIVARIANT)
+    codes, scale, zero, norm, gain = encode_blocks(blocks, G, D, BITS, not VALUES, ENCODER)
     params = join_halves(scale.to(tl.float16), zero.to(tl.float16))
     params_ptr = (record_ptr + PARAMS).to(tl.pointer_type(tl.uint32))
     norm_ptr = (record_ptr + NORM).to(tl.pointer_type(tl.float16))
@@ -79,8 +78,7 @@ def _kvarn_store_pages_kernel(
     K_FIELDS: tl.constexpr,
     V_FIELDS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-    EQUIVARIANT: tl.constexpr,
+    ENCODER: tl.constexpr,
 ):
     G: tl.constexpr = LAYOUT.page_size
     D: tl.constexpr = LAYOUT.head_dim
@@ -99,9 +97,9 @@ def _kvarn_store_pages_kernel(
         x_ptr += start * stride_token + head * tl.where(values, stride_v_head, stride_k_head)
         blocks = load_blocks(x_ptr, stride_token, G, D, ROTATE=LAYOUT.block_size)
         if values:
-            store_tile(blocks, record_ptr, True, LAYOUT, V_FIELDS, ITERATIONS, EQUIVARIANT)
+            store_tile(blocks, record_ptr, True, LAYOUT, V_FIELDS, ENCODER)
         else:
-            store_tile(blocks, record_ptr, False, LAYOUT, K_FIELDS, ITERATIONS, EQUIVARIANT)
+            store_tile(blocks, record_ptr, False, LAYOUT, K_FIELDS, ENCODER)
 
 
 def store_pages(
@@ -161,8 +159,7 @@ def store_pages(
         K_FIELDS=fields_per_byte(layout.k_bits),
         V_FIELDS=fields_per_byte(layout.v_bits),
         HAS_STARTS=token_starts is not None,
-        ITERATIONS=encoder.iterations,
-        EQUIVARIANT=encoder.equivariant,
+        ENCODER=encoder,
         **configs.encode_options(layout.head_dim, pages.device),
         enable_fp_fusion=False,
     )

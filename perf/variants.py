@@ -32,6 +32,7 @@ class Variant:
         floor: least logarithm of a balancing scale.
         damping: how much of the logarithm of a deviation one step takes.
         clip: start from the range that is best for normal numbers instead of minimum and maximum.
+        shrink: start from this part of the range, around its middle.
         rounds: times that scale and zero are fitted to the codes by least squares, and the codes assigned anew.
         norm: what the other axis's factor is in the end: "balance" as it was balanced with; or fitted to what is read back,
             by "squares" (least squared error), "length" (same length as the exact vector) or "projection" (the same
@@ -44,6 +45,7 @@ class Variant:
     floor: float = -0.3
     damping: float = 1.0
     clip: bool = False
+    shrink: float = 1.0
     rounds: int = 0
     norm: Literal["balance", "squares", "length", "projection"] = "balance"
 
@@ -93,6 +95,8 @@ def fit(x: torch.Tensor, bits: int, dim: int, variant: Variant) -> torch.Tensor:
     if variant.clip:
         mean, reach = x.mean(dim, keepdim=True), x.std(dim, keepdim=True) * CLIPPED_STEP[bits] * levels / 2
         low, high = torch.maximum(low, mean - reach), torch.minimum(high, mean + reach)
+    cut = (1 - variant.shrink) / 2 * (high - low)
+    low, high = low + cut, high - cut
     scale, zero = ((high - low) / levels).clamp_min(1e-10), low
     for _ in range(variant.rounds):
         codes = ((x - zero) / scale).round().clamp(0, levels)

@@ -50,6 +50,12 @@ TILES = [
 ]
 
 
+def encoder_id(encoder: Encoder) -> str:
+    """Return a short name of an encoder for test ids."""
+    words = [f"i{encoder.iterations}", f"f{encoder.fits}", encoder.norm]
+    return "-".join(words + [name for name in ("equivariant", "clip") if getattr(encoder, name)])
+
+
 def test_empty_memory_is_poisoned(device):
     """What the other tests rely on: memory that a kernel should have written starts as NaN, or as 255."""
     assert torch.empty(4, device=device).isnan().all()
@@ -101,7 +107,9 @@ def test_variance_normalize(page_size, head_dim, device):
 
 
 @pytest.mark.parametrize("per", ["channel", "token"])
-@pytest.mark.parametrize("encoder", [Encoder(0), Encoder(1), Encoder(16), PUBLISHED, Encoder(3, equivariant=False)], ids=str)
+@pytest.mark.parametrize(
+    "encoder", [Encoder(0), Encoder(1), Encoder(16), PUBLISHED, Encoder(3, equivariant=False)], ids=encoder_id
+)
 def test_variance_normalize_options(encoder, per, device):
     """Iterations and the published mode; a batch gives the bits of its tiles one at a time (KF 2)."""
     tiles = torch.stack([uneven(64, 80, seed=seed) * 10.0 ** (1 - seed) for seed in range(3)]).to(device)
@@ -128,9 +136,11 @@ def test_quantize_and_dequantize(page_size, head_dim, bits, per, device):
     """Codes, scale and zero; and back, from float32 and float16 scales."""
     tiles = draw(2, 1, page_size, head_dim, dtype=DTYPES[bits % 3], device=device)
     tiles[0, 0, 3], tiles[0, 0, :, 5] = 1.5, -0.25  # a constant token, a constant channel
-    codes, scale, zero = quantize(tiles, bits, per=per)
-    for result, expected in zip((codes, scale, zero), reference.quantize(tiles, bits, per=per), strict=True):
-        assert_same_bits(result, expected)
+    for encoder in (PUBLISHED, Encoder(fits=2)):
+        codes, scale, zero = quantize(tiles, bits, per=per, encoder=encoder)
+        expected = reference.quantize(tiles, bits, per=per, encoder=encoder)
+        for result, exact in zip((codes, scale, zero), expected, strict=True):
+            assert_same_bits(result, exact)
     assert_same_bits(dequantize(codes, scale, zero, per=per), reference.dequantize(codes, scale, zero, per=per))
     half = scale.half(), zero.half()
     assert_same_bits(dequantize(codes, *half, per=per), reference.dequantize(codes, *half, per=per))
@@ -143,7 +153,7 @@ def test_rounding_ties(bits, device):
     halves = torch.arange(0, 2 * top + 1) / 2
     tile = halves.repeat(64, 8 * 64 // len(halves) + 1)[:, :512].contiguous()
     tile[:, 0], tile[:, 1] = 0.0, float(top)
-    codes, scale, zero = quantize(tile.to(device), bits, per="token")
+    codes, scale, zero = quantize(tile.to(device), bits, per="token", encoder=PUBLISHED)
     assert (scale == 1).all() and (zero == 0).all()
     assert_same_bits(codes.cpu(), torch.round(tile).to(torch.uint8))  # torch.round takes the even neighbour
 
@@ -266,7 +276,18 @@ def test_extreme_gains(gain, device):
             assert_same_bits(result, tile)
 
 
-@pytest.mark.parametrize("encoder", [Encoder(0), Encoder(1), PUBLISHED, Encoder(16, equivariant=False)], ids=str)
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        PUBLISHED,
+        Encoder(0, fits=0),
+        Encoder(1, clip=False, fits=3),
+        Encoder(16, equivariant=False, fits=2),
+        Encoder(1, clip=False, fits=0),
+        Encoder(1, norm="balance"),
+    ],
+    ids=encoder_id,
+)
 def test_encoder_options(encoder, device):
     """Every encoder of the store kernel, default starts, and pages one at a time instead of at once (KF 2)."""
     layout = PageLayout(64, 64, 2, 4)
@@ -306,7 +327,7 @@ def test_degenerate_activations(magnitude, device):
         assert relative_error(result[0, :, 1], exact[:64, 1]) < 2**-8
 
 
-@pytest.mark.parametrize("encoder", [Encoder(), PUBLISHED], ids=str)
+@pytest.mark.parametrize("encoder", [Encoder(), PUBLISHED], ids=encoder_id)
 def test_saturated_fields(encoder, device):
     """Activations that no float16 field can hold saturate alike in both codes, to finite numbers (KF 5)."""
     layout = PageLayout(64, 64, 2, 4)

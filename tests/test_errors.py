@@ -375,6 +375,10 @@ def test_too_few_tokens(device):
         ({"iterations": 65}, "iterations: .* got 65"),
         ({"iterations": 8.0}, "iterations: .* got 8.0"),
         ({"equivariant": 1}, "equivariant: expected True or False, got 1"),
+        ({"clip": None}, "clip: expected True or False, got None"),
+        ({"fits": 17}, "fits: expected an integer from 0 to 16, got 17"),
+        ({"fits": True}, "fits: .* got True"),
+        ({"norm": "squares"}, "norm: expected one of .*balance.*length.*, got 'squares'"),
     ],
 )
 def test_encoder(options, message):

@@ -5,6 +5,7 @@ Everything else is tested against the reference, so nothing here shares code wit
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from fractions import Fraction
@@ -62,7 +63,7 @@ def test_published_algorithm(per, iterations, page_size, head_dim, bits):
         rows = tile.T if per == "channel" else tile
         codes, scale, zero, norm = published_encode(rows, bits, iterations)
         got_codes, got_scale, got_zero, got_norm, gain = reference.encode(
-            tile, bits, per=per, encoder=Encoder(iterations=iterations, equivariant=False)
+            tile, bits, per=per, encoder=dataclasses.replace(PUBLISHED, iterations=iterations)
         )
         assert torch.equal(got_codes.double(), codes.T if per == "channel" else codes)
         gauge = 2.0 ** torch.round(torch.log2(scale[0] / got_scale[0]))  # a power of two that the record moves to the gain
@@ -73,7 +74,7 @@ def test_published_algorithm(per, iterations, page_size, head_dim, bits):
 
         col, row = published_scales(rows, iterations)
         balanced, token_scale, channel_scale = reference.variance_normalize(
-            tile, per=per, encoder=Encoder(iterations=iterations, equivariant=False)
+            tile, per=per, encoder=dataclasses.replace(PUBLISHED, iterations=iterations)
         )
         by_token, by_channel = (col, row) if per == "channel" else (row, col)
         torch.testing.assert_close(token_scale, by_token, rtol=1e-10, atol=0)
@@ -130,22 +131,71 @@ def test_scale_equivariance(per, factor):
 def test_published_mode_ignores_small_tiles(per):
     """The floor on the published scales leaves a tile of small magnitude unbalanced (KF 3): what the default mode mends."""
     tile = uneven(128, 128) * 1e-2
-    unbalanced = tile_error(tile, 2, per, Encoder(iterations=0))
+    unbalanced = tile_error(tile, 2, per, dataclasses.replace(PUBLISHED, iterations=0))
     assert tile_error(tile, 2, per, PUBLISHED) == pytest.approx(unbalanced, rel=0.02)
     assert tile_error(tile, 2, per, DEFAULT) < 0.65 * unbalanced
 
 
 # Recorded relative errors of Gaussian tiles and of uneven ones, plus about 2 %.
 QUALITY = {2: (0.51, 0.56), 3: (0.218, 0.228), 4: (0.102, 0.108), 8: (0.0061, 0.0062)}
+DEFAULT_QUALITY = {2: (0.36, 0.38), 3: (0.193, 0.205), 4: (0.1, 0.105), 8: (0.0061, 0.0062)}
+
+
+@pytest.mark.parametrize(
+    ("encoder", "bounds"), [(Encoder(8, clip=False, fits=0, norm="balance"), QUALITY), (DEFAULT, DEFAULT_QUALITY)]
+)
+@pytest.mark.parametrize("per", ["channel", "token"])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_quality(bits, per, encoder, bounds):
+    """Quantization error stays within the recorded bounds, for even and uneven tiles."""
+    gaussian, rough = bounds[bits]
+    assert tile_error(draw(4, 128, 128), bits, per, encoder) <= gaussian
+    assert tile_error(uneven(4, 128, 128), bits, per, encoder) <= rough
 
 
 @pytest.mark.parametrize("per", ["channel", "token"])
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
-def test_quality(bits, per):
-    """Quantization error stays within the recorded bounds, for even and uneven tiles."""
-    gaussian, rough = QUALITY[bits]
-    assert tile_error(draw(4, 128, 128), bits, per) <= gaussian
-    assert tile_error(uneven(4, 128, 128), bits, per) <= rough
+def test_norms_keep_lengths(bits, per):
+    """Tokens of keys and channels of values have their exact length when they are read back; as published they do not."""
+    tile, dim = uneven(128, 96).double(), -1 if per == "channel" else -2
+    tile[3], tile[:, 5] = 0.0, 0.0
+    lengths = tile.norm(dim=dim)
+    errors = [
+        ((dequantized(tile, bits, per, encoder).norm(dim=dim) - lengths).abs() / lengths.clamp_min(1e-9)).max()
+        for encoder in (DEFAULT, PUBLISHED)
+    ]
+    assert errors[0] < 4e-3  # float16 fields
+    assert bits == 8 or errors[1] > 3 * errors[0]
+    assert (dequantized(tile, bits, per)[3 if per == "channel" else (slice(None), 5)] == 0).all()
+
+
+@pytest.mark.parametrize("per", ["channel", "token"])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_fits_lessen_the_error(bits, per):
+    """Every fit lessens the squared error of every row, or leaves it; none does what minimum and maximum do."""
+    tile, dim = uneven(64, 80).double() + 5.0, -2 if per == "channel" else -1
+    errors = []
+    for fits in range(4):
+        codes, scale, zero = reference.quantize(tile, bits, per=per, encoder=Encoder(clip=False, fits=fits))
+        errors.append((reference.dequantize(codes, scale, zero, per=per) - tile).square().sum(dim))
+    for before, after in itertools.pairwise(errors):
+        assert (after <= before * (1 + 1e-9)).all()
+    assert errors[-1].sum() < (0.8 if bits == 2 else 0.995) * errors[0].sum()
+    low, high = tile.amin(dim), tile.amax(dim)
+    codes, scale, zero = reference.quantize(tile, bits, per=per, encoder=PUBLISHED)
+    torch.testing.assert_close(scale, (high - low) / (2**bits - 1))
+    assert torch.equal(zero, low)
+    scale = reference.quantize(tile, bits, per=per, encoder=Encoder(fits=0))[1]
+    torch.testing.assert_close(scale, reference.codec.COVERAGE[bits] * (high - low) / (2**bits - 1))
+
+
+@pytest.mark.parametrize("per", ["channel", "token"])
+def test_rows_of_one_code(per):
+    """Constant rows and rows whose numbers all get one code keep the scale and zero that they had."""
+    tile = torch.full((64, 64), 3.0)
+    for fits in (0, 3):
+        codes, scale, zero = reference.quantize(tile, 2, per=per, encoder=Encoder(fits=fits))
+        assert (codes == 0).all() and (zero == 3).all() and torch.isfinite(scale).all()
 
 
 def record_of(tile: torch.Tensor, layout: PageLayout) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -293,7 +343,7 @@ def test_rounding_ties():
     """Halfway between two codes the even one is taken; a constant row has code 0."""
     tile = torch.zeros(64, 64)
     tile[0] = torch.tensor([0.0, 3.0, 0.5, 1.5, 2.5, 1.0, 2.0, 0.25]).repeat(8)
-    codes, scale, zero = reference.quantize(tile, 2, per="token")
+    codes, scale, zero = reference.quantize(tile, 2, per="token", encoder=PUBLISHED)
     assert codes[0, :8].tolist() == [0, 3, 0, 2, 2, 1, 2, 0]
     assert (scale[0], zero[0]) == (1.0, 0.0)
     assert codes[1:].max() == 0

@@ -11,7 +11,8 @@ import torch
 
 from ..encoder import DEFAULT, Encoder
 from ..layout import PageLayout
-from .codec import HALF_MAX, butterflies, dequantize, encode, hadamard, pack, unpack, working_dtype
+from .codec import HALF_MAX, butterflies, dequantize, encode, hadamard, working_dtype
+from .packing import pack, unpack
 
 
 def encode_records(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, encoder: Encoder = DEFAULT) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from ..encoder import DEFAULT, Encoder
-from ..layout import fields_per_byte, largest_power_of_two_divisor
+from ..layout import largest_power_of_two_divisor
 
 Per = Literal["channel", "token"]
 
@@ -34,6 +34,8 @@ TILE_SCALE_MAX = 1e19
 EXPONENT_MAX = 100
 """Largest magnitude of an exponent that moves into a gain, so that gains are normal float32 numbers."""
 HALF_MAX = 65504.0
+COVERAGE = {2: 0.7, 3: 0.9, 4: 1.0, 8: 1.0}
+"""Part of a row's range that codes of so many bits start from if they may clip."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -198,13 +200,19 @@ def _balance(tile: torch.Tensor, per: Per, iterations: int) -> tuple[torch.Tenso
     return balanced, best_token_scale, best_channel_scale
 
 
-def quantize(tiles: torch.Tensor, bits: int, *, per: Per) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round tiles to `2**bits` evenly spaced values between the least and the largest of each channel or token.
+def quantize(
+    tiles: torch.Tensor, bits: int, *, per: Per, encoder: Encoder = DEFAULT
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round tiles to `2**bits` evenly spaced values per channel or token.
+
+    They start as those between the least and the largest number of the row (paper, section 3), or in the middle of that range
+    if `encoder.clip`. Then, `encoder.fits` times, they become those of least squared error for the codes of the ones before.
 
     Args:
         tiles: [..., page_size, head_dim].
         bits: 2, 3, 4 or 8.
         per: the axis with one scale and zero each.
+        encoder: its `clip` and `fits`.
 
     Returns:
         `codes` uint8 like `tiles`; `scale` and `zero` [..., head_dim] or [..., page_size] in the working dtype. Ties round to
@@ -212,10 +220,36 @@ def quantize(tiles: torch.Tensor, bits: int, *, per: Per) -> tuple[torch.Tensor,
     """
     tiles = tiles.to(working_dtype(tiles.dtype))
     levels, dim = 2**bits - 1, -2 if per == "channel" else -1
-    zero = tiles.amin(dim, keepdim=True)
-    scale = ((tiles.amax(dim, keepdim=True) - zero) * (1.0 / levels)).clamp_min(RANGE_EPS)
-    codes = torch.round((tiles - zero) * (1.0 / scale)).clamp(0, levels).to(torch.uint8)
+    zero, top = tiles.amin(dim, keepdim=True), tiles.amax(dim, keepdim=True)
+    if encoder.clip:
+        cut = (top - zero) * ((1 - COVERAGE[bits]) / 2)
+        zero, top = zero + cut, top - cut
+    scale = ((top - zero) * (1.0 / levels)).clamp_min(RANGE_EPS)
+    for _ in range(encoder.fits):
+        scale, zero = _fitted(tiles, _codes(tiles, scale, zero, levels), scale, zero, dim)
+    codes = _codes(tiles, scale, zero, levels).to(torch.uint8)
     return codes, scale.squeeze(dim), zero.squeeze(dim)
+
+
+def _codes(tiles: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: int) -> torch.Tensor:
+    return torch.round((tiles - zero) * (1.0 / scale)).clamp(0, levels)
+
+
+def _fitted(
+    tiles: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scale and zero of least squared error for given codes; those before where all codes of a row are the same.
+
+    Sums are of what the numbers of a row exceed its zero by, so that a large mean does not cancel.
+    """
+    count, one = tiles.shape[dim], torch.ones_like(scale)
+    above = tiles - zero
+    code_sum, above_sum = dot(codes, one, dim), dot(above, one, dim)
+    code_mean, above_mean = code_sum * (1.0 / count), above_sum * (1.0 / count)
+    spread = dot(codes, codes, dim) - code_sum * code_mean
+    fitted = ((dot(above, codes, dim) - above_sum * code_mean) / spread).clamp_min(RANGE_EPS)
+    scale = torch.where(spread > 0, fitted, scale)
+    return scale, torch.where(spread > 0, zero + (above_mean - scale * code_mean), zero)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, per: Per) -> torch.Tensor:
@@ -252,10 +286,13 @@ def encode(
     tiles = tiles.to(working_dtype(tiles.dtype))
     tile_scale = _tile_scale(tiles, encoder)
     balanced, token_scale, channel_scale = _balance(tiles * (1.0 / tile_scale), per, encoder.iterations)
-    codes, scale, zero = quantize(balanced, bits, per=per)
+    codes, scale, zero = quantize(balanced, bits, per=per, encoder=encoder)
     token_scale, channel_scale, tile_scale = token_scale.squeeze(-1), channel_scale.squeeze(-2), tile_scale.squeeze(-1)
     own, norm = (channel_scale, token_scale) if per == "channel" else (token_scale, channel_scale)
-    scale, zero = scale * own * tile_scale, zero * own * tile_scale
+    scale, zero = scale * own, zero * own
+    if encoder.norm == "length":
+        norm = _length_norm(tiles * (1.0 / tile_scale.unsqueeze(-1)), codes, scale, zero, norm, per)
+    scale, zero = scale * tile_scale, zero * tile_scale
     value_exponent = _exponent(torch.maximum(zero.abs(), (scale * (2**bits - 1) + zero).abs()))
     norm_exponent = _exponent(norm)
     one = torch.ones_like(tile_scale)
@@ -264,56 +301,12 @@ def encode(
     return codes, scale * gauge, zero * gauge, torch.ldexp(norm, -norm_exponent), gain
 
 
-def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
-    """Pack codes into the bytes of a page (`docs/page_format.md`).
-
-    Args:
-        codes: uint8 [..., page_size, head_dim], each below 2**bits.
-        bits: 2, 3, 4 or 8.
-        per: "channel" packs channels of one token into bytes (keys), "token" tokens of one channel (values).
-
-    Returns:
-        uint8 [..., page_size * head_dim * bits / 8].
-    """
-    planes = _planes(codes if per == "channel" else codes.transpose(-1, -2), bits, per).to(torch.int32)
-    fields = fields_per_byte(bits)
-    width = 8 // fields
-    shifts = torch.arange(fields, dtype=torch.int32, device=codes.device)[:, None]
-    packed = ((planes & (2**width - 1)) << (shifts * width)).sum(-2).flatten(-2)
-    if bits == 3:
-        bit_planes = (planes >> 2).unflatten(-1, (2, -1))  # [..., rows, field, half, byte]
-        halves = torch.arange(2, dtype=torch.int32, device=codes.device)[:, None]
-        high = (bit_planes << (shifts[..., None] + 4 * halves)).sum((-3, -2)).flatten(-2)
-        packed = torch.cat((packed, high), dim=-1)
-    return packed.to(torch.uint8)
-
-
-def unpack(packed: torch.Tensor, bits: int, page_size: int, head_dim: int, *, per: Per) -> torch.Tensor:
-    """Return the codes uint8 [..., page_size, head_dim] that `pack` packed into `packed`."""
-    num_rows, num_items = (page_size, head_dim) if per == "channel" else (head_dim, page_size)
-    fields = fields_per_byte(bits)
-    width = 8 // fields
-    num_bytes = num_rows * num_items // fields
-    shifts = torch.arange(fields, dtype=torch.int32, device=packed.device)[:, None]
-    low = packed[..., :num_bytes].to(torch.int32).unflatten(-1, (num_rows, 1, -1))
-    planes = (low >> (shifts * width)) & (2**width - 1)
-    if bits == 3:
-        halves = torch.arange(2, dtype=torch.int32, device=packed.device)[:, None]
-        high = packed[..., num_bytes:].to(torch.int32).unflatten(-1, (num_rows, 1, 1, -1))
-        planes = planes | (((high >> (shifts[..., None] + 4 * halves)) & 1) << 2).flatten(-2)
-    rows = _rows(planes, bits, per)
-    return (rows if per == "channel" else rows.transpose(-1, -2)).to(torch.uint8).contiguous()
-
-
-def _planes(rows: torch.Tensor, bits: int, per: Per) -> torch.Tensor:
-    """Return items [..., rows, items] as planes [..., rows, field, byte]: keys within blocks of the rotation."""
-    fields, num_items = fields_per_byte(bits), rows.shape[-1]
-    block = largest_power_of_two_divisor(num_items) if per == "channel" else num_items
-    return rows.unflatten(-1, (num_items // block, fields, block // fields)).transpose(-3, -2).flatten(-2)
-
-
-def _rows(planes: torch.Tensor, bits: int, per: Per) -> torch.Tensor:
-    """Undo `_planes`."""
-    fields, num_items = planes.shape[-2], planes.shape[-2] * planes.shape[-1]
-    block = largest_power_of_two_divisor(num_items) if per == "channel" else num_items
-    return planes.unflatten(-1, (num_items // block, block // fields)).transpose(-3, -2).flatten(-3)
+def _length_norm(
+    tile: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, norm: torch.Tensor, per: Per
+) -> torch.Tensor:
+    """Return the norms with which tokens (keys) or channels (values) read back have the length of those of the tile."""
+    dim, row_dim = (-1, -2) if per == "channel" else (-2, -1)
+    read = fma(codes.to(tile.dtype), scale.unsqueeze(row_dim), zero.unsqueeze(row_dim))
+    squares, read_squares = dot(tile, tile, dim).squeeze(dim), dot(read, read, dim).squeeze(dim)
+    fitted = sqrt(squares / read_squares).clamp_max(SCALE_MAX)
+    return torch.where(read_squares > 0, fitted, norm)
