@@ -193,8 +193,17 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("token_starts", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
     ],
     "append_tokens": [
-        *TOKENS,
+        *[wrong for wrong in TOKENS if "64\\]" not in wrong[2]],
         *RAW,
+        ("k", lambda x: x[:, :1], r"expected shape \[\*, 2, \*\], got \[128, 1, 64\]"),
+        ("k", lambda x: x[..., :32], r"k.shape\[2\]: expected one of 64, .*, 512, got 32"),
+        ("v", lambda x: x[:-1], r"expected shape \[128, 2, \*\], got \[127, 2, 64\]"),
+        ("v", lambda x: x[..., :48], r"v.shape\[2\]: expected one of 64, .*, 512, got 48"),
+        (
+            "raw_pages",
+            lambda x: torch.cat((x, x), 4),
+            r"raw_pages.shape\[4\]: expected 64, the larger head_dim of k and v, got 128",
+        ),
         ("raw_pages", lambda x: x[:, :, :, :32], r"raw_pages.shape\[3\]: expected one of 64, 128, got 32"),
         ("raw_pages", lambda x: x[..., :48], r"raw_pages.shape\[4\]: expected one of 64, .*, got 48"),
         ("slots", to(torch.float32), "expected dtype int32 or int64, got float32"),
