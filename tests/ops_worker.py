@@ -9,7 +9,9 @@ from kvarn_triton import configs, ops
 from kvarn_triton.testing import cache_case
 
 LAYOUT = kvarn.PageLayout(64, 64, 4, 2)
-NAMES = LAYOUT.name, LAYOUT.head_dim
+NAMES = LAYOUT.name, LAYOUT.head_dim, LAYOUT.v_head_dim
+OTHER_VALUES = kvarn.PageLayout(64, 64, 4, 2, v_head_dim=80)
+OTHER_NAMES = OTHER_VALUES.name, OTHER_VALUES.head_dim, OTHER_VALUES.v_head_dim
 SINK = 16
 OPS = torch.ops.kvarn_triton
 
@@ -59,6 +61,32 @@ def calls() -> list[tuple]:
         (OPS.prefill_attention.into, (torch.zeros_like(q5), workspace, *many)),
         (OPS.prefill_attention.into_lse, (torch.zeros_like(q5), None, *fresh)),
         (OPS.merge_states.default, (out, lse, out + 1, lse + 1)),
+        *calls_with_other_values(),
+    ]
+
+
+def calls_with_other_values() -> list[tuple]:
+    """Return the operators that take a layout, or k and v, with values of another head_dim than keys."""
+    case = cache_case(OTHER_VALUES, [150, 70], sink_len=SINK)
+    case.pages[(case.pages == 255).all(-1)] = 0
+    case.raw_pages.nan_to_num_(0.0)
+    k, v = torch.randn(128, 2, 64).half(), torch.randn(128, 2, 80).half()
+    tables = case.raw_table, case.block_table, case.seq_lens + 64, case.num_quantized.clone()
+    plain = case.q, case.pages, case.block_table, case.seq_lens, *OTHER_NAMES
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+    q5, out, tiles = torch.randn(5, 8, 64).half(), torch.zeros(2, 8, 80).half(), torch.zeros(1, 64, 2, 144).split((64, 80), -1)
+    fresh = q5, *plain[1:4], cu_seqlens, *OTHER_NAMES, k[:5], v[:5]
+    ids = case.block_table[0, :1]
+    return [
+        (OPS.append_tokens.default, (k[:2], v[:2], case.raw_pages, torch.tensor([5, -1]))),
+        (OPS.store_pages.default, (k, v, case.pages, torch.tensor([1, 0]), *OTHER_NAMES, 8, True, None)),
+        (OPS.commit_pages.default, (case.raw_pages, case.pages, *tables, *OTHER_NAMES, SINK, 0, 1, True, 8, True, None, None)),
+        (OPS.dequantize_pages.default, (case.pages, ids, *OTHER_NAMES, torch.float32, False)),
+        (OPS.dequantize_pages.into, (*tiles, case.pages, ids, *OTHER_NAMES, torch.float32, False)),
+        (OPS.decode_attention.lse, plain),
+        (OPS.decode_attention.into, (out, None, *plain)),
+        (OPS.prefill_attention.default, fresh),
+        (OPS.prefill_attention.lse, fresh),
     ]
 
 
