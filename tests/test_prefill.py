@@ -113,8 +113,11 @@ def test_layouts(index, form, device):
     queries = [5, 3] if index % 4 < 2 else [40, 2]
     sink_len = (0, 16, layout.page_size)[index // 2 % 3]
     group = 1 + index % 5
-    lengths = [layout.page_size * 2 + 9, layout.page_size + 1]
-    check(prefill_case(layout, lengths, queries, new=new, group=group, dtype=dtype, sink_len=sink_len, device=device))
+    lengths = [sink_len + layout.page_size * 2 + 9, sink_len + layout.page_size + 1]
+    options = {"group": group, "num_tail_slots": 1, "dtype": dtype, "sink_len": sink_len}
+    arguments = prefill_case(layout, lengths, queries, new=new, device=device, **options)
+    assert arguments["num_quantized"].tolist() == ([1, 0] if new else [2, 1])
+    check(arguments)
 
 
 @FORMS
