@@ -19,21 +19,23 @@ rotation_block = triton.constexpr_function(largest_power_of_two_divisor)
 
 
 @triton.jit
-def _load_rows(x_ptr, tokens, kept, D: tl.constexpr):
-    """Load the activations [rows, channels] of one head from places `tokens`, those that are kept."""
+def _load_rows(x_ptr, tokens, head, slots, stride_token, stride_head, D: tl.constexpr):
+    """Load the activations [tokens, channels] of one head, those that have a slot."""
     offs_d = tl.arange(0, triton.next_power_of_2(D))[None, :]
-    return tl.load(x_ptr + (tokens[:, None] + offs_d), kept[:, None] & (offs_d < D), other=0.0).to(tl.float32)
+    place = (tokens * stride_token + head * stride_head)[:, None] + offs_d
+    return tl.load(x_ptr + place, (slots >= 0)[:, None] & (offs_d < D), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_rotated(raw_pages_ptr, place, x, kept, D: tl.constexpr):
-    """Rotate activations [rows, channels] and store them to places, those that are kept."""
+def _store_rotated(raw_pages_ptr, x, half, head, slots, strides, G: tl.constexpr, D: tl.constexpr):
+    """Rotate activations [tokens, channels] of one head and store them to their slots, where they have one."""
     offs_d = tl.arange(0, x.shape[1])[None, :]
     rotated = hadamard(x, rotation_block(D))
     if raw_pages_ptr.dtype.element_ty == tl.float16:
         rotated = to_half(rotated)
-    rotated = rotated.to(raw_pages_ptr.dtype.element_ty)
-    tl.store(raw_pages_ptr + place[:, None] + offs_d, rotated, kept[:, None] & (offs_d < D))
+    place = slots // G * strides[0] + half * strides[1] + head * strides[2] + slots % G * strides[3]
+    mask = (slots >= 0)[:, None] & (offs_d < D)
+    tl.store(raw_pages_ptr + place[:, None] + offs_d, rotated.to(raw_pages_ptr.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "stride_slots"])
@@ -60,21 +62,20 @@ def _kvarn_append_tokens_kernel(
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     head, half = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     slots = tl.load(slots_ptr + tokens * stride_slots, tokens < num_tokens, other=-1).to(tl.int64)
-    kept = slots >= 0
-    k_tokens = tokens * stride_k_token + head * stride_k_head
-    v_tokens = tokens * stride_v_token + head * stride_v_head
-    place = slots // G * stride_raw_page + half * stride_raw_half + head * stride_raw_head + slots % G * stride_raw_token
+    strides = (stride_raw_page, stride_raw_half, stride_raw_head, stride_raw_token)
     if D == D_V:
         # Rows of one size are rotated by the same code.
         if half == 0:
-            x = _load_rows(k_ptr, k_tokens, kept, D)
+            x = _load_rows(k_ptr, tokens, head, slots, stride_k_token, stride_k_head, D)
         else:
-            x = _load_rows(v_ptr, v_tokens, kept, D)
-        _store_rotated(raw_pages_ptr, place, x, kept, D)
+            x = _load_rows(v_ptr, tokens, head, slots, stride_v_token, stride_v_head, D)
+        _store_rotated(raw_pages_ptr, x, half, head, slots, strides, G, D)
     elif half == 0:
-        _store_rotated(raw_pages_ptr, place, _load_rows(k_ptr, k_tokens, kept, D), kept, D)
+        k = _load_rows(k_ptr, tokens, head, slots, stride_k_token, stride_k_head, D)
+        _store_rotated(raw_pages_ptr, k, half, head, slots, strides, G, D)
     else:
-        _store_rotated(raw_pages_ptr, place, _load_rows(v_ptr, v_tokens, kept, D_V), kept, D_V)
+        v = _load_rows(v_ptr, tokens, head, slots, stride_v_token, stride_v_head, D_V)
+        _store_rotated(raw_pages_ptr, v, half, head, slots, strides, G, D_V)
 
 
 def check_raw_pages(raw_pages: object, num_kv_heads: int | None = None, device: torch.device | None = None) -> None:
