@@ -131,9 +131,11 @@ def prefill_config(
     channels = triton.next_power_of_2(larger_head_dim(layout))
     if dtype == torch.float32 or channels > 256 or not holds_dequantized_pages(device):
         few = decode_config(layout, dtype, device)
-        # A page too large for shared memory goes through it tile by tile: small ones, beside 16 rows of as many channels.
-        block_t, block_d = (few.block_t, few.block_d) if few.num_stages > 1 else (32, 32)
-        return PrefillConfig(16, few.num_warps, block_t, RAW_BLOCK, few.num_stages, few.programs_per_sm, block_d, folded=True)
+        num_stages, block_t, block_d = few.num_stages, few.block_t, few.block_d
+        if num_stages == 1 or (channels > 256 and _holds_little(device)):
+            # A page too large for shared memory goes through it tile by tile: small ones, beside 16 rows of as many channels.
+            num_stages, block_t, block_d = 1, 32, 32
+        return PrefillConfig(16, few.num_warps, block_t, RAW_BLOCK, num_stages, few.programs_per_sm, block_d, folded=True)
     if channels == 256:
         return PrefillConfig(64, 4, 64, 32, programs_per_sm=1)
     if split_size is not None or -(-total_tokens // max(batch, 1)) * group <= 64:
@@ -145,6 +147,12 @@ def holds_dequantized_pages(device: torch.device) -> bool:
     """Return whether a program has room for a page of 16-bit numbers beside what it was made of, as in the interpreter."""
     arch = arch_of(device)
     return arch is None or (arch.startswith("sm") and _multiprocessor_bytes(device, arch) >= 200 * _KIB)
+
+
+def _holds_little(device: torch.device) -> bool:
+    """Return whether a page of 512 channels fits into shared memory, but not with queries and new tokens beside it."""
+    arch = arch_of(device)
+    return arch is not None and arch.startswith("sm") and _multiprocessor_bytes(device, arch) <= 100 * _KIB
 
 
 PROGRAM_BYTES = 56 * 1024
