@@ -152,7 +152,7 @@ def add_quantized_values(
     """
     BITS: tl.constexpr = LAYOUT.v_bits
     G: tl.constexpr = LAYOUT.page_size
-    D: tl.constexpr = LAYOUT.head_dim
+    D: tl.constexpr = LAYOUT.v_head_dim
     BYTES: tl.constexpr = G // FIELDS
     BLOCK_B: tl.constexpr = max(BYTES, 32)
     CHANNELS: tl.constexpr = acc.shape[1]

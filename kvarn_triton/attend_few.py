@@ -119,7 +119,7 @@ def add_folded_values(
     """
     BITS: tl.constexpr = LAYOUT.v_bits
     G: tl.constexpr = LAYOUT.page_size
-    D: tl.constexpr = LAYOUT.head_dim
+    D: tl.constexpr = LAYOUT.v_head_dim
     BYTES: tl.constexpr = G // FIELDS
     CHANNELS: tl.constexpr = acc.shape[1]
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + 1 + tl.arange(0, 1))

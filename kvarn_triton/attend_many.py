@@ -120,7 +120,7 @@ def _page_values(
 ):
     """Return the values [page_size, CHANNELS] of a record, whose norms are multiplied by value_factor."""
     BITS: tl.constexpr = LAYOUT.v_bits
-    D: tl.constexpr = LAYOUT.head_dim
+    D: tl.constexpr = LAYOUT.v_head_dim
     BYTES: tl.constexpr = LAYOUT.page_size // FIELDS
     codes_ptr = (record_ptr + LAYOUT.v_codes_offset).to(tl.pointer_type(tl.int8))
     params_ptr = (record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32))

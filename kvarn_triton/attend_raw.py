@@ -71,7 +71,7 @@ def attend_raw(
     one in every run; without HAS_WINDOW from the first token on.
     """
     G: tl.constexpr = LAYOUT.page_size
-    D: tl.constexpr = LAYOUT.head_dim
+    D_V: tl.constexpr = LAYOUT.v_head_dim
     terms, unit = raw_query(planes, LAYOUT, K_FIELDS, OPERAND)
     q_factor = q_factor * unit
     byte = tl.arange(0, planes[0].shape[1])
@@ -110,7 +110,7 @@ def attend_raw(
         weights = tl.exp2(scores - m_new[:, None])
         m_i = m_new
         l_i = l_i * alpha + tl.sum(weights, axis=1)
-        mask = valid[:, None] & (offs_d < D)[None, :]
+        mask = valid[:, None] & (offs_d < D_V)[None, :]
         values = tl.load(page_ptr + stride_half + place[:, None] + offs_d[None, :], mask, other=0.0)
         product = tl.dot(two_terms(weights, OPERAND, False), values.to(OPERAND), input_precision="ieee")
         acc = acc * alpha[:, None] + sum_of_terms(product)

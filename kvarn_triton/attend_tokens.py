@@ -47,7 +47,7 @@ def attend_raw_run(
     the raw table. `position` [rows] counts as tokens do.
     """
     G: tl.constexpr = LAYOUT.page_size
-    D: tl.constexpr = LAYOUT.head_dim
+    D_V: tl.constexpr = LAYOUT.v_head_dim
     channel, mask_c = channel_in_order(tl.arange(0, q.shape[1]), q.shape[1] // K_FIELDS, LAYOUT, K_FIELDS)
     offs_d = tl.arange(0, acc.shape[1])
     offs_t = tl.arange(0, BLOCK_R)
@@ -63,7 +63,7 @@ def attend_raw_run(
             scores = capped(scores, soft_cap)
         scores = tl.where(visible(position, token, window, HAS_WINDOW) & valid[None, :], scores, float("-inf"))
         weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
-        mask = valid[:, None] & (offs_d < D)[None, :]
+        mask = valid[:, None] & (offs_d < D_V)[None, :]
         values = tl.load(page_ptr + stride_half + place[:, None] + offs_d[None, :], mask, other=0.0)
         acc = tl.dot(weights.to(OPERAND), values.to(OPERAND), acc * alpha[:, None], input_precision="ieee")
     return acc, m_i, l_i
@@ -88,6 +88,7 @@ def attend_new(
     last_position,
     window,
     D: tl.constexpr,
+    D_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -97,14 +98,16 @@ def attend_new(
 
     `q` [rows, channels] is not rotated either. `position` [rows], from first_position to last_position, counts new tokens.
     """
-    offs_d = tl.arange(0, acc.shape[1])
+    offs_k = tl.arange(0, q.shape[1])
+    offs_v = tl.arange(0, acc.shape[1])
     offs_t = tl.arange(0, BLOCK_R)
-    mask_d = offs_d < D
+    mask_k = offs_k < D
+    mask_v = offs_v < D_V
     for start in tl.range(first, last, BLOCK_R, num_stages=NUM_STAGES):
         token = start + offs_t
         valid = token < last
         keys = tl.load(
-            k_ptr + token.to(tl.int64)[None, :] * stride_k_token + offs_d[:, None], valid[None, :] & mask_d[:, None], other=0.0
+            k_ptr + token.to(tl.int64)[None, :] * stride_k_token + offs_k[:, None], valid[None, :] & mask_k[:, None], other=0.0
         )
         scores = tl.dot(q, keys.to(q.dtype), input_precision="ieee") * qk_scale
         if HAS_CAP:
@@ -116,7 +119,7 @@ def attend_new(
             scores = tl.where(visible(position, token, window, HAS_WINDOW) & valid[None, :], scores, float("-inf"))
         weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
         values = tl.load(
-            v_ptr + token.to(tl.int64)[:, None] * stride_v_token + offs_d[None, :], valid[:, None] & mask_d[None, :], other=0.0
+            v_ptr + token.to(tl.int64)[:, None] * stride_v_token + offs_v[None, :], valid[:, None] & mask_v[None, :], other=0.0
         )
         acc = tl.dot(weights.to(q.dtype), values.to(q.dtype), acc * alpha[:, None], input_precision="ieee")
     return acc, m_i, l_i

@@ -78,14 +78,15 @@ def check_attention(
         if raw_table is not None or num_quantized is not None or sink_len:
             raise ValueError("raw_pages: expected a tensor beside raw_table, num_quantized or sink_len, got None")
     else:
-        check_tensor("raw_pages", raw_pages, [None, 2, num_kv_heads, layout.page_size, layout.head_dim], FLOATS, device=device)
+        raw_shape = [None, 2, num_kv_heads, layout.page_size, layout.raw_head_dim]
+        check_tensor("raw_pages", raw_pages, raw_shape, FLOATS, device=device)
         check_tensor("raw_table", raw_table, [batch, None], torch.int32, device=device)
         assert raw_table is not None
         check_raw_table(raw_table, sink_len, layout.page_size)
         check_tensor("num_quantized", num_quantized, [batch], torch.int32, device=device)
     _check_options(num_q_heads, window, soft_cap, sinks, device)
     if out is not None:
-        check_tensor("out", out, q.shape, q.dtype, device=device)
+        check_tensor("out", out, [*q.shape[:2], layout.v_head_dim], q.dtype, device=device)
     return num_kv_heads
 
 

@@ -39,7 +39,7 @@ _NOT_SPECIALIZED = [
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _kvarn_commit_pages_kernel(
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
-    raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, head_dim]
+    raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, raw_head_dim]
     raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots]
     table_ptr,  # int32 [batch, max_pages], or with CSR [n]
     kv_indptr_ptr,  # int32 [batch + 1]; unused if not CSR
@@ -68,6 +68,7 @@ def _kvarn_commit_pages_kernel(
 ):
     G: tl.constexpr = LAYOUT.page_size
     D: tl.constexpr = LAYOUT.head_dim
+    D_V: tl.constexpr = LAYOUT.v_head_dim
     tile = tl.program_id(0)
     head = (tile // 2 % num_kv_heads).to(tl.int64)
     row = tile // (2 * num_kv_heads * max_new_pages)
@@ -84,11 +85,19 @@ def _kvarn_commit_pages_kernel(
         raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column).to(tl.int64)
         tile_ptr = raw_pages_ptr + raw_page * stride_raw_page + head * stride_raw_head
         record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
-        blocks = load_blocks(tile_ptr + tile % 2 * stride_raw_half, stride_raw_token.to(tl.int64), G, D)
-        if tile % 2 == 0:
-            store_tile(blocks, record_ptr, False, LAYOUT, K_FIELDS, ENCODER)
+        if D == D_V:
+            # Tiles of one size are loaded by the same code.
+            blocks = load_blocks(tile_ptr + tile % 2 * stride_raw_half, stride_raw_token.to(tl.int64), G, D)
+            if tile % 2 == 0:
+                store_tile(blocks, record_ptr, False, LAYOUT, K_FIELDS, ENCODER)
+            else:
+                store_tile(blocks, record_ptr, True, LAYOUT, V_FIELDS, ENCODER)
+        elif tile % 2 == 0:
+            k_blocks = load_blocks(tile_ptr, stride_raw_token.to(tl.int64), G, D)
+            store_tile(k_blocks, record_ptr, False, LAYOUT, K_FIELDS, ENCODER)
         else:
-            store_tile(blocks, record_ptr, True, LAYOUT, V_FIELDS, ENCODER)
+            v_blocks = load_blocks(tile_ptr + stride_raw_half, stride_raw_token.to(tl.int64), G, D_V)
+            store_tile(v_blocks, record_ptr, True, LAYOUT, V_FIELDS, ENCODER)
 
 
 @triton.jit(do_not_specialize=["batch", "max_new_pages", "max_pages", "sink_len", "keep_pages"])
@@ -122,7 +131,7 @@ def _check_commit(
     num_kv_heads = check_pages(pages, layout.page_bytes)
     check_raw_pages(raw_pages, num_kv_heads, pages.device)
     require(raw_pages.shape[3] == layout.page_size, "raw_pages.shape[3]", str(layout.page_size), raw_pages.shape[3])
-    require(raw_pages.shape[4] == layout.head_dim, "raw_pages.shape[4]", str(layout.head_dim), raw_pages.shape[4])
+    require(raw_pages.shape[4] == layout.raw_head_dim, "raw_pages.shape[4]", str(layout.raw_head_dim), raw_pages.shape[4])
     batch = check_body_tables(block_table, kv_indptr, kv_indices, None, pages.device)
     check_tensor("raw_table", raw_table, [batch, None], torch.int32, device=pages.device)
     check_raw_table(raw_table, sink_len, layout.page_size)
@@ -158,7 +167,7 @@ def commit_pages(
     `num_quantized` says which have been.
 
     Args:
-        raw_pages: float16, bfloat16 or float32 [num_raw_pages, 2, num_kv_heads, page_size, head_dim], rotated.
+        raw_pages: float16, bfloat16 or float32 [num_raw_pages, 2, num_kv_heads, page_size, layout.raw_head_dim], rotated.
         pages: uint8 [num_pages, num_kv_heads, page_bytes], written in place.
         raw_table: int32 [batch, num_sink_pages + num_tail_slots]. A step of n tokens needs keep_pages + 1 +
             ceil((n - 1) / page_size) slots.
@@ -222,7 +231,7 @@ def commit_pages(
         K_FIELDS=fields_per_byte(layout.k_bits),
         V_FIELDS=fields_per_byte(layout.v_bits),
         ENCODER=encoder,
-        **configs.encode_options(layout.head_dim, pages.device),
+        **configs.encode_options(layout, pages.device),
         enable_fp_fusion=False,
     )
     if not advance:

@@ -25,6 +25,14 @@ def uses_ptx() -> bool:
     return torch.version.hip is None and not INTERPRETED
 
 
+def larger_head_dim(layout: PageLayout) -> int:
+    """Return the head_dim by which launch parameters are chosen where keys and values may differ: the larger one.
+
+    Registers and shared memory that suffice for it suffice for both.
+    """
+    return max(layout.head_dim, layout.v_head_dim)
+
+
 def block_warps(head_dim: int, device: torch.device) -> int:
     """Return the warps of a program that holds a tile in registers: a thread for each number of a block (`blocks`)."""
     threads = BLOCK_TOKENS * block_channels(head_dim)
@@ -48,9 +56,9 @@ def gather_parts(programs: int, device: torch.device) -> int:
     return min(max(num_programs(device, 16) // programs, 1), 16)
 
 
-def encode_options(head_dim: int, device: torch.device) -> dict[str, int]:
-    """Return the launch options of kernels that encode pages."""
-    options = {"num_warps": block_warps(head_dim, device)}
+def encode_options(layout: PageLayout, device: torch.device) -> dict[str, int]:
+    """Return the launch options of kernels that encode pages: the warps of the larger tile, which fills their registers."""
+    options = {"num_warps": block_warps(larger_head_dim(layout), device)}
     if uses_ptx():
         options["maxnreg"] = 128  # two programs per multiprocessor: one waits at a barrier while the other computes
     return options
@@ -67,7 +75,7 @@ def decode_config(
         # Products of float32 run on the scalar units, and a step of more tokens would spill their operands.
         return DecodeConfig(4, num_stages=1, block_t=32, block_d=64, programs_per_sm=2, few_programs_per_sm=2)
     arch = arch_of(device)
-    config = (builtin_table(arch) if table is None else table).find(layout.head_dim)
+    config = (builtin_table(arch) if table is None else table).find(larger_head_dim(layout))
     available = _multiprocessor_bytes(device, arch)
     num_stages, programs = config.num_stages, config.programs_per_sm
     while num_stages > 2 and programs * _shared_bytes(layout, num_stages) > available:
@@ -120,12 +128,14 @@ def prefill_config(
 
     In the batch-invariant mode (`split_size`) they depend on neither of the first two.
     """
-    channels = triton.next_power_of_2(layout.head_dim)
+    channels = triton.next_power_of_2(larger_head_dim(layout))
     if dtype == torch.float32 or channels > 256 or not holds_dequantized_pages(device):
         few = decode_config(layout, dtype, device)
-        # A page too large for shared memory goes through it tile by tile: small ones, beside 16 rows of as many channels.
-        block_t, block_d = (few.block_t, few.block_d) if few.num_stages > 1 else (32, 32)
-        return PrefillConfig(16, few.num_warps, block_t, RAW_BLOCK, few.num_stages, few.programs_per_sm, block_d, folded=True)
+        num_stages, block_t, block_d = few.num_stages, few.block_t, few.block_d
+        if num_stages == 1 or (channels > 256 and _holds_little(device)):
+            # A page too large for shared memory goes through it tile by tile: small ones, beside 16 rows of as many channels.
+            num_stages, block_t, block_d = 1, 32, 32
+        return PrefillConfig(16, few.num_warps, block_t, RAW_BLOCK, num_stages, few.programs_per_sm, block_d, folded=True)
     if channels == 256:
         return PrefillConfig(64, 4, 64, 32, programs_per_sm=1)
     if split_size is not None or -(-total_tokens // max(batch, 1)) * group <= 64:
@@ -137,6 +147,12 @@ def holds_dequantized_pages(device: torch.device) -> bool:
     """Return whether a program has room for a page of 16-bit numbers beside what it was made of, as in the interpreter."""
     arch = arch_of(device)
     return arch is None or (arch.startswith("sm") and _multiprocessor_bytes(device, arch) >= 200 * _KIB)
+
+
+def _holds_little(device: torch.device) -> bool:
+    """Return whether a page of 512 channels fits into shared memory, but not with queries and new tokens beside it."""
+    arch = arch_of(device)
+    return arch is not None and arch.startswith("sm") and _multiprocessor_bytes(device, arch) <= 100 * _KIB
 
 
 PROGRAM_BYTES = 56 * 1024
@@ -158,18 +174,23 @@ def _multiprocessor_bytes(device: torch.device, arch: str | None) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_multiprocessor", 0) or known
 
 
+def _padded_channels(layout: PageLayout) -> tuple[int, int]:
+    """Return the channels of a key and of a value, padded to powers of two."""
+    return triton.next_power_of_2(layout.head_dim), triton.next_power_of_2(layout.v_head_dim)
+
+
 def _page_shared_bytes(layout: PageLayout) -> int:
     """Return how much shared memory a page takes in a decode program: codes padded to whole products, 3-bit ones twice."""
-    channels = triton.next_power_of_2(layout.head_dim)
-    k_bytes = layout.page_size * max(channels // fields_per_byte(layout.k_bits), 32)
-    v_bytes = channels * max(layout.page_size // fields_per_byte(layout.v_bits), 32)
+    k_channels, v_channels = _padded_channels(layout)
+    k_bytes = layout.page_size * max(k_channels // fields_per_byte(layout.k_bits), 32)
+    v_bytes = v_channels * max(layout.page_size // fields_per_byte(layout.v_bits), 32)
     k_copies, v_copies = (3 if bits == 3 else 1 for bits in (layout.k_bits, layout.v_bits))
-    return k_bytes * k_copies + v_bytes * v_copies + 6 * (channels + layout.page_size) + 8
+    return k_bytes * k_copies + v_bytes * v_copies + 4 * k_channels + 2 * v_channels + 6 * layout.page_size + 8
 
 
 def _shared_bytes(layout: PageLayout, num_stages: int) -> int:
     """Return about how much shared memory a decode program needs: pages, or raw tokens, and what the driver keeps."""
-    raw = 2 * 2 * RAW_BLOCK * triton.next_power_of_2(layout.head_dim)
+    raw = 2 * RAW_BLOCK * sum(_padded_channels(layout))
     page = _page_shared_bytes(layout) if num_stages > 1 else 16 * _KIB
     return max(page, raw) * max(num_stages - 1, 1) + _KIB
 

@@ -50,8 +50,8 @@ def decode_attention(
         block_table: int32 [batch, max_pages]; column j is the page id of body page j. None with `kv_indptr` and `kv_indices`.
         seq_lens: int32 [batch], tokens to attend to. 0 is legal.
         layout: the page format.
-        raw_pages: float16, bfloat16 or float32 [num_raw_pages, 2, num_kv_heads, page_size, head_dim], rotated keys and values
-            of sinks and tails (`append_tokens`). None if everything is quantized.
+        raw_pages: float16, bfloat16 or float32 [num_raw_pages, 2, num_kv_heads, page_size, layout.raw_head_dim], rotated keys
+            and values of sinks and tails (`append_tokens`). None if everything is quantized.
         raw_table: int32 [batch, num_sink_pages + num_tail_slots]; the sink pages, then the ring in which body page j has
             slot j % num_tail_slots. Needed with `raw_pages`.
         num_quantized: int32 [batch], how many body pages are read from `pages`. Needed with `raw_pages`.
@@ -64,7 +64,7 @@ def decode_attention(
         soft_cap: above 0; a score becomes soft_cap * tanh(score / soft_cap), after `sm_scale` and before the softmax.
         sinks: float32 [num_q_heads], attention sinks: the logit of one more token of each query head, which has a weight but no
             value. Not capped. -inf is none.
-        out: where to write; like `q`, any strides whose innermost is 1.
+        out: where to write: [batch, num_q_heads, v_head_dim], of the dtype of `q`, any strides whose innermost is 1.
         return_lse: whether to return the log-sum-exp too.
         split_size: batch-invariant mode: pages of one run into which each sequence is cut (16 raw tokens count as a page), so
             that the bits of a row depend on the row alone, whatever else is in the batch. By default the runs are as long
@@ -73,9 +73,9 @@ def decode_attention(
         table: launch parameters by layout (`load_table`); by default the package's own for the device.
 
     Returns:
-        `out`, or `out` and `lse` float32 [batch, num_q_heads] (natural logarithm, of capped scores times `sm_scale`, the
-        logit of `sinks` included). A sequence of length 0 gives zeros, and lse = -inf or the logit of `sinks`. Calls over parts
-        of a sequence, to be merged (`merge_states`), get `sinks` in one of them only.
+        `out` [batch, num_q_heads, v_head_dim], or `out` and `lse` float32 [batch, num_q_heads] (natural logarithm, of capped
+        scores times `sm_scale`, the logit of `sinks` included). A sequence of length 0 gives zeros, and lse = -inf or the logit
+        of `sinks`. Calls over parts of a sequence, to be merged (`merge_states`), get `sinks` in one of them only.
 
     Raises:
         ValueError: for a wrong shape, dtype, device, stride or option, and for two forms of page ids, or none; nothing is
@@ -86,7 +86,7 @@ def decode_attention(
         raw_pages=raw_pages, raw_table=raw_table, num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr,
         kv_indices=kv_indices, window=window, soft_cap=soft_cap, sinks=sinks, out=out,
     )  # fmt: skip
-    batch, num_q_heads, head_dim = q.shape
+    batch, num_q_heads, v_head_dim = *q.shape[:2], layout.v_head_dim
     tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
     config = configs.decode_config(layout, q.dtype, q.device, table)
     if split_size is not None:
@@ -97,7 +97,7 @@ def decode_attention(
     max_raw_pages = 0 if raw_table is None else raw_table.shape[1]
     programs = configs.num_programs(q.device, config.programs_per_sm)
     partials = num_partials(batch, num_tiles, layout, max_pages, max_raw_pages, csr, split_size or 0, programs)
-    num_bytes = 4 * partials * tile * (head_dim + 1)
+    num_bytes = 4 * partials * tile * (v_head_dim + 1)
     if workspace is not None:
         check_tensor("workspace", workspace, [None], torch.uint8, device=q.device)
         check_aligned("workspace", workspace, 16)
@@ -109,12 +109,12 @@ def decode_attention(
             window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
         )  # fmt: skip
     if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = torch.empty(batch, num_q_heads, v_head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, num_q_heads, dtype=torch.float32, device=q.device) if return_lse else None
     if workspace is None:
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
-    partial_bytes = 4 * partials * tile * head_dim
-    partial = workspace[:partial_bytes].view(torch.float32).view(partials, tile, head_dim)
+    partial_bytes = 4 * partials * tile * v_head_dim
+    partial = workspace[:partial_bytes].view(torch.float32).view(partials, tile, v_head_dim)
     partial_lse = workspace[partial_bytes:num_bytes].view(torch.float32).view(partials, tile)
     if batch == 0 or num_q_heads == 0:
         return out if lse is None else (out, lse)

@@ -2,7 +2,7 @@
 
 A program attends with a tile of up to 8 query heads to a run of consecutive units of one sequence, or to the end of one run and
 the start of the next. Grid: (program,), as many as the GPU holds. Bytes moved: every record byte once for each tile, plus
-4 * (head_dim + 1) bytes per query head and partial result.
+4 * (v_head_dim + 1) bytes per query head and partial result.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _NOT_SPECIALIZED = [
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _kvarn_decode_attention_kernel(
-    partial_ptr,  # float32 [num_partials, TILE, head_dim], rotated
+    partial_ptr,  # float32 [num_partials, TILE, v_head_dim], rotated
     partial_lse_ptr,  # float32 [num_partials, TILE], base 2
     q_ptr,  # [batch, num_q_heads, head_dim]
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
     table_ptr,  # int32 [batch, max_pages], or with CSR [n]
     kv_indptr_ptr,  # int32 [batch + 1]; unused if not CSR
     seq_lens_ptr,  # int32 [batch]
-    raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, head_dim]
+    raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, raw_head_dim]
     raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots]
     num_quantized_ptr,  # int32 [batch]
     qk_scale,  # sm_scale * log2(e)
@@ -67,7 +67,7 @@ def _kvarn_decode_attention_kernel(
     BLOCK_K: tl.constexpr,  # bytes of a key, padded to a power of two of at least 32
     CHANNELS: tl.constexpr,  # channels of a value, padded to a power of two
     BLOCK_T: tl.constexpr,  # quantized tokens of one product
-    BLOCK_D: tl.constexpr,  # channels of one product
+    BLOCK_D: tl.constexpr,  # channels of one product with values
     UNITS: tl.constexpr,
     CSR: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -149,8 +149,8 @@ def _kvarn_decode_attention_kernel(
             mask_n = offs_n < TILE
             place = part.to(tl.int64) * TILE + offs_n
             tl.store(partial_lse_ptr + place, m_i + tl.log2(l_i), mask_n)
-            mask = mask_n[:, None] & (offs_d < LAYOUT.head_dim)[None, :]
-            tl.store(partial_ptr + place[:, None] * LAYOUT.head_dim + offs_d[None, :], acc * (1.0 / l_i)[:, None], mask)
+            mask = mask_n[:, None] & (offs_d < LAYOUT.v_head_dim)[None, :]
+            tl.store(partial_ptr + place[:, None] * LAYOUT.v_head_dim + offs_d[None, :], acc * (1.0 / l_i)[:, None], mask)
             unit = next_unit
 
 
@@ -175,7 +175,7 @@ def launch_decode_pieces(
     num_kv_heads = pages.shape[1]
     tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
     k_fields, v_fields = fields_per_byte(layout.k_bits), fields_per_byte(layout.v_bits)
-    channels = triton.next_power_of_2(head_dim)
+    channels = triton.next_power_of_2(layout.v_head_dim)
     table = kv_indices if block_table is None else block_table
     assert table is not None
     has_raw = raw_pages is not None
@@ -216,7 +216,7 @@ def launch_decode_pieces(
         GROUP=num_q_heads // num_kv_heads,
         TILE=tile,
         BLOCK_N=configs.HEAD_TILE,
-        BLOCK_K=max(channels // k_fields, 32),
+        BLOCK_K=max(triton.next_power_of_2(head_dim) // k_fields, 32),
         CHANNELS=channels,
         BLOCK_T=config.block_t,
         BLOCK_D=min(config.block_d, channels),

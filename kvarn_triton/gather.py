@@ -89,7 +89,7 @@ def _dequantize_values(
     ROTATED: tl.constexpr,
 ):
     """Write a part of a block of the values of a record; fields of a byte are tokens, some of which are decoded at a time."""
-    BLOCK: tl.constexpr = LAYOUT.block_size
+    BLOCK: tl.constexpr = LAYOUT.v_block_size
     BYTES: tl.constexpr = LAYOUT.page_size // FIELDS
     ROWS: tl.constexpr = THREADS // RUN
     N: tl.constexpr = BLOCK // RUN
@@ -107,7 +107,7 @@ def _dequantize_values(
             (block * BLOCK, first),
             own,
             place,
-            LAYOUT.head_dim,
+            LAYOUT.v_head_dim,
             BYTES,
             LAYOUT.v_bits,
         )
@@ -133,7 +133,7 @@ def _store_zeros(out_ptr, part, parts, stride_token, G: tl.constexpr, BLOCK: tl.
 @triton.jit(do_not_specialize=["num_kv_heads", "parts"])
 def _kvarn_dequantize_pages_kernel(
     k_ptr,  # [n, page_size, num_kv_heads, head_dim]
-    v_ptr,  # [n, page_size, num_kv_heads, head_dim]
+    v_ptr,  # [n, page_size, num_kv_heads, v_head_dim]
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
     page_ids_ptr,  # [n]
     num_kv_heads,
@@ -152,8 +152,9 @@ def _kvarn_dequantize_pages_kernel(
     THREADS: tl.constexpr,
     ROTATED: tl.constexpr,
 ):
-    BLOCK: tl.constexpr = LAYOUT.block_size
-    BLOCKS: tl.constexpr = LAYOUT.head_dim // BLOCK
+    K_BLOCKS: tl.constexpr = LAYOUT.head_dim // LAYOUT.block_size
+    V_BLOCKS: tl.constexpr = LAYOUT.v_head_dim // LAYOUT.v_block_size
+    BLOCKS: tl.constexpr = max(K_BLOCKS, V_BLOCKS)
     block = tl.program_id(0) % BLOCKS
     part = tl.program_id(0) // BLOCKS % parts
     tile = tl.program_id(0) // BLOCKS // parts
@@ -161,18 +162,20 @@ def _kvarn_dequantize_pages_kernel(
     head = (tile // 2 % num_kv_heads).to(tl.int64)
     page = tl.load(page_ids_ptr + entry).to(tl.int64)
     record_ptr = pages_ptr + tl.maximum(page, 0) * stride_pages_page + head * stride_pages_head
+    # Programs for blocks that only the other half of a record has write nothing.
     if tile % 2 == 0:
-        k_ptr += entry * stride_k_page + head * stride_k_head + block * BLOCK
-        if page >= 0:
-            _dequantize_keys(k_ptr, record_ptr, block, part, parts, stride_k_token, LAYOUT, K_FIELDS, THREADS, ROTATED)
-        else:
-            _store_zeros(k_ptr, part, parts, stride_k_token, LAYOUT.page_size, BLOCK, THREADS)
-    else:
-        v_ptr += entry * stride_v_page + head * stride_v_head + block * BLOCK
+        if (BLOCKS == K_BLOCKS) or (block < K_BLOCKS):
+            k_ptr += entry * stride_k_page + head * stride_k_head + block * LAYOUT.block_size
+            if page >= 0:
+                _dequantize_keys(k_ptr, record_ptr, block, part, parts, stride_k_token, LAYOUT, K_FIELDS, THREADS, ROTATED)
+            else:
+                _store_zeros(k_ptr, part, parts, stride_k_token, LAYOUT.page_size, LAYOUT.block_size, THREADS)
+    elif (BLOCKS == V_BLOCKS) or (block < V_BLOCKS):
+        v_ptr += entry * stride_v_page + head * stride_v_head + block * LAYOUT.v_block_size
         if page >= 0:
             _dequantize_values(v_ptr, record_ptr, block, part, parts, stride_v_token, LAYOUT, V_FIELDS, THREADS, ROTATED)
         else:
-            _store_zeros(v_ptr, part, parts, stride_v_token, LAYOUT.page_size, BLOCK, THREADS)
+            _store_zeros(v_ptr, part, parts, stride_v_token, LAYOUT.page_size, LAYOUT.v_block_size, THREADS)
 
 
 def dequantize_pages(
@@ -195,7 +198,7 @@ def dequantize_pages(
         out: (k, v) to write to, like the results; any strides whose innermost is 1.
 
     Returns:
-        `k` and `v` [n, page_size, num_kv_heads, head_dim].
+        `k` [n, page_size, num_kv_heads, head_dim] and `v` [n, page_size, num_kv_heads, v_head_dim].
 
     Raises:
         ValueError: for a wrong shape, dtype, device or stride; nothing is written. Ids are not read to be checked.
@@ -204,20 +207,21 @@ def dequantize_pages(
     check_tensor("page_ids", page_ids, [None], INDICES, device=pages.device)
     check_choice("dtype", dtype, FLOATS)
     num_pages = page_ids.shape[0]
-    shape = (num_pages, layout.page_size, num_kv_heads, layout.head_dim)
+    shape = (num_pages, layout.page_size, num_kv_heads)
     if out is not None:
         require(isinstance(out, tuple) and len(out) == 2, "out", "a tuple of two tensors", type(out).__name__)
-        check_tensor("out[0]", out[0], shape, FLOATS, device=pages.device)
-        check_tensor("out[1]", out[1], shape, out[0].dtype, device=pages.device)
+        check_tensor("out[0]", out[0], [*shape, layout.head_dim], FLOATS, device=pages.device)
+        check_tensor("out[1]", out[1], [*shape, layout.v_head_dim], out[0].dtype, device=pages.device)
     if not configs.on_device(pages):
         return reference.dequantize_pages(pages, page_ids, layout, dtype=dtype, rotated=rotated, out=out)
     if out is None:
-        out = torch.empty(shape, dtype=dtype, device=pages.device), torch.empty(shape, dtype=dtype, device=pages.device)
-    k, v = out
+        k, v = (torch.empty(*shape, d, dtype=dtype, device=pages.device) for d in (layout.head_dim, layout.v_head_dim))
+    else:
+        k, v = out
     if num_pages == 0 or num_kv_heads == 0:
         return k, v
-    num_warps, threads = configs.gather_threads(layout.block_size, pages.device)
-    num_blocks = layout.head_dim // layout.block_size
+    num_warps, threads = configs.gather_threads(max(layout.block_size, layout.v_block_size), pages.device)
+    num_blocks = max(layout.head_dim // layout.block_size, layout.v_head_dim // layout.v_block_size)
     parts = configs.gather_parts(num_blocks * num_pages * 2 * num_kv_heads, pages.device)
     _kvarn_dequantize_pages_kernel[(num_blocks * parts * num_pages * 2 * num_kv_heads,)](
         k,

@@ -45,40 +45,51 @@ class PageLayout:
     """Sizes and byte offsets of one quantized page of one kv head.
 
     Args:
-        head_dim: channels of one head; 64, 80, 96, 112, 128, 192, 256 or 512.
+        head_dim: channels of one head of keys and queries; 64, 80, 96, 112, 128, 192, 256 or 512.
         page_size: tokens of one page; 64 or 128.
         k_bits: bits of a key code; 2, 3, 4 or 8.
         v_bits: bits of a value code; 2, 3, 4 or 8.
+        v_head_dim: channels of one head of values and outputs, any of the sizes of `head_dim`. None, the default, is
+            `head_dim` itself: the attribute is that number, and the layout equals one that was given it.
 
     Raises:
         ValueError: for any other value; the message names what is supported.
 
     The object is hashable and holds nothing but the format, so that kernels take it as one compile-time constant.
+    `dataclasses.replace` keeps the number that `v_head_dim` is: give it both where both change.
     """
 
     head_dim: int = 128
     page_size: int = 128
     k_bits: int = 4
     v_bits: int = 2
+    v_head_dim: int = None  # type: ignore[assignment]  # None may be given, but is never what the attribute is
 
     def __post_init__(self) -> None:
+        if self.v_head_dim is None:
+            object.__setattr__(self, "v_head_dim", self.head_dim)
         for name, supported in (
             ("head_dim", SUPPORTED_HEAD_DIMS),
             ("page_size", SUPPORTED_PAGE_SIZES),
             ("k_bits", SUPPORTED_BITS),
             ("v_bits", SUPPORTED_BITS),
+            ("v_head_dim", SUPPORTED_HEAD_DIMS),
         ):
             value = getattr(self, name)
             require(isinstance(value, int) and value in supported, name, f"one of {', '.join(map(str, supported))}", value)
 
     @classmethod
-    def from_name(cls, name: str, head_dim: int = 128) -> PageLayout:
-        """Return the layout of a preset such as `k4v2_g128` (4-bit keys, 2-bit values, 128 tokens a page)."""
+    def from_name(cls, name: str, head_dim: int = 128, v_head_dim: int | None = None) -> PageLayout:
+        """Return the layout of a preset such as `k4v2_g128` (4-bit keys, 2-bit values, 128 tokens a page).
+
+        The sizes of heads are no part of the name: `head_dim` and `v_head_dim` are those of `PageLayout`.
+        """
         match = _PRESET.fullmatch(name) if isinstance(name, str) else None
         if match is None:
             raise ValueError(f"name: expected k<bits>v<bits>_g<page_size>, such as k4v2_g128, got {name!r}")
         k_bits, v_bits, page_size = map(int, match.groups())
-        return cls(head_dim=head_dim, page_size=page_size, k_bits=k_bits, v_bits=v_bits)
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        return cls(head_dim=head_dim, page_size=page_size, k_bits=k_bits, v_bits=v_bits, v_head_dim=v_head_dim)
 
     @property
     def name(self) -> str:
@@ -87,8 +98,22 @@ class PageLayout:
 
     @functools.cached_property
     def block_size(self) -> int:
-        """Channels of one block of the Hadamard rotation; key codes are interleaved inside these blocks only."""
+        """Channels of one block of the Hadamard rotation of keys; their codes are interleaved inside these blocks only."""
         return largest_power_of_two_divisor(self.head_dim)
+
+    @functools.cached_property
+    def v_block_size(self) -> int:
+        """Channels of one block of the Hadamard rotation of values."""
+        return largest_power_of_two_divisor(self.v_head_dim)
+
+    @functools.cached_property
+    def raw_head_dim(self) -> int:
+        """Last dimension of raw pages: the larger of both sizes of a head.
+
+        A token has its keys in the first `head_dim` channels and its values in the first `v_head_dim`; channels after those
+        are neither read nor written.
+        """
+        return max(self.head_dim, self.v_head_dim)
 
     @functools.cached_property
     def k_codes_bytes(self) -> int:
@@ -98,7 +123,7 @@ class PageLayout:
     @functools.cached_property
     def v_codes_bytes(self) -> int:
         """Bytes of the value codes."""
-        return self.page_size * self.head_dim * self.v_bits // 8
+        return self.page_size * self.v_head_dim * self.v_bits // 8
 
     @functools.cached_property
     def k_codes_offset(self) -> int:
@@ -133,7 +158,7 @@ class PageLayout:
     @functools.cached_property
     def gains_offset(self) -> int:
         """First byte of the gains: float32, a power of two for the keys and one for the values; zeros follow."""
-        return self.v_norm_offset + _align(2 * self.head_dim)
+        return self.v_norm_offset + _align(2 * self.v_head_dim)
 
     @functools.cached_property
     def page_bytes(self) -> int:
@@ -148,7 +173,7 @@ class PageLayout:
     @property
     def bits_per_element(self) -> float:
         """Effective bits of one cached number, scales included."""
-        return 8 * self.page_bytes / (2 * self.page_size * self.head_dim)
+        return 8 * self.page_bytes / (self.page_size * (self.head_dim + self.v_head_dim))
 
     def pages_shape(self, num_pages: int, num_kv_heads: int) -> tuple[int, int, int]:
         """Return the shape of the uint8 tensor that holds `num_pages` pages."""
@@ -161,9 +186,9 @@ class PageLayout:
             pages: uint8 [..., page_bytes]; the last dimension contiguous, 4-byte aligned.
 
         Returns:
-            `k_codes` and `v_codes` as uint8 [..., bytes]; `k_scale`, `k_zero` and `v_norm` as float16 [..., head_dim];
-            `v_scale`, `v_zero` and `k_norm` as float16 [..., page_size]; `k_gain` and `v_gain` as float32 [..., 1]. Writing
-            to a view writes to the page.
+            `k_codes` and `v_codes` as uint8 [..., bytes]; `k_scale` and `k_zero` as float16 [..., head_dim]; `v_norm` as
+            float16 [..., v_head_dim]; `v_scale`, `v_zero` and `k_norm` as float16 [..., page_size]; `k_gain` and `v_gain` as
+            float32 [..., 1]. Writing to a view writes to the page.
         """
 
         def numbers(offset: int, count: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -180,7 +205,7 @@ class PageLayout:
             "k_gain": numbers(self.gains_offset, 1, torch.float32),
             "v_scale": v_params[..., 0],
             "v_zero": v_params[..., 1],
-            "v_norm": numbers(self.v_norm_offset, self.head_dim),
+            "v_norm": numbers(self.v_norm_offset, self.v_head_dim),
             "v_gain": numbers(self.gains_offset + 4, 1, torch.float32),
         }
 

@@ -23,9 +23,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit(do_not_specialize=["num_tiles", "num_programs", "few_programs", "sink_len", "window", "split_size"])
 def _kvarn_merge_splits_kernel(
-    out_ptr,  # [batch, num_q_heads, head_dim]
+    out_ptr,  # [batch, num_q_heads, v_head_dim]
     lse_ptr,  # float32 [batch, num_q_heads], natural logarithm; unused if not RETURN_LSE
-    partial_ptr,  # float32 [num_partials, TILE, head_dim], rotated
+    partial_ptr,  # float32 [num_partials, TILE, v_head_dim], rotated
     partial_lse_ptr,  # float32 [num_partials, TILE], base 2
     seq_lens_ptr,  # int32 [batch]
     num_quantized_ptr,  # int32 [batch]
@@ -38,7 +38,7 @@ def _kvarn_merge_splits_kernel(
     split_size,
     stride_out_batch,
     stride_out_head,
-    HEAD_DIM: tl.constexpr,
+    D_V: tl.constexpr,
     ROTATION: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a kv head
     TILE: tl.constexpr,  # query heads of a tile
@@ -62,11 +62,11 @@ def _kvarn_merge_splits_kernel(
     last_piece = piece_of_unit(first_unit + units - 1, size, longer)
     num_parts = tl.where(units > 0, last_piece - first_piece + 1, 0)
     place = (row * num_tiles + tile + first_piece).to(tl.int64) * TILE + q_head % GROUP % TILE
-    partial_ptr += place * HEAD_DIM
+    partial_ptr += place * D_V
     partial_lse_ptr += place
 
     offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < HEAD_DIM
+    mask_d = offs_d < D_V
     m_i = tl.full((1,), float("-inf"), tl.float32)
     l_i = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, BLOCK_D), tl.float32)
@@ -79,7 +79,7 @@ def _kvarn_merge_splits_kernel(
         part = start + tl.arange(0, BLOCK_S)
         mask = part < num_parts
         lse = tl.load(partial_lse_ptr + part * TILE, mask, other=float("-inf"))
-        partial = tl.load(partial_ptr + part[:, None] * (TILE * HEAD_DIM) + offs_d, mask[:, None] & mask_d, other=0.0)
+        partial = tl.load(partial_ptr + part[:, None] * (TILE * D_V) + offs_d, mask[:, None] & mask_d, other=0.0)
         m_new = tl.maximum(m_i, tl.max(lse, axis=0))
         weights = tl.exp2(lse - m_new)
         alpha = tl.exp2(m_i - m_new)
@@ -106,8 +106,8 @@ def launch_merge_splits(
     early: bool,
 ) -> None:
     """Merge the partial results of a decode call, and the logits of its sinks, into `out` and `lse`; nothing is checked."""
-    batch, num_q_heads, head_dim = out.shape
-    block_d = triton.next_power_of_2(head_dim)
+    batch, num_q_heads, v_head_dim = out.shape
+    block_d = triton.next_power_of_2(v_head_dim)
     tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
     block_s = configs.merge_block(work.num_programs, batch * num_tiles)
     _kvarn_merge_splits_kernel[(num_q_heads, batch)](
@@ -126,8 +126,8 @@ def launch_merge_splits(
         work.split_size,
         out.stride(0),
         out.stride(1),
-        HEAD_DIM=head_dim,
-        ROTATION=layout.block_size,
+        D_V=v_head_dim,
+        ROTATION=layout.v_block_size,
         GROUP=num_q_heads // num_kv_heads,
         TILE=tile,
         BLOCK_D=block_d,
@@ -144,22 +144,22 @@ def launch_merge_splits(
 
 @triton.jit
 def _kvarn_merge_states_kernel(
-    out_ptr,  # [rows, head_dim]
+    out_ptr,  # [rows, v_head_dim]
     lse_ptr,  # float32 [rows], natural logarithm
-    out_a_ptr,  # [rows, head_dim]
+    out_a_ptr,  # [rows, v_head_dim]
     lse_a_ptr,  # float32 [rows]
-    out_b_ptr,  # [rows, head_dim]
+    out_b_ptr,  # [rows, v_head_dim]
     lse_b_ptr,  # float32 [rows]
     num_rows,
-    HEAD_DIM: tl.constexpr,
+    D_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = rows < num_rows
     offs_d = tl.arange(0, BLOCK_D)[None, :]
-    place = rows[:, None] * HEAD_DIM + offs_d
-    mask = mask_r[:, None] & (offs_d < HEAD_DIM)
+    place = rows[:, None] * D_V + offs_d
+    mask = mask_r[:, None] & (offs_d < D_V)
     lse_a = tl.load(lse_a_ptr + rows, mask_r, other=float("-inf"))
     lse_b = tl.load(lse_b_ptr + rows, mask_r, other=float("-inf"))
     top = tl.maximum(lse_a, lse_b)
@@ -180,7 +180,7 @@ def merge_states(
     """Merge the attention results of the same queries over two disjoint sets of keys.
 
     Args:
-        out_a: float16, bfloat16 or float32 [..., head_dim], contiguous.
+        out_a: float16, bfloat16 or float32 [..., v_head_dim], contiguous.
         lse_a: float32 [...], natural logarithm of the sum of exponentiated scores; -inf where nothing was attended. Logits of
             attention sinks are included, so give `sinks` to one of the two calls only.
         out_b: like `out_a`.
@@ -212,7 +212,7 @@ def merge_states(
             out_b,
             lse_b,
             num_rows,
-            HEAD_DIM=out_a.shape[-1],
+            D_V=out_a.shape[-1],
             BLOCK_D=block_d,
             BLOCK_R=block_r,
             num_warps=4,

@@ -1,7 +1,7 @@
 """The operators `torch.ops.kvarn_triton.*`: schema, what runs, and what comes out, for tracers. `ops` has functions for them.
 
-Operators take tensors, numbers and strings: a layout travels as its name and head_dim, an encoder as its options, a table of
-launch parameters as the row that the call needs. Each hands its arguments to the launcher of the same name. Overloads named
+Operators take tensors, numbers and strings: a layout travels as its name and both head_dims, an encoder as its options, a table
+of launch parameters as the row that the call needs. Each hands its arguments to the launcher of the same name. Overloads named
 `into` write to tensors that the schema declares; all others return new ones.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import append, commit, decode, gather, merge, prefill, rotation, store
+from . import append, commit, configs, decode, gather, merge, prefill, rotation, store
 from .encoder import Encoder
 from .layout import PageLayout
 from .tables import DecodeConfig, DecodeTable, Entry
@@ -105,53 +105,55 @@ def _append_tokens(k, v, raw_pages, slots):
 _define("append_tokens(Tensor k, Tensor v, Tensor(a!) raw_pages, Tensor slots) -> ()", _append_tokens, _fake_nothing)
 
 
-def _store_pages(k, v, pages, page_ids, layout, head_dim, iterations, equivariant, token_starts):
-    encoder = _encoder(iterations, equivariant)
-    store.store_pages(k, v, pages, page_ids, _layout(layout, head_dim), token_starts=token_starts, encoder=encoder)
+def _store_pages(k, v, pages, page_ids, layout, head_dim, v_head_dim, iterations, equivariant, clip, fits, norm, token_starts):
+    layout, encoder = _layout(layout, head_dim, v_head_dim), _encoder(iterations, equivariant, clip, fits, norm)
+    store.store_pages(k, v, pages, page_ids, layout, token_starts=token_starts, encoder=encoder)
 
 
 _define(
-    "store_pages(Tensor k, Tensor v, Tensor(a!) pages, Tensor page_ids, str layout, int head_dim, int iterations, "
-    "bool equivariant, Tensor? token_starts) -> ()",
+    "store_pages(Tensor k, Tensor v, Tensor(a!) pages, Tensor page_ids, str layout, int head_dim, int v_head_dim, "
+    "int iterations, bool equivariant, bool clip, int fits, str norm, Tensor? token_starts) -> ()",
     _store_pages,
     _fake_nothing,
 )
 
 
 def _commit_pages(
-    raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, head_dim, sink_len, keep_pages,
-    max_new_pages, advance, iterations, equivariant, kv_indptr, kv_indices,
+    raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, head_dim, v_head_dim, sink_len,
+    keep_pages, max_new_pages, advance, iterations, equivariant, clip, fits, norm, kv_indptr, kv_indices,
 ):  # fmt: skip
     commit.commit_pages(
-        raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, _layout(layout, head_dim), sink_len=sink_len,
-        keep_pages=keep_pages, max_new_pages=max_new_pages, advance=advance, kv_indptr=kv_indptr, kv_indices=kv_indices,
-        encoder=_encoder(iterations, equivariant),
+        raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, _layout(layout, head_dim, v_head_dim),
+        sink_len=sink_len, keep_pages=keep_pages, max_new_pages=max_new_pages, advance=advance, kv_indptr=kv_indptr,
+        kv_indices=kv_indices, encoder=_encoder(iterations, equivariant, clip, fits, norm),
     )  # fmt: skip
 
 
 _define(
     "commit_pages(Tensor raw_pages, Tensor(a!) pages, Tensor raw_table, Tensor? block_table, Tensor committed_lens, "
-    "Tensor(b!) num_quantized, str layout, int head_dim, int sink_len, int keep_pages, int max_new_pages, bool advance, "
-    "int iterations, bool equivariant, Tensor? kv_indptr, Tensor? kv_indices) -> ()",
+    "Tensor(b!) num_quantized, str layout, int head_dim, int v_head_dim, int sink_len, int keep_pages, int max_new_pages, "
+    "bool advance, int iterations, bool equivariant, bool clip, int fits, str norm, Tensor? kv_indptr, "
+    "Tensor? kv_indices) -> ()",
     _commit_pages,
     _fake_nothing,
 )
 
 
-def _dequantize_pages(pages, page_ids, layout, head_dim, dtype, rotated, *, out=None):
-    return gather.dequantize_pages(pages, page_ids, _layout(layout, head_dim), dtype=dtype, rotated=rotated, out=out)
+def _dequantize_pages(pages, page_ids, layout, head_dim, v_head_dim, dtype, rotated, *, out=None):
+    layout = _layout(layout, head_dim, v_head_dim)
+    return gather.dequantize_pages(pages, page_ids, layout, dtype=dtype, rotated=rotated, out=out)
 
 
 def _dequantize_pages_into(k, v, *args):
     _dequantize_pages(*args, out=(k, v))
 
 
-def _fake_dequantize_pages(pages, page_ids, layout, head_dim, dtype, rotated):
-    shape = page_ids.shape[0], _layout(layout, head_dim).page_size, pages.shape[1], head_dim
-    return pages.new_empty(shape, dtype=dtype), pages.new_empty(shape, dtype=dtype)
+def _fake_dequantize_pages(pages, page_ids, layout, head_dim, v_head_dim, dtype, rotated):
+    shape = page_ids.shape[0], _layout(layout, head_dim, v_head_dim).page_size, pages.shape[1]
+    return pages.new_empty(*shape, head_dim, dtype=dtype), pages.new_empty(*shape, v_head_dim, dtype=dtype)
 
 
-_DEQUANTIZE = "Tensor pages, Tensor page_ids, str layout, int head_dim, ScalarType dtype, bool rotated"
+_DEQUANTIZE = "Tensor pages, Tensor page_ids, str layout, int head_dim, int v_head_dim, ScalarType dtype, bool rotated"
 _define(f"dequantize_pages({_DEQUANTIZE}) -> (Tensor k, Tensor v)", _dequantize_pages, _fake_dequantize_pages)
 _define(f"dequantize_pages.into(Tensor(a!) k, Tensor(b!) v, {_DEQUANTIZE}) -> ()", _dequantize_pages_into, _fake_nothing)
 
@@ -183,9 +185,17 @@ def _define_attention(name: str, arguments: str, run: Callable) -> None:
     def into_with_lse(out, workspace, *args):
         return run(*args, out=out, workspace=workspace, return_lse=True)[1]
 
+    v_head_dim = arguments.split(", ").index("int v_head_dim")
+
+    def fake(q, *args):
+        return q.new_empty(*q.shape[:2], (q, *args)[v_head_dim])
+
+    def fake_with_lse(q, *args):
+        return fake(q, *args), _fake_lse(q)
+
     memory = "Tensor(a!) out, Tensor(b!)? workspace"
-    _define(f"{name}({arguments}) -> Tensor", run, _fake_like)
-    _define(f"{name}.lse({arguments}) -> (Tensor out, Tensor lse)", with_lse, lambda q, *args: (_fake_like(q), _fake_lse(q)))
+    _define(f"{name}({arguments}) -> Tensor", run, fake)
+    _define(f"{name}.lse({arguments}) -> (Tensor out, Tensor lse)", with_lse, fake_with_lse)
     _define(f"{name}.into({memory}, {arguments}) -> ()", into, _fake_nothing)
     _define(f"{name}.into_lse({memory}, {arguments}) -> Tensor", into_with_lse, lambda out, workspace, q, *args: _fake_lse(q))
 
@@ -198,32 +208,34 @@ _CACHE = (
 
 
 def _decode_attention(
-    q, pages, block_table, seq_lens, layout, head_dim, raw_pages=None, raw_table=None, num_quantized=None, sink_len=0,
-    sm_scale=None, window=None, soft_cap=None, sinks=None, kv_indptr=None, kv_indices=None, split_size=None, row=None, *,
-    out=None, workspace=None, return_lse=False,
+    q, pages, block_table, seq_lens, layout, head_dim, v_head_dim, raw_pages=None, raw_table=None, num_quantized=None,
+    sink_len=0, sm_scale=None, window=None, soft_cap=None, sinks=None, kv_indptr=None, kv_indices=None, split_size=None,
+    row=None, *, out=None, workspace=None, return_lse=False,
 ):  # fmt: skip
+    layout = _layout(layout, head_dim, v_head_dim)
     return decode.decode_attention(
-        q, pages, block_table, seq_lens, _layout(layout, head_dim), raw_pages=raw_pages, raw_table=raw_table,
+        q, pages, block_table, seq_lens, layout, raw_pages=raw_pages, raw_table=raw_table,
         num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr, kv_indices=kv_indices, sm_scale=sm_scale,
         window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse, split_size=split_size,
-        workspace=workspace, table=None if row is None else _table(tuple(row), head_dim),
+        workspace=workspace, table=None if row is None else _table(tuple(row), configs.larger_head_dim(layout)),
     )  # fmt: skip
 
 
 _define_attention(
     "decode_attention",
-    f"Tensor q, Tensor pages, Tensor? block_table, Tensor seq_lens, str layout, int head_dim, {_CACHE}, int[]? table=None",
+    "Tensor q, Tensor pages, Tensor? block_table, Tensor seq_lens, str layout, int head_dim, int v_head_dim, "
+    f"{_CACHE}, int[]? table=None",
     _decode_attention,
 )
 
 
 def _prefill_attention(
-    q, pages, block_table, seq_lens, cu_seqlens_q, layout, head_dim, k=None, v=None, raw_pages=None, raw_table=None,
-    num_quantized=None, sink_len=0, sm_scale=None, window=None, soft_cap=None, sinks=None, kv_indptr=None, kv_indices=None,
-    split_size=None, *, out=None, workspace=None, return_lse=False,
+    q, pages, block_table, seq_lens, cu_seqlens_q, layout, head_dim, v_head_dim, k=None, v=None, raw_pages=None,
+    raw_table=None, num_quantized=None, sink_len=0, sm_scale=None, window=None, soft_cap=None, sinks=None, kv_indptr=None,
+    kv_indices=None, split_size=None, *, out=None, workspace=None, return_lse=False,
 ):  # fmt: skip
     return prefill.prefill_attention(
-        q, pages, block_table, seq_lens, cu_seqlens_q, _layout(layout, head_dim), k=k, v=v, raw_pages=raw_pages,
+        q, pages, block_table, seq_lens, cu_seqlens_q, _layout(layout, head_dim, v_head_dim), k=k, v=v, raw_pages=raw_pages,
         raw_table=raw_table, num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr, kv_indices=kv_indices,
         sm_scale=sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
         split_size=split_size, workspace=workspace,
@@ -233,6 +245,6 @@ def _prefill_attention(
 _define_attention(
     "prefill_attention",
     "Tensor q, Tensor pages, Tensor? block_table, Tensor seq_lens, Tensor cu_seqlens_q, str layout, int head_dim, "
-    f"Tensor? k=None, Tensor? v=None, {_CACHE}",
+    f"int v_head_dim, Tensor? k=None, Tensor? v=None, {_CACHE}",
     _prefill_attention,
 )

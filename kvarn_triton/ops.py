@@ -12,6 +12,7 @@ import torch
 
 from . import operators as _operators
 from .checks import require
+from .configs import larger_head_dim
 from .encoder import DEFAULT, Encoder
 from .layout import PageLayout
 from .tables import DecodeTable
@@ -49,8 +50,9 @@ def store_pages(
 ) -> None:
     """Quantize full pages and write them into `pages`; see `kvarn_triton.store_pages`."""
     _OPS.store_pages.default(
-        k, v, pages, page_ids, layout.name, layout.head_dim, encoder.iterations, encoder.equivariant, token_starts
-    )
+        k, v, pages, page_ids, layout.name, layout.head_dim, layout.v_head_dim, encoder.iterations, encoder.equivariant,
+        encoder.clip, encoder.fits, encoder.norm, token_starts,
+    )  # fmt: skip
 
 
 def commit_pages(
@@ -72,8 +74,9 @@ def commit_pages(
 ) -> None:
     """Quantize finished pages of the tail into `pages`, and advance `num_quantized`; see `kvarn_triton.commit_pages`."""
     _OPS.commit_pages.default(
-        raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout.name, layout.head_dim, sink_len,
-        keep_pages, max_new_pages, advance, encoder.iterations, encoder.equivariant, kv_indptr, kv_indices,
+        raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout.name, layout.head_dim,
+        layout.v_head_dim, sink_len, keep_pages, max_new_pages, advance, encoder.iterations, encoder.equivariant, encoder.clip,
+        encoder.fits, encoder.norm, kv_indptr, kv_indices,
     )  # fmt: skip
 
 
@@ -87,10 +90,11 @@ def dequantize_pages(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the keys and values of quantized pages; see `kvarn_triton.dequantize_pages`."""
+    arguments = pages, page_ids, layout.name, layout.head_dim, layout.v_head_dim, dtype, rotated
     if out is None:
-        return _OPS.dequantize_pages.default(pages, page_ids, layout.name, layout.head_dim, dtype, rotated)
+        return _OPS.dequantize_pages.default(*arguments)
     require(isinstance(out, tuple) and len(out) == 2, "out", "a tuple of two tensors", type(out).__name__)
-    _OPS.dequantize_pages.into(*out, pages, page_ids, layout.name, layout.head_dim, dtype, rotated)
+    _OPS.dequantize_pages.into(*out, *arguments)
     return out
 
 
@@ -140,10 +144,10 @@ def decode_attention(
     Raises:
         ValueError: for a `workspace` without `out` too.
     """
-    head_dim = layout.head_dim
+    row = None if table is None else _operators.table_row(table, larger_head_dim(layout))
     arguments = (
-        q, pages, block_table, seq_lens, layout.name, head_dim, raw_pages, raw_table, num_quantized, sink_len, sm_scale, window,
-        soft_cap, sinks, kv_indptr, kv_indices, split_size, None if table is None else _operators.table_row(table, head_dim),
+        q, pages, block_table, seq_lens, layout.name, layout.head_dim, layout.v_head_dim, raw_pages, raw_table, num_quantized,
+        sink_len, sm_scale, window, soft_cap, sinks, kv_indptr, kv_indices, split_size, row,
     )  # fmt: skip
     return _attend(_OPS.decode_attention, arguments, out, workspace, return_lse)
 
@@ -179,7 +183,7 @@ def prefill_attention(
         ValueError: for a `workspace` without `out` too.
     """
     arguments = (
-        q, pages, block_table, seq_lens, cu_seqlens_q, layout.name, layout.head_dim, k, v, raw_pages, raw_table, num_quantized,
-        sink_len, sm_scale, window, soft_cap, sinks, kv_indptr, kv_indices, split_size,
+        q, pages, block_table, seq_lens, cu_seqlens_q, layout.name, layout.head_dim, layout.v_head_dim, k, v, raw_pages,
+        raw_table, num_quantized, sink_len, sm_scale, window, soft_cap, sinks, kv_indptr, kv_indices, split_size,
     )  # fmt: skip
     return _attend(_OPS.prefill_attention, arguments, out, workspace, return_lse)

@@ -47,7 +47,7 @@ def prefill_workspace_size(
     """
     config = configs.prefill_config(layout, dtype, device, total_tokens, batch, num_q_heads // max(num_kv_heads, 1), split_size)
     splits = _num_splits(total_tokens, batch, num_q_heads, num_kv_heads, max_pages, device, config, split_size)
-    return 0 if splits == 1 else 4 * splits * total_tokens * num_q_heads * (layout.head_dim + 1)
+    return 0 if splits == 1 else 4 * splits * total_tokens * num_q_heads * (layout.v_head_dim + 1)
 
 
 def _num_splits(
@@ -110,9 +110,9 @@ def prefill_attention(
             `q`. What follows after cu_seqlens_q[batch] is padding: its output is not written.
         layout: the page format.
         k: new keys like q, [total_tokens, num_kv_heads, head_dim], not rotated. None if they are in the cache.
-        v: new values, like `k`.
-        raw_pages: float16, bfloat16 or float32 [num_raw_pages, 2, num_kv_heads, page_size, head_dim], rotated keys and values
-            of sinks and tails (`append_tokens`). None if everything is quantized.
+        v: new values, like `k`, with v_head_dim.
+        raw_pages: float16, bfloat16 or float32 [num_raw_pages, 2, num_kv_heads, page_size, layout.raw_head_dim], rotated keys
+            and values of sinks and tails (`append_tokens`). None if everything is quantized.
         raw_table: int32 [batch, num_sink_pages + num_tail_slots]. Needed with `raw_pages`.
         num_quantized: int32 [batch], how many body pages are read from `pages`. Needed with `raw_pages`.
         sink_len: tokens at the start of every sequence that stay raw.
@@ -123,15 +123,15 @@ def prefill_attention(
         window: how many positions a query sees, its own included. Pages that no query of a sequence sees are not read.
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
         sinks: float32 [num_q_heads], a logit per query head that takes weight and has no value.
-        out: where to write; like `q`, any strides whose innermost is 1.
+        out: where to write: [total_tokens, num_q_heads, v_head_dim], of the dtype of `q`, any strides whose innermost is 1.
         return_lse: whether to return the log-sum-exp too.
         split_size: batch-invariant mode: pages of one run into which each sequence is cut, so that the bits of a row depend
             on its sequence alone. By default as many runs as it takes to give every multiprocessor work.
         workspace: uint8 [at least prefill_workspace_size(...)], contiguous; allocated if not given.
 
     Returns:
-        `out`, or `out` and `lse` float32 [total_tokens, num_q_heads] (natural logarithm, sinks included). A query that sees
-        nothing gives zeros and lse = -inf.
+        `out` [total_tokens, num_q_heads, v_head_dim], or `out` and `lse` float32 [total_tokens, num_q_heads] (natural
+        logarithm, sinks included). A query that sees nothing gives zeros and lse = -inf.
 
     Raises:
         ValueError: for a wrong shape, dtype, device or stride; nothing is written. Ids and lengths are not read to be checked.
@@ -141,13 +141,13 @@ def prefill_attention(
         raw_pages=raw_pages, raw_table=raw_table, num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr,
         kv_indices=kv_indices, window=window, soft_cap=soft_cap, sinks=sinks, out=out,
     )  # fmt: skip
-    total_tokens, num_q_heads, head_dim = q.shape
+    total_tokens, num_q_heads, v_head_dim = *q.shape[:2], layout.v_head_dim
     batch = seq_lens.shape[0]
     check_tensor("cu_seqlens_q", cu_seqlens_q, [batch + 1], torch.int32, device=q.device)
     require((k is None) == (v is None), "v", "a tensor beside k, and None without it", None if v is None else "a tensor")
     if k is not None and v is not None:
-        check_tensor("k", k, [total_tokens, num_kv_heads, head_dim], q.dtype, device=q.device)
-        check_tensor("v", v, k.shape, k.dtype, device=q.device)
+        check_tensor("k", k, [total_tokens, num_kv_heads, layout.head_dim], q.dtype, device=q.device)
+        check_tensor("v", v, [total_tokens, num_kv_heads, v_head_dim], q.dtype, device=q.device)
     if split_size is not None:
         require(isinstance(split_size, int) and split_size >= 1, "split_size", "an integer of at least 1", split_size)
     config = configs.prefill_config(
@@ -157,7 +157,7 @@ def prefill_attention(
     assert table is not None
     splits = _num_splits(total_tokens, batch, num_q_heads, num_kv_heads, table.shape[-1], q.device, config, split_size)
     require(splits <= MAX_SPLITS, "split_size", f"one that cuts pages into at most {MAX_SPLITS} runs", split_size)
-    num_bytes = 0 if splits == 1 else 4 * splits * total_tokens * num_q_heads * (head_dim + 1)
+    num_bytes = 0 if splits == 1 else 4 * splits * total_tokens * num_q_heads * (v_head_dim + 1)
     if workspace is not None:
         check_tensor("workspace", workspace, [None], torch.uint8, device=q.device)
         check_aligned("workspace", workspace, 16)
@@ -169,7 +169,7 @@ def prefill_attention(
             window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
         )  # fmt: skip
     if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = torch.empty(total_tokens, num_q_heads, v_head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(total_tokens, num_q_heads, dtype=torch.float32, device=q.device) if return_lse else None
     if workspace is None:
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
@@ -177,8 +177,8 @@ def prefill_attention(
         return out if lse is None else (out, lse)
     partial, partial_lse = None, None
     if splits > 1:
-        sums, shape = 4 * splits * total_tokens * num_q_heads * head_dim, (splits, total_tokens, num_q_heads)
-        partial = workspace[:sums].view(torch.float32).view(*shape, head_dim)
+        sums, shape = 4 * splits * total_tokens * num_q_heads * v_head_dim, (splits, total_tokens, num_q_heads)
+        partial = workspace[:sums].view(torch.float32).view(*shape, v_head_dim)
         partial_lse = workspace[sums:num_bytes].view(torch.float32).view(shape)
     launch_prefill_tiles(
         out, lse, partial, partial_lse, q, k, v, cu_seqlens_q, pages, block_table, kv_indptr, kv_indices, seq_lens, layout,

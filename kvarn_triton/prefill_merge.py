@@ -17,9 +17,9 @@ from .merge import LN2
 
 @triton.jit(do_not_specialize=["batch", "num_splits", "total_rows"])
 def _kvarn_merge_queries_kernel(
-    out_ptr,  # [total_tokens, num_q_heads, head_dim]
+    out_ptr,  # [total_tokens, num_q_heads, v_head_dim]
     lse_ptr,  # float32 [total_tokens, num_q_heads], natural logarithm; unused if not RETURN_LSE
-    partial_ptr,  # float32 [num_splits, total_tokens, num_q_heads, head_dim]
+    partial_ptr,  # float32 [num_splits, total_tokens, num_q_heads, v_head_dim]
     partial_lse_ptr,  # float32 [num_splits, total_tokens, num_q_heads], base 2
     cu_seqlens_ptr,  # int32 [batch + 1]
     sinks_ptr,  # float32 [num_q_heads]
@@ -28,7 +28,7 @@ def _kvarn_merge_queries_kernel(
     total_rows,
     stride_out_token,
     stride_out_head,
-    HEAD_DIM: tl.constexpr,
+    D_V: tl.constexpr,
     ROTATION: tl.constexpr,  # 1 if the partial results are not rotated
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -39,7 +39,7 @@ def _kvarn_merge_queries_kernel(
     row = token.to(tl.int64) * tl.num_programs(1) + q_head
     if token < tl.load(cu_seqlens_ptr + batch):
         offs_d = tl.arange(0, BLOCK_D)
-        mask_d = offs_d < HEAD_DIM
+        mask_d = offs_d < D_V
         m_i = tl.full((1,), float("-inf"), tl.float32)
         l_i = tl.zeros((1,), tl.float32)
         acc = tl.zeros((1, BLOCK_D), tl.float32)
@@ -51,9 +51,7 @@ def _kvarn_merge_queries_kernel(
             mask = split < num_splits
             place = split.to(tl.int64) * total_rows + row
             lse = tl.load(partial_lse_ptr + place, mask, other=float("-inf"))
-            partial = tl.load(
-                partial_ptr + place[:, None] * HEAD_DIM + offs_d, (lse > float("-inf"))[:, None] & mask_d, other=0.0
-            )
+            partial = tl.load(partial_ptr + place[:, None] * D_V + offs_d, (lse > float("-inf"))[:, None] & mask_d, other=0.0)
             m_new = tl.maximum(m_i, tl.max(lse, axis=0))
             origin = tl.where(m_new == float("-inf"), 0.0, m_new)
             weights = tl.exp2(lse - origin)
@@ -78,9 +76,9 @@ def launch_merge_queries(
     layout: PageLayout,
     rotated: bool,
 ) -> None:
-    """Merge `partial` [num_splits, total_tokens, num_q_heads, head_dim] into `out` and `lse`; nothing is checked."""
-    num_splits, total_tokens, num_q_heads, head_dim = partial.shape
-    block_d = triton.next_power_of_2(head_dim)
+    """Merge `partial` [num_splits, total_tokens, num_q_heads, v_head_dim] into `out` and `lse`; nothing is checked."""
+    num_splits, total_tokens, num_q_heads, v_head_dim = partial.shape
+    block_d = triton.next_power_of_2(v_head_dim)
     block_s = configs.MERGE_BLOCKS[0] if num_splits <= configs.MERGE_BLOCKS[0] else configs.MERGE_BLOCKS[1]
     _kvarn_merge_queries_kernel[(total_tokens, num_q_heads)](
         out,
@@ -94,8 +92,8 @@ def launch_merge_queries(
         total_tokens * num_q_heads,
         out.stride(0),
         out.stride(1),
-        HEAD_DIM=head_dim,
-        ROTATION=layout.block_size if rotated else 1,
+        D_V=v_head_dim,
+        ROTATION=layout.v_block_size if rotated else 1,
         BLOCK_D=block_d,
         BLOCK_S=block_s,
         HAS_SINKS=sinks is not None,

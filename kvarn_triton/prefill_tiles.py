@@ -2,7 +2,7 @@
 
 A row is a query head of a token; a tile is BLOCK_M consecutive rows of one sequence and kv head, those of one token after those
 of the one before. One program attends with a tile to a run of the pages that its last row sees, and, in the first run, to raw
-and new tokens. Grid: (tile, kv head, run). Bytes moved: each record byte once for each tile; 4 * (head_dim + 1) bytes per row
+and new tokens. Grid: (tile, kv head, run). Bytes moved: each record byte once for each tile; 4 * (v_head_dim + 1) bytes per row
 and run, twice, where there are several runs.
 """
 
@@ -63,19 +63,19 @@ def _store_rows(out_ptr, place, values, mask, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _kvarn_prefill_attention_kernel(
-    out_ptr,  # [total_tokens, num_q_heads, head_dim]
+    out_ptr,  # [total_tokens, num_q_heads, v_head_dim]
     lse_ptr,  # float32 [total_tokens, num_q_heads], natural logarithm; unused if not RETURN_LSE
-    partial_ptr,  # float32 [num_splits, total_tokens, num_q_heads, head_dim], rotated if not HAS_NEW
+    partial_ptr,  # float32 [num_splits, total_tokens, num_q_heads, v_head_dim], rotated if not HAS_NEW
     partial_lse_ptr,  # float32 [num_splits, total_tokens, num_q_heads], base 2
     q_ptr,  # [total_tokens, num_q_heads, head_dim]
     k_ptr,  # [total_tokens, num_kv_heads, head_dim], the new keys if HAS_NEW
-    v_ptr,
+    v_ptr,  # [total_tokens, num_kv_heads, v_head_dim]
     cu_seqlens_ptr,  # int32 [batch + 1]
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
     table_ptr,  # int32 [batch, max_pages], or [ids] if CSR
     indptr_ptr,  # int32 [batch + 1] if CSR
     seq_lens_ptr,  # int32 [batch]
-    raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, head_dim]
+    raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, raw_head_dim]
     raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots]
     num_quantized_ptr,  # int32 [batch]
     sinks_ptr,  # float32 [num_q_heads]
@@ -107,7 +107,8 @@ def _kvarn_prefill_attention_kernel(
     LAYOUT: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a kv head
     BLOCK_M: tl.constexpr,  # rows of a tile
-    CHANNELS: tl.constexpr,  # channels of a value, padded to a power of two
+    K_CHANNELS: tl.constexpr,  # channels of a key, padded to a power of two
+    V_CHANNELS: tl.constexpr,  # channels of a value, padded to a power of two
     BLOCK_T: tl.constexpr,  # quantized tokens of one product with keys
     BLOCK_D: tl.constexpr,  # channels of one product with values, if FOLDED
     BLOCK_R: tl.constexpr,  # raw or new tokens of one step
@@ -130,7 +131,8 @@ def _kvarn_prefill_attention_kernel(
 ):
     G: tl.constexpr = LAYOUT.page_size
     D: tl.constexpr = LAYOUT.head_dim
-    TOKEN_STAGES: tl.constexpr = 1 if CHANNELS > 256 else NUM_STAGES  # shared memory of 99 KB holds no more
+    D_V: tl.constexpr = LAYOUT.v_head_dim
+    TOKEN_STAGES: tl.constexpr = 1 if max(K_CHANNELS, V_CHANNELS) > 256 else NUM_STAGES  # shared memory of 99 KB holds no more
     tile, head, split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_q_heads = tl.num_programs(1) * GROUP
     row, row_start = _find_tile(cu_seqlens_ptr, tile, batch, GROUP, BLOCK_M)
@@ -166,14 +168,14 @@ def _kvarn_prefill_attention_kernel(
         mask_m = offs_m < num_rows
         q_head = head * GROUP + (first_row + offs_m) % GROUP
         token = (first_token + query).to(tl.int64)
-        offs_d = tl.arange(0, CHANNELS)
+        offs_d = tl.arange(0, K_CHANNELS)
         place = token * stride_q_token + q_head * stride_q_head
         q = tl.load(q_ptr + place[:, None] + offs_d[None, :], mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
         rotated, q_factor = rotate_rows(q, LAYOUT, K_FIELDS, OPERAND)
         q_factor = q_factor * qk_scale
         m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         l_i = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, CHANNELS), tl.float32)
+        acc = tl.zeros((BLOCK_M, V_CHANNELS), tl.float32)
         table_row_ptr = ids_of_row(table_ptr, indptr_ptr, row, stride_table, CSR)
         acc, m_i, l_i = attend_pages(
             acc, m_i, l_i, rotated, q_factor, soft_cap,
@@ -197,7 +199,7 @@ def _kvarn_prefill_attention_kernel(
                     LAYOUT, BLOCK_R, K_FIELDS, RAW_OPERAND, HAS_WINDOW, HAS_CAP, PTX, TOKEN_STAGES,
                 )  # fmt: skip
         if SINGLE or HAS_NEW:
-            acc = hadamard(acc, LAYOUT.block_size)
+            acc = hadamard(acc, LAYOUT.v_block_size)
         if HAS_NEW and split == 0:
             acc, m_i, l_i = attend_new(
                 acc, m_i, l_i, q.to(QUERY_OPERAND), qk_scale, soft_cap,
@@ -206,7 +208,7 @@ def _kvarn_prefill_attention_kernel(
                 stride_k_token, stride_v_token,
                 tl.maximum(first_query - window + 1, 0) // BLOCK_R * BLOCK_R if HAS_WINDOW else 0,
                 last_query + 1, query, first_query, last_query, window,
-                D, BLOCK_R, HAS_WINDOW, HAS_CAP, TOKEN_STAGES,
+                D, D_V, BLOCK_R, HAS_WINDOW, HAS_CAP, TOKEN_STAGES,
             )  # fmt: skip
 
         if SINGLE:
@@ -219,13 +221,13 @@ def _kvarn_prefill_attention_kernel(
                 l_i = l_i * alpha + tl.exp2(logit - origin)
                 m_i = m_new
             acc = acc * (1.0 / tl.where(l_i > 0, l_i, 1.0))[:, None]
-            _store_rows(out_ptr, token * stride_out_token + q_head * stride_out_head, acc, mask_m, D)
+            _store_rows(out_ptr, token * stride_out_token + q_head * stride_out_head, acc, mask_m, D_V)
             if RETURN_LSE:
                 tl.store(lse_ptr + token * num_q_heads + q_head, (m_i + tl.log2(l_i)) * LN2, mask_m)
         else:
             acc = acc * (1.0 / tl.where(l_i > 0, l_i, 1.0))[:, None]
             place = (split * total_tokens.to(tl.int64) + token) * num_q_heads + q_head
-            _store_rows(partial_ptr, place * D, acc, mask_m, D)
+            _store_rows(partial_ptr, place * D_V, acc, mask_m, D_V)
             tl.store(partial_lse_ptr + place, m_i + tl.log2(l_i), mask_m)
 
 
@@ -260,7 +262,7 @@ def launch_prefill_tiles(
     total_tokens, num_q_heads, head_dim = q.shape
     batch, num_kv_heads = seq_lens.shape[0], pages.shape[1]
     group = num_q_heads // num_kv_heads
-    channels = triton.next_power_of_2(head_dim)
+    k_channels, v_channels = triton.next_power_of_2(head_dim), triton.next_power_of_2(layout.v_head_dim)
     table = kv_indices if block_table is None else block_table
     assert table is not None
     raw = q if raw_pages is None else raw_pages
@@ -308,9 +310,10 @@ def launch_prefill_tiles(
         LAYOUT=layout,
         GROUP=group,
         BLOCK_M=config.block_m,
-        CHANNELS=channels,
+        K_CHANNELS=k_channels,
+        V_CHANNELS=v_channels,
         BLOCK_T=config.block_t,
-        BLOCK_D=min(config.block_d, channels),
+        BLOCK_D=min(config.block_d, v_channels),
         BLOCK_R=config.block_r,
         K_FIELDS=fields_per_byte(layout.k_bits),
         V_FIELDS=fields_per_byte(layout.v_bits),

@@ -1,4 +1,4 @@
-"""The query of an attention kernel: rotated, scaled, and in planes of channels as the fields of key bytes are.
+"""The query of an attention kernel: rotated as keys are, scaled, and in planes of channels as the fields of key bytes are.
 
 Plane f of a query holds the channels of field f of the bytes of a key, byte by byte and padded to BLOCK_K. A Hadamard matrix
 of a block of channels is the product of one over the fields of a byte and one over the bytes of a field; the second is the

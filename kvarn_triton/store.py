@@ -35,7 +35,7 @@ def store_tile(
     CODES: tl.constexpr = LAYOUT.v_codes_offset if VALUES else LAYOUT.k_codes_offset
     PARAMS: tl.constexpr = LAYOUT.v_params_offset if VALUES else LAYOUT.k_params_offset
     NORM: tl.constexpr = LAYOUT.v_norm_offset if VALUES else LAYOUT.k_norm_offset
-    D: tl.constexpr = LAYOUT.head_dim
+    D: tl.constexpr = LAYOUT.v_head_dim if VALUES else LAYOUT.head_dim
     G: tl.constexpr = LAYOUT.page_size
     codes, scale, zero, norm, gain = encode_blocks(blocks, G, D, BITS, not VALUES, ENCODER)
     params = join_halves(scale.to(tl.float16), zero.to(tl.float16))
@@ -64,7 +64,7 @@ def store_tile(
 def _kvarn_store_pages_kernel(
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
     k_ptr,  # [num_tokens, num_kv_heads, head_dim]
-    v_ptr,  # [num_tokens, num_kv_heads, head_dim]
+    v_ptr,  # [num_tokens, num_kv_heads, v_head_dim]
     page_ids_ptr,  # [n]
     token_starts_ptr,  # [n], unused if not HAS_STARTS
     num_kv_heads,
@@ -82,6 +82,7 @@ def _kvarn_store_pages_kernel(
 ):
     G: tl.constexpr = LAYOUT.page_size
     D: tl.constexpr = LAYOUT.head_dim
+    D_V: tl.constexpr = LAYOUT.v_head_dim
     tile = tl.program_id(0)
     index = tile // (2 * num_kv_heads)
     head = (tile // 2 % num_kv_heads).to(tl.int64)
@@ -95,11 +96,19 @@ def _kvarn_store_pages_kernel(
         x_ptr = tl.where(values, v_ptr, k_ptr)
         stride_token = tl.where(values, stride_v_token, stride_k_token).to(tl.int64)
         x_ptr += start * stride_token + head * tl.where(values, stride_v_head, stride_k_head)
-        blocks = load_blocks(x_ptr, stride_token, G, D, ROTATE=LAYOUT.block_size)
-        if values:
-            store_tile(blocks, record_ptr, True, LAYOUT, V_FIELDS, ENCODER)
+        if D == D_V:
+            # Tiles of one size are loaded and rotated by the same code.
+            blocks = load_blocks(x_ptr, stride_token, G, D, ROTATE=LAYOUT.block_size)
+            if values:
+                store_tile(blocks, record_ptr, True, LAYOUT, V_FIELDS, ENCODER)
+            else:
+                store_tile(blocks, record_ptr, False, LAYOUT, K_FIELDS, ENCODER)
+        elif values:
+            v_blocks = load_blocks(x_ptr, stride_token, G, D_V, ROTATE=LAYOUT.v_block_size)
+            store_tile(v_blocks, record_ptr, True, LAYOUT, V_FIELDS, ENCODER)
         else:
-            store_tile(blocks, record_ptr, False, LAYOUT, K_FIELDS, ENCODER)
+            k_blocks = load_blocks(x_ptr, stride_token, G, D, ROTATE=LAYOUT.block_size)
+            store_tile(k_blocks, record_ptr, False, LAYOUT, K_FIELDS, ENCODER)
 
 
 def store_pages(
@@ -117,7 +126,7 @@ def store_pages(
     Args:
         k: float16, bfloat16 or float32 [num_tokens, num_kv_heads, head_dim], after the position encoding, not rotated; any
             strides whose innermost is 1.
-        v: like `k`.
+        v: like `k`, with v_head_dim.
         pages: uint8 [num_pages, num_kv_heads, page_bytes], written in place.
         page_ids: int32 or int64 [n]; page i is written to `pages[page_ids[i]]`, ids below 0 are skipped.
         layout: the page format.
@@ -132,7 +141,7 @@ def store_pages(
     check_tensor("page_ids", page_ids, [None], INDICES, device=pages.device)
     num_pages = page_ids.shape[0]
     check_tensor("k", k, [None, num_kv_heads, layout.head_dim], FLOATS, device=pages.device)
-    check_tensor("v", v, [k.shape[0], num_kv_heads, layout.head_dim], k.dtype, device=pages.device)
+    check_tensor("v", v, [k.shape[0], num_kv_heads, layout.v_head_dim], k.dtype, device=pages.device)
     if token_starts is not None:
         check_tensor("token_starts", token_starts, [num_pages], INDICES, device=pages.device)
     elif k.shape[0] < num_pages * layout.page_size:
@@ -160,6 +169,6 @@ def store_pages(
         V_FIELDS=fields_per_byte(layout.v_bits),
         HAS_STARTS=token_starts is not None,
         ENCODER=encoder,
-        **configs.encode_options(layout.head_dim, pages.device),
+        **configs.encode_options(layout, pages.device),
         enable_fp_fusion=False,
     )

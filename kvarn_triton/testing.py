@@ -69,7 +69,7 @@ def cache_case(
         seed: of the random numbers, which are drawn on the CPU.
     """
     random = torch.Generator().manual_seed(seed)
-    page_size, head_dim, batch = layout.page_size, layout.head_dim, len(seq_lens)
+    page_size, batch = layout.page_size, len(seq_lens)
     num_sink_pages = -(-sink_len // page_size)
     body = [max(length - sink_len, 0) for length in seq_lens]
     max_pages = max(max((-(-length // page_size) for length in body), default=0), 1)
@@ -78,7 +78,7 @@ def cache_case(
 
     pages = torch.full(layout.pages_shape(num_pages, num_kv_heads), 255, dtype=torch.uint8)
     block_table = torch.randperm(num_pages, generator=random)[: batch * max_pages].view(batch, max_pages).int()
-    raw_shape = (num_raw, 2, num_kv_heads, page_size, head_dim)
+    raw_shape = (num_raw, 2, num_kv_heads, page_size, layout.raw_head_dim)
     raw_pages = torch.full(raw_shape, float("nan"), dtype=raw_dtype or dtype)
     raw_table = torch.randperm(num_raw, generator=random)[: num_raw - 1].view(batch, -1).int()
 
@@ -86,8 +86,8 @@ def cache_case(
         return torch.randn(*shape, generator=random)
 
     for b, length in enumerate(seq_lens):
-        k, v = draw(length, num_kv_heads, head_dim) * k_scale, draw(length, num_kv_heads, head_dim) * v_scale
-        k, v = k.to(dtype), v.to(dtype)
+        k = (draw(length, num_kv_heads, layout.head_dim) * k_scale).to(dtype)
+        v = (draw(length, num_kv_heads, layout.v_head_dim) * v_scale).to(dtype)
         count = num_quantized[b]
         starts = sink_len + page_size * torch.arange(count)
         reference.store_pages(k, v, pages, block_table[b, :count], layout, token_starts=starts, encoder=encoder)
@@ -95,7 +95,7 @@ def cache_case(
         slots = reference.raw_slots(positions, raw_table[b : b + 1], sink_len=sink_len, page_size=page_size)[0]
         slots[sink_len : sink_len + count * page_size] = -1
         reference.append_tokens(k, v, raw_pages, slots)
-    q = draw(batch, num_kv_heads * group, head_dim).to(dtype)
+    q = draw(batch, num_kv_heads * group, layout.head_dim).to(dtype)
     lens = torch.tensor(list(seq_lens), dtype=torch.int32)
     quantized = torch.tensor(num_quantized, dtype=torch.int32)
     return CacheCase(
@@ -125,7 +125,7 @@ def attention_in(
     This is what a 16-bit attention kernel computes on the same cache: the yardstick for the error of `decode_attention`.
     """
     scale = case.layout.head_dim**-0.5 if sm_scale is None else sm_scale
-    out = torch.zeros_like(case.q, dtype=torch.float32)
+    out = case.q.new_zeros(*case.q.shape[:2], case.layout.v_head_dim, dtype=torch.float32)
     rotated = reference.hadamard(case.q.float()).to(dtype).float()
     for b, length in enumerate(case.seq_lens.tolist()):
         if length == 0:
@@ -144,7 +144,7 @@ def attention_in(
 
 
 def gathered(case: CacheCase, row: int, dtype: torch.dtype, *, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rotated keys and values [num_kv_heads, seq_len - start, head_dim] of one sequence of a case."""
+    """Return the rotated keys and values of one sequence of a case; see `reference.gather_cache`."""
     return reference.gather_cache(
         case.pages,
         case.block_table,
@@ -169,4 +169,4 @@ def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
 def decode_bytes(layout: PageLayout, seq_lens: Sequence[int], num_q_heads: int, num_kv_heads: int) -> int:
     """Return the least bytes that decode attention over quantized pages moves: records in, queries in, outputs out."""
     records = sum(-(-length // layout.page_size) for length in seq_lens) * num_kv_heads * layout.page_bytes
-    return records + len(seq_lens) * num_q_heads * layout.head_dim * 4
+    return records + len(seq_lens) * num_q_heads * (layout.head_dim + layout.v_head_dim) * 2

@@ -92,12 +92,12 @@ def warmup(
     raw_dtype = dtype if raw_dtype is None else raw_dtype
     check_choice("raw_dtype", raw_dtype, FLOATS)
     require(num_kv_heads >= 1 and num_q_heads % num_kv_heads == 0, "num_q_heads", "a multiple of num_kv_heads", num_q_heads)
-    size, head_dim = layout.page_size, layout.head_dim
+    size = layout.page_size
     pages = torch.zeros(layout.pages_shape(2, num_kv_heads), dtype=torch.uint8, device=device)
     if not configs.on_device(pages):
         return
-    raw_pages = torch.zeros(2, 2, num_kv_heads, size, head_dim, dtype=raw_dtype, device=device)
-    tokens = torch.zeros(size, num_kv_heads, head_dim, dtype=dtype, device=device)
+    raw_pages = torch.zeros(2, 2, num_kv_heads, size, layout.raw_head_dim, dtype=raw_dtype, device=device)
+    k, v = (torch.zeros(size, num_kv_heads, d, dtype=dtype, device=device) for d in (layout.head_dim, layout.v_head_dim))
     # Rows of length 0, ids and slots below 0: the kernels find nothing to do.
     columns, lens = torch.zeros(2, 3, dtype=torch.int32, device=device), torch.zeros(2, dtype=torch.int32, device=device)
     options: dict[str, Any] = {"window": 1} if window else {}
@@ -107,16 +107,16 @@ def warmup(
         options["sinks"] = torch.zeros(num_q_heads, device=device)
     _warm_decode(layout, num_q_heads, pages, raw_pages, dtype, csr, {"table": table, **options})
     if prefill:
-        _warm_prefill(layout, num_q_heads, pages, raw_pages, tokens, csr, options)
+        _warm_prefill(layout, num_q_heads, pages, raw_pages, dtype, csr, options)
     for ids in (torch.int32, torch.int64):
         slots = torch.full((size,), -1, dtype=ids, device=device)
-        count = configs.append_block(head_dim)
+        count = configs.append_block(configs.larger_head_dim(layout))
         while count:
-            append_tokens(tokens[:count], tokens[:count], raw_pages, slots[:count])
+            append_tokens(k[:count], v[:count], raw_pages, slots[:count])
             count //= 2
         page_ids = torch.full((1,), -1, dtype=ids, device=device)
-        store_pages(tokens, tokens, pages, page_ids, layout, encoder=encoder)
-        store_pages(tokens, tokens, pages, page_ids, layout, token_starts=page_ids, encoder=encoder)
+        store_pages(k, v, pages, page_ids, layout, encoder=encoder)
+        store_pages(k, v, pages, page_ids, layout, token_starts=page_ids, encoder=encoder)
     block_table, indices = _body_tables(columns, csr)
     commit_pages(raw_pages, pages, columns, block_table, lens, lens, layout, encoder=encoder, **indices)
 
@@ -161,22 +161,22 @@ def _warm_prefill(
     num_q_heads: int,
     pages: torch.Tensor,
     raw_pages: torch.Tensor,
-    tokens: torch.Tensor,
+    dtype: torch.dtype,
     csr: bool,
     options: dict[str, Any],
 ) -> None:
     """Compile prefill attention for few and for many rows, with one run of pages, a few and many."""
-    num_kv_heads = pages.shape[1]
-    new = torch.zeros(65, num_kv_heads, layout.head_dim, dtype=tokens.dtype, device=pages.device)
+    shape = 65, pages.shape[1]
+    k, v = (torch.zeros(*shape, d, dtype=dtype, device=pages.device) for d in (layout.head_dim, layout.v_head_dim))
     lens = torch.zeros(1, dtype=torch.int32, device=pages.device)
     ends = torch.zeros(2, dtype=torch.int32, device=pages.device)
     for count in (1, 65):
-        q = torch.zeros(count, num_q_heads, layout.head_dim, dtype=tokens.dtype, device=pages.device)
+        q = torch.zeros(count, num_q_heads, layout.head_dim, dtype=dtype, device=pages.device)
         for columns in (1, 2, 4096):
             block_table, indices = _body_tables(torch.zeros(1, columns, dtype=torch.int32, device=pages.device), csr)
             raw_table = torch.zeros(1, 2, dtype=torch.int32, device=pages.device)
             raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": raw_table, "num_quantized": lens}
-            given: list[dict[str, Any]] = [{}, {"k": new[:count], "v": new[:count]}]
+            given: list[dict[str, Any]] = [{}, {"k": k[:count], "v": v[:count]}]
             for keys in given:
                 for return_lse in (False, True):
                     prefill_attention(

@@ -76,4 +76,4 @@ def decode_workspace_size(
     tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
     programs = configs.num_programs(device, configs.decode_config(layout, dtype, device, table).programs_per_sm)
     partials = num_partials(batch, num_tiles, layout, max_pages, max_raw_pages, csr, split_size or 0, programs)
-    return 4 * partials * tile * (layout.head_dim + 1)
+    return 4 * partials * tile * (layout.v_head_dim + 1)

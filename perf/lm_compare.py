@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -68,10 +69,10 @@ def compare(
             "bytes_per_token": layout.bytes_per_token,
             "sink_len": cache.sink_len,
             "keep_pages": cache.keep_pages,
-            "iterations": cache.encoder.iterations,
-            "equivariant": cache.encoder.equivariant,
         }
-        rows.append(row | changes | generation_changes(greedy_logits, logits))
+        rows.append(
+            row | {"encoder_options": dataclasses.asdict(cache.encoder)} | changes | generation_changes(greedy_logits, logits)
+        )
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import statistics
@@ -14,7 +15,7 @@ from cases import DISTRIBUTIONS, SHAPES, build_cache, draw_tiles, relative_error
 from common import DEFAULT_PRESETS, Options, Row, progress, say, sweep
 
 import kvarn_triton as kvarn
-from kvarn_triton import PRESETS, PUBLISHED, Encoder, PageLayout, inspection, reference
+from kvarn_triton import DEFAULT, PRESETS, PUBLISHED, Encoder, PageLayout, inspection, reference
 
 HEAD_DIMS = (64, 128, 256)
 MAIN_TARGET, MAIN_PRESET = "sm90", "k4v2_g128"
@@ -50,8 +51,8 @@ def capacity(options: Options) -> Iterator[Row]:
             }
 
 
-ENCODERS = {"unbalanced": Encoder(iterations=0), "published": PUBLISHED, "equivariant": Encoder()}
-SHORT_NAMES = {"unbalanced": "plain", "published": "publ.", "equivariant": "equiv."}
+ENCODERS = {"unbalanced": dataclasses.replace(PUBLISHED, iterations=0), "published": PUBLISHED, "default": DEFAULT}
+SHORT_NAMES = {"unbalanced": "plain", "published": "publ.", "default": "default"}
 ERROR_PAGES, ERROR_HEADS, ERROR_QUERIES = 3, 4, 16
 LOGIT_STD = 2.0
 """Queries are scaled so that the scores of one query spread this much: neither uniform weights nor a single one."""
@@ -295,7 +296,7 @@ def model(options: Options) -> Iterator[Row]:
     lengths = [config.seq_len - num_tokens - 8 * (i + 1) for i in range(count)]
     prompts, _ = lm_text.heldout_prompts(lengths, num_tokens, seed=options.seed)
     layouts = [PageLayout.from_name(name, head_dim=config.head_dim) for name in options.presets or MODEL_PRESETS]
-    for name, encoder in (("published", PUBLISHED), ("equivariant", Encoder())):
+    for name, encoder in (("published", PUBLISHED), ("default", DEFAULT)):
         say(f"model: {name} encoder")
         for row in compare(network, prompts, layouts, num_tokens, encoder=encoder, seed=options.seed):
             steps = [step for step in row["same_tokens"] if step is not None]

@@ -124,7 +124,7 @@ def _draw_error(plt: Any, rows: list[Row]) -> Any:
                 axis.plot(xs, ys, dashes, marker=".", color=colors[distribution], label=text, linewidth=1)
         what = "bits per element, scales included" if key == "attention_error" else "bits of a code"
         axis.set(title=f"relative error of {label}", xlabel=what, yscale="log")
-    axes[2].set_title("attention output (. equivariant, x published, _ unbalanced)", fontsize=9)
+    axes[2].set_title("attention output (. default, x published, _ unbalanced)", fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=7)
     return figure
 

@@ -15,6 +15,9 @@ from kvarn_triton import PageLayout
 from kvarn_triton.inspection import Compiled, compile_for, resources
 
 MAIN = PageLayout(head_dim=128, page_size=128, k_bits=4, v_bits=2)
+OTHER_VALUES = PageLayout(head_dim=192, page_size=128, k_bits=4, v_bits=2, v_head_dim=128)
+NARROW_TARGETS = ("sm86",)
+"""Targets with 99 KB of shared memory, of which one compiles what needs most of it."""
 WIDE_TARGETS = ("sm90", "gfx942")
 """Targets that compile other layouts than MAIN too."""
 
@@ -27,7 +30,7 @@ def decode(
     tables = {"block_table": torch.zeros(batch, 2, dtype=torch.int32), "seq_lens": torch.zeros(batch, dtype=torch.int32)}
     if raw:
         tables |= {
-            "raw_pages": torch.zeros(4, 2, heads, layout.page_size, layout.head_dim, dtype=dtype),
+            "raw_pages": torch.zeros(4, 2, heads, layout.page_size, layout.raw_head_dim, dtype=dtype),
             "raw_table": torch.zeros(batch, 2, dtype=torch.int32),
             "num_quantized": torch.zeros(batch, dtype=torch.int32),
             "sink_len": layout.page_size,
@@ -42,20 +45,22 @@ def prefill(
 ) -> None:
     """Call prefill_attention for two sequences and kv heads, split among programs or not."""
     lens, table = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
-    raw_pages = torch.zeros(4, 2, 2, layout.page_size, layout.head_dim, dtype=dtype)
+    raw_pages = torch.zeros(4, 2, 2, layout.page_size, layout.raw_head_dim, dtype=dtype)
     tables = {"block_table": table, "seq_lens": lens, "raw_pages": raw_pages, "raw_table": table, "num_quantized": lens}
-    q, kv = (torch.zeros(tokens, 2 * heads, layout.head_dim, dtype=dtype) for heads in (group, 1))
-    tables |= {"k": kv, "v": kv} if new else {}
+    q, k = (torch.zeros(tokens, 2 * heads, layout.head_dim, dtype=dtype) for heads in (group, 1))
+    tables |= {"k": k, "v": torch.zeros(tokens, 2, layout.v_head_dim, dtype=dtype)} if new else {}
     pages, ends = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(3, dtype=torch.int32)
     kvarn.prefill_attention(q, pages, cu_seqlens_q=ends, layout=layout, return_lse=True, **tables, **options)
 
 
 def encode(layout: PageLayout, dtype: torch.dtype = torch.float16) -> None:
-    """Call store_pages and commit_pages."""
+    """Call store_pages and commit_pages; with keys and values of different head_dim append_tokens too."""
     pages, ids = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(2, dtype=torch.int32)
-    tokens = torch.zeros(2 * layout.page_size, 2, layout.head_dim, dtype=dtype)
-    kvarn.store_pages(tokens, tokens, pages, ids, layout)
-    raw_pages = torch.zeros(4, 2, 2, layout.page_size, layout.head_dim, dtype=dtype)
+    k, v = (torch.zeros(2 * layout.page_size, 2, d, dtype=dtype) for d in (layout.head_dim, layout.v_head_dim))
+    kvarn.store_pages(k, v, pages, ids, layout)
+    raw_pages = torch.zeros(4, 2, 2, layout.page_size, layout.raw_head_dim, dtype=dtype)
+    if layout.head_dim != layout.v_head_dim:
+        kvarn.append_tokens(k[:5], v[:5], raw_pages, torch.zeros(5, dtype=torch.int32))
     kvarn.commit_pages(raw_pages, pages, ids[:, None].repeat(1, 2), ids[:, None], ids, ids, layout)
 
 
@@ -104,11 +109,17 @@ def main(target: str) -> None:
         "decode": lambda: decode(MAIN),
         "decode quantized only, group 8": lambda: decode(MAIN, raw=False),
         "decode window and soft cap": lambda: decode(MAIN, window=1000, soft_cap=30.0),
+        "decode head_dim 192 and 128": lambda: decode(OTHER_VALUES),
         "prefill few": lambda: prefill(MAIN, 8, new=False, split_size=1),
         "prefill many": lambda: prefill(MAIN, 512),
         "encode": lambda: encode(MAIN),
         "small": lambda: small_functions(MAIN),
     }
+    if target in NARROW_TARGETS:
+        cases |= {
+            "prefill head_dim 512, 4 bits": lambda: prefill(PageLayout(512, 128, 4, 2), 8),
+            "prefill head_dim 512 and 64": lambda: prefill(PageLayout(512, 128, 4, 2, v_head_dim=64), 8),
+        }
     if target in WIDE_TARGETS:
         cases |= {
             "decode quantized only, group 1": lambda: decode(MAIN, group=1, raw=False),
@@ -127,6 +138,11 @@ def main(target: str) -> None:
             "dequantize head_dim 80": lambda: dequantize(PageLayout(80, 64, 3, 8), torch.bfloat16),
             "dequantize head_dim 512": lambda: dequantize(PageLayout(512, 64, 2, 3), torch.float32),
             "encode head_dim 512": lambda: encode(PageLayout(512, 64, 8, 4)),
+            "decode head_dim 80 and 256": lambda: decode(PageLayout(80, 64, 3, 8, v_head_dim=256), group=5),
+            "prefill head_dim 192 and 128": lambda: prefill(OTHER_VALUES, 512),
+            "encode head_dim 192 and 128": lambda: encode(OTHER_VALUES),
+            "encode head_dim 64 and 256": lambda: encode(PageLayout(64, 64, 4, 2, v_head_dim=256)),
+            "dequantize head_dim 192 and 128": lambda: dequantize(OTHER_VALUES, torch.float16),
         }
     rows = []
     for case, call in cases.items():

@@ -30,11 +30,25 @@ def covering_layouts(turn: int = 0) -> list[PageLayout]:
 
 
 LAYOUTS = covering_layouts() + (covering_layouts(1) if ON_GPU else [])
+UNEQUAL_LAYOUTS = [
+    PageLayout(192, 128, 4, 2, v_head_dim=128),
+    PageLayout(80, 64, 3, 8, v_head_dim=128),
+    PageLayout(64, 64, 2, 3, v_head_dim=256),
+    PageLayout(128, 64, 8, 4, v_head_dim=64),
+    PageLayout(112, 128, 2, 3, v_head_dim=96),
+    PageLayout(512, 64, 3, 2, v_head_dim=80),
+]
+"""Keys and values of different head_dim, the one or the other larger, powers of two or not, on both sides of the sizes at which
+kernels change."""
+ALL_LAYOUTS = LAYOUTS + UNEQUAL_LAYOUTS
 
 
 def layout_id(value: object) -> str | None:
     """Return the test id of a layout."""
-    return f"{value.name}-d{value.head_dim}" if isinstance(value, PageLayout) else None
+    if not isinstance(value, PageLayout):
+        return None
+    v_head_dim = f"-{value.v_head_dim}" if value.v_head_dim != value.head_dim else ""
+    return f"{value.name}-d{value.head_dim}{v_head_dim}"
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -104,7 +118,7 @@ def check(
     working, seen = working or case.q.dtype, seen or {}
     out, lse = decode_attention(case.q, **case.kwargs, sm_scale=sm_scale, return_lse=True, **seen, **options)
     exact, exact_lse = reference.decode_attention(case.q.double(), **case.kwargs, sm_scale=sm_scale, return_lse=True, **seen)
-    assert out.dtype == case.q.dtype and out.shape == case.q.shape and not out.isnan().any()
+    assert out.dtype == case.q.dtype and out.shape == (*case.q.shape[:2], case.layout.v_head_dim) and not out.isnan().any()
     empty = case.seq_lens == 0
     assert (out[empty] == 0).all()
     if not empty.all():

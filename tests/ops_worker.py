@@ -9,8 +9,11 @@ from kvarn_triton import configs, ops
 from kvarn_triton.testing import cache_case
 
 LAYOUT = kvarn.PageLayout(64, 64, 4, 2)
-NAMES = LAYOUT.name, LAYOUT.head_dim
+NAMES = LAYOUT.name, LAYOUT.head_dim, LAYOUT.v_head_dim
+OTHER_VALUES = kvarn.PageLayout(64, 64, 4, 2, v_head_dim=80)
+OTHER_NAMES = OTHER_VALUES.name, OTHER_VALUES.head_dim, OTHER_VALUES.v_head_dim
 SINK = 16
+ENCODER = 2, True, True, 1, "length"
 OPS = torch.ops.kvarn_triton
 
 
@@ -37,14 +40,14 @@ def calls() -> list[tuple]:
     many = q5, case.pages, case.block_table, lens, cu_seqlens, *NAMES, None, None, *raw
     fresh = q5, case.pages, None, lens, cu_seqlens, *NAMES, new, new, *raw, *options, *csr, 2
     tiles = torch.zeros(2, 3, 64, 2, 64).unbind(0)
-    commit = case.num_quantized.clone(), *NAMES, SINK, 0, 1, True, 8, True
+    commit = case.num_quantized.clone(), *NAMES, SINK, 0, 1, True, *ENCODER
     return [
         (OPS.hadamard.default, (q, None)),
         (OPS.hadamard.into, (torch.zeros(3, 64), torch.randn(3, 64), 32)),
         (OPS.raw_slots.default, (torch.tensor([[3, 149], [-1, 69]]), case.raw_table, SINK, 64)),
         (OPS.append_tokens.default, (k[:2], v[:2], case.raw_pages, torch.tensor([5, -1]))),
-        (OPS.store_pages.default, (k, v, case.pages, ids[:2], *NAMES, 8, True, None)),
-        (OPS.store_pages.default, (k, v, case.pages, ids, *NAMES, 4, False, starts)),
+        (OPS.store_pages.default, (k, v, case.pages, ids[:2], *NAMES, *ENCODER, None)),
+        (OPS.store_pages.default, (k, v, case.pages, ids, *NAMES, 4, False, False, 0, "balance", starts)),
         (OPS.commit_pages.default, (case.raw_pages, case.pages, raw[1], case.block_table, committed, *commit, None, None)),
         (OPS.commit_pages.default, (case.raw_pages, case.pages, raw[1], None, committed, *commit, *csr)),
         (OPS.dequantize_pages.default, (case.pages, case.block_table[0, :1], *NAMES, torch.bfloat16, True)),
@@ -59,6 +62,32 @@ def calls() -> list[tuple]:
         (OPS.prefill_attention.into, (torch.zeros_like(q5), workspace, *many)),
         (OPS.prefill_attention.into_lse, (torch.zeros_like(q5), None, *fresh)),
         (OPS.merge_states.default, (out, lse, out + 1, lse + 1)),
+        *calls_with_other_values(),
+    ]
+
+
+def calls_with_other_values() -> list[tuple]:
+    """Return the operators that take a layout, or k and v, with values of another head_dim than keys."""
+    case = cache_case(OTHER_VALUES, [150, 70], sink_len=SINK)
+    case.pages[(case.pages == 255).all(-1)] = 0
+    case.raw_pages.nan_to_num_(0.0)
+    k, v = torch.randn(128, 2, 64).half(), torch.randn(128, 2, 80).half()
+    tables = case.raw_table, case.block_table, case.seq_lens + 64, case.num_quantized.clone()
+    plain = case.q, case.pages, case.block_table, case.seq_lens, *OTHER_NAMES
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+    q5, out, tiles = torch.randn(5, 8, 64).half(), torch.zeros(2, 8, 80).half(), torch.zeros(1, 64, 2, 144).split((64, 80), -1)
+    fresh = q5, *plain[1:4], cu_seqlens, *OTHER_NAMES, k[:5], v[:5]
+    ids = case.block_table[0, :1]
+    return [
+        (OPS.append_tokens.default, (k[:2], v[:2], case.raw_pages, torch.tensor([5, -1]))),
+        (OPS.store_pages.default, (k, v, case.pages, torch.tensor([1, 0]), *OTHER_NAMES, *ENCODER, None)),
+        (OPS.commit_pages.default, (case.raw_pages, case.pages, *tables, *OTHER_NAMES, SINK, 0, 1, True, *ENCODER, None, None)),
+        (OPS.dequantize_pages.default, (case.pages, ids, *OTHER_NAMES, torch.float32, False)),
+        (OPS.dequantize_pages.into, (*tiles, case.pages, ids, *OTHER_NAMES, torch.float32, False)),
+        (OPS.decode_attention.lse, plain),
+        (OPS.decode_attention.into, (out, None, *plain)),
+        (OPS.prefill_attention.default, fresh),
+        (OPS.prefill_attention.lse, fresh),
     ]
 
 

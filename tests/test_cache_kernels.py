@@ -65,6 +65,23 @@ def test_append_sizes(head_dim, num_tokens, device):
     assert_same_bits(raw_pages, expected)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 37])
+@pytest.mark.parametrize(("head_dim", "v_head_dim"), [(192, 128), (64, 80), (112, 64), (96, 512)])
+def test_append_of_different_head_dims(head_dim, v_head_dim, num_tokens, device):
+    """Each of keys and values is what `hadamard` makes of it, in the first channels; those after them keep their bits."""
+    k, v = (draw(num_tokens, 2, dim, seed=dim, device=device) for dim in (head_dim, v_head_dim))
+    raw_pages = torch.full((1, 2, 2, 64, max(head_dim, v_head_dim)), float("nan"), device=device)
+    expected = raw_pages.clone()
+    slots = torch.randperm(64, generator=torch.Generator().manual_seed(0))[:num_tokens].to(device)
+    append_tokens(k, v, raw_pages, slots)
+    for half, x in ((0, k), (1, v)):
+        expected[0, half, :, slots, : x.shape[2]] = reference.hadamard(x).transpose(0, 1)
+    assert_same_bits(raw_pages, expected)
+    by_reference = torch.full_like(raw_pages, float("nan"))
+    reference.append_tokens(k, v, by_reference, slots)
+    assert_same_bits(by_reference, expected)
+
+
 @pytest.mark.parametrize("sink_len", [0, 16, 64, 100])
 @pytest.mark.parametrize("num_tail_slots", [1, 3])
 def test_raw_slots(sink_len, num_tail_slots, device):
@@ -96,7 +113,9 @@ class Commit:
     ):
         random = torch.Generator().manual_seed(len(lens))
         batch, columns = len(lens), -(-sink_len // layout.page_size) + num_tail_slots
-        raw = uneven(batch * columns + 1, 2, 1, layout.page_size, layout.head_dim).to(dtype)
+        raw = uneven(batch * columns + 1, 2, 1, layout.page_size, layout.raw_head_dim).to(dtype)
+        raw[:, 0, ..., layout.head_dim :] = float("nan")
+        raw[:, 1, ..., layout.v_head_dim :] = float("nan")
         memory = torch.stack((raw, torch.full_like(raw, float("nan"))), dim=2).to(device)
         self.raw_pages = memory[:, :, 0]  # strided
         self.raw_table = torch.randperm(batch * columns + 1, generator=random)[:-1].view(batch, columns).int().to(device)
@@ -135,7 +154,19 @@ def test_commit_pages(sink_len, device):
     assert case.quantized.tolist() == [1, 0, 0, 2, 0]
 
 
-@pytest.mark.parametrize("index_case", [(64, 64, 4, 2), (80, 64, 8, 3), (192, 64, 2, 8), (96, 128, 3, 4)], ids=str)
+@pytest.mark.parametrize(
+    "index_case",
+    [
+        (64, 64, 4, 2),
+        (80, 64, 8, 3),
+        (192, 64, 2, 8),
+        (96, 128, 3, 4),
+        (192, 64, 4, 2, 128),
+        (64, 64, 3, 8, 80),
+        (64, 64, 2, 4, 256),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_commit_layouts(index_case, dtype, device):
     """Other layouts and dtypes; the pages are those that store_pages makes of the same rotated tokens."""
@@ -143,8 +174,9 @@ def test_commit_layouts(index_case, dtype, device):
     case = Commit(device, [layout.page_size], [0], layout=layout, dtype=dtype)
     case.check()
     page = case.pages[case.block_table[0, 0].long()]
-    raw = case.raw_pages[case.raw_table[0, 0].long()]
-    assert_same_bits(page, reference.cache.encode_records(raw[0].float(), raw[1].float(), layout))
+    raw = case.raw_pages[case.raw_table[0, 0].long()].float()
+    rotated = raw[0, ..., : layout.head_dim], raw[1, ..., : layout.v_head_dim]
+    assert_same_bits(page, reference.cache.encode_records(*rotated, layout))
 
 
 def test_all_rows_complete_at_once(device):

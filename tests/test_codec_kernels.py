@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from helpers import (
+    ALL_LAYOUTS,
     DTYPES,
-    LAYOUTS,
     ON_GPU,
     assert_rounded_alike,
     assert_same_bits,
@@ -172,20 +172,21 @@ def test_pack_and_unpack(page_size, head_dim, bits, per, device):
 def store_case(layout: PageLayout, num_pages: int, num_kv_heads: int, dtype: torch.dtype, device: torch.device, seed: int = 0):
     """Return k and v as parts of one tensor, as a fused projection gives them, and pages of 0xFF."""
     tokens = num_pages * layout.page_size + 3
-    fused = uneven(tokens, 3 * num_kv_heads, layout.head_dim, seed=seed).to(dtype).to(device)
-    k, v = strided(fused[:, num_kv_heads : 2 * num_kv_heads]), fused[:, 2 * num_kv_heads :]
+    fused = uneven(tokens, 3 * num_kv_heads, layout.raw_head_dim, seed=seed).to(dtype).to(device)
+    k = strided(fused[:, num_kv_heads : 2 * num_kv_heads, : layout.head_dim])
+    v = fused[:, 2 * num_kv_heads :, : layout.v_head_dim]
     pages = torch.full(layout.pages_shape(num_pages + 2, num_kv_heads), 255, dtype=torch.uint8, device=device)
     return k, v, pages
 
 
-@pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=[layout_id(layout) for layout in LAYOUTS])
+@pytest.mark.parametrize("index", range(len(ALL_LAYOUTS)), ids=[layout_id(layout) for layout in ALL_LAYOUTS])
 def test_store_and_dequantize_pages(index, device):
     """Records and what is read back, for every pair of bits and every shape (KF 1, KF 7, KF 8, KF 9).
 
     Both tensors of pages are compared whole, so that neighbours of written pages are known to be untouched.
     """
-    layout, dtype = LAYOUTS[index], DTYPES[index % 3]
-    heads = 2 if ON_GPU or layout.head_dim * layout.page_size <= 8192 else 1
+    layout, dtype = ALL_LAYOUTS[index], DTYPES[index % 3]
+    heads = 2 if ON_GPU or layout.raw_head_dim * layout.page_size <= 8192 else 1
     k, v, pages = store_case(layout, 2, heads, dtype, device, seed=index)
     expected = pages.clone()
     page_ids = torch.tensor([3, -1, 1 if heads == 2 else -9], dtype=(torch.int32, torch.int64)[index % 2], device=device)
@@ -233,19 +234,22 @@ def random_pages(layout: PageLayout, num_pages: int, num_kv_heads: int, device: 
 
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize(
-    "layout", [PageLayout(80, 64, 3, 4), PageLayout(128, 64, 8, 3), PageLayout(192, 64, 2, 2)], ids=layout_id
+    "layout",
+    [PageLayout(80, 64, 3, 4), PageLayout(128, 64, 8, 3), PageLayout(192, 64, 2, 2), PageLayout(128, 64, 3, 2, v_head_dim=96)],
+    ids=layout_id,
 )
 def test_dequantize_any_page(layout, rotated, device):
     """Scales and zeros next to each other that no encoder writes, and skipped ids between others, into strided memory."""
     pages = random_pages(layout, 3, 2, device)
     page_ids = torch.tensor([-1, 2, -7, 0], dtype=torch.int32, device=device)
-    memory = torch.full((2, 4, layout.page_size + 1, 3, layout.head_dim + 16), -7.0, device=device)
-    views = memory[:, :, :-1, :2, 8:-8]
-    dequantize_pages(pages, page_ids, layout, rotated=rotated, out=(views[0], views[1]))
+    memory = torch.full((2, 4, layout.page_size + 1, 3, layout.raw_head_dim + 16), -7.0, device=device)
+    dims = layout.head_dim, layout.v_head_dim
+    views = tuple(half[:, :-1, :2, 8 : 8 + dim] for half, dim in zip(memory, dims, strict=True))
+    dequantize_pages(pages, page_ids, layout, rotated=rotated, out=views)
     expected = reference.dequantize_pages(pages, page_ids, layout, dtype=torch.float32, rotated=rotated)
     for result, tile in zip(views, expected, strict=True):
         assert_same_bits(result, tile)
-    views.fill_(-7.0)
+        result.fill_(-7.0)
     assert (memory == -7).all()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import DTYPES, LAYOUTS, ON_GPU, assert_same_bits, check, draw, layout_id, strided
+from helpers import ALL_LAYOUTS, DTYPES, ON_GPU, assert_same_bits, check, draw, layout_id, strided
 
 from kvarn_triton import (
     DecodeConfig,
@@ -31,13 +31,16 @@ GROUPS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
 """More than 8 are attended to in tiles of equal sizes."""
 
 
-@pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=[layout_id(layout) for layout in LAYOUTS])
+@pytest.mark.parametrize("index", range(len(ALL_LAYOUTS)), ids=[layout_id(layout) for layout in ALL_LAYOUTS])
 def test_layouts(index, device):
     """Every pair of bits, every shape, every group from 1 to 16, every dtype (KF 1, KF 7, KF 9)."""
-    layout = LAYOUTS[index]
-    lengths = [2 * layout.page_size + 9, layout.page_size - 3]
+    layout = ALL_LAYOUTS[index]
     dtype, sink_len = DTYPES[index % 3], (0, 16, layout.page_size)[index // 2 % 3]
-    check(cache_case(layout, lengths, group=GROUPS[index % 16], num_kv_heads=1, dtype=dtype, sink_len=sink_len, device=device))
+    lengths = [sink_len + 2 * layout.page_size + 9, layout.page_size - 3]
+    options = {"group": GROUPS[index % 16], "num_kv_heads": 1, "num_tail_slots": 1, "dtype": dtype, "sink_len": sink_len}
+    case = cache_case(layout, lengths, device=device, **options)
+    assert case.num_quantized.tolist() == [2, 0]
+    check(case)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="slow in the interpreter, where test_layouts has each group and dtype once")

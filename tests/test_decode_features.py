@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import assert_same_bits, check, draw
+from helpers import assert_same_bits, check, draw, layout_id
 
 from kvarn_triton import PageLayout, decode_attention, decode_workspace_size, merge_states, reference
 from kvarn_triton.attend import capped
@@ -17,14 +17,15 @@ from kvarn_triton.testing import CacheCase, cache_case, relative_error
 from kvarn_triton.workspace import num_partials
 
 LAYOUT = PageLayout(64, 64, 4, 2)
+OTHER_VALUES = PageLayout(64, 64, 4, 2, v_head_dim=96)
 LONG = 272
 """Tokens of the longest sequence: 70 of the sink in two pages, pages of tokens 70 and 134, a tail that begins at 198."""
 
 
-def windowed_case(device, lengths=(LONG, 65, 0), **options) -> CacheCase:
+def windowed_case(device, lengths=(LONG, 65, 0), layout=LAYOUT, **options) -> CacheCase:
     """Return a case with a sink that ends inside a page and inside a run."""
     options = {"group": 2, "num_kv_heads": 1, "sink_len": 70, "device": device} | options
-    return cache_case(LAYOUT, lengths, **options)
+    return cache_case(layout, lengths, **options)
 
 
 def free_unseen(case: CacheCase, window: int) -> None:
@@ -196,11 +197,12 @@ def test_sinks_in_one_of_two_merged_calls(device):
     torch.testing.assert_close(lse, whole_lse, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, OTHER_VALUES], ids=layout_id)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("split_size", [None, 3])
-def test_everything_at_once(split_size, dtype, device):
+def test_everything_at_once(split_size, dtype, layout, device):
     """Window, soft cap and sinks in one call, over two kv heads and two tiles of query heads each."""
-    case = windowed_case(device, (240, 71, 0), group=9, num_kv_heads=2, dtype=dtype)
+    case = windowed_case(device, (240, 71, 0), layout, group=9, num_kv_heads=2, dtype=dtype)
     free_unseen(case, 175)
     seen = {"window": 175, "soft_cap": 5.0, "sinks": draw(18, seed=5, device=device)}
     check(case, seen=seen, split_size=split_size)
@@ -215,16 +217,17 @@ def csr_of(case: CacheCase, counts: list[int], offset: int = 0) -> dict:
     return {"block_table": None, "kv_indptr": indptr.int().to(device), "kv_indices": torch.cat((stray, *runs, stray))}
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, OTHER_VALUES], ids=layout_id)
 @pytest.mark.parametrize("seen", [{}, {"window": 100}], ids=str)
-def test_csr(seen, device):
+def test_csr(seen, layout, device):
     """The bits of the same ids in a block table, whatever lies around them; the workspace asked for is enough."""
-    case = windowed_case(device, (LONG, 0, 140, 65, 150), sink_len=16)
+    case = windowed_case(device, (LONG, 0, 140, 65, 150), layout, sink_len=16)
     counts = case.num_quantized.tolist()
     tables = csr_of(case, counts, offset=1)
     options = {"split_size": 3, "return_lse": True} | seen
     expected, expected_lse = decode_attention(case.q, **case.kwargs, **options)
     size = decode_workspace_size(
-        5, 2, 1, LAYOUT, tables["kv_indices"].shape[0], device=device, max_raw_pages=3, csr=True, split_size=3
+        5, 2, 1, layout, tables["kv_indices"].shape[0], device=device, max_raw_pages=3, csr=True, split_size=3
     )
     workspace = torch.full((size + 64,), 255, dtype=torch.uint8, device=device)
     out, lse = decode_attention(case.q, **case.kwargs | tables, **options, workspace=workspace[:size])

@@ -193,8 +193,17 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("token_starts", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
     ],
     "append_tokens": [
-        *TOKENS,
+        *[wrong for wrong in TOKENS if "64\\]" not in wrong[2]],
         *RAW,
+        ("k", lambda x: x[:, :1], r"expected shape \[\*, 2, \*\], got \[128, 1, 64\]"),
+        ("k", lambda x: x[..., :32], r"k.shape\[2\]: expected one of 64, .*, 512, got 32"),
+        ("v", lambda x: x[:-1], r"expected shape \[128, 2, \*\], got \[127, 2, 64\]"),
+        ("v", lambda x: x[..., :48], r"v.shape\[2\]: expected one of 64, .*, 512, got 48"),
+        (
+            "raw_pages",
+            lambda x: torch.cat((x, x), 4),
+            r"raw_pages.shape\[4\]: expected 64, the larger head_dim of k and v, got 128",
+        ),
         ("raw_pages", lambda x: x[:, :, :, :32], r"raw_pages.shape\[3\]: expected one of 64, 128, got 32"),
         ("raw_pages", lambda x: x[..., :48], r"raw_pages.shape\[4\]: expected one of 64, .*, got 48"),
         ("slots", to(torch.float32), "expected dtype int32 or int64, got float32"),
@@ -358,6 +367,69 @@ def test_csr_table_of_another_batch(device):
     empty = ids[:0]
     with pytest.raises(ValueError, match="kv_indptr: expected at least 1 element, got 0"):
         kvarn.commit_pages(**arguments["commit_pages"] | {"block_table": None, "kv_indptr": empty, "kv_indices": ids})
+
+
+def arguments_of_other_values(device: torch.device) -> dict[str, dict]:
+    """Return valid arguments of the functions that take keys of 64 and values of 128 channels."""
+    layout = PageLayout(64, 64, 4, 2, v_head_dim=128)
+    case = cache_case(layout, [150, 70], group=3, sink_len=16, device=device)
+    k, v = torch.zeros(128, 2, 64, device=device).half(), torch.zeros(128, 2, 128, device=device).half()
+    ids = torch.tensor([1, 0], dtype=torch.int32, device=device)
+    out = torch.zeros(2, 64, 2, 64, device=device), torch.zeros(2, 64, 2, 128, device=device)
+    return {
+        "store_pages": {"k": k, "v": v, "pages": case.pages, "page_ids": ids, "layout": layout},
+        "append_tokens": {"k": k, "v": v, "raw_pages": case.raw_pages, "slots": torch.arange(128, device=device)},
+        "commit_pages": {
+            **{name: getattr(case, name) for name in ("raw_pages", "pages", "raw_table", "block_table", "num_quantized")},
+            "committed_lens": case.seq_lens,
+            "layout": layout,
+            "sink_len": 16,
+        },
+        "dequantize_pages": {"pages": case.pages, "page_ids": ids, "layout": layout, "out": out},
+        "decode_attention": {"q": case.q, **case.kwargs, "out": torch.zeros(2, 6, 128, device=device).half()},
+        "prefill_attention": {
+            "q": torch.zeros(9, 6, 64, device=device).half(),
+            **case.kwargs,
+            "cu_seqlens_q": torch.tensor([0, 5, 9], dtype=torch.int32, device=device),
+            "k": k[:9],
+            "v": v[:9],
+            "out": torch.zeros(9, 6, 128, device=device).half(),
+        },
+    }
+
+
+def first_half(x: torch.Tensor) -> torch.Tensor:
+    """Return the first half of the channels."""
+    return x[..., : x.shape[-1] // 2]
+
+
+def with_layout(*sizes: int) -> Callable:
+    """Return a replacement by another layout."""
+    return set_to(PageLayout(*sizes))
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "change", "message"),
+    [
+        ("store_pages", "v", first_half, r"v: expected shape \[128, 2, 128\], got \[128, 2, 64\]"),
+        ("store_pages", "layout", with_layout(128, 64, 4, 2), r"pages: expected shape \[\*, \*, 7424\]"),
+        ("append_tokens", "v", first_half, r"raw_pages.shape\[4\]: expected 64, the larger head_dim of k and v, got 128"),
+        ("append_tokens", "raw_pages", first_half, r"raw_pages.shape\[4\]: expected 128, the larger .*, got 64"),
+        ("commit_pages", "raw_pages", first_half, r"raw_pages.shape\[4\]: expected 128, got 64"),
+        ("dequantize_pages", "out", lambda x: x[:1] * 2, r"out\[1\]: expected shape \[2, 64, 2, 128\], got \[2, 64, 2, 64\]"),
+        ("decode_attention", "raw_pages", first_half, r"raw_pages: expected shape \[\*, 2, 2, 64, 128\]"),
+        ("decode_attention", "out", first_half, r"out: expected shape \[2, 6, 128\], got \[2, 6, 64\]"),
+        ("decode_attention", "q", lambda x: torch.cat((x, x), -1), r"q: expected shape \[\*, \*, 64\]"),
+        ("prefill_attention", "v", first_half, r"v: expected shape \[9, 2, 128\], got \[9, 2, 64\]"),
+        ("prefill_attention", "out", first_half, r"out: expected shape \[9, 6, 128\], got \[9, 6, 64\]"),
+    ],
+)
+def test_values_of_another_head_dim(function, name, change, message, device):
+    """What has the channels of keys where it should have those of values is refused, and the other way round."""
+    arguments = arguments_of_other_values(device)[function]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        getattr(kvarn, function)(**arguments | {name: change(arguments[name])})
+    getattr(kvarn, function)(**arguments)
 
 
 def test_too_few_tokens(device):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import itertools
+import pickle
 
 import pytest
 import torch
+from helpers import layout_id, uneven
 
 from kvarn_triton import FORMAT_VERSION, PRESETS, PageLayout, reference, store_pages
 from kvarn_triton.layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
@@ -14,12 +18,16 @@ from kvarn_triton.layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_P
 ALL_LAYOUTS = [
     PageLayout(*sizes) for sizes in itertools.product(SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, SUPPORTED_BITS, SUPPORTED_BITS)
 ]
+UNEQUAL_LAYOUTS = [
+    PageLayout(head_dim, SUPPORTED_PAGE_SIZES[i % 2], SUPPORTED_BITS[i % 4], SUPPORTED_BITS[i // 4 % 4], v_head_dim)
+    for i, (head_dim, v_head_dim) in enumerate(itertools.permutations(SUPPORTED_HEAD_DIMS, 2))
+]
 OFFSETS = ("k_codes", "v_codes", "k_params", "v_params", "k_norm", "v_norm", "gains")
 
 
 def test_fields_fill_the_record():
     """Every field starts at a multiple of 16 bytes, none overlaps another, and nothing is left but the end of the last line."""
-    for layout in ALL_LAYOUTS:
+    for layout in ALL_LAYOUTS + UNEQUAL_LAYOUTS:
         for name in OFFSETS:
             assert getattr(layout, f"{name}_offset") % 16 == 0, (layout, name)
         assert layout.page_bytes % 128 == 0
@@ -34,11 +42,11 @@ def test_fields_fill_the_record():
         assert (written[end:] == 0).all() and layout.page_bytes - end < 128, layout
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize(("head_dim", "v_head_dim"), [(64, 64), (80, 80), (128, 128), (192, 128), (64, 112)])
 @pytest.mark.parametrize("v_bits", SUPPORTED_BITS)
-def test_fields_of_a_record(head_dim, v_bits):
+def test_fields_of_a_record(head_dim, v_head_dim, v_bits):
     """Scales, zeros and norms stand where `docs/page_format.md` says, read number by number."""
-    layout = PageLayout(head_dim, 64, 4, v_bits)
+    layout = PageLayout(head_dim, 64, 4, v_bits, v_head_dim)
     halves = torch.randn(layout.page_bytes // 2, generator=torch.Generator().manual_seed(0)).half()
     fields = layout.fields(halves.view(torch.uint8))
     numbers = halves.tolist()
@@ -52,7 +60,7 @@ def test_fields_of_a_record(head_dim, v_bits):
     for t in range(64):
         assert fields["v_scale"][t] == read(layout.v_params_offset, 2 * t)
         assert fields["v_zero"][t] == read(layout.v_params_offset, 2 * t + 1)
-    for name, count in (("k_norm", 64), ("v_norm", head_dim)):
+    for name, count in (("k_norm", 64), ("v_norm", v_head_dim)):
         assert fields[name].shape == (count,)
         for row in range(count):
             assert fields[name][row] == read(getattr(layout, f"{name}_offset"), row)
@@ -85,6 +93,66 @@ def test_page_bytes(name, page_bytes):
     assert layout.pages_shape(5, 3) == (5, 3, page_bytes)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "v_head_dim", "offsets", "page_bytes"),
+    [
+        (192, 128, (0, 12_288, 16_384, 17_152, 17_664, 17_920, 18_176), 18_304),
+        (64, 128, (0, 4_096, 8_192, 8_448, 8_960, 9_216, 9_472), 9_600),
+    ],
+)
+def test_offsets_of_different_head_dims(head_dim, v_head_dim, offsets, page_bytes):
+    """Offsets of k4v2_g128 records counted by hand: codes and `v_norm` follow the channels of their own half."""
+    layout = PageLayout.from_name("k4v2_g128", head_dim, v_head_dim)
+    assert tuple(getattr(layout, f"{name}_offset") for name in OFFSETS) == offsets
+    assert layout.page_bytes == page_bytes
+    assert layout.bytes_per_token == page_bytes / 128
+    assert layout.bits_per_element == 8 * page_bytes / (128 * (head_dim + v_head_dim))
+    assert (layout.block_size, layout.v_block_size) == (64, 128)
+    assert layout.raw_head_dim == max(head_dim, v_head_dim)
+
+
+@pytest.mark.parametrize("layout", UNEQUAL_LAYOUTS[::5], ids=layout_id)
+def test_halves_of_a_record(layout):
+    """Keys have the bytes that a layout of their head_dim gives them, and values those that one of theirs does."""
+    k, v = (uneven(layout.page_size, head_dim, seed=head_dim) for head_dim in (layout.head_dim, layout.v_head_dim))
+    fields = layout.fields(reference.cache.encode_records(k, v, layout))
+    decoded = reference.cache.decode_records(reference.cache.encode_records(k, v, layout), layout, rotated=False)
+    for half, x in enumerate((k, v)):
+        alone = PageLayout(x.shape[1], layout.page_size, layout.k_bits, layout.v_bits)
+        record = reference.cache.encode_records(x, x, alone)
+        for name, field in alone.fields(record).items():
+            if name.startswith("kv"[half]):
+                assert torch.equal(fields[name], field), name
+        assert torch.equal(decoded[half], reference.cache.decode_records(record, alone, rotated=False)[half])
+
+
+def test_v_head_dim():
+    """None is head_dim; an equal layout, with the same hash and text, is one that was given the number."""
+    layout = PageLayout(192, 128, 4, 2)
+    assert layout.v_head_dim == 192
+    for same in (
+        PageLayout(192, 128, 4, 2, 192),
+        PageLayout(192, 128, 4, 2, None),
+        PageLayout.from_name("k4v2_g128", 192, 192),
+    ):
+        assert same == layout and hash(same) == hash(layout) and repr(same) == repr(layout)
+        assert same.pages_shape(2, 3) == layout.pages_shape(2, 3)
+    other = PageLayout(192, 128, 4, 2, v_head_dim=128)
+    assert other != layout and other != PageLayout(128, 128, 4, 2) and other.name == layout.name
+    assert PageLayout.from_name("k4v2_g128", head_dim=192, v_head_dim=128) == other
+    assert len({layout, other, *UNEQUAL_LAYOUTS}) == 58
+    for copied in (copy.deepcopy(other), pickle.loads(pickle.dumps(other)), dataclasses.replace(other)):
+        assert copied == other and hash(copied) == hash(other)
+
+
+def test_replaced_sizes():
+    """`dataclasses.replace` keeps the number that v_head_dim is, until it is given another one or None."""
+    layout = PageLayout(128, 64, 4, 2)
+    assert dataclasses.replace(layout, k_bits=3) == PageLayout(128, 64, 3, 2)
+    assert dataclasses.replace(layout, head_dim=192) == PageLayout(192, 64, 4, 2, v_head_dim=128)
+    assert dataclasses.replace(layout, head_dim=192, v_head_dim=None) == PageLayout(192, 64, 4, 2)
+
+
 def test_names_and_identity():
     """Presets round-trip through their names; equal layouts hash alike and serve as keys."""
     for name in PRESETS:
@@ -105,6 +173,9 @@ def test_names_and_identity():
         ({"page_size": 32}, "page_size: expected one of 64, 128, got 32"),
         ({"k_bits": 5}, "k_bits: expected one of 2, 3, 4, 8, got 5"),
         ({"v_bits": 1}, "v_bits: expected one of 2, 3, 4, 8, got 1"),
+        ({"v_head_dim": 100}, "v_head_dim: expected one of 64, 80, 96, 112, 128, 192, 256, 512, got 100"),
+        ({"v_head_dim": "64"}, "v_head_dim: .*got '64'"),
+        ({"head_dim": 100, "v_head_dim": 64}, "^head_dim: .*got 100"),
     ],
 )
 def test_unsupported_sizes(arguments, message):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import bits_of
+from helpers import bits_of, layout_id
 from test_dispatch import run_python
 
 import kvarn_triton as kvarn
@@ -15,6 +15,8 @@ from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, operators, ops
 from kvarn_triton.tables import Entry
 from kvarn_triton.testing import cache_case
 
+ENCODER = kvarn.Encoder(3, equivariant=False, clip=False, fits=2, norm="balance")
+"""Every option other than the default."""
 LAYOUT = PageLayout(64, 64, 4, 2)
 SINK = 16
 FUNCTIONS = [name for name, value in vars(ops).items() if inspect.isfunction(value) and value.__module__ == ops.__name__]
@@ -51,17 +53,17 @@ def test_importing_the_package_registers_nothing():
 class Layer:
     """A cache, and the decode step of a layer over it, with the operators or with the launchers."""
 
-    def __init__(self, module, device: torch.device) -> None:
+    def __init__(self, module, layout: PageLayout, device: torch.device) -> None:
         self.module = module
-        case = cache_case(LAYOUT, [140, 70], sink_len=SINK, num_kv_heads=1, device=device)
+        case = cache_case(layout, [140, 70], sink_len=SINK, num_kv_heads=1, device=device)
         self.case = case
-        self.projection = torch.randn(4 * 64, 32, generator=torch.Generator().manual_seed(1)).half().to(device)
+        self.projection = torch.randn(4 * layout.v_head_dim, 32, generator=torch.Generator().manual_seed(1)).half().to(device)
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Append a token per sequence, complete pages, attend and project."""
         m, c = self.module, self.case
         m.append_tokens(k, v, c.raw_pages, m.raw_slots(positions, c.raw_table, sink_len=SINK, page_size=64).flatten())
-        m.commit_pages(c.raw_pages, c.pages, c.raw_table, c.block_table, c.seq_lens, c.num_quantized, LAYOUT, sink_len=SINK)
+        m.commit_pages(c.raw_pages, c.pages, c.raw_table, c.block_table, c.seq_lens, c.num_quantized, c.layout, sink_len=SINK)
         out = m.decode_attention(q, **c.kwargs)
         return m.hadamard(out).flatten(1) @ self.projection
 
@@ -70,19 +72,21 @@ class Layer:
         return [bits_of(x) for x in (self.case.raw_pages, self.case.pages, self.case.num_quantized)]
 
 
-def test_compiled_decode_step(device):
+@pytest.mark.parametrize("layout", [LAYOUT, PageLayout(64, 64, 4, 2, v_head_dim=80)], ids=layout_id)
+def test_compiled_decode_step(layout, device):
     """A step in one graph gives the bits of the eager one, in the cache too; other lengths compile nothing.
 
     The third step completes a page of the first sequence.
     """
-    eager, traced = Layer(kvarn, device), Layer(ops, device)
+    eager, traced = Layer(kvarn, layout, device), Layer(ops, layout, device)
     compiled = torch.compile(traced.step, fullgraph=True, backend="aot_eager")
     before = eager.state()[1].clone()
     random = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for lengths in ([141, 71], [142, 72], [144, 73]):
             q = torch.randn(2, 4, 64, generator=random).half().to(device)
-            k, v = (torch.randn(2, 1, 64, generator=random).half().to(device) for _ in range(2))
+            head_dims = layout.head_dim, layout.v_head_dim
+            k, v = (torch.randn(2, 1, d, generator=random).half().to(device) for d in head_dims)
             for layer in (eager, traced):
                 layer.case.seq_lens.copy_(torch.tensor(lengths))
             positions = (eager.case.seq_lens - 1)[:, None]
@@ -106,7 +110,7 @@ def test_options_reach_the_launcher(device, monkeypatch):
     workspace = torch.empty(1 << 20, dtype=torch.uint8, device=device)
 
     def step(out):
-        ops.commit_pages(case.raw_pages, case.pages, *raw, LAYOUT, keep_pages=1, encoder=kvarn.Encoder(3, equivariant=False))
+        ops.commit_pages(case.raw_pages, case.pages, *raw, LAYOUT, keep_pages=1, encoder=ENCODER)
         return ops.decode_attention(
             case.q,
             **case.kwargs,
@@ -124,7 +128,7 @@ def test_options_reach_the_launcher(device, monkeypatch):
         result, lse = run(out)
         assert result is out and out.abs().sum() > 0 and lse.shape == (1, 8)
         commit, attention = seen[-2:]
-        assert commit["encoder"] == kvarn.Encoder(3, equivariant=False) and commit["keep_pages"] == 1
+        assert commit["encoder"] == ENCODER and commit["keep_pages"] == 1
         assert attention["table"].find(64) == wanted
         assert (attention["window"], attention["soft_cap"], attention["split_size"]) == (65, 30.0, 2)
         assert attention["workspace"].shape == workspace.shape

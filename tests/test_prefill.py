@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, FLOAT32_ERROR, LAYOUTS, LSE_ERROR, ON_GPU, assert_same_bits, draw, layout_id, strided
+from helpers import ALL_LAYOUTS, DTYPES, FLOAT32_ERROR, LAYOUTS, LSE_ERROR, ON_GPU, assert_same_bits, draw, layout_id, strided
 
 from kvarn_triton import (
     PageLayout,
@@ -26,6 +26,7 @@ from kvarn_triton import (
 from kvarn_triton.testing import cache_case, relative_error
 
 SMALL = PageLayout(64, 64, 4, 2)
+LAYOUTS_OF_VALUES = pytest.mark.parametrize("layout", [SMALL, PageLayout(64, 64, 4, 2, v_head_dim=80)], ids=layout_id)
 FORMS = pytest.mark.parametrize("form", ["dequantized", "folded"], indirect=True)
 
 
@@ -50,15 +51,15 @@ def prefill_case(
     arguments = case.kwargs | {"seq_lens": torch.tensor(lengths, dtype=torch.int32, device=device), "cu_seqlens_q": ends}
     arguments["q"] = draw(total, num_kv_heads * group, layout.head_dim, seed=seed + 1, dtype=dtype, device=device)
     if new:
-        for name, shift in (("k", 2), ("v", 3)):
-            arguments[name] = draw(total, num_kv_heads, layout.head_dim, seed=seed + shift, dtype=dtype, device=device)
+        for name, head_dim, shift in (("k", layout.head_dim, 2), ("v", layout.v_head_dim, 3)):
+            arguments[name] = draw(total, num_kv_heads, head_dim, seed=seed + shift, dtype=dtype, device=device)
     return arguments
 
 
 def plain_attention(dtype: torch.dtype, arguments: dict, seen: dict) -> torch.Tensor:
     """Return attention whose queries, keys, values and weights are rounded to `dtype`, sums in float32."""
     q, layout = arguments["q"], arguments["layout"]
-    out = torch.zeros_like(q, dtype=torch.float32)
+    out = q.new_zeros(*q.shape[:2], layout.v_head_dim, dtype=torch.float32)
     ends = arguments["cu_seqlens_q"].tolist()
     options = {name: arguments[name] for name in ("raw_pages", "raw_table", "sink_len") if name in arguments}
     for b, length in enumerate(arguments["seq_lens"].tolist()):
@@ -95,7 +96,7 @@ def check(arguments: dict, seen: dict | None = None, **options) -> torch.Tensor:
     q, seen = arguments["q"], seen or {}
     out, lse = prefill_attention(**arguments, **seen, **options, return_lse=True)
     exact, exact_lse = reference.prefill_attention(**arguments | {"q": q.double()}, **seen, return_lse=True)
-    assert out.dtype == q.dtype and out.shape == q.shape and not out.isnan().any()
+    assert out.dtype == q.dtype and out.shape == (*q.shape[:2], arguments["layout"].v_head_dim) and not out.isnan().any()
     allowed = 2 * relative_error(plain_attention(q.dtype, arguments, seen), exact)
     assert relative_error(out, exact) <= max(allowed, FLOAT32_ERROR)
     attended = exact_lse > -torch.inf
@@ -105,15 +106,18 @@ def check(arguments: dict, seen: dict | None = None, **options) -> torch.Tensor:
 
 
 @FORMS
-@pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=[layout_id(layout) for layout in LAYOUTS])
+@pytest.mark.parametrize("index", range(len(ALL_LAYOUTS)), ids=[layout_id(layout) for layout in ALL_LAYOUTS])
 def test_layouts(index, form, device):
     """Every pair of bits, every shape, every dtype, drafts in the cache and new tokens, few rows and many (KF 1, KF 9)."""
-    layout, dtype, new = LAYOUTS[index], DTYPES[index % 3], bool(index // 2 % 2)
+    layout, dtype, new = ALL_LAYOUTS[index], DTYPES[index % 3], bool(index // 2 % 2)
     queries = [5, 3] if index % 4 < 2 else [40, 2]
     sink_len = (0, 16, layout.page_size)[index // 2 % 3]
     group = 1 + index % 5
-    lengths = [layout.page_size * 2 + 9, layout.page_size + 1]
-    check(prefill_case(layout, lengths, queries, new=new, group=group, dtype=dtype, sink_len=sink_len, device=device))
+    lengths = [sink_len + layout.page_size * 2 + 9, sink_len + layout.page_size + 1]
+    options = {"group": group, "num_tail_slots": 1, "dtype": dtype, "sink_len": sink_len}
+    arguments = prefill_case(layout, lengths, queries, new=new, device=device, **options)
+    assert arguments["num_quantized"].tolist() == ([1, 0] if new else [2, 1])
+    check(arguments)
 
 
 @FORMS
@@ -138,13 +142,15 @@ def test_queries_inside_quantized_pages(queries, form, device):
     check(prefill_case(SMALL, [192, 128], queries, num_tail_slots=1, device=device), split_size=3)
 
 
-def test_first_chunk(device):
+@LAYOUTS_OF_VALUES
+def test_first_chunk(layout, device):
     """Nothing is cached yet: attention over the new tokens alone, as PyTorch's own."""
-    arguments = prefill_case(SMALL, [150, 20], [150, 20], new=True, device=device)
+    arguments = prefill_case(layout, [150, 20], [150, 20], new=True, device=device)
     out = check(arguments)
     for first, last in ((0, 150), (150, 170)):
         q, k, v = (arguments[name][first:last].double().transpose(0, 1) for name in ("q", "k", "v"))
-        exact = torch.nn.functional.scaled_dot_product_attention(q, k.expand_as(q), v.expand_as(q), is_causal=True)
+        k, v = (x.expand(len(q), -1, -1) for x in (k, v))
+        exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         assert relative_error(out[first:last].transpose(0, 1), exact) < 1e-3
 
 
@@ -183,11 +189,12 @@ def test_the_largest_window(lengths, new, device):
 
 
 @FORMS
+@LAYOUTS_OF_VALUES
 @pytest.mark.parametrize("new", [False, True])
-def test_soft_cap_and_sinks(new, form, device):
+def test_soft_cap_and_sinks(new, layout, form, device):
     """Scores of up to 40 capped at 20, and a logit that takes weight from them, with and without a window."""
     queries = [6, 3] if new else [45, 20]
-    arguments = prefill_case(SMALL, [200, 90], queries, new=new, sink_len=20, num_tail_slots=3, k_scale=3, device=device)
+    arguments = prefill_case(layout, [200, 90], queries, new=new, sink_len=20, num_tail_slots=3, k_scale=3, device=device)
     sinks = torch.tensor([1.0, -torch.inf], device=device)
     for seen in ({"soft_cap": 20.0}, {"sinks": sinks}, {"soft_cap": 20.0, "sinks": sinks, "window": 80}):
         check(arguments, seen)
@@ -259,9 +266,10 @@ def test_padding(device):
         assert (padded[5:] == 7).all() and relative_error(padded[:5], out) < 1e-3
 
 
-def test_csr_strides_and_workspace(device):
+@LAYOUTS_OF_VALUES
+def test_csr_strides_and_workspace(layout, device):
     """CSR tables, views with gaps, memory of the caller: the same bits."""
-    arguments = prefill_case(SMALL, [330, 70], [6, 9], new=True, num_kv_heads=2, sink_len=16, device=device)
+    arguments = prefill_case(layout, [330, 70], [6, 9], new=True, num_kv_heads=2, sink_len=16, device=device)
     expected = prefill_attention(**arguments, split_size=2)
     counts = arguments["num_quantized"].tolist()
     indices = torch.cat([arguments["block_table"][b, :count] for b, count in enumerate(counts)])
@@ -269,7 +277,7 @@ def test_csr_strides_and_workspace(device):
     csr["kv_indptr"] = torch.tensor([0, *counts], device=device).cumsum(0).int()
     for name in ("q", "k", "v"):
         csr[name] = strided(arguments[name])
-    size = prefill_workspace_size(15, 2, 4, 2, SMALL, len(indices), device, split_size=2)
+    size = prefill_workspace_size(15, 2, 4, 2, layout, len(indices), device, split_size=2)
     out = strided(torch.zeros_like(expected))
     prefill_attention(**csr, split_size=2, out=out, workspace=torch.empty(size, dtype=torch.uint8, device=device))
     assert_same_bits(out.contiguous(), expected)

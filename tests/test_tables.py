@@ -103,6 +103,22 @@ def test_pages_in_shared_memory(arch, name, head_dim, num_stages, programs, monk
     assert config.few_programs_per_sm <= programs
 
 
+@pytest.mark.parametrize(("head_dim", "v_head_dim"), [(64, 256), (256, 64), (192, 128), (128, 192)])
+def test_parameters_of_different_head_dims(head_dim, v_head_dim, monkeypatch):
+    """The larger head_dim chooses them; what shared memory holds is counted from both."""
+    layout, device = PageLayout(head_dim, 128, 8, 8, v_head_dim), torch.device("cpu")
+    larger = PageLayout(max(head_dim, v_head_dim), 128, 8, 8)
+    assert configs.decode_config(layout, torch.float16, device, table()).num_warps == 2
+    for tokens in (4, 4096):
+        arguments = torch.float16, device, tokens, 1, 4, None
+        assert configs.prefill_config(layout, *arguments) == configs.prefill_config(larger, *arguments)
+    monkeypatch.setattr(configs, "arch_of", lambda device: "sm90")
+    config = configs.decode_config(layout, torch.float16, device)
+    assert config.programs_per_sm >= configs.decode_config(larger, torch.float16, device).programs_per_sm
+    # One of 256 channels and one of 64 make a page of 41 KB, those of 192 are padded: 49 KB. Two of 256 are too much.
+    assert config.num_stages == 2 and configs.decode_config(larger, torch.float16, device).num_stages == 1
+
+
 def test_decode_takes_a_table(device, tmp_path):
     """decode_attention runs with the parameters of a table that was saved and loaded."""
     case = cache_case(PageLayout(64, 64, 4, 2), [200, 70], group=2, sink_len=16, device=device)

@@ -26,9 +26,14 @@ def test_no_compilation_after_warmup():
     assert result.stdout.endswith("ok\n")
 
 
-def test_warmup_runs(device):
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [(PageLayout(64, 64, 4, 2), {}), (PageLayout(64, 64, 4, 2, v_head_dim=80), {"prefill": True})],
+    ids=["decode", "prefill, values of another head_dim"],
+)
+def test_warmup_runs(layout, options, device):
     """The launches of a warm-up find nothing to do and write nothing anybody could see."""
-    warmup(PageLayout(64, 64, 4, 2), 4, 2, device, dtype=torch.float16)
+    warmup(layout, 4, 2, device, dtype=torch.float16, **options)
 
 
 @pytest.mark.parametrize(

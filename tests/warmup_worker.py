@@ -12,6 +12,7 @@ from kvarn_triton.inspection import compile_for
 from kvarn_triton.warmup import CompilationError
 
 LAYOUT = kvarn.PageLayout(head_dim=64, page_size=64, k_bits=4, v_bits=2)
+OTHER_VALUES = kvarn.PageLayout(head_dim=64, page_size=64, k_bits=4, v_bits=2, v_head_dim=128)
 HEADS = 2
 
 
@@ -23,13 +24,14 @@ def step(
     num_heads: int = HEADS,
     split_size: int | None = None,
     window: int | None = None,
+    layout: kvarn.PageLayout = LAYOUT,
 ) -> None:
     """Call everything that a server's step calls; with a window also with a soft cap, sinks and CSR tables."""
-    size, head_dim = LAYOUT.page_size, LAYOUT.head_dim
-    pages = torch.zeros(LAYOUT.pages_shape(3, num_heads), dtype=torch.uint8)
-    raw_pages = torch.zeros(5, 2, num_heads, size, head_dim, dtype=torch.float16)
-    q = torch.zeros(batch, num_heads * group, head_dim, dtype=torch.float16)
-    tokens = torch.zeros(batch, num_heads, head_dim, dtype=torch.float16)
+    size, head_dims = layout.page_size, (layout.head_dim, layout.v_head_dim)
+    pages = torch.zeros(layout.pages_shape(3, num_heads), dtype=torch.uint8)
+    raw_pages = torch.zeros(5, 2, num_heads, size, layout.raw_head_dim, dtype=torch.float16)
+    q = torch.zeros(batch, num_heads * group, layout.head_dim, dtype=torch.float16)
+    k, v = (torch.zeros(batch, num_heads, d, dtype=torch.float16) for d in head_dims)
     table: torch.Tensor | None = torch.zeros(batch, max_pages, dtype=torch.int32)
     ids, options = {}, {"split_size": split_size}
     if window is not None:
@@ -39,12 +41,12 @@ def step(
     raw_table = torch.zeros(batch, -(-sink_len // size) + 2, dtype=torch.int32)
     lens = torch.zeros(batch, dtype=torch.int32)
     raw = {"raw_pages": raw_pages, "raw_table": raw_table, "num_quantized": lens, "sink_len": sink_len}
-    kvarn.append_tokens(tokens, tokens, raw_pages, torch.zeros(batch, dtype=torch.int64))
-    kvarn.decode_attention(q, pages, table, lens, LAYOUT, **options, **ids, **raw)
-    kvarn.decode_attention(q, pages, table, lens, LAYOUT, **options, **ids, return_lse=True)
-    kvarn.commit_pages(raw_pages, pages, raw_table, table, lens, lens, LAYOUT, sink_len=sink_len, **ids)
-    prompt = torch.zeros(3 * size, num_heads, head_dim, dtype=torch.float16)
-    kvarn.store_pages(prompt, prompt, pages, torch.zeros(3, dtype=torch.int32), LAYOUT)
+    kvarn.append_tokens(k, v, raw_pages, torch.zeros(batch, dtype=torch.int64))
+    kvarn.decode_attention(q, pages, table, lens, layout, **options, **ids, **raw)
+    kvarn.decode_attention(q, pages, table, lens, layout, **options, **ids, return_lse=True)
+    kvarn.commit_pages(raw_pages, pages, raw_table, table, lens, lens, layout, sink_len=sink_len, **ids)
+    k, v = (torch.zeros(3 * size, num_heads, d, dtype=torch.float16) for d in head_dims)
+    kvarn.store_pages(k, v, pages, torch.zeros(3, dtype=torch.int32), layout)
 
 
 def chunk(batch: int, tokens: int, max_pages: int, new: bool) -> None:
@@ -89,6 +91,10 @@ def main() -> None:
             for batch, max_pages, sink_len in ((1, 1, 0), (2, 16, 1), (64, 32, 200)):
                 for window in (1, 16, 4096):
                     step(batch, max_pages, sink_len, window=window, split_size=3 if window == 16 else None)
+        kvarn.warmup(OTHER_VALUES, 4 * HEADS, HEADS, torch.device("cpu"), dtype=torch.float16)
+        with kvarn.no_compilation():
+            for batch, max_pages, sink_len in ((1, 1, 0), (3, 5, 64), (64, 32, 200)):
+                step(batch, max_pages, sink_len, layout=OTHER_VALUES)
     print("ok")
 
 

@@ -1,8 +1,8 @@
 """The whole method in plain PyTorch: the specification of this package, and its implementation for CPU tensors.
 
-Read `codec` first (what happens to one tile), then `packing` (its codes as bytes), `cache` (pages and tails) and `attention`.
-Each public function has the name, the arguments and the meaning of the kernel's launcher in `kvarn_triton`. Nothing here imports
-a kernel.
+Read `codec` first (what happens to one tile), then `packing` (its codes as bytes), `cache` (pages, tails) and `attention`.
+Each public function has the name, the arguments and the meaning of the kernel's launcher in `kvarn_triton`. Nothing here
+imports a kernel.
 """
 
 from .attention import decode_attention, gather_cache, merge_states, prefill_attention

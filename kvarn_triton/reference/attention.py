@@ -31,21 +31,23 @@ def gather_cache(
     kv_indices: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rotated k and v [num_kv_heads, seq_len - start, head_dim] in `dtype` of tokens `start` to `seq_len`.
+    """Return the rotated k and v in `dtype` of tokens `start` to `seq_len`.
 
-    Pages without such a token are not read.
+    k is [num_kv_heads, seq_len - start, head_dim], v the same with v_head_dim. Pages without such a token are not read.
     """
     page_size, num_sink_pages = layout.page_size, -(-sink_len // layout.page_size)
     page_ids = body_page_ids(block_table, kv_indptr, kv_indices, row)
-    parts = [pages.new_zeros(2, pages.shape[1], 0, layout.head_dim, dtype=dtype)]
+    head_dims = layout.head_dim, layout.v_head_dim
+    parts = [tuple(pages.new_zeros(pages.shape[1], 0, d, dtype=dtype) for d in head_dims)]
 
-    def add(k_and_v: torch.Tensor, first: int, end: int) -> None:
+    def add(k_and_v: tuple[torch.Tensor, ...], first: int, end: int) -> None:
         """Add what is needed of a page that holds tokens `first` to `end`."""
-        parts.append(k_and_v[:, :, max(start - first, 0) : end - first].to(dtype))
+        parts.append(tuple(x[:, max(start - first, 0) : end - first].to(dtype) for x in k_and_v))
 
-    def raw_page(column: int) -> torch.Tensor:
+    def raw_page(column: int) -> tuple[torch.Tensor, ...]:
         assert raw_pages is not None and raw_table is not None
-        return raw_pages[int(raw_table[row, column])]
+        page = raw_pages[int(raw_table[row, column])]
+        return tuple(x[..., :d] for x, d in zip(page, head_dims, strict=True))
 
     for first in range(0, min(seq_len, sink_len), page_size):
         end = min(seq_len, sink_len, first + page_size)
@@ -57,11 +59,11 @@ def gather_cache(
         if end <= start:
             continue
         if num_quantized is None or j < num_quantized:
-            add(torch.stack(decode_records(pages[int(page_ids[j])], layout, dtype)), first, end)
+            add(decode_records(pages[int(page_ids[j])], layout, dtype), first, end)
         else:
             assert raw_table is not None
             add(raw_page(num_sink_pages + j % (raw_table.shape[1] - num_sink_pages)), first, end)
-    k, v = torch.cat(parts, dim=2).unbind(0)
+    k, v = (torch.cat(halves, dim=1) for halves in zip(*parts, strict=True))
     return k, v
 
 
@@ -79,7 +81,8 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return attention of q [n, num_q_heads, head_dim] to k, v [num_kv_heads, tokens, head_dim], and lse [n, num_q_heads].
 
-    A query sees the keys at its own position and before it; with a window only the last `window` of those.
+    Values, and with them the result, may have another head_dim than q and k. A query sees the keys at its own position and
+    before it; with a window only the last `window` of those.
     """
     group = q.shape[1] // k.shape[0]
     scores = torch.einsum("nhgd,htd->nhgt", q.unflatten(1, (-1, group)), k).flatten(1, 2) * sm_scale
@@ -123,7 +126,7 @@ def prefill_attention(
     """Attend with several query tokens per sequence; see `kvarn_triton.prefill_attention`."""
     dtype = working_dtype(q.dtype)
     sm_scale = layout.head_dim**-0.5 if sm_scale is None else sm_scale
-    result = torch.zeros_like(q, memory_format=torch.contiguous_format) if out is None else out
+    result = q.new_zeros(*q.shape[:2], layout.v_head_dim) if out is None else out
     lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float32, device=q.device)
     for b in range(seq_lens.shape[0]):
         seq_len, first, last = int(seq_lens[b]), int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1])

@@ -16,7 +16,7 @@ from .packing import pack, unpack
 
 
 def encode_records(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, encoder: Encoder = DEFAULT) -> torch.Tensor:
-    """Return the records uint8 [..., page_bytes] of rotated tiles `k` and `v` [..., page_size, head_dim]."""
+    """Return the records uint8 [..., page_bytes] of rotated tiles `k` [..., page_size, head_dim] and `v` [..., v_head_dim]."""
     records = torch.zeros(*k.shape[:-2], layout.page_bytes, dtype=torch.uint8, device=k.device)
     fields = layout.fields(records)
     for name, tile, bits, per in (("k", k, layout.k_bits, "channel"), ("v", v, layout.v_bits, "token")):
@@ -30,21 +30,21 @@ def encode_records(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, encoder
 def decode_records(
     records: torch.Tensor, layout: PageLayout, dtype: torch.dtype = torch.float32, *, rotated: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return k and v [..., page_size, head_dim] in `dtype` of records uint8 [..., page_bytes].
+    """Return k [..., page_size, head_dim] and v [..., page_size, v_head_dim] in `dtype` of records uint8 [..., page_bytes].
 
     They are as stored, or rotated back. Norm, gain and what makes the rotation orthonormal are one factor, which a key, where
     it is the same for the whole token, gets after the rotation.
     """
     fields = {name: field if field.dtype == torch.uint8 else field.to(dtype) for name, field in layout.fields(records).items()}
     k_codes = unpack(fields["k_codes"], layout.k_bits, layout.page_size, layout.head_dim, per="channel")
-    v_codes = unpack(fields["v_codes"], layout.v_bits, layout.page_size, layout.head_dim, per="token")
-    root = 1.0 if rotated else layout.block_size**-0.5
-    k_factor = fields["k_norm"] * root * fields["k_gain"]
-    v_factor = fields["v_norm"] * root * fields["v_gain"]
+    v_codes = unpack(fields["v_codes"], layout.v_bits, layout.page_size, layout.v_head_dim, per="token")
+    k_root, v_root = (1.0, 1.0) if rotated else (layout.block_size**-0.5, layout.v_block_size**-0.5)
+    k_factor = fields["k_norm"] * k_root * fields["k_gain"]
+    v_factor = fields["v_norm"] * v_root * fields["v_gain"]
     k = dequantize(k_codes, fields["k_scale"], fields["k_zero"], per="channel")
     v = dequantize(v_codes, fields["v_scale"], fields["v_zero"], per="token") * v_factor.unsqueeze(-2)
     if not rotated:
-        k, v = butterflies(k, layout.block_size), butterflies(v, layout.block_size)
+        k, v = butterflies(k, layout.block_size), butterflies(v, layout.v_block_size)
     return k * k_factor.unsqueeze(-1), v
 
 
@@ -88,9 +88,10 @@ def dequantize_pages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return keys and values of pages; see `kvarn_triton.dequantize_pages`."""
     kept = page_ids >= 0
-    shape = (page_ids.shape[0], layout.page_size, pages.shape[1], layout.head_dim)
     if out is None:
-        out = torch.empty(shape, dtype=dtype, device=pages.device), torch.empty(shape, dtype=dtype, device=pages.device)
+        shape = (page_ids.shape[0], layout.page_size, pages.shape[1])
+        k, v = (torch.empty(*shape, d, dtype=dtype, device=pages.device) for d in (layout.head_dim, layout.v_head_dim))
+        out = k, v
     tiles = decode_records(pages[page_ids[kept].long()], layout, rotated=rotated)
     for result, tile in zip(out, tiles, strict=True):
         result[~kept] = 0
@@ -122,7 +123,7 @@ def append_tokens(k: torch.Tensor, v: torch.Tensor, raw_pages: torch.Tensor, slo
         rotated = hadamard(x[kept].to(working_dtype(x.dtype)))
         if raw_pages.dtype == torch.float16:
             rotated = rotated.clamp(-HALF_MAX, HALF_MAX)
-        raw_pages[page, half, :, offset] = rotated.to(raw_pages.dtype)
+        raw_pages[page, half, :, offset, : x.shape[-1]] = rotated.to(raw_pages.dtype)
 
 
 def commit_pages(
@@ -155,6 +156,6 @@ def commit_pages(
             if page >= 0:
                 raw = raw_pages[int(raw_table[b, num_sink_pages + j % num_tail_slots])]
                 k, v = raw.to(working_dtype(raw.dtype)).unbind(0)
-                pages[page] = encode_records(k, v, layout, encoder)
+                pages[page] = encode_records(k[..., : layout.head_dim], v[..., : layout.v_head_dim], layout, encoder)
         if advance:
             num_quantized[b] = max(first, last)
