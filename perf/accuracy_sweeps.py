@@ -125,15 +125,15 @@ def answer_fields(name: str, right: torch.Tensor) -> Row:
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Return one row per bits and method: the mean over models and seeds, and the range of the KL."""
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    """Return one row per model, bits and method: the mean over seeds, and the range of the KL."""
+    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        groups[row["bits"], row["method"]].append(row)
+        groups[row["model"], row["bits"], row["method"]].append(row)
     result = []
-    for (bits, method), group in groups.items():
-        mean: Row = {"bits": bits, "method": method, "runs": len(group)}
+    for (model, bits, method), group in groups.items():
+        mean: Row = {"model": model, "bits": bits, "method": method, "runs": len(group)}
         for key, value in group[0].items():
-            if isinstance(value, float) and all(isinstance(row.get(key), float) for row in group):
+            if key in HEADERS and isinstance(value, float) and all(isinstance(row.get(key), float) for row in group):
                 mean[key] = statistics.fmean(row[key] for row in group)
         if "kl_generated" in mean:
             every = [row["kl_generated"] for row in group]
@@ -144,6 +144,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 
 HEADERS = {
+    "model": "model",
     "bits": "codes",
     "method": "method",
     "bits_per_number": "bits",
@@ -161,7 +162,7 @@ HEADERS = {
 }
 NOTE = """language models trained here, their cache quantized page by page. K, V, attention: relative errors of one pass over
 exact keys and values. K accumulated: of a cache whose errors act on later tokens. K length: relative error of the length of
-keys. KL in nats to the 16-bit cache, on held-out text and on text that the model generated (geometric mean over runs)."""
+keys. KL in nats to the 16-bit cache, on held-out text and on text that the model generated (geometric mean over seeds)."""
 
 
 def runs(options: Options) -> Iterator[tuple[Row, Material]]:
