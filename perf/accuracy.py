@@ -200,10 +200,14 @@ def static_errors(codec: Codec, text: Text) -> dict:
     }
 
 
-def accumulated_errors(model: TinyLM, codec: Codec, text: Text, *, from_token: int = 0) -> dict:
+def accumulated_errors(
+    model: TinyLM, codec: Codec, text: Text, *, from_token: int = 0, sink_len: int | None = None, keep_pages: int = 0
+) -> dict:
     """Feed the text through a cache that is quantized page by page, and compare with the 16-bit run.
 
     Args:
+        sink_len: of the quantized cache; that of the 16-bit run by default.
+        keep_pages: completed pages that stay in 16 bits.
         from_token: predictions before it don't count; those of the first sink and page are exact in any case.
 
     Returns:
@@ -211,7 +215,9 @@ def accumulated_errors(model: TinyLM, codec: Codec, text: Text, *, from_token: i
         same most likely token; `k_error_accumulated`: error of the keys in the last quantized cache, `k_error_by_page`.
     """
     exact = text.cache
-    options = {"page_size": exact.page_size, "sink_len": exact.sink_len, "dtype": exact.k.dtype, "device": exact.k.device}
+    sink_len = exact.sink_len if sink_len is None else sink_len
+    options = {"page_size": exact.page_size, "sink_len": sink_len, "dtype": exact.k.dtype, "device": exact.k.device}
+    options["keep_pages"] = keep_pages
     cache = CodecCache(model.config, codec, batch=len(text.tokens), capacity=text.tokens.shape[1], **options)
     divergence, same, start = [], [], 0
     for logits in feed(model, cache, text.tokens):
@@ -220,7 +226,7 @@ def accumulated_errors(model: TinyLM, codec: Codec, text: Text, *, from_token: i
         same.append(log_q.argmax(-1) == log_p.argmax(-1))
         start += logits.shape[1]
     kl = torch.cat(divergence, dim=1)[:, from_token:]
-    pages = range(exact.sink_len, exact.sink_len + cache.num_quantized * exact.page_size, exact.page_size)
+    pages = range(sink_len, sink_len + cache.num_quantized * exact.page_size, exact.page_size)
     by_page = [
         relative(cache.k[:, :, :, page : page + exact.page_size], exact.k[:, :, :, page : page + exact.page_size]).mean().item()
         for page in pages

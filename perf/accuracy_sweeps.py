@@ -213,3 +213,36 @@ def encoders_sweep(options: Options) -> Iterator[Row]:
             layout = PageLayout.from_name(f"{bits}_g{material.size.page_size}", head_dim=run["head_dim"])
             work += [(bits, variants.codec(layout, k, v, name)) for name, (k, v) in variants.TRIED.items()]
         yield from measured(run, material, work, False)
+
+
+@sweep(
+    "raw_tokens",
+    needs="any",
+    headers={"model": "model", "bits": "codes", "sink_len": "sink", "keep_pages": "tail pages", "bits_per_number": "bits"}
+    | {"kl_text": "KL text", "kl_generated": "KL generated", "k_error_accumulated": "K accumulated"},
+    note="the default encoder with other sinks and tails: tokens that stay in 16 bits, counted in the bits at the full length\n"
+    "of the model's context. The predictions compared are the same for all.",
+)
+def raw_tokens_sweep(options: Options) -> Iterator[Row]:
+    """Measure what tokens that stay in 16 bits are worth."""
+    for run, material in runs(options):
+        size, total = material.size, material.model.config.seq_len
+        lengths = [(sink, keep) for sink in (0, size.page_size // 2, size.page_size) for keep in (0, 1, 2)]
+        work = [(bits, *pair) for bits in chosen_bits(options, ("k2v2", "k4v2")) for pair in lengths]
+        for bits, sink_len, keep_pages in progress(f"raw_tokens {run['model']} {run['seed']}", work):
+            layout = PageLayout.from_name(f"{bits}_g{size.page_size}", head_dim=run["head_dim"])
+            codec = kv_codecs.kvarn(layout, Encoder(), "default")
+            row = run | {"bits": bits, "method": codec.name, "sink_len": sink_len, "keep_pages": keep_pages}
+            for name, text in (("text", material.text), ("generated", material.generated)):
+                changes = accuracy.accumulated_errors(
+                    material.model,
+                    codec,
+                    text,
+                    from_token=size.sink_len + 3 * size.page_size,
+                    sink_len=sink_len,
+                    keep_pages=keep_pages,
+                )
+                row |= {f"kl_{name}": changes["kl"], "k_error_accumulated": changes["k_error_accumulated"]}
+            # On average half of the last page is not complete.
+            raw = min(sink_len + (keep_pages + 0.5) * size.page_size, total)
+            yield row | {"bits_per_number": (raw * 16 + (total - raw) * codec.bits) / total}

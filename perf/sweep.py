@@ -41,6 +41,7 @@ HELP = {
     "compile": "registers, spills, shared memory and loop lengths on every architecture; compiles, runs nothing",
     "accuracy": "baselines, the method as published and the default encoder on language models trained here",
     "encoders": "options of the encoder on the same models, those that did not help included",
+    "raw_tokens": "what a longer sink or tail in 16 bits is worth on the same models",
     "model": "what quantized caches change in a small trained language model",
 }
 
