@@ -1,0 +1,179 @@
+"""The accuracy laboratory: problems, codecs, and the cache that quantizes page by page, against slow loops."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvarn_triton import PUBLISHED, Encoder, PageLayout, configs, reference
+from kvarn_triton.testing import relative_error
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "perf"))
+import accuracy
+import accuracy_sweeps
+import kv_codecs
+import lm
+import lm_tasks
+import variants
+
+CONFIG = lm.LMConfig(num_layers=2, model_dim=64, mlp_dim=96, num_q_heads=4, num_kv_heads=2, head_dim=64, seq_len=96, tasks=True)
+PAGES = {"page_size": 16, "sink_len": 8, "dtype": torch.float64}
+
+
+@pytest.fixture(autouse=True)
+def without_kernels(monkeypatch) -> None:
+    """Have the reference quantize, as it does on CPU tensors: kernels have their own tests."""
+    monkeypatch.setattr(configs, "on_device", lambda tensor: tensor.is_cuda)
+
+
+@pytest.fixture(scope="module")
+def model() -> lm.TinyLM:
+    """An untrained model whose logits are far from flat."""
+    torch.manual_seed(0)
+    model = lm.TinyLM(dataclasses.replace(CONFIG, qk_norm=True)).double().eval().requires_grad_(False)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.normal_(std=weight.shape[1] ** -0.5)
+    return model
+
+
+def draw_tokens(batch: int, n: int) -> torch.Tensor:
+    """Return random tokens [batch, n]."""
+    return torch.randint(CONFIG.vocab_size, (batch, n), generator=torch.Generator().manual_seed(1))
+
+
+def test_chain_is_what_a_loop_says():
+    """States are those of a slow walk; the prompt has every line once."""
+    prompts, answers = lm_tasks.chain(3, 40, torch.Generator().manual_seed(0))
+    for prompt, answer in zip(prompts.tolist(), answers.tolist(), strict=True):
+        assert (prompt[0], prompt[-1], answer[-1]) == (lm_tasks.START, lm_tasks.ANSWER, lm_tasks.END)
+        lines = {prompt[i]: tuple(prompt[i + 1 : i + 3]) for i in range(1, len(prompt) - 1, 3)}
+        states = dict.fromkeys(range(ord("a"), ord("a") + lm_tasks.NUM_REGISTERS), 0)
+        expected = []
+        for label in range(256, 256 + 40):
+            register, digit = lines[label]
+            old, states[register] = states[register], (states[register] + digit - ord("0")) % 10
+            expected += [label, register, digit, old + ord("0"), states[register] + ord("0")]
+        assert answer[:-1] == expected
+
+
+def test_lines_are_found():
+    """Every answered line is one of the prompt, whose keys differ."""
+    prompts, answers = lm_tasks.retrieval(3, 30, 9, torch.Generator().manual_seed(0))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        lines = [tuple(line) for line in prompt[1:-1].view(-1, 7).tolist()]
+        assert len({line[:3] for line in lines}) == len(lines) == 30
+        assert all(tuple(line) in lines for line in answer[:-1].view(-1, 7).tolist())
+
+
+def test_prompts_are_not_learnt():
+    """Rows get problems whose prompts and keys are ignored; the others stay text."""
+    tokens, targets = torch.zeros(20, 200, dtype=torch.int64), torch.zeros(20, 200, dtype=torch.int64)
+    lm_tasks.write_problems(tokens, targets, torch.Generator().manual_seed(0))
+    assert (tokens[:13, 0] == lm_tasks.START).all() and (tokens[13:] == 0).all() and (targets[13:] == 0).all()
+    for row in range(13):
+        first = tokens[row].tolist().index(lm_tasks.ANSWER)
+        end = tokens[row].tolist().index(lm_tasks.END)
+        assert (targets[row, :first] == lm_tasks.IGNORED).all() and targets[row, end - 1] == lm_tasks.END
+        learnt = targets[row, first:end]
+        known = learnt != lm_tasks.IGNORED
+        assert torch.equal(learnt[known], tokens[row, first + 1 : end + 1][known])
+        assert known.all() if row < 8 else known.float().mean() < 0.7
+
+
+def test_best_levels():
+    """The levels for normal numbers are those of the literature (Max 1960)."""
+    torch.testing.assert_close(kv_codecs.lloyd_max_levels(2), torch.tensor([-1.510, -0.4528, 0.4528, 1.510]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(kv_codecs.lloyd_max_levels(1), torch.tensor([-0.7979, 0.7979]), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_codec_gains_from_bits(head_dim):
+    """More bits lessen the error of every method, and bits count codes and scales."""
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 128, head_dim), torch.randn(2, 128, head_dim)
+    few, many = (accuracy_sweeps.methods(bits, 128, head_dim) for bits in ("k2v2", "k4v4"))
+    for low, high in zip(few, many, strict=True):
+        assert low.name == high.name and high.bits - low.bits == pytest.approx(2.0)
+        assert 2.1 <= low.bits <= 3.0
+        for i, x in enumerate((k, v)):
+            errors = [relative_error(codec.read_back(k, v)[i], x) for codec in (low, high)]
+            assert 0.05 < errors[1] < 0.4 * errors[0]
+
+
+@pytest.mark.parametrize("bits", ["k2v2", "k4v2"])
+def test_variants_and_package_agree(bits):
+    """`Variant()` in log space is the published encoder of the package, and the default has its counterpart."""
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 64, 64) * torch.randn(2, 64, 1).exp() * 3, torch.randn(2, 64, 64) * torch.randn(64).exp() * 3
+    layout = PageLayout.from_name(f"{bits}_g64", head_dim=64)
+    part = reference.codec.COVERAGE
+    new = [
+        variants.Variant(iterations=2, divide=True, shrink=part[b], rounds=1, norm="length")
+        for b in (layout.k_bits, layout.v_bits)
+    ]
+    for encoder, pair in ((PUBLISHED, (variants.Variant(), variants.Variant())), (Encoder(), new)):
+        plain = variants.codec(layout, *pair, "plain").read_back(k, v)
+        for a, b in zip(plain, kv_codecs.kvarn(layout, encoder, "kernels").read_back(k, v), strict=True):
+            assert relative_error(a, b) < 0.02  # a code here and there
+
+
+def test_a_page_at_a_time_is_one_pass(model):
+    """Without a codec the cache gives the logits of one causal pass, fed in pages or token by token."""
+    tokens = draw_tokens(2, 75)
+    expected = model(tokens).float()
+    cache = accuracy.CodecCache(CONFIG, None, batch=2, capacity=75, **PAGES)
+    parts = list(accuracy.feed(model, cache, tokens))
+    assert [part.shape[1] for part in parts] == [8, 16, 16, 16, 16, 3]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-5, atol=1e-5)
+    cache = accuracy.CodecCache(CONFIG, None, batch=2, capacity=75, **PAGES)
+    single = [next(accuracy.feed(model, cache, tokens[:, i : i + 1])) for i in range(75)]
+    torch.testing.assert_close(torch.cat(single, dim=1), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep_pages", [0, 1])
+def test_pages_are_quantized_once_and_in_time(model, keep_pages):
+    """A page changes when it is complete and stays; the sink, kept pages and the unfinished one never change."""
+    halved = kv_codecs.Codec("half", 1.0, 1.0, lambda k, v: (k / 2, v / 2))
+    tokens = draw_tokens(2, 75)
+    exact = accuracy.exact_run(model, tokens, **PAGES)
+    cache = accuracy.CodecCache(CONFIG, halved, batch=2, capacity=75, keep_pages=keep_pages, **PAGES)
+    for _ in accuracy.feed(model, cache, tokens):
+        pass
+    assert cache.num_quantized == 4 - keep_pages
+    body = slice(8, 8 + 16 * cache.num_quantized)
+    expected = exact.cache.k[0].clone()  # keys of the first layer depend on no other token
+    expected[:, :, body] /= 2
+    torch.testing.assert_close(cache.k[0], expected)
+
+
+def test_measures_of_known_errors(model):
+    """A codec that halves keys has half their length; one that changes nothing has no error and no divergence."""
+    text = accuracy.exact_run(model, draw_tokens(2, 72), **PAGES)
+    same = kv_codecs.Codec("same", 16.0, 16.0, lambda k, v: (k, v))
+    halved = kv_codecs.Codec("half", 16.0, 16.0, lambda k, v: (k / 2, v))
+    errors = accuracy.static_errors(halved, text)
+    assert errors["k_error"] == pytest.approx(0.5, rel=1e-5) and errors["v_error"] == 0
+    assert errors["length_share"] == pytest.approx([1.0] * 4) and errors["length_error"] == pytest.approx(0.5)
+    assert 0 < errors["attention_error"] < 1
+    assert accuracy.static_errors(same, text)["attention_error"] == 0
+    assert accuracy.accumulated_errors(model, same, text)["kl"] == pytest.approx(0, abs=1e-6)
+    changed = accuracy.accumulated_errors(model, halved, text)
+    assert changed["kl_by_page"][:2] == pytest.approx([0, 0], abs=1e-6) and changed["kl_by_page"][-1] > 1e-3
+
+
+def test_exact_matches_are_those_of_generation(model):
+    """What `exact_matches` calls right is what greedy generation says, up to its first error."""
+    prompts = draw_tokens(3, 20)
+    cache = accuracy.CodecCache(CONFIG, None, batch=3, capacity=60, **PAGES)
+    said = accuracy.generate(model, cache, prompts, 30)
+    assert accuracy.exact_matches(model, None, prompts, said, batch=2, **PAGES).all()
+    said[1, 12] = (said[1, 12] + 1) % CONFIG.vocab_size
+    right = accuracy.exact_matches(model, None, prompts, said, batch=2, **PAGES)
+    assert right[0].all() and right[2].all() and right[1, :12].all() and not right[1, 12]
+    fields = accuracy_sweeps.answer_fields("chain", right)
+    assert fields["chain_exact"] == pytest.approx(2 / 3) and fields["chain_right_tokens"] == pytest.approx((30 + 12 + 30) / 3)
