@@ -82,7 +82,7 @@ def _fit(blocks, scale, zero, P: tl.constexpr, Q: tl.constexpr, LEVELS: tl.const
         product = code_sum
         for k in tl.static_range(INNER):
             above = blocks[k * Q + line if PER_CHANNEL else line * Q + k] - zeros[line]
-            code = tl.minimum(tl.maximum(above * inverses[line], 0.0), LEVELS)
+            code = tl.clamp(above * inverses[line], 0.0, LEVELS)
             code = (code + ROUND_MAGIC) - ROUND_MAGIC
             code_sum += code
             above_sum += above
@@ -140,7 +140,7 @@ def quantize_blocks(
         for q in tl.static_range(Q):
             steps = (blocks[p * Q + q] - zeros[q if PER_CHANNEL else p]) * inverses[q if PER_CHANNEL else p]
             if CLIP or FITS > 0:
-                steps = tl.minimum(tl.maximum(steps, 0.0), LEVELS)
+                steps = tl.clamp(steps, 0.0, LEVELS)
             codes = codes + ((steps + ROUND_MAGIC).to(tl.int32, bitcast=True),)
     return codes, scale, zero
 
