@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import layout_id, uneven
 
-from kvarn_triton import FORMAT_VERSION, PRESETS, PageLayout, reference, store_pages
+from kvarn_triton import FORMAT_VERSION, PRESETS, PUBLISHED, PageLayout, reference, store_pages
 from kvarn_triton.layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
 
 ALL_LAYOUTS = [
@@ -221,9 +221,10 @@ def test_golden_record(store, device):
     """
     assert FORMAT_VERSION == 3
     layout = PageLayout(head_dim=64, page_size=64, k_bits=3, v_bits=2)
+    encoder = dataclasses.replace(PUBLISHED, equivariant=True)
     k, v = golden_activations()
     pages = torch.empty(layout.pages_shape(1, 1), dtype=torch.uint8, device=device)
-    store(k.to(device), v.to(device), pages, torch.zeros(1, dtype=torch.int32, device=device), layout)
+    store(k.to(device), v.to(device), pages, torch.zeros(1, dtype=torch.int32, device=device), layout, encoder=encoder)
     record = pages[0, 0].cpu().numpy().tobytes()
     for name, (offset, first) in GOLDEN_FIELDS.items():
         assert getattr(layout, f"{name}_offset") == offset
