@@ -24,8 +24,8 @@ kv head, all warps of a program together. An H200 has about 3,050 issue slots in
 BUDGET_CASES = ("decode quantized only, group 8", "decode")
 """Without and with a sink and a tail. No load or store of a spilled register in that loop."""
 INSTRUCTIONS_PER_STEP = 6000
-"""Most warp instructions of a step of the balancing of a 128 x 128 tile, all warps of a program together. There are three by default: the
-floor is three multiply-adds per number and direction, 3,072 of them."""
+"""Most warp instructions of a step of the balancing of a 128 x 128 tile, all warps of a program together. There are three of
+them, nine as published: the floor is three multiply-adds per number and direction, 3,072 of them."""
 INSTRUCTIONS_PER_READ = 14000
 """Most warp instructions of the loops that dequantize the keys and the values of a page of 128 tokens: k4v2_g128, head_dim 128,
 float16, one kv head. The floor is seven additions per number, 7,168 of them; an H200 has about 18,000 issue slots in the time
