@@ -139,14 +139,14 @@ def main(target: str) -> None:
             "prefill head_dim 512": lambda: prefill(PageLayout(512, 128, 8, 8), 64),
             "dequantize head_dim 80": lambda: dequantize(PageLayout(80, 64, 3, 8), torch.bfloat16),
             "dequantize head_dim 512": lambda: dequantize(PageLayout(512, 64, 2, 3), torch.float32),
-            "encode head_dim 512": lambda: encode(PageLayout(512, 64, 8, 4), commit=False),
             "decode head_dim 80 and 256": lambda: decode(PageLayout(80, 64, 3, 8, v_head_dim=256), group=5),
             "prefill head_dim 192 and 128": lambda: prefill(OTHER_VALUES, 512),
-            "encode head_dim 192 and 128": lambda: encode(OTHER_VALUES),
             "dequantize head_dim 192 and 128": lambda: dequantize(OTHER_VALUES, torch.float16),
         }
     if target == "sm90":
         cases |= {
+            "encode head_dim 192 and 128": lambda: encode(OTHER_VALUES),
+            "encode head_dim 512": lambda: encode(PageLayout(512, 64, 8, 4), commit=False),
             "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3), commit=False),
             "encode head_dim 192, float32": lambda: encode(PageLayout(192, 128, 3, 8), dtype=torch.float32, commit=False),
             "encode head_dim 64 and 256": lambda: encode(PageLayout(64, 64, 4, 2, v_head_dim=256), commit=False),
