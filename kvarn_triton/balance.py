@@ -24,19 +24,20 @@ def _kvarn_variance_normalize_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
-    ENCODER: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    EQUIVARIANT: tl.constexpr,
 ):
     P: tl.constexpr = G // BLOCK_T
     BLOCK_C: tl.constexpr = block_channels(D)
     Q: tl.constexpr = D // BLOCK_C
     index = tl.program_id(0).to(tl.int64)
     blocks = load_blocks(tiles_ptr + index * G * D, D, G, D)
-    if ENCODER.equivariant:
+    if EQUIVARIANT:
         tile_scale = tile_rms(blocks, P, Q, G * D)
         blocks = scale_blocks(blocks, tl.div_rn(1.0, tile_scale))
-    token_scale, channel_scale = balance(blocks, G, D, PER_CHANNEL, ENCODER.iterations)
+    token_scale, channel_scale = balance(blocks, G, D, PER_CHANNEL, ITERATIONS)
     store_blocks(balanced_ptr + index * G * D, apply_balance(blocks, token_scale, channel_scale, P, Q), G, D)
-    if ENCODER.equivariant:
+    if EQUIVARIANT:
         if PER_CHANNEL:
             channel_scale = channel_scale * tile_scale
         else:
@@ -81,7 +82,8 @@ def variance_normalize(
             G=page_size,
             D=head_dim,
             PER_CHANNEL=per == "channel",
-            ENCODER=encoder,
+            ITERATIONS=encoder.iterations,
+            EQUIVARIANT=encoder.equivariant,
             num_warps=configs.block_warps(head_dim, tiles.device),
             enable_fp_fusion=False,
         )

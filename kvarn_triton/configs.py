@@ -25,14 +25,6 @@ def uses_ptx() -> bool:
     return torch.version.hip is None and not INTERPRETED
 
 
-def larger_head_dim(layout: PageLayout) -> int:
-    """Return the head_dim by which launch parameters are chosen where keys and values may differ: the larger one.
-
-    Registers and shared memory that suffice for it suffice for both.
-    """
-    return max(layout.head_dim, layout.v_head_dim)
-
-
 def block_warps(head_dim: int, device: torch.device) -> int:
     """Return the warps of a program that holds a tile in registers: a thread for each number of a block (`blocks`)."""
     threads = BLOCK_TOKENS * block_channels(head_dim)
@@ -58,7 +50,7 @@ def gather_parts(programs: int, device: torch.device) -> int:
 
 def encode_options(layout: PageLayout, device: torch.device) -> dict[str, int]:
     """Return the launch options of kernels that encode pages: the warps of the larger tile, which fills their registers."""
-    options = {"num_warps": block_warps(larger_head_dim(layout), device)}
+    options = {"num_warps": block_warps(layout.raw_head_dim, device)}
     if uses_ptx():
         options["maxnreg"] = 128  # two programs per multiprocessor: one waits at a barrier while the other computes
     return options
@@ -75,7 +67,7 @@ def decode_config(
         # Products of float32 run on the scalar units, and a step of more tokens would spill their operands.
         return DecodeConfig(4, num_stages=1, block_t=32, block_d=64, programs_per_sm=2, few_programs_per_sm=2)
     arch = arch_of(device)
-    config = (builtin_table(arch) if table is None else table).find(larger_head_dim(layout))
+    config = (builtin_table(arch) if table is None else table).find(layout.raw_head_dim)
     available = _multiprocessor_bytes(device, arch)
     num_stages, programs = config.num_stages, config.programs_per_sm
     while num_stages > 2 and programs * _shared_bytes(layout, num_stages) > available:
@@ -128,7 +120,7 @@ def prefill_config(
 
     In the batch-invariant mode (`split_size`) they depend on neither of the first two.
     """
-    channels = triton.next_power_of_2(larger_head_dim(layout))
+    channels = triton.next_power_of_2(layout.raw_head_dim)
     if dtype == torch.float32 or channels > 256 or not holds_dequantized_pages(device):
         few = decode_config(layout, dtype, device)
         num_stages, block_t, block_d = few.num_stages, few.block_t, few.block_d

@@ -95,13 +95,8 @@ def _ratio(std):
 @triton.jit
 def tile_rms(blocks, P: tl.constexpr, Q: tl.constexpr, COUNT: tl.constexpr):
     """Root mean square of a tile of COUNT elements; 1 if it is zero."""
-    squares = ()
-    for p in tl.static_range(P):
-        total = tl.zeros_like(blocks[0])
-        for q in tl.static_range(Q):
-            total = fma(blocks[p * Q + q], blocks[p * Q + q], total)
-        squares = squares + (total,)
-    rms = tl.minimum(tl.sqrt_rn(sum_of_tokens(token_vector(squares, add), P) * (1.0 / COUNT)), TILE_SCALE_MAX)
+    squares = sum_of_tokens(squares_across(blocks, P, Q, True), P)
+    rms = tl.minimum(tl.sqrt_rn(squares * (1.0 / COUNT)), TILE_SCALE_MAX)
     return tl.where(rms > 0, rms, 1.0)
 
 
@@ -182,10 +177,10 @@ def encode_blocks(
     if ENCODER.equivariant:
         tile_scale = tile_rms(blocks, P, Q, G * D)
         blocks = scale_blocks(blocks, tl.div_rn(1.0, tile_scale))
-    if ENCODER.norm == "length":
-        # Now, because the tile itself is not kept.
-        squares = squares_across(blocks, P, Q, PER_CHANNEL)
     token_scale, channel_scale = balance(blocks, G, D, PER_CHANNEL, ENCODER.iterations)
+    if ENCODER.norm == "length":
+        # After the loop, which has no register to spare, and before the tile makes room for the balanced one.
+        squares = squares_across(blocks, P, Q, PER_CHANNEL)
     balanced = apply_balance(blocks, token_scale, channel_scale, P, Q)
     codes, scale, zero = quantize_blocks(balanced, P, Q, BITS, PER_CHANNEL, ENCODER.clip, ENCODER.fits)
     own = channel_scale if PER_CHANNEL else token_scale

@@ -98,8 +98,7 @@ def _fit(blocks, scale, zero, P: tl.constexpr, Q: tl.constexpr, LEVELS: tl.const
     spread = _row_vector(squares, PER_CHANNEL) - code_sum * code_mean
     several = spread > 0
     covariance = _row_vector(products, PER_CHANNEL) - above_sum * code_mean
-    fitted = tl.maximum(tl.div_rn(covariance, tl.where(several, spread, 1.0)), RANGE_EPS)
-    scale = tl.where(several, fitted, scale)
+    scale = tl.maximum(tl.div_rn(covariance, tl.where(several, spread, 1.0)), RANGE_EPS)
     return scale, tl.where(several, zero + (above_sum * (1.0 / COUNT) - scale * code_mean), zero)
 
 

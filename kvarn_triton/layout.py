@@ -108,7 +108,8 @@ class PageLayout:
 
     @functools.cached_property
     def raw_head_dim(self) -> int:
-        """Last dimension of raw pages: the larger of both sizes of a head.
+        """Last dimension of raw pages: the larger of both sizes of a head. Launch parameters follow it too, because registers
+        and shared memory that suffice for it suffice for both.
 
         A token has its keys in the first `head_dim` channels and its values in the first `v_head_dim`; channels after those
         are neither read nor written.

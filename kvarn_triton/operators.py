@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import append, commit, configs, decode, gather, merge, prefill, rotation, store
+from . import append, commit, decode, gather, merge, prefill, rotation, store
 from .encoder import Encoder
 from .layout import PageLayout
 from .tables import DecodeConfig, DecodeTable, Entry
@@ -217,7 +217,7 @@ def _decode_attention(
         q, pages, block_table, seq_lens, layout, raw_pages=raw_pages, raw_table=raw_table,
         num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr, kv_indices=kv_indices, sm_scale=sm_scale,
         window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse, split_size=split_size,
-        workspace=workspace, table=None if row is None else _table(tuple(row), configs.larger_head_dim(layout)),
+        workspace=workspace, table=None if row is None else _table(tuple(row), layout.raw_head_dim),
     )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ import torch
 
 from . import operators as _operators
 from .checks import require
-from .configs import larger_head_dim
 from .encoder import DEFAULT, Encoder
 from .layout import PageLayout
 from .tables import DecodeTable
@@ -144,7 +143,7 @@ def decode_attention(
     Raises:
         ValueError: for a `workspace` without `out` too.
     """
-    row = None if table is None else _operators.table_row(table, larger_head_dim(layout))
+    row = None if table is None else _operators.table_row(table, layout.raw_head_dim)
     arguments = (
         q, pages, block_table, seq_lens, layout.name, layout.head_dim, layout.v_head_dim, raw_pages, raw_table, num_quantized,
         sink_len, sm_scale, window, soft_cap, sinks, kv_indptr, kv_indices, split_size, row,

@@ -110,7 +110,7 @@ def warmup(
         _warm_prefill(layout, num_q_heads, pages, raw_pages, dtype, csr, options)
     for ids in (torch.int32, torch.int64):
         slots = torch.full((size,), -1, dtype=ids, device=device)
-        count = configs.append_block(configs.larger_head_dim(layout))
+        count = configs.append_block(layout.raw_head_dim)
         while count:
             append_tokens(k[:count], v[:count], raw_pages, slots[:count])
             count //= 2

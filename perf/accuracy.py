@@ -122,13 +122,14 @@ def generate(
     """
     generator = None if seed is None else torch.Generator(prompts.device).manual_seed(seed)
     logits, tokens = list(feed(model, cache, prompts))[-1][:, -1], []
-    for _ in range(num_tokens):
+    for step in range(num_tokens):
+        if step:
+            logits = next(feed(model, cache, tokens[-1]))[:, -1]
         if generator is None:
             token = logits.argmax(-1, keepdim=True)
         else:
             token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         tokens.append(token)
-        logits = next(feed(model, cache, token))[:, -1]
     return torch.cat(tokens, dim=1)
 
 

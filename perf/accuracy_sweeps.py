@@ -162,7 +162,8 @@ HEADERS = {
 }
 NOTE = """language models trained here, their cache quantized page by page. K, V, attention: relative errors of one pass over
 exact keys and values. K accumulated: of a cache whose errors act on later tokens. K length: relative error of the length of
-keys. KL in nats to the 16-bit cache, on held-out text and on text that the model generated (geometric mean over seeds)."""
+keys. KL in nats to the 16-bit cache, on held-out text and on text that the model generated (geometric mean over seeds). Of
+presets only the widths count: pages have 128 tokens, or 64 where the model's context is short."""
 
 
 def runs(options: Options) -> Iterator[tuple[Row, Material]]:
@@ -221,7 +222,7 @@ def encoders_sweep(options: Options) -> Iterator[Row]:
     headers={"model": "model", "bits": "codes", "sink_len": "sink", "keep_pages": "tail pages", "bits_per_number": "bits"}
     | {"kl_text": "KL text", "kl_generated": "KL generated", "k_error_accumulated": "K accumulated"},
     note="the default encoder with other sinks and tails: tokens that stay in 16 bits, counted in the bits at the full length\n"
-    "of the model's context. The predictions compared are the same for all.",
+    "of the model's context. The predictions compared are the same for all. K accumulated: on generated text.",
 )
 def raw_tokens_sweep(options: Options) -> Iterator[Row]:
     """Measure what tokens that stay in 16 bits are worth."""

@@ -116,7 +116,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--table", metavar="FILE", help="of tune: the file of launch parameters to write; those of other GPUs in it stay")
     add("--dtype", choices=["float16", "bfloat16"], help="of decode: of queries, sinks and tails; float16 by default")
-    add("--model", action="append", choices=list(CONFIGS), help="of accuracy: which language models; may be repeated")
+    add(
+        "--model",
+        action="append",
+        choices=list(CONFIGS),
+        help="of accuracy, encoders and raw_tokens: which language models; may be repeated",
+    )
     add("--seed", type=int, help="of all random inputs; 0 by default")
     result = argparse.ArgumentParser(
         prog="sweep.py",

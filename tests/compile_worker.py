@@ -11,11 +11,15 @@ import sys
 import torch
 
 import kvarn_triton as kvarn
-from kvarn_triton import PageLayout
+from kvarn_triton import DEFAULT, PageLayout
 from kvarn_triton.inspection import Compiled, compile_for, resources
 
 MAIN = PageLayout(head_dim=128, page_size=128, k_bits=4, v_bits=2)
 OTHER_VALUES = PageLayout(head_dim=192, page_size=128, k_bits=4, v_bits=2, v_head_dim=128)
+PLAIN = kvarn.Encoder(iterations=8, clip=False, fits=0, norm="balance")
+"""An encoder without the steps that take the compiler longest. Both kernels encode with the same code, and what they load and
+store does not depend on the encoder: all steps are compiled in both for some targets, and in one of them for every target."""
+ALL_STEPS_TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 NARROW_TARGETS = ("sm86",)
 """Targets with 99 KB of shared memory, of which one compiles what needs most of it."""
 WIDE_TARGETS = ("sm90", "gfx942")
@@ -53,19 +57,22 @@ def prefill(
     kvarn.prefill_attention(q, pages, cu_seqlens_q=ends, layout=layout, return_lse=True, **tables, **options)
 
 
-def encode(layout: PageLayout, dtype: torch.dtype = torch.float16, *, commit: bool = True) -> None:
-    """Call store_pages and commit_pages; with keys and values of different head_dim append_tokens too.
-
-    Both encode with the same code, which takes the compiler long: `commit` leaves one of them out.
-    """
+def encode(
+    layout: PageLayout,
+    dtype: torch.dtype = torch.float16,
+    *,
+    encoder: kvarn.Encoder = PLAIN,
+    commit: kvarn.Encoder | None = PLAIN,
+) -> None:
+    """Call store_pages and commit_pages with their encoders; with keys and values of different head_dim append_tokens too."""
     pages, ids = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(2, dtype=torch.int32)
     k, v = (torch.zeros(2 * layout.page_size, 2, d, dtype=dtype) for d in (layout.head_dim, layout.v_head_dim))
-    kvarn.store_pages(k, v, pages, ids, layout)
+    kvarn.store_pages(k, v, pages, ids, layout, encoder=encoder)
     raw_pages = torch.zeros(4, 2, 2, layout.page_size, layout.raw_head_dim, dtype=dtype)
     if layout.head_dim != layout.v_head_dim:
         kvarn.append_tokens(k[:5], v[:5], raw_pages, torch.zeros(5, dtype=torch.int32))
-    if commit:
-        kvarn.commit_pages(raw_pages, pages, ids[:, None].repeat(1, 2), ids[:, None], ids, ids, layout)
+    if commit is not None:
+        kvarn.commit_pages(raw_pages, pages, ids[:, None].repeat(1, 2), ids[:, None], ids, ids, layout, encoder=commit)
 
 
 def dequantize(layout: PageLayout, dtype: torch.dtype) -> None:
@@ -116,7 +123,7 @@ def main(target: str) -> None:
         "decode head_dim 192 and 128": lambda: decode(OTHER_VALUES),
         "prefill few": lambda: prefill(MAIN, 8, new=False, split_size=1),
         "prefill many": lambda: prefill(MAIN, 512),
-        "encode": lambda: encode(MAIN),
+        "encode": lambda: encode(MAIN, encoder=DEFAULT, commit=DEFAULT if target in ALL_STEPS_TARGETS else PLAIN),
         "small": lambda: small_functions(MAIN),
     }
     if target in NARROW_TARGETS:
@@ -137,19 +144,21 @@ def main(target: str) -> None:
             "prefill bfloat16, head_dim 80": lambda: prefill(PageLayout(80, 64, 3, 3), 64, group=5, dtype=torch.bfloat16),
             "prefill head_dim 256": lambda: prefill(PageLayout(256, 128, 8, 8), 64),
             "prefill head_dim 512": lambda: prefill(PageLayout(512, 128, 8, 8), 64),
+            "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3)),
+            "encode head_dim 192, float32": lambda: encode(PageLayout(192, 128, 3, 8), dtype=torch.float32),
             "dequantize head_dim 80": lambda: dequantize(PageLayout(80, 64, 3, 8), torch.bfloat16),
             "dequantize head_dim 512": lambda: dequantize(PageLayout(512, 64, 2, 3), torch.float32),
+            "encode head_dim 512": lambda: encode(PageLayout(512, 64, 8, 4)),
             "decode head_dim 80 and 256": lambda: decode(PageLayout(80, 64, 3, 8, v_head_dim=256), group=5),
             "prefill head_dim 192 and 128": lambda: prefill(OTHER_VALUES, 512),
+            "encode head_dim 192 and 128": lambda: encode(OTHER_VALUES),
+            "encode head_dim 64 and 256": lambda: encode(PageLayout(64, 64, 4, 2, v_head_dim=256)),
             "dequantize head_dim 192 and 128": lambda: dequantize(OTHER_VALUES, torch.float16),
         }
     if target == "sm90":
         cases |= {
-            "encode head_dim 192 and 128": lambda: encode(OTHER_VALUES),
-            "encode head_dim 512": lambda: encode(PageLayout(512, 64, 8, 4), commit=False),
-            "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3), commit=False),
-            "encode head_dim 192, float32": lambda: encode(PageLayout(192, 128, 3, 8), dtype=torch.float32, commit=False),
-            "encode head_dim 64 and 256": lambda: encode(PageLayout(64, 64, 4, 2, v_head_dim=256), commit=False),
+            "encode head_dim 512, all steps": lambda: encode(PageLayout(512, 64, 8, 4), encoder=DEFAULT, commit=None),
+            "encode head_dim 192 and 128, all steps": lambda: encode(OTHER_VALUES, encoder=DEFAULT, commit=None),
         }
     rows = []
     for case, call in cases.items():

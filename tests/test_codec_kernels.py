@@ -146,6 +146,21 @@ def test_quantize_and_dequantize(page_size, head_dim, bits, per, device):
     assert_same_bits(dequantize(codes, *half, per=per), reference.dequantize(codes, *half, per=per))
 
 
+@pytest.mark.parametrize("per", ["channel", "token"])
+def test_rows_of_one_code(per, device):
+    """Rows of less range than the least scale have one code: a fit leaves their zero where it is."""
+    tile = draw(64, 64, device=device)
+    rows = tile.T if per == "channel" else tile
+    rows[3], rows[8] = 1e-11 * draw(64, seed=1, device=device), -2.5
+    codes, scale, zero = quantize(tile, 2, per=per, encoder=Encoder(fits=2))
+    for result, expected in zip(
+        (codes, scale, zero), reference.quantize(tile, 2, per=per, encoder=Encoder(fits=2)), strict=True
+    ):
+        assert_same_bits(result, expected)
+    assert torch.equal(zero[[3, 8]], quantize(tile, 2, per=per, encoder=Encoder(fits=0))[2][[3, 8]])
+    assert (codes.T if per == "channel" else codes)[[3, 8]].max() == 0
+
+
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_rounding_ties(bits, device):
     """Halfway between two codes the even one is taken, at every code."""

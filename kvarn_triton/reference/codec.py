@@ -226,7 +226,7 @@ def quantize(
         zero, top = zero + cut, top - cut
     scale = ((top - zero) * (1.0 / levels)).clamp_min(RANGE_EPS)
     for _ in range(encoder.fits):
-        scale, zero = _fitted(tiles, _codes(tiles, scale, zero, levels), scale, zero, dim)
+        scale, zero = _fitted(tiles, _codes(tiles, scale, zero, levels), zero, dim)
     codes = _codes(tiles, scale, zero, levels).to(torch.uint8)
     return codes, scale.squeeze(dim), zero.squeeze(dim)
 
@@ -235,21 +235,21 @@ def _codes(tiles: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels:
     return torch.round((tiles - zero) * (1.0 / scale)).clamp(0, levels)
 
 
-def _fitted(
-    tiles: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dim: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scale and zero of least squared error for given codes; those before where all codes of a row are the same.
+def _fitted(tiles: torch.Tensor, codes: torch.Tensor, zero: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scale and zero of least squared error for given codes.
 
-    Sums are of what the numbers of a row exceed its zero by, so that a large mean does not cancel.
+    A row whose codes are all the same is one of less range than the least scale: it has that scale, and keeps its zero. Sums
+    are of what the numbers of a row exceed its zero by, so that a large mean does not cancel.
     """
-    count, one = tiles.shape[dim], torch.ones_like(scale)
+    count, one = tiles.shape[dim], torch.ones_like(zero)
     above = tiles - zero
     code_sum, above_sum = dot(codes, one, dim), dot(above, one, dim)
     code_mean, above_mean = code_sum * (1.0 / count), above_sum * (1.0 / count)
     spread = dot(codes, codes, dim) - code_sum * code_mean
-    fitted = ((dot(above, codes, dim) - above_sum * code_mean) / spread).clamp_min(RANGE_EPS)
-    scale = torch.where(spread > 0, fitted, scale)
-    return scale, torch.where(spread > 0, zero + (above_mean - scale * code_mean), zero)
+    several = spread > 0
+    covariance = dot(above, codes, dim) - above_sum * code_mean
+    scale = (covariance / torch.where(several, spread, 1.0)).clamp_min(RANGE_EPS)
+    return scale, torch.where(several, zero + (above_mean - scale * code_mean), zero)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, per: Per) -> torch.Tensor:
