@@ -116,7 +116,7 @@ def measure(codec: Codec | None, material: Material, problems: bool) -> Row:
 def answer_fields(name: str, right: torch.Tensor) -> Row:
     """Return what is reported of answers: right as a whole, and tokens before the first error."""
     if name == "retrieval":
-        values = right[:, :-1].unflatten(1, (-1, lm_tasks.KEY + lm_tasks.VALUE))[..., lm_tasks.KEY :].all(-1)
+        values = right[:, :-1].unflatten(1, (-1, 1 + lm_tasks.NUM_DIGITS))[..., 1:].all(-1)
         return {"retrieval_exact": values.float().mean().item(), "retrieval_values": values.numel()}
     length = right.long().cumprod(1).sum(1).float()
     return {"chain_exact": right.all(1).float().mean().item(), "chain_right_tokens": length.mean().item()} | {

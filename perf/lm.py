@@ -30,7 +30,7 @@ from lm_text import decode, encode, heldout_prompts, load_text
 from torch import nn
 from torch.nn import functional
 
-TRAINING_VERSION = 2
+TRAINING_VERSION = 3
 """Part of the checkpoint's key. It changes whenever the same config and seed would train other weights."""
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -165,12 +165,21 @@ def causal_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     return out.transpose(1, 2)
 
 
-def token_loss(model: TinyLM, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross entropy, in nats, of `targets` [batch, n] after `tokens` [batch, n]; IGNORED ones don't count."""
+def token_losses(
+    model: TinyLM, tokens: torch.Tensor, targets: torch.Tensor, rows: dict[str, slice]
+) -> dict[str, torch.Tensor]:
+    """Return the mean cross entropy, in nats, of `targets` [batch, n] after `tokens` [batch, n] for each kind of rows.
+
+    Targets that are IGNORED don't count.
+    """
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=_has_fast_bfloat16(device)):
         logits = model(tokens.to(device).long())
-    return functional.cross_entropy(logits.float().flatten(0, 1), targets.to(device).long().flatten(), ignore_index=IGNORED)
+    targets = targets.to(device).long()
+    return {
+        name: functional.cross_entropy(logits[part].float().flatten(0, 1), targets[part].flatten(), ignore_index=IGNORED)
+        for name, part in rows.items()
+    }
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:
@@ -186,40 +195,49 @@ def bits_per_byte(model: TinyLM, *, num_windows: int = 64) -> float:
     """Return the loss on `num_windows` evenly spaced windows of the held-out text, in bits per byte."""
     windows = load_text()[1].unfold(0, model.config.seq_len + 1, 1)
     windows = windows[torch.linspace(0, len(windows) - 1, num_windows).long()]
-    losses = [token_loss(model, batch[:, :-1], batch[:, 1:]).item() for batch in windows.split(8)]
+    every = {"text": slice(None)}
+    losses = [token_losses(model, batch[:, :-1], batch[:, 1:], every)["text"].item() for batch in windows.split(8)]
     return sum(losses) / len(losses) / math.log(2)
 
 
 def train(config: LMConfig, seed: int = 0, *, device: str | torch.device = "cpu") -> TinyLM:
-    """Train a model; the same config, seed, Python and machine give the same weights.
+    """Train a model; the same config, seed, Python and machine give the same weights, as far as sums have an order there.
 
-    AdamW, a linear warm-up over the first twentieth of the steps, then a cosine to zero. Progress goes to stderr.
+    AdamW, a linear warm-up over the first twentieth of the steps, then a cosine to zero. With problems, rows are short at first
+    and twice as long whenever the problems are solved, or a tenth of the steps has passed. Progress goes to stderr.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TinyLM(config).to(device)
-    windows = load_text()[0].unfold(0, config.seq_len + 1, 1)
+    text = load_text()[0]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     warmup = max(1, config.steps // 20)
+    length, grown = min(lm_tasks.FIRST_LENGTH, config.seq_len) if config.tasks else config.seq_len, 0
     start = time.perf_counter()
     for step in range(config.steps):
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / config.steps)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(cosine, (step + 1) / warmup)
-        tokens = windows[torch.randint(len(windows), (config.batch_size,), generator=generator)]
+        windows, count = text.unfold(0, length + 1, 1), config.batch_size * config.seq_len // length
+        tokens = windows[torch.randint(len(windows), (count,), generator=generator)]
         tokens, targets = tokens[:, :-1].long(), tokens[:, 1:].long()
+        rows, shares = {"text": slice(None)}, {"text": 1.0}
         if config.tasks:
-            lm_tasks.write_problems(tokens, targets, generator)
-        loss = token_loss(model, tokens, targets)
+            rows, shares = lm_tasks.write_problems(tokens, targets, generator), lm_tasks.SHARES
+        losses = token_losses(model, tokens, targets, rows)
         optimizer.zero_grad()
-        loss.backward()
+        sum(shares[name] * loss for name, loss in losses.items()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if length < config.seq_len:
+            solved = all(loss.item() < lm_tasks.LEARNT for name, loss in losses.items() if name != "text")
+            if solved or step - grown >= config.steps // 10:
+                length, grown = min(2 * length, config.seq_len), step
         if (step + 1) % max(1, config.steps // 10) == 0:
-            bits = loss.item() / math.log(2)
-            seconds = time.perf_counter() - start
-            print(f"train: step {step + 1}/{config.steps}, {bits:.2f} bits/token, {seconds:.0f} s", file=sys.stderr, flush=True)
+            bits = ", ".join(f"{name} {loss.item() / math.log(2):.3f}" for name, loss in losses.items())
+            say = f"train: step {step + 1}/{config.steps}, rows of {length}, bits/token: {bits}"
+            print(f"{say}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return model.eval().requires_grad_(False)
 
 
