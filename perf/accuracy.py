@@ -258,3 +258,13 @@ def exact_matches(
         said = torch.cat([logits.argmax(-1) for logits in feed(model, cache, tokens[:, :-1])], dim=1)
         results.append(said[:, prompt.shape[1] - 1 :] == answer)
     return torch.cat(results)
+
+
+def answer_lengths(
+    model: TinyLM, codec: Codec | None, prompts: torch.Tensor, end: int, longest: int, **options
+) -> torch.Tensor:
+    """Generate answers greedily; return their tokens up to and with `end`, at most `longest`: int64 [problems]."""
+    capacity = prompts.shape[1] + longest
+    cache = CodecCache(model.config, codec, batch=len(prompts), capacity=capacity, device=prompts.device, **options)
+    ended = generate(model, cache, prompts, longest) == end
+    return torch.where(ended.any(1), ended.long().argmax(1) + 1, longest)

@@ -33,6 +33,7 @@ class Size:
     generated: int = 64
     prompt_len: int = 256
     problems: int = 1000
+    said_problems: int = 100
     steps: int = 200
     lines: int = 180
     queries: int = 40
@@ -105,11 +106,15 @@ def measure(codec: Codec | None, material: Material, problems: bool) -> Row:
         row |= text | {"kl_text": text.pop("kl")}
         said = accuracy.accumulated_errors(model, codec, material.generated, from_token=first)
         row |= {"kl_generated": said["kl"], "kl_generated_by_page": said["kl_by_page"]}
+    options = {"page_size": size.page_size, "sink_len": size.sink_len, "dtype": material.text.cache.k.dtype}
     for name, (prompts, answers) in material.problems.items() if problems else ():
-        right = accuracy.exact_matches(
-            model, codec, prompts, answers, page_size=size.page_size, sink_len=size.sink_len, dtype=material.text.cache.k.dtype
-        )
-        row |= answer_fields(name, right)
+        row |= answer_fields(name, accuracy.exact_matches(model, codec, prompts, answers, **options))
+        if name == "chain":
+            longest = min(answers.shape[1] * 5 // 4, model.config.seq_len - prompts.shape[1])
+            lengths = accuracy.answer_lengths(
+                model, codec, prompts[: size.said_problems], lm_tasks.END, longest, **options
+            ).float() / answers.shape[1]  # fmt: skip
+            row |= {"chain_length": lengths.mean().item(), "chain_length_right": (lengths == 1).float().mean().item()}
     return row
 
 
@@ -157,6 +162,7 @@ HEADERS = {
     "kl_generated": "KL generated",
     "kl_range": "range",
     "chain_exact": "chains right",
+    "chain_length": "length of answers",
     "retrieval_exact": "lines right",
     "runs": "runs",
 }

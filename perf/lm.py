@@ -69,7 +69,7 @@ class LMConfig:
         return lm_tasks.VOCAB_SIZE if self.tasks else 256
 
 
-_LAB = {"num_layers": 6, "model_dim": 512, "mlp_dim": 1024, "seq_len": 2048, "batch_size": 32, "steps": 2500, "tasks": True}
+_LAB = {"num_layers": 6, "model_dim": 512, "mlp_dim": 1024, "seq_len": 2048, "batch_size": 32, "steps": 3600, "tasks": True}
 
 CONFIGS = {
     "default": LMConfig(),
@@ -165,9 +165,7 @@ def causal_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     return out.transpose(1, 2)
 
 
-def token_losses(
-    model: TinyLM, tokens: torch.Tensor, targets: torch.Tensor, rows: dict[str, slice]
-) -> dict[str, torch.Tensor]:
+def token_losses(model: TinyLM, tokens: torch.Tensor, targets: torch.Tensor, rows: dict[str, slice]) -> dict[str, torch.Tensor]:
     """Return the mean cross entropy, in nats, of `targets` [batch, n] after `tokens` [batch, n] for each kind of rows.
 
     Targets that are IGNORED don't count.

@@ -178,3 +178,13 @@ def test_exact_matches_are_those_of_generation(model):
     assert right[0].all() and right[2].all() and right[1, :12].all() and not right[1, 12]
     fields = accuracy_sweeps.answer_fields("chain", right)
     assert fields["chain_exact"] == pytest.approx(2 / 3) and fields["chain_right_tokens"] == pytest.approx((30 + 12 + 30) / 3)
+
+
+def test_answers_end_where_generation_says_so(model):
+    """Lengths count tokens up to and with the first end; an answer without one has the longest."""
+    prompts = draw_tokens(3, 20)
+    cache = accuracy.CodecCache(CONFIG, None, batch=3, capacity=60, **PAGES)
+    said = accuracy.generate(model, cache, prompts, 30).tolist()
+    end = said[1][7]
+    expected = [row.index(end) + 1 if end in row else 30 for row in said]
+    assert accuracy.answer_lengths(model, None, prompts, end, 30, **PAGES).tolist() == expected and expected[1] <= 8
