@@ -106,16 +106,32 @@ def measure(codec: Codec | None, material: Material, problems: bool) -> Row:
         row |= text | {"kl_text": text.pop("kl")}
         said = accuracy.accumulated_errors(model, codec, material.generated, from_token=first)
         row |= {"kl_generated": said["kl"], "kl_generated_by_page": said["kl_by_page"]}
-    options = {"page_size": size.page_size, "sink_len": size.sink_len, "dtype": material.text.cache.k.dtype}
-    for name, (prompts, answers) in material.problems.items() if problems else ():
-        row |= answer_fields(name, accuracy.exact_matches(model, codec, prompts, answers, **options))
-        if name == "chain":
-            longest = min(answers.shape[1] * 5 // 4, model.config.seq_len - prompts.shape[1])
-            lengths = accuracy.answer_lengths(
-                model, codec, prompts[: size.said_problems], lm_tasks.END, longest, **options
-            ).float() / answers.shape[1]  # fmt: skip
-            row |= {"chain_length": lengths.mean().item(), "chain_length_right": (lengths == 1).float().mean().item()}
+    return row | (answers(codec, material) | lengths(codec, material) if problems else {})
+
+
+def _cache_options(material: Material, **changes: int) -> Row:
+    size = material.size
+    return {"page_size": size.page_size, "sink_len": size.sink_len, "dtype": material.text.cache.k.dtype} | changes
+
+
+def answers(codec: Codec | None, material: Material, **changes: int) -> Row:
+    """Return what is right in the answers to the material's problems; `changes` are those of the cache's options."""
+    row: Row = {}
+    for name, problems in material.problems.items():
+        right = accuracy.exact_matches(material.model, codec, *problems, **_cache_options(material, **changes))
+        row |= answer_fields(name, right)
     return row
+
+
+def lengths(codec: Codec | None, material: Material) -> Row:
+    """Return how long generated chains are beside the right ones, and the share of those of the right length."""
+    if "chain" not in material.problems:
+        return {}
+    prompts, right = material.problems["chain"]
+    longest = min(right.shape[1] * 5 // 4, material.model.config.seq_len - prompts.shape[1])
+    prompts, options = prompts[: material.size.said_problems], _cache_options(material)
+    length = accuracy.answer_lengths(material.model, codec, prompts, lm_tasks.END, longest, **options).float() / right.shape[1]
+    return {"chain_length": length.mean().item(), "chain_length_right": (length == 1).float().mean().item()}
 
 
 def answer_fields(name: str, right: torch.Tensor) -> Row:
@@ -226,7 +242,8 @@ def encoders_sweep(options: Options) -> Iterator[Row]:
     "raw_tokens",
     needs="any",
     headers={"model": "model", "bits": "codes", "sink_len": "sink", "keep_pages": "tail pages", "bits_per_number": "bits"}
-    | {"kl_text": "KL text", "kl_generated": "KL generated", "k_error_accumulated": "K accumulated"},
+    | {"kl_text": "KL text", "kl_generated": "KL generated", "k_error_accumulated": "K accumulated"}
+    | {"chain_exact": "chains right", "retrieval_exact": "lines right"},
     note="the default encoder with other sinks and tails: tokens that stay in 16 bits, counted in the bits at the full length\n"
     "of the model's context. The predictions compared are the same for all. K accumulated: on generated text.",
 )
@@ -234,22 +251,18 @@ def raw_tokens_sweep(options: Options) -> Iterator[Row]:
     """Measure what tokens that stay in 16 bits are worth."""
     for run, material in runs(options):
         size, total = material.size, material.model.config.seq_len
-        lengths = [(sink, keep) for sink in (0, size.page_size // 2, size.page_size) for keep in (0, 1, 2)]
-        work = [(bits, *pair) for bits in chosen_bits(options, ("k2v2", "k4v2")) for pair in lengths]
+        pairs = [(sink, keep) for sink in (0, size.page_size // 2, size.page_size) for keep in (0, 1, 2)]
+        work = [(bits, *pair) for bits in chosen_bits(options, ("k2v2", "k4v2")) for pair in pairs]
         for bits, sink_len, keep_pages in progress(f"raw_tokens {run['model']} {run['seed']}", work):
             layout = PageLayout.from_name(f"{bits}_g{size.page_size}", head_dim=run["head_dim"])
             codec = kv_codecs.kvarn(layout, Encoder(), "default")
             row = run | {"bits": bits, "method": codec.name, "sink_len": sink_len, "keep_pages": keep_pages}
+            raw_tokens = {"sink_len": sink_len, "keep_pages": keep_pages}
             for name, text in (("text", material.text), ("generated", material.generated)):
-                changes = accuracy.accumulated_errors(
-                    material.model,
-                    codec,
-                    text,
-                    from_token=size.sink_len + 3 * size.page_size,
-                    sink_len=sink_len,
-                    keep_pages=keep_pages,
-                )
+                first = size.sink_len + 3 * size.page_size
+                changes = accuracy.accumulated_errors(material.model, codec, text, from_token=first, **raw_tokens)
                 row |= {f"kl_{name}": changes["kl"], "k_error_accumulated": changes["k_error_accumulated"]}
+            row |= answers(codec, material, **raw_tokens)
             # On average half of the last page is not complete.
             raw = min(sink_len + (keep_pages + 0.5) * size.page_size, total)
             yield row | {"bits_per_number": (raw * 16 + (total - raw) * codec.bits) / total}
