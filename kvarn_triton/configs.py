@@ -96,9 +96,10 @@ class PrefillConfig:
     num_stages: int = 2
     programs_per_sm: int = 2
     block_d: int = 128
-    """Channels of one product with values, if pages are left as they are."""
-    folded: bool = False
-    """Whether pages are left as they are (`attend_few`) or dequantized (`attend_many`)."""
+    """Channels of one product with values, unless pages are dequantized to shared memory."""
+    form: str = "dequantized"
+    """Of the loop over pages: they are "dequantized" to shared memory (`attend_many`), in "registers" (`attend_registers`), or left
+    as they are, with scales "folded" into queries and weights (`attend_few`)."""
 
     def options(self) -> dict[str, int]:
         """Return launch options: on NVIDIA GPUs as many registers as let `programs_per_sm` programs run side by side."""
@@ -121,18 +122,39 @@ def prefill_config(
     In the batch-invariant mode (`split_size`) they depend on neither of the first two.
     """
     channels = triton.next_power_of_2(layout.raw_head_dim)
-    if dtype == torch.float32 or channels > 256 or not holds_dequantized_pages(device):
-        few = decode_config(layout, dtype, device)
-        num_stages, block_t, block_d = few.num_stages, few.block_t, few.block_d
-        if num_stages == 1 or (channels > 256 and _holds_little(device)):
-            # A page too large for shared memory goes through it tile by tile: small ones, beside 16 rows of as many channels.
-            num_stages, block_t, block_d = 1, 32, 32
-        return PrefillConfig(16, few.num_warps, block_t, RAW_BLOCK, num_stages, few.programs_per_sm, block_d, folded=True)
-    if channels == 256:
-        return PrefillConfig(64, 4, 64, 32, programs_per_sm=1)
-    if split_size is not None or -(-total_tokens // max(batch, 1)) * group <= 64:
-        return PrefillConfig(64, 4, layout.page_size, 64)
-    return PrefillConfig(128, 8, layout.page_size, 64, num_stages=3, programs_per_sm=1)
+    rows = -(-total_tokens // max(batch, 1)) * group if split_size is None else None
+    form = "folded" if dtype == torch.float32 or channels > 256 else prefill_form(channels, device, rows)
+    if form == "dequantized":
+        if channels == 256:
+            return PrefillConfig(64, 4, 64, 32, programs_per_sm=1)
+        if rows is None or rows <= 64:
+            return PrefillConfig(64, 4, layout.page_size, 64)
+        return PrefillConfig(128, 8, layout.page_size, 64, num_stages=3, programs_per_sm=1)
+    few = decode_config(layout, dtype, device)
+    num_stages, block_t, block_d = few.num_stages, few.block_t, few.block_d
+    if form == "registers":
+        block_t, block_d = 32, 32
+    elif num_stages == 1 or (channels > 256 and _holds_little(device)):
+        # A page too large for shared memory goes through it tile by tile: small ones, beside 16 rows of as many channels.
+        num_stages, block_t, block_d = 1, 32, 32
+    return PrefillConfig(16, few.num_warps, block_t, RAW_BLOCK, num_stages, few.programs_per_sm, block_d, form)
+
+
+REGISTER_ROWS = 32
+"""Most rows of a sequence and kv head whose pages are dequantized in registers, for each 16 of them anew."""
+
+
+def prefill_form(channels: int, device: torch.device, rows: int | None) -> str:
+    """Return the form of the loop over pages (`PrefillConfig`) for 16-bit queries of up to 256 channels.
+
+    `rows` are those of a sequence and kv head, None in the batch-invariant mode.
+    """
+    arch = arch_of(device)
+    if arch is not None and not arch.startswith("sm"):
+        return "folded"
+    if channels <= 128 and (rows is not None and rows <= REGISTER_ROWS):
+        return "registers"
+    return "dequantized" if holds_dequantized_pages(device) else "registers" if channels <= 128 else "folded"
 
 
 def holds_dequantized_pages(device: torch.device) -> bool:

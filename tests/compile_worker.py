@@ -122,6 +122,7 @@ def main(target: str) -> None:
         "decode window and soft cap": lambda: decode(MAIN, window=1000, soft_cap=30.0),
         "decode head_dim 192 and 128": lambda: decode(OTHER_VALUES),
         "prefill few": lambda: prefill(MAIN, 8, new=False, split_size=1),
+        "prefill verify": lambda: prefill(MAIN, 8, new=False),
         "prefill many": lambda: prefill(MAIN, 512),
         "encode": lambda: encode(MAIN, encoder=DEFAULT, commit=DEFAULT if target in ALL_STEPS_TARGETS else PLAIN),
         "small": lambda: small_functions(MAIN),
