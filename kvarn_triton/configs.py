@@ -98,8 +98,8 @@ class PrefillConfig:
     block_d: int = 128
     """Channels of one product with values, unless pages are dequantized to shared memory."""
     form: str = "dequantized"
-    """Of the loop over pages: they are "dequantized" to shared memory (`attend_many`), in "registers" (`attend_registers`), or left
-    as they are, with scales "folded" into queries and weights (`attend_few`)."""
+    """Of the loop over pages: they are "dequantized" to shared memory (`attend_many`), in "registers" (`attend_registers`), or
+    left as they are, with scales "folded" into queries and weights (`attend_few`)."""
 
     def options(self) -> dict[str, int]:
         """Return launch options: on NVIDIA GPUs as many registers as let `programs_per_sm` programs run side by side."""
