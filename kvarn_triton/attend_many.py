@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .attend import capped, load_bytes, load_high
 from .attend_few import add_folded_values, folded_scores
-from .attend_registers import add_register_values, register_scores
+from .attend_registers import add_register_values, query_planes, register_scores, token_in_order
 from .device import item_of_field, log2, split_halves
 from .operands import join_planes, split_planes, unsigned_codes, unsigned_codes_ptx
 from .paging import load_page_id
@@ -202,7 +202,11 @@ def attend_pages(
     G: tl.constexpr = LAYOUT.page_size
     unit = tl.full((), LEAST_UNIT, tl.float32)
     planes = (q,)
-    if FORM != "dequantized":
+    column = tl.arange(0, G)
+    if FORM == "registers":
+        planes = query_planes(q, K_FIELDS, PTX)
+        column = token_in_order(column, LAYOUT, V_FIELDS)
+    elif FORM == "folded":
         planes = split_planes(q, K_FIELDS)
     page = tl.zeros((), tl.int32)
     if first_page < last_page:
@@ -211,7 +215,7 @@ def attend_pages(
         record_ptr = pages_ptr + page.to(tl.int64) * stride_page
         page = load_page_id(table_ptr, i + 1, last_page, PTX)
         if FORM == "registers":
-            scores = register_scores(record_ptr, planes, q_factor, LAYOUT, BLOCK_T, K_FIELDS, PTX)
+            scores = register_scores(record_ptr, planes, q_factor, LAYOUT, BLOCK_T, K_FIELDS, V_FIELDS, PTX)
         elif FORM == "folded":
             factor = tl.full((acc.shape[0],), 1.0, tl.float32) * q_factor
             scores = folded_scores(record_ptr, planes, factor, LAYOUT, BLOCK_T, K_FIELDS, OPERAND, PTX)
@@ -223,7 +227,7 @@ def attend_pages(
         if HAS_WINDOW:
             hidden = hidden | (i * G <= last_position - window)
         if hidden:
-            key = i * G + tl.arange(0, G)
+            key = i * G + column
             seen = visible(position, key, window, HAS_WINDOW) & (key < num_valid)[None, :]
             scores = tl.where(seen, scores, float("-inf"))
         if FORM == "registers":

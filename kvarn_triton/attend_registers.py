@@ -1,12 +1,17 @@
 """Attention of 16 or 32 query rows to a quantized page that is dequantized in registers: what few rows of prefill attention do.
 
 Query rows are rows of the products, as in `attend_many`. Their right operands, keys and values, never leave the threads that
-hold their bytes: a product of so few rows takes its operands from registers, loaded in the order that it wants. Nothing is
-stored to shared memory, and nothing waits at a barrier where a program is one warp.
+load their codes: a product of so few rows takes its operands from registers. No number is stored to shared memory, and nothing
+waits at a barrier where a program is one warp.
 
-A code stays where it lies in its byte: the bits of `code << place` are the float16 number code * 2**(place - 24), below the
-normal range, which one multiply-add turns into `(code * scale + zero) * unit`, rounded once. The unit keeps the multiplied
-scales within float16.
+Codes are loaded as words of 16 bits, two bytes, because a register of the tensor cores holds two neighbouring numbers of 16
+bits. A field of the lower or of the upper bytes of all words is a *plane*, and has a product of its own. A code stays where it
+lies in its byte: the bits of `code << place` are the float16 number code * 2**(place - 24), below the normal range, which one
+multiply-add turns into `(code * scale + zero) * unit`, rounded once. The unit keeps the factors, 2**(24 - place) times as large
+as scales, within float16.
+
+Planes of values are tokens of a page: columns of scores are in the order of the planes (`token_in_order`), so that weights are
+operands as they are.
 """
 
 from __future__ import annotations
@@ -14,15 +19,46 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attend import load_bytes, load_high
-from .device import split_halves
-from .operands import join_planes, split_planes, unsigned_codes, unsigned_codes_ptx
-from .query import plane_channels
+from .device import item_of_field, split_halves
+from .operands import join_planes, split_planes
 
-RUN = tl.constexpr(4)
-"""Consecutive numbers of the summed axis that a thread holds of an operand that was made of bytes."""
 LEAST_SCORE = tl.constexpr(-1e30)
 """Stands for the largest score of a row that has seen no token."""
+LEAST_PLANE = tl.constexpr(16)
+"""Least length of the axis that a product sums over."""
+
+
+@triton.jit
+def token_in_order(column, LAYOUT: tl.constexpr, FIELDS: tl.constexpr):
+    """Return the token of a page whose score is in a column."""
+    WORDS: tl.constexpr = LAYOUT.page_size // FIELDS // 2
+    plane = column // WORDS
+    return plane // 2 * (2 * WORDS) + column % WORDS * 2 + plane % 2
+
+
+@triton.jit
+def query_planes(q, FIELDS: tl.constexpr, PTX: tl.constexpr):
+    """Return the planes of query rows whose channels are in the order of `attend_many.channel_in_order`.
+
+    The copy hides the joins of the rotation, for which Triton would take twice as many neighbours to a thread, without the
+    instruction that loads matrices.
+    """
+    if PTX:
+        q = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [q], tl.float16, is_pure=False, pack=2)
+    fields = split_planes(q, FIELDS)
+    planes = ()
+    for f in tl.static_range(FIELDS):
+        lower, upper = tl.split(tl.reshape(fields[f], (q.shape[0], q.shape[1] // FIELDS // 2, 2)))
+        planes = planes + (_padded(lower), _padded(upper))
+    return planes
+
+
+@triton.jit
+def _padded(plane):
+    """Pad a plane [rows, words] with zeros to LEAST_PLANE words."""
+    if plane.shape[1] < LEAST_PLANE:
+        plane = join_planes((plane, tl.zeros_like(plane)))
+    return plane
 
 
 @triton.constexpr_function
@@ -39,7 +75,7 @@ def _unit(bits):
 
 @triton.constexpr_function
 def _params_ptx(field, bits):
-    """PTX of `_field_params` for two channels or tokens. The factor is too large for float16, hence two of them."""
+    """PTX of `_plane_params` for two channels or tokens. The factor is too large for float16, hence two of them."""
     exponent = 24 - _place(field, bits) + bits - 10
     first, second, unit = (((15 + e) << 10) * 0x00010001 for e in (exponent // 2, exponent - exponent // 2, bits - 10))
     return (
@@ -50,59 +86,117 @@ def _params_ptx(field, bits):
 
 
 @triton.jit
-def _field_params(words, FIELD: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
-    """Return float16 factors and offsets of the codes of a field, of words of a scale and a zero."""
+def _load_params(params_ptr, pair, FIELD: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Return (scale, zero) of the lower plane of a field and of the upper one.
+
+    `pair` [words] are the pairs of channels or tokens whose codes are in the field of a word.
+    """
+    BLOCK: tl.constexpr = pair.shape[0]
+    pairs_ptr = params_ptr.to(tl.pointer_type(tl.uint64)) + pair
+    if WORDS == BLOCK:
+        pairs = tl.load(pairs_ptr)
+    else:
+        pairs = tl.load(pairs_ptr, tl.arange(0, BLOCK) < WORDS, other=0)
+    lower = _plane_params((pairs & 0xFFFFFFFF).to(tl.uint32), FIELD, BITS, PTX)
+    return lower, _plane_params((pairs >> 32).to(tl.uint32), FIELD, BITS, PTX)
+
+
+@triton.jit
+def _plane_params(params, FIELD: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Return float16 factors and offsets of the codes of a plane, from pairs of a scale and a zero."""
     if PTX:
         scale, zero = tl.inline_asm_elementwise(
-            _params_ptx(FIELD, BITS), "=&r,=&r,r,r", [words], (tl.float16, tl.float16), is_pure=True, pack=2
+            _params_ptx(FIELD, BITS), "=&r,=&r,r,r", [params], (tl.float16, tl.float16), is_pure=True, pack=2
         )
     else:
-        scale, zero = split_halves(words)
+        scale, zero = split_halves(params)
         scale = (scale.to(tl.float32) * (_unit(BITS) * 2.0 ** (24 - _place(FIELD, BITS)))).to(tl.float16)
         zero = (zero.to(tl.float32) * _unit(BITS)).to(tl.float16)
     return scale, zero
 
 
 @triton.constexpr_function
-def _numbers_ptx(field, bits):
-    """PTX of `_numbers` for four bytes: `$4, $5` scales, `$6, $7` zeros."""
+def _numbers_ptx(field, upper, bits):
+    """PTX of `_numbers` for two words."""
+    down = 8 * upper + (2 * field if bits == 3 else 0)
+    width = 2 if bits == 3 else bits
+    codes = f"shr.b32 $0, $1, {down}; " if down else "mov.b32 $0, $1; "
+    codes += f"and.b32 $0, $0, {((2**width - 1) << _place(field, bits)) * 0x00010001}; "
     if bits == 3:
-        codes = unsigned_codes_ptx(field, bits, 1, "$2", "$3") + "prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; "
-    else:
-        mask = ((2**bits - 1) << _place(field, bits)) * 0x00010001
-        codes = "prmt.b32 t, $2, 0, 0x4140; prmt.b32 u, $2, 0, 0x4342; "
-        codes += f"and.b32 $0, t, {mask}; and.b32 $1, u, {mask}; "
-    return "{ .reg .b32 t, u; " + codes + "fma.rn.f16x2 $0, $0, $4, $6; fma.rn.f16x2 $1, $1, $5, $7; }"
+        move = 8 * upper + field - 2
+        place = f"shr.b32 u, $2, {move}; " if move >= 0 else f"shl.b32 u, $2, {-move}; "
+        codes += place + f"and.b32 u, u, {0x00040004}; or.b32 $0, $0, u; "
+    return "{ .reg .b32 u; " + codes + "fma.rn.f16x2 $0, $0, $3, $4; }"
 
 
 @triton.jit
-def _numbers(packed, high, scale, zero, FIELD: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
-    """Return the float16 numbers [bytes, columns] of one field of packed bytes. `high` as in `operands.field_codes`."""
-    scale = tl.broadcast_to(scale[:, None], packed.shape)
-    zero = tl.broadcast_to(zero[:, None], packed.shape)
+def _numbers(
+    words, high, scale, zero, FIELD: tl.constexpr, UPPER: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
+):  # fmt: skip
+    """Return the float16 numbers [words, columns] of one plane of int16 words. `high` as `_high_bits` returns them."""
+    scale = tl.broadcast_to(scale[:, None], words.shape)
+    zero = tl.broadcast_to(zero[:, None], words.shape)
     if PTX:
         numbers = tl.inline_asm_elementwise(
-            _numbers_ptx(FIELD, BITS), "=&r,=&r,r,r,r,r,r,r", [packed, high, scale, zero], tl.float16, is_pure=True, pack=4
+            _numbers_ptx(FIELD, UPPER, BITS), "=&r,r,r,r,r", [words, high, scale, zero], tl.float16, is_pure=True, pack=2
         )  # fmt: skip
     else:
-        codes = unsigned_codes(packed, high, FIELD, BITS).to(tl.float32) * 2.0 ** (_place(FIELD, BITS) - 24)
+        WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+        codes = (words.to(tl.int32) >> (8 * UPPER + FIELD * WIDTH)) & (2**WIDTH - 1)
+        if BITS == 3:
+            codes = codes | (((high.to(tl.int32) >> (8 * UPPER + FIELD)) & 1) << 2)
+        codes = codes.to(tl.float32) * 2.0 ** (_place(FIELD, BITS) - 24)
         numbers = (codes * scale.to(tl.float32) + zero.to(tl.float32)).to(tl.float16)
     return numbers
 
 
 @triton.jit
-def _spread(column):
-    """Return which token to compute in a column of a product, so that `_in_order` leaves each number in its thread."""
-    return column // 16 * 16 + column % 8 // 2 * RUN + column // 8 % 2 * 2 + column % 2
+def _high_bits(lower, upper, PTX: tl.constexpr):
+    """Return the low four bits of the bytes of `lower` or the upper four of `upper`, words of which one is zero."""
+    if PTX:
+        bits = tl.inline_asm_elementwise(
+            "{ .reg .b32 t, u; and.b32 t, $1, 0x0f0f0f0f; shr.b32 u, $2, 4; and.b32 u, u, 0x0f0f0f0f; or.b32 $0, t, u; }",
+            "=r,r,r", [lower, upper], tl.int16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        bits = ((lower & 0x0F0F) | ((upper >> 4) & 0x0F0F)).to(tl.int16)
+    return bits
 
 
 @triton.jit
-def _in_order(product):
-    """Reorder columns that were computed in the order of `_spread`."""
-    ROWS: tl.constexpr = product.shape[0]
-    COLS: tl.constexpr = product.shape[1]
-    runs = tl.reshape(product, (ROWS, COLS // 16, 2, 4, 2))
-    return tl.reshape(tl.permute(runs, (0, 1, 3, 2, 4)), (ROWS, COLS))
+def _load_words(
+    codes_ptr, row, WORDS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
+):  # fmt: skip
+    """Load rows of WORDS words, padded to BLOCK, as int16 [BLOCK, rows], and the high bits of 3-bit codes.
+
+    There are ROWS rows; others are zero.
+    """
+    rows_ptr = codes_ptr.to(tl.pointer_type(tl.int16))
+    word = tl.arange(0, BLOCK)[:, None]
+    place = row[None, :] * WORDS + word
+    mask = (row < ROWS)[None, :]
+    if WORDS == BLOCK and triton.next_power_of_2(ROWS) == ROWS:
+        words = tl.load(rows_ptr + place)
+    else:
+        words = tl.load(rows_ptr + place, (word < WORDS) & mask, other=0)
+    high = words
+    if BITS == 3:
+        place = row[None, :] * (WORDS // 2) + word
+        high_ptr = rows_ptr + ROWS * WORDS
+        lower = tl.load(high_ptr + place, (word < WORDS // 2) & mask, other=0)
+        upper = tl.load(high_ptr + place - WORDS // 2, (word >= WORDS // 2) & (word < WORDS) & mask, other=0)
+        high = _high_bits(lower, upper, PTX)
+    return words, high
+
+
+@triton.jit
+def _norms_in_order(norm_ptr, LAYOUT: tl.constexpr, FIELDS: tl.constexpr):
+    """Return the float16 norms of the tokens of a page in the order of `token_in_order`."""
+    WORDS: tl.constexpr = LAYOUT.page_size // FIELDS // 2
+    pairs = tl.load(norm_ptr.to(tl.pointer_type(tl.uint32)) + tl.arange(0, FIELDS * WORDS))
+    lower, upper = split_halves(pairs)
+    planes = tl.permute(tl.reshape(tl.join(lower, upper), (FIELDS, WORDS, 2)), (0, 2, 1))
+    return tl.reshape(planes, (LAYOUT.page_size,))
 
 
 @triton.jit
@@ -113,45 +207,37 @@ def register_scores(
     LAYOUT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     FIELDS: tl.constexpr,
+    V_FIELDS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Return the scores [rows, page_size] of the tokens of a record, BLOCK_T of them to a product."""
+    """Return the scores [rows, page_size] of a record, tokens in the order of `token_in_order`, BLOCK_T to a product.
+
+    `planes` are those of `query_planes`.
+    """
     BITS: tl.constexpr = LAYOUT.k_bits
     G: tl.constexpr = LAYOUT.page_size
-    BYTES: tl.constexpr = LAYOUT.head_dim // FIELDS
+    WORDS: tl.constexpr = LAYOUT.head_dim // FIELDS // 2
     BLOCK_K: tl.constexpr = planes[0].shape[1]
-    codes_ptr = (record_ptr + LAYOUT.k_codes_offset).to(tl.pointer_type(tl.int8))
-    params_ptr = (record_ptr + LAYOUT.k_params_offset).to(tl.pointer_type(tl.uint32))
-    norm_ptr = (record_ptr + LAYOUT.k_norm_offset).to(tl.pointer_type(tl.float16))
+    codes_ptr = record_ptr + LAYOUT.k_codes_offset
+    params_ptr = record_ptr + LAYOUT.k_params_offset
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)))
     factor = q_factor * gain * (1.0 / _unit(BITS))
-    byte = tl.arange(0, BLOCK_K)
-    scales = ()
-    zeros = ()
+    word = tl.arange(0, BLOCK_K)
+    params = ()
     for f in tl.static_range(FIELDS):
-        channel, mask = plane_channels(f, LAYOUT, FIELDS, byte)
-        if BYTES == BLOCK_K:
-            words = tl.load(params_ptr + channel)
-        else:
-            words = tl.load(params_ptr + channel, mask, other=0)
-        scale, zero = _field_params(words, f, BITS, PTX)
-        scales = scales + (scale,)
-        zeros = zeros + (zero,)
-    scores = ()
+        pair = item_of_field(word, f, LAYOUT.block_size // 2, FIELDS)
+        params = params + _load_params(params_ptr, pair, f, WORDS, BITS, PTX)
+    products = ()
     for part in tl.static_range(G // BLOCK_T):
-        token = part * BLOCK_T + tl.arange(0, BLOCK_T)
-        row = part * BLOCK_T + _spread(tl.arange(0, BLOCK_T))
-        packed = load_bytes(codes_ptr, row, BYTES, BLOCK_K, G, True)
-        high = packed
-        if BITS == 3:
-            high = load_high(codes_ptr + G * BYTES, row, BYTES, BLOCK_K, G, PTX)
+        token = token_in_order(part * BLOCK_T + tl.arange(0, BLOCK_T), LAYOUT, V_FIELDS)
+        words, high = _load_words(codes_ptr, token, WORDS, BLOCK_K, G, BITS, PTX)
         product = tl.zeros((planes[0].shape[0], BLOCK_T), tl.float32)
-        for f in tl.static_range(FIELDS):
-            numbers = _numbers(packed, high, scales[f], zeros[f], f, BITS, PTX)
-            product = tl.dot(planes[f], numbers, product, input_precision="ieee")
-        norm = tl.load(norm_ptr + token).to(tl.float32) * factor
-        scores = scores + (_in_order(product) * norm[None, :],)
-    return join_planes(scores)
+        for plane in tl.static_range(2 * FIELDS):
+            numbers = _numbers(words, high, params[plane][0], params[plane][1], plane // 2, plane % 2, BITS, PTX)
+            product = tl.dot(planes[plane], numbers, product, input_precision="ieee")
+        products = products + (product,)
+    norm = _norms_in_order(record_ptr + LAYOUT.k_norm_offset, LAYOUT, V_FIELDS).to(tl.float32) * factor
+    return join_planes(products) * norm[None, :]
 
 
 @triton.jit
@@ -166,11 +252,14 @@ def add_register_values(
     FIELDS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Return (acc, m_i, l_i) advanced by the values of a record with these scores, BLOCK_D channels to a product."""
+    """Return (acc, m_i, l_i) advanced by the values of a record with the scores of `register_scores`, BLOCK_D channels at once.
+
+    Nothing has to be done about gains: sums are multiplied by those of a page in float32.
+    """
     BITS: tl.constexpr = LAYOUT.v_bits
-    G: tl.constexpr = LAYOUT.page_size
     D: tl.constexpr = LAYOUT.v_head_dim
-    BYTES: tl.constexpr = G // FIELDS
+    WORDS: tl.constexpr = LAYOUT.page_size // FIELDS // 2
+    BLOCK_W: tl.constexpr = max(WORDS, LEAST_PLANE)
     CHANNELS: tl.constexpr = acc.shape[1]
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + 1)
     m_new = tl.maximum(m_i, tl.max(scores, axis=1))
@@ -178,28 +267,23 @@ def add_register_values(
     alpha = tl.exp2(m_i - origin)
     weights = tl.exp2(scores - origin[:, None])
     l_i = l_i * alpha + tl.sum(weights, axis=1)
-    operands = split_planes(weights.to(tl.float16), FIELDS)
+    operands = split_planes(weights.to(tl.float16), 2 * FIELDS)
     acc = acc * alpha[:, None]
 
-    codes_ptr = (record_ptr + LAYOUT.v_codes_offset).to(tl.pointer_type(tl.int8))
-    params_ptr = (record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32))
-    scales = ()
-    zeros = ()
+    codes_ptr = record_ptr + LAYOUT.v_codes_offset
+    params_ptr = record_ptr + LAYOUT.v_params_offset
+    word = tl.arange(0, BLOCK_W)
+    params = ()
     for f in tl.static_range(FIELDS):
-        scale, zero = _field_params(tl.load(params_ptr + f * BYTES + tl.arange(0, BYTES)), f, BITS, PTX)
-        scales = scales + (scale,)
-        zeros = zeros + (zero,)
+        params = params + _load_params(params_ptr, f * WORDS + word, f, WORDS, BITS, PTX)
     products = ()
     for part in tl.static_range(CHANNELS // BLOCK_D):
         row = part * BLOCK_D + tl.arange(0, BLOCK_D)
-        packed = load_bytes(codes_ptr, row, BYTES, BYTES, D, CHANNELS == D)
-        high = packed
-        if BITS == 3:
-            high = load_high(codes_ptr + D * BYTES, row, BYTES, BYTES, D, PTX)
+        words, high = _load_words(codes_ptr, row, WORDS, BLOCK_W, D, BITS, PTX)
         product = tl.zeros((acc.shape[0], BLOCK_D), tl.float32)
-        for f in tl.static_range(FIELDS):
-            numbers = _numbers(packed, high, scales[f], zeros[f], f, BITS, PTX)
-            product = tl.dot(operands[f], numbers, product, input_precision="ieee")
+        for plane in tl.static_range(2 * FIELDS):
+            numbers = _numbers(words, high, params[plane][0], params[plane][1], plane // 2, plane % 2, BITS, PTX)
+            product = tl.dot(_padded(operands[plane]), numbers, product, input_precision="ieee")
         products = products + (product,)
     channel = tl.arange(0, CHANNELS)
     norm = tl.load((record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + channel, channel < D, other=0.0)

@@ -133,15 +133,19 @@ def prefill_config(
     few = decode_config(layout, dtype, device)
     num_stages, block_t, block_d = few.num_stages, few.block_t, few.block_d
     if form == "registers":
-        block_t, block_d = 32, 32
-    elif num_stages == 1 or (channels > 256 and _holds_little(device)):
+        programs = few.programs_per_sm
+        if rows is not None and rows <= 16:
+            return PrefillConfig(16, 1, 32, RAW_BLOCK, num_stages, programs, 32, form)
+        # Two warps share the numbers of a page, each half of the tokens, then half of the channels.
+        return PrefillConfig(32, 2, layout.page_size, RAW_BLOCK, num_stages, -(-programs // 2), 64, form)
+    if num_stages == 1 or (channels > 256 and _holds_little(device)):
         # A page too large for shared memory goes through it tile by tile: small ones, beside 16 rows of as many channels.
         num_stages, block_t, block_d = 1, 32, 32
     return PrefillConfig(16, few.num_warps, block_t, RAW_BLOCK, num_stages, few.programs_per_sm, block_d, form)
 
 
 REGISTER_ROWS = 32
-"""Most rows of a sequence and kv head whose pages are dequantized in registers, for each 16 of them anew."""
+"""Most rows of a sequence and kv head whose pages are dequantized in registers, where they could be in shared memory."""
 
 
 def prefill_form(channels: int, device: torch.device, rows: int | None) -> str:

@@ -319,14 +319,14 @@ def test_launch_parameters(monkeypatch):
         chosen = configs.prefill_config(layout, dtype, device, tokens, 1, 4, split_size)
         return chosen.block_m, chosen.form
 
-    few, folded = (16, "registers"), (16, "folded")
-    assert [config(tokens) for tokens in (4, 8, 9)] == [few, few, (64, "dequantized")]
+    few, more, folded = (16, "registers"), (32, "registers"), (16, "folded")
+    assert [config(tokens) for tokens in (4, 5, 8, 9)] == [few, more, more, (64, "dequantized")]
     assert [config(tokens) for tokens in (16, 17)] == [(64, "dequantized"), (128, "dequantized")]
     assert config(4, 8) == config(2048, 8) == (64, "dequantized")
     assert config(4, dtype=torch.float32) == config(4, layout=PageLayout(head_dim=512)) == folded
     assert config(4, layout=PageLayout(head_dim=256)) == (64, "dequantized")
     monkeypatch.setattr(configs, "holds_dequantized_pages", lambda device: False)
-    assert config(4) == config(2048) == config(4, 8) == few
+    assert config(4) == few and config(2048) == config(4, 8) == more
     assert config(4, layout=PageLayout(head_dim=256)) == folded
     monkeypatch.setattr(configs, "arch_of", lambda device: "gfx942")
     assert config(4) == config(2048) == config(4, 8) == folded
