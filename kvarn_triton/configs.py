@@ -123,7 +123,7 @@ def prefill_config(
     """
     channels = triton.next_power_of_2(layout.raw_head_dim)
     rows = -(-total_tokens // max(batch, 1)) * group if split_size is None else None
-    form = "folded" if dtype == torch.float32 or channels > 256 else prefill_form(channels, device, rows)
+    form = "folded" if dtype == torch.float32 or channels > 256 else prefill_form(device, rows)
     if form == "dequantized":
         if channels == 256:
             return PrefillConfig(64, 4, 64, 32, programs_per_sm=1)
@@ -133,22 +133,29 @@ def prefill_config(
     few = decode_config(layout, dtype, device)
     num_stages, block_t, block_d = few.num_stages, few.block_t, few.block_d
     if form == "registers":
-        programs = few.programs_per_sm
-        if rows is not None and rows <= 16:
-            return PrefillConfig(16, 1, 32, RAW_BLOCK, num_stages, programs, 32, form)
-        # Two warps share the numbers of a page, each half of the tokens, then half of the channels.
-        return PrefillConfig(32, 2, layout.page_size, RAW_BLOCK, num_stages, -(-programs // 2), 64, form)
+        return _register_config(layout, device, few, 16 if rows is not None and rows <= 16 else 32)
     if num_stages == 1 or (channels > 256 and _holds_little(device)):
         # A page too large for shared memory goes through it tile by tile: small ones, beside 16 rows of as many channels.
         num_stages, block_t, block_d = 1, 32, 32
     return PrefillConfig(16, few.num_warps, block_t, RAW_BLOCK, num_stages, few.programs_per_sm, block_d, form)
 
 
+def _register_config(layout: PageLayout, device: torch.device, few: DecodeConfig, block_m: int) -> PrefillConfig:
+    """Return the parameters for tiles of 16 or 32 rows whose pages are dequantized in registers."""
+    num_warps = block_m // 16 * max(triton.next_power_of_2(layout.raw_head_dim) // 128, 1)
+    if num_warps == 1:
+        return PrefillConfig(16, 1, 32, RAW_BLOCK, few.num_stages, few.programs_per_sm, 32, "registers")
+    # Warps share the numbers of a page, each a part of the tokens, then of the channels; queries and weights are in shared memory.
+    shared = _shared_bytes(layout, few.num_stages) + 2 * block_m * (_padded_channels(layout)[0] + layout.page_size)
+    programs = max(min(8 // num_warps, _multiprocessor_bytes(device, arch_of(device)) // shared), 1)
+    return PrefillConfig(block_m, num_warps, layout.page_size, RAW_BLOCK, few.num_stages, programs, 64, "registers")
+
+
 REGISTER_ROWS = 32
 """Most rows of a sequence and kv head whose pages are dequantized in registers, where they could be in shared memory."""
 
 
-def prefill_form(channels: int, device: torch.device, rows: int | None) -> str:
+def prefill_form(device: torch.device, rows: int | None) -> str:
     """Return the form of the loop over pages (`PrefillConfig`) for 16-bit queries of up to 256 channels.
 
     `rows` are those of a sequence and kv head, None in the batch-invariant mode.
@@ -156,9 +163,8 @@ def prefill_form(channels: int, device: torch.device, rows: int | None) -> str:
     arch = arch_of(device)
     if arch is not None and not arch.startswith("sm"):
         return "folded"
-    if channels <= 128 and (rows is not None and rows <= REGISTER_ROWS):
-        return "registers"
-    return "dequantized" if holds_dequantized_pages(device) else "registers" if channels <= 128 else "folded"
+    few = rows is not None and rows <= REGISTER_ROWS
+    return "registers" if few or not holds_dequantized_pages(device) else "dequantized"
 
 
 def holds_dequantized_pages(device: torch.device) -> bool:

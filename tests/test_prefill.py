@@ -33,7 +33,7 @@ FORMS = pytest.mark.parametrize("form", ["dequantized", "registers", "folded"], 
 @pytest.fixture
 def form(request, monkeypatch) -> str:
     """Have one form of the loop over pages wherever there is a choice, whatever the GPU and the number of rows."""
-    monkeypatch.setattr(configs, "prefill_form", lambda channels, device, rows: request.param)
+    monkeypatch.setattr(configs, "prefill_form", lambda device, rows: request.param)
     return request.param
 
 
@@ -324,10 +324,9 @@ def test_launch_parameters(monkeypatch):
     assert [config(tokens) for tokens in (16, 17)] == [(64, "dequantized"), (128, "dequantized")]
     assert config(4, 8) == config(2048, 8) == (64, "dequantized")
     assert config(4, dtype=torch.float32) == config(4, layout=PageLayout(head_dim=512)) == folded
-    assert config(4, layout=PageLayout(head_dim=256)) == (64, "dequantized")
+    assert config(4, layout=PageLayout(head_dim=256)) == few
     monkeypatch.setattr(configs, "holds_dequantized_pages", lambda device: False)
     assert config(4) == few and config(2048) == config(4, 8) == more
-    assert config(4, layout=PageLayout(head_dim=256)) == folded
     monkeypatch.setattr(configs, "arch_of", lambda device: "gfx942")
     assert config(4) == config(2048) == config(4, 8) == folded
 
