@@ -145,7 +145,8 @@ def _register_config(layout: PageLayout, device: torch.device, few: DecodeConfig
     num_warps = block_m // 16 * max(triton.next_power_of_2(layout.raw_head_dim) // 128, 1)
     if num_warps == 1:
         return PrefillConfig(16, 1, 32, RAW_BLOCK, few.num_stages, few.programs_per_sm, 32, "registers")
-    # Warps share the numbers of a page, each a part of the tokens, then of the channels; queries and weights are in shared memory.
+    # Warps share the numbers of a page: each has a part of the tokens, then of the channels. Queries and weights are in shared
+    # memory.
     shared = _shared_bytes(layout, few.num_stages) + 2 * block_m * (_padded_channels(layout)[0] + layout.page_size)
     programs = max(min(8 // num_warps, _multiprocessor_bytes(device, arch_of(device)) // shared), 1)
     return PrefillConfig(block_m, num_warps, layout.page_size, RAW_BLOCK, few.num_stages, programs, 64, "registers")
