@@ -108,6 +108,10 @@ class PrefillConfig:
         return {"maxnreg": min(65536 // (32 * self.num_warps * self.programs_per_sm) // 8 * 8, 255)}
 
 
+TILE_ROWS = 16, 32, 64
+"""Rows of a sequence and kv head up to which smaller tiles are taken. The first two are dequantized in registers."""
+
+
 def prefill_config(
     layout: PageLayout,
     dtype: torch.dtype,
@@ -127,13 +131,13 @@ def prefill_config(
     if form == "dequantized":
         if channels == 256:
             return PrefillConfig(64, 4, 64, 32, programs_per_sm=1)
-        if rows is None or rows <= 64:
+        if rows is None or rows <= TILE_ROWS[-1]:
             return PrefillConfig(64, 4, layout.page_size, 64)
         return PrefillConfig(128, 8, layout.page_size, 64, num_stages=3, programs_per_sm=1)
     few = decode_config(layout, dtype, device)
     num_stages, block_t, block_d = few.num_stages, few.block_t, few.block_d
     if form == "registers":
-        return _register_config(layout, device, few, 16 if rows is not None and rows <= 16 else 32)
+        return _register_config(layout, device, few, 16 if rows is not None and rows <= TILE_ROWS[0] else 32)
     if num_stages == 1 or (channels > 256 and _holds_little(device)):
         # A page too large for shared memory goes through it tile by tile: small ones, beside 16 rows of as many channels.
         num_stages, block_t, block_d = 1, 32, 32
@@ -152,10 +156,6 @@ def _register_config(layout: PageLayout, device: torch.device, few: DecodeConfig
     return PrefillConfig(block_m, num_warps, layout.page_size, RAW_BLOCK, few.num_stages, programs, 64, "registers")
 
 
-REGISTER_ROWS = 32
-"""Most rows of a sequence and kv head whose pages are dequantized in registers, where they could be in shared memory."""
-
-
 def prefill_form(device: torch.device, rows: int | None) -> str:
     """Return the form of the loop over pages (`PrefillConfig`) for 16-bit queries of up to 256 channels.
 
@@ -164,7 +164,7 @@ def prefill_form(device: torch.device, rows: int | None) -> str:
     arch = arch_of(device)
     if arch is not None and not arch.startswith("sm"):
         return "folded"
-    few = rows is not None and rows <= REGISTER_ROWS
+    few = rows is not None and rows <= TILE_ROWS[1]
     return "registers" if few or not holds_dequantized_pages(device) else "dequantized"
 
 
