@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .attend import capped, load_bytes, load_high
 from .attend_few import add_folded_values, folded_scores
+from .attend_registers import add_register_values, query_planes, register_scores, token_in_order
 from .device import item_of_field, log2, split_halves
 from .operands import join_planes, split_planes, unsigned_codes, unsigned_codes_ptx
 from .paging import load_page_id
@@ -186,7 +187,7 @@ def attend_pages(
     K_FIELDS: tl.constexpr,
     V_FIELDS: tl.constexpr,
     OPERAND: tl.constexpr,
-    FOLDED: tl.constexpr,
+    FORM: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PTX: tl.constexpr,
@@ -200,15 +201,24 @@ def attend_pages(
     """
     G: tl.constexpr = LAYOUT.page_size
     unit = tl.full((), LEAST_UNIT, tl.float32)
+    planes = (q,)
+    column = tl.arange(0, G)
+    if FORM == "registers":
+        planes = query_planes(q, K_FIELDS, PTX)
+        column = token_in_order(column, LAYOUT, V_FIELDS)
+    elif FORM == "folded":
+        planes = split_planes(q, K_FIELDS)
     page = tl.zeros((), tl.int32)
     if first_page < last_page:
         page = load_page_id(table_ptr, first_page, last_page, PTX)
     for i in tl.range(first_page, last_page, num_stages=NUM_STAGES):
         record_ptr = pages_ptr + page.to(tl.int64) * stride_page
         page = load_page_id(table_ptr, i + 1, last_page, PTX)
-        if FOLDED:
+        if FORM == "registers":
+            scores = register_scores(record_ptr, planes, q_factor, LAYOUT, BLOCK_T, K_FIELDS, V_FIELDS, PTX)
+        elif FORM == "folded":
             factor = tl.full((acc.shape[0],), 1.0, tl.float32) * q_factor
-            scores = folded_scores(record_ptr, split_planes(q, K_FIELDS), factor, LAYOUT, BLOCK_T, K_FIELDS, OPERAND, PTX)
+            scores = folded_scores(record_ptr, planes, factor, LAYOUT, BLOCK_T, K_FIELDS, OPERAND, PTX)
         else:
             scores = _page_scores(record_ptr, q, q_factor, LAYOUT, BLOCK_T, K_FIELDS, OPERAND, PTX)
         if HAS_CAP:
@@ -217,10 +227,12 @@ def attend_pages(
         if HAS_WINDOW:
             hidden = hidden | (i * G <= last_position - window)
         if hidden:
-            key = i * G + tl.arange(0, G)
+            key = i * G + column
             seen = visible(position, key, window, HAS_WINDOW) & (key < num_valid)[None, :]
             scores = tl.where(seen, scores, float("-inf"))
-        if FOLDED:
+        if FORM == "registers":
+            acc, m_i, l_i = add_register_values(acc, m_i, l_i, scores, record_ptr, LAYOUT, BLOCK_D, V_FIELDS, PTX)
+        elif FORM == "folded":
             acc, m_i, l_i = add_folded_values(acc, m_i, l_i, scores, record_ptr, LAYOUT, BLOCK_D, V_FIELDS, OPERAND, PTX)
         else:
             weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
@@ -230,6 +242,6 @@ def attend_pages(
             values = _page_values(record_ptr, gain / new_unit, acc.shape[1], LAYOUT, V_FIELDS, OPERAND, PTX)
             acc = tl.dot(weights.to(OPERAND), values, acc, input_precision="ieee")
             unit = new_unit
-    if not FOLDED:
+    if FORM == "dequantized":
         acc = acc * unit
     return acc, m_i, l_i

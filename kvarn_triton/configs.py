@@ -96,15 +96,20 @@ class PrefillConfig:
     num_stages: int = 2
     programs_per_sm: int = 2
     block_d: int = 128
-    """Channels of one product with values, if pages are left as they are."""
-    folded: bool = False
-    """Whether pages are left as they are (`attend_few`) or dequantized (`attend_many`)."""
+    """Channels of one product with values, unless pages are dequantized to shared memory."""
+    form: str = "dequantized"
+    """Of the loop over pages: they are "dequantized" to shared memory (`attend_many`), in "registers" (`attend_registers`), or
+    left as they are, with scales "folded" into queries and weights (`attend_few`)."""
 
     def options(self) -> dict[str, int]:
         """Return launch options: on NVIDIA GPUs as many registers as let `programs_per_sm` programs run side by side."""
         if not uses_ptx():
             return {}
         return {"maxnreg": min(65536 // (32 * self.num_warps * self.programs_per_sm) // 8 * 8, 255)}
+
+
+TILE_ROWS = 16, 32, 64
+"""Rows of a sequence and kv head up to which smaller tiles are taken. The first two are dequantized in registers."""
 
 
 def prefill_config(
@@ -121,18 +126,46 @@ def prefill_config(
     In the batch-invariant mode (`split_size`) they depend on neither of the first two.
     """
     channels = triton.next_power_of_2(layout.raw_head_dim)
-    if dtype == torch.float32 or channels > 256 or not holds_dequantized_pages(device):
-        few = decode_config(layout, dtype, device)
-        num_stages, block_t, block_d = few.num_stages, few.block_t, few.block_d
-        if num_stages == 1 or (channels > 256 and _holds_little(device)):
-            # A page too large for shared memory goes through it tile by tile: small ones, beside 16 rows of as many channels.
-            num_stages, block_t, block_d = 1, 32, 32
-        return PrefillConfig(16, few.num_warps, block_t, RAW_BLOCK, num_stages, few.programs_per_sm, block_d, folded=True)
-    if channels == 256:
-        return PrefillConfig(64, 4, 64, 32, programs_per_sm=1)
-    if split_size is not None or -(-total_tokens // max(batch, 1)) * group <= 64:
-        return PrefillConfig(64, 4, layout.page_size, 64)
-    return PrefillConfig(128, 8, layout.page_size, 64, num_stages=3, programs_per_sm=1)
+    rows = -(-total_tokens // max(batch, 1)) * group if split_size is None else None
+    form = "folded" if dtype == torch.float32 or channels > 256 else prefill_form(device, rows)
+    if form == "dequantized":
+        if channels == 256:
+            return PrefillConfig(64, 4, 64, 32, programs_per_sm=1)
+        if rows is None or rows <= TILE_ROWS[-1]:
+            return PrefillConfig(64, 4, layout.page_size, 64)
+        return PrefillConfig(128, 8, layout.page_size, 64, num_stages=3, programs_per_sm=1)
+    few = decode_config(layout, dtype, device)
+    num_stages, block_t, block_d = few.num_stages, few.block_t, few.block_d
+    if form == "registers":
+        return _register_config(layout, device, few, 16 if rows is not None and rows <= TILE_ROWS[0] else 32)
+    if num_stages == 1 or (channels > 256 and _holds_little(device)):
+        # A page too large for shared memory goes through it tile by tile: small ones, beside 16 rows of as many channels.
+        num_stages, block_t, block_d = 1, 32, 32
+    return PrefillConfig(16, few.num_warps, block_t, RAW_BLOCK, num_stages, few.programs_per_sm, block_d, form)
+
+
+def _register_config(layout: PageLayout, device: torch.device, few: DecodeConfig, block_m: int) -> PrefillConfig:
+    """Return the parameters for tiles of 16 or 32 rows whose pages are dequantized in registers."""
+    num_warps = block_m // 16 * max(triton.next_power_of_2(layout.raw_head_dim) // 128, 1)
+    if num_warps == 1:
+        return PrefillConfig(16, 1, 32, RAW_BLOCK, few.num_stages, few.programs_per_sm, 32, "registers")
+    # Warps share the numbers of a page: each has a part of the tokens, then of the channels. Queries and weights are in shared
+    # memory.
+    shared = _shared_bytes(layout, few.num_stages) + 2 * block_m * (_padded_channels(layout)[0] + layout.page_size)
+    programs = max(min(8 // num_warps, _multiprocessor_bytes(device, arch_of(device)) // shared), 1)
+    return PrefillConfig(block_m, num_warps, layout.page_size, RAW_BLOCK, few.num_stages, programs, 64, "registers")
+
+
+def prefill_form(device: torch.device, rows: int | None) -> str:
+    """Return the form of the loop over pages (`PrefillConfig`) for 16-bit queries of up to 256 channels.
+
+    `rows` are those of a sequence and kv head, None in the batch-invariant mode.
+    """
+    arch = arch_of(device)
+    if arch is not None and not arch.startswith("sm"):
+        return "folded"
+    few = rows is not None and rows <= TILE_ROWS[1]
+    return "registers" if few or not holds_dequantized_pages(device) else "dequantized"
 
 
 def holds_dequantized_pages(device: torch.device) -> bool:

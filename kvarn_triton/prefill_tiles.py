@@ -51,6 +51,13 @@ def _find_tile(cu_seqlens_ptr, tile, batch, GROUP: tl.constexpr, BLOCK_M: tl.con
 
 
 @triton.jit
+def _load_rows(rows_ptr, place, mask, D: tl.constexpr, CHANNELS: tl.constexpr):
+    """Load rows of D channels at places [rows], padded with zeros to [rows, CHANNELS]."""
+    offs_d = tl.arange(0, CHANNELS)
+    return tl.load(rows_ptr + place[:, None] + offs_d[None, :], mask[:, None] & (offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
 def _store_rows(out_ptr, place, values, mask, D: tl.constexpr):
     """Store rows [rows, channels] at places [rows]."""
     offs_d = tl.arange(0, values.shape[1])
@@ -117,7 +124,7 @@ def _kvarn_prefill_attention_kernel(
     OPERAND: tl.constexpr,
     QUERY_OPERAND: tl.constexpr,
     RAW_OPERAND: tl.constexpr,
-    FOLDED: tl.constexpr,  # few rows: pages are not dequantized
+    FORM: tl.constexpr,  # of the loop over pages (`configs.PrefillConfig`)
     HAS_RAW: tl.constexpr,
     HAS_NEW: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -133,6 +140,7 @@ def _kvarn_prefill_attention_kernel(
     D: tl.constexpr = LAYOUT.head_dim
     D_V: tl.constexpr = LAYOUT.v_head_dim
     TOKEN_STAGES: tl.constexpr = 1 if max(K_CHANNELS, V_CHANNELS) > 256 else NUM_STAGES  # shared memory of 99 KB holds no more
+    RELOAD: tl.constexpr = FORM == "registers"  # queries in two layouts are too many registers for the loop over pages
     tile, head, split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_q_heads = tl.num_programs(1) * GROUP
     row, row_start = _find_tile(cu_seqlens_ptr, tile, batch, GROUP, BLOCK_M)
@@ -168,9 +176,8 @@ def _kvarn_prefill_attention_kernel(
         mask_m = offs_m < num_rows
         q_head = head * GROUP + (first_row + offs_m) % GROUP
         token = (first_token + query).to(tl.int64)
-        offs_d = tl.arange(0, K_CHANNELS)
         place = token * stride_q_token + q_head * stride_q_head
-        q = tl.load(q_ptr + place[:, None] + offs_d[None, :], mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
+        q = _load_rows(q_ptr, place, mask_m, D, K_CHANNELS)
         rotated, q_factor = rotate_rows(q, LAYOUT, K_FIELDS, OPERAND)
         q_factor = q_factor * qk_scale
         m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -181,9 +188,11 @@ def _kvarn_prefill_attention_kernel(
             acc, m_i, l_i, rotated, q_factor, soft_cap,
             pages_ptr + head.to(tl.int64) * stride_pages_head, table_row_ptr, stride_pages_page,
             first_page, last_page, num_valid, shift + query, shift + first_query, shift + last_query, window,
-            LAYOUT, BLOCK_T, BLOCK_D, K_FIELDS, V_FIELDS, OPERAND, FOLDED, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
+            LAYOUT, BLOCK_T, BLOCK_D, K_FIELDS, V_FIELDS, OPERAND, FORM, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
         )  # fmt: skip
         if HAS_RAW and split == 0:
+            if RELOAD:
+                rotated, _ = rotate_rows(_load_rows(q_ptr, place, mask_m, D, K_CHANNELS), LAYOUT, K_FIELDS, OPERAND)
             raw_row_ptr = raw_table_ptr + row.to(tl.int64) * stride_raw_table
             raw_head_ptr = raw_pages_ptr + head.to(tl.int64) * stride_raw_head
             for part in tl.static_range(2):
@@ -201,6 +210,8 @@ def _kvarn_prefill_attention_kernel(
         if SINGLE or HAS_NEW:
             acc = hadamard(acc, LAYOUT.v_block_size)
         if HAS_NEW and split == 0:
+            if RELOAD:
+                q = _load_rows(q_ptr, place, mask_m, D, K_CHANNELS)
             acc, m_i, l_i = attend_new(
                 acc, m_i, l_i, q.to(QUERY_OPERAND), qk_scale, soft_cap,
                 k_ptr + first_token.to(tl.int64) * stride_k_token + head * stride_k_head,
@@ -320,7 +331,7 @@ def launch_prefill_tiles(
         OPERAND=configs.operand(q.dtype, torch.float16),
         QUERY_OPERAND=configs.operand(q.dtype, q.dtype),
         RAW_OPERAND=configs.operand(q.dtype, raw.dtype),
-        FOLDED=config.folded,
+        FORM=config.form,
         HAS_RAW=raw_pages is not None,
         HAS_NEW=k is not None,
         HAS_WINDOW=window is not None,

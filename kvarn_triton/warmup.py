@@ -165,12 +165,13 @@ def _warm_prefill(
     csr: bool,
     options: dict[str, Any],
 ) -> None:
-    """Compile prefill attention for few and for many rows, with one run of pages, a few and many."""
+    """Compile prefill attention for tiles of all sizes, with one run of pages, a few and many."""
     shape = 65, pages.shape[1]
     k, v = (torch.zeros(*shape, d, dtype=dtype, device=pages.device) for d in (layout.head_dim, layout.v_head_dim))
     lens = torch.zeros(1, dtype=torch.int32, device=pages.device)
     ends = torch.zeros(2, dtype=torch.int32, device=pages.device)
-    for count in (1, 65):
+    group = num_q_heads // pages.shape[1]
+    for count in sorted({max(rows // group, 1) for rows in configs.TILE_ROWS} | {65}):
         q = torch.zeros(count, num_q_heads, layout.head_dim, dtype=dtype, device=pages.device)
         for columns in (1, 2, 4096):
             block_table, indices = _body_tables(torch.zeros(1, columns, dtype=torch.int32, device=pages.device), csr)

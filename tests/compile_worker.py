@@ -122,6 +122,8 @@ def main(target: str) -> None:
         "decode window and soft cap": lambda: decode(MAIN, window=1000, soft_cap=30.0),
         "decode head_dim 192 and 128": lambda: decode(OTHER_VALUES),
         "prefill few": lambda: prefill(MAIN, 8, new=False, split_size=1),
+        "prefill 16 rows": lambda: prefill(MAIN, 8, new=False),
+        "prefill 32 rows": lambda: prefill(MAIN, 16, new=False),
         "prefill many": lambda: prefill(MAIN, 512),
         "encode": lambda: encode(MAIN, encoder=DEFAULT, commit=DEFAULT if target in ALL_STEPS_TARGETS else PLAIN),
         "small": lambda: small_functions(MAIN),
@@ -157,6 +159,10 @@ def main(target: str) -> None:
         }
     if target == "sm90":
         cases |= {
+            "prefill 15 rows, bfloat16, head_dim 80": lambda: prefill(
+                PageLayout(80, 64, 3, 3), 6, group=5, dtype=torch.bfloat16
+            ),
+            "prefill 32 rows, head_dim 256": lambda: prefill(PageLayout(256, 128, 8, 8), 16),
             "encode head_dim 512, all steps": lambda: encode(PageLayout(512, 64, 8, 4), encoder=DEFAULT, commit=None),
             "encode head_dim 192 and 128, all steps": lambda: encode(OTHER_VALUES, encoder=DEFAULT, commit=None),
         }

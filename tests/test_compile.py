@@ -23,6 +23,8 @@ INSTRUCTIONS_PER_PAGE = 2300
 kv head, all warps of a program together. An H200 has about 3,050 issue slots in the time that it needs to read the page."""
 BUDGET_CASES = ("decode quantized only, group 8", "decode")
 """Without and with a sink and a tail. No load or store of a spilled register in that loop."""
+INSTRUCTIONS_PER_PAGE_OF_ROWS = {"prefill 16 rows": 3400, "prefill 32 rows": 5200}
+"""The same of prefill attention for as many query rows with a sink and a tail, masks included, which most pages skip."""
 INSTRUCTIONS_PER_STEP = 5900
 """Most warp instructions of a step of the balancing of a 128 x 128 tile, all warps of a program together. There are three of
 them, nine as published: the floor is three multiply-adds per number and direction, 3,072 of them."""
@@ -88,6 +90,9 @@ def test_compiles(target, compiled):
             decode = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_decode_attention_kernel", case))
             assert 0 < decode["page_loop"] * decode["num_warps"] <= INSTRUCTIONS_PER_PAGE, decode
             assert decode["loop_spills"] == 0, decode
+        for case, most in INSTRUCTIONS_PER_PAGE_OF_ROWS.items():
+            prefill = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_prefill_attention_kernel", case))
+            assert 0 < prefill["page_loop"] * prefill["num_warps"] <= most, prefill
         for name in ("store_pages", "commit_pages"):
             encode = next(k for k in kernels if (k["kernel"], k["case"]) == (f"_kvarn_{name}_kernel", "encode"))
             assert 0 < encode["largest_loop"] * encode["num_warps"] <= INSTRUCTIONS_PER_STEP, encode

@@ -27,13 +27,13 @@ from kvarn_triton.testing import cache_case, relative_error
 
 SMALL = PageLayout(64, 64, 4, 2)
 LAYOUTS_OF_VALUES = pytest.mark.parametrize("layout", [SMALL, PageLayout(64, 64, 4, 2, v_head_dim=80)], ids=layout_id)
-FORMS = pytest.mark.parametrize("form", ["dequantized", "folded"], indirect=True)
+FORMS = pytest.mark.parametrize("form", ["dequantized", "registers", "folded"], indirect=True)
 
 
 @pytest.fixture
 def form(request, monkeypatch) -> str:
-    """Have pages dequantized, or their scales folded into queries and weights as on GPUs with little shared memory."""
-    monkeypatch.setattr(configs, "holds_dequantized_pages", lambda device: request.param == "dequantized")
+    """Have one form of the loop over pages wherever there is a choice, whatever the GPU and the number of rows."""
+    monkeypatch.setattr(configs, "prefill_form", lambda device, rows: request.param)
     return request.param
 
 
@@ -317,13 +317,18 @@ def test_launch_parameters(monkeypatch):
 
     def config(tokens: int, split_size: int | None = None, layout: PageLayout = LAYOUTS[8], dtype=torch.float16):
         chosen = configs.prefill_config(layout, dtype, device, tokens, 1, 4, split_size)
-        return chosen.block_m, chosen.folded
+        return chosen.block_m, chosen.form
 
-    assert [config(tokens) for tokens in (4, 16, 17)] == [(64, False), (64, False), (128, False)]
-    assert config(4, 8) == config(2048, 8) == (64, False)
-    assert config(4, dtype=torch.float32) == config(4, layout=PageLayout(head_dim=512)) == (16, True)
+    few, more, folded = (16, "registers"), (32, "registers"), (16, "folded")
+    assert [config(tokens) for tokens in (4, 5, 8, 9)] == [few, more, more, (64, "dequantized")]
+    assert [config(tokens) for tokens in (16, 17)] == [(64, "dequantized"), (128, "dequantized")]
+    assert config(4, 8) == config(2048, 8) == (64, "dequantized")
+    assert config(4, dtype=torch.float32) == config(4, layout=PageLayout(head_dim=512)) == folded
+    assert config(4, layout=PageLayout(head_dim=256)) == few
     monkeypatch.setattr(configs, "holds_dequantized_pages", lambda device: False)
-    assert config(4) == config(2048) == config(4, 8) == (16, True)
+    assert config(4) == few and config(2048) == config(4, 8) == more
+    monkeypatch.setattr(configs, "arch_of", lambda device: "gfx942")
+    assert config(4) == config(2048) == config(4, 8) == folded
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs 2.4 GB of pages and a long loop")
