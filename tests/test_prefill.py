@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ALL_LAYOUTS, DTYPES, FLOAT32_ERROR, LAYOUTS, LSE_ERROR, ON_GPU, assert_same_bits, draw, layout_id, strided
 
+import kvarn_triton
 from kvarn_triton import (
     PageLayout,
     append_tokens,
@@ -27,14 +28,34 @@ from kvarn_triton.testing import cache_case, relative_error
 
 SMALL = PageLayout(64, 64, 4, 2)
 LAYOUTS_OF_VALUES = pytest.mark.parametrize("layout", [SMALL, PageLayout(64, 64, 4, 2, v_head_dim=80)], ids=layout_id)
-FORMS = pytest.mark.parametrize("form", ["dequantized", "folded"], indirect=True)
+FORMS = pytest.mark.parametrize("form", ["dequantized", "folded", "scratch"], indirect=True)
 
 
 @pytest.fixture
 def form(request, monkeypatch) -> str:
-    """Have pages dequantized, or their scales folded into queries and weights as on GPUs with little shared memory."""
-    monkeypatch.setattr(configs, "holds_dequantized_pages", lambda device: request.param == "dequantized")
+    """Have pages dequantized, or their scales folded into queries and weights as on GPUs with little shared memory.
+
+    Or have them dequantized once for all rows, in scratch memory that is NaN where nothing is written.
+    """
+    if request.param == "scratch":
+        monkeypatch.setitem(globals(), "prefill_attention", with_scratch)
+    else:
+        monkeypatch.setattr(configs, "holds_dequantized_pages", lambda device: request.param == "dequantized")
     return request.param
+
+
+def new_scratch(arguments: dict, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return scratch memory for a call, of the dtype of its queries by default, with gaps, NaN everywhere."""
+    layout, table = arguments["layout"], arguments["block_table"]
+    slots = len(arguments["kv_indices"]) if table is None else table.numel()
+    shape = (slots + 1, 2, arguments["pages"].shape[1] + 1, layout.page_size, layout.raw_head_dim + 16)
+    memory = torch.full(shape, torch.nan, dtype=dtype or arguments["q"].dtype, device=arguments["q"].device)
+    return memory[1:, :, 1:, :, 8:-8]
+
+
+def with_scratch(**arguments) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Call prefill_attention with new scratch memory."""
+    return kvarn_triton.prefill_attention(**arguments, scratch=new_scratch(arguments))
 
 
 def prefill_case(
