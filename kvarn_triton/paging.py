@@ -51,7 +51,7 @@ def body_seen(
 ):
     """Return what queries `first_query` to `last_query` of the `num_tokens` last tokens of a row see of its body.
 
-    That is: the first page, where quantized pages end, where what is seen of the cache ends, the oldest position, and the window,
+    That is: the first page, where quantized pages end, where the seen part of the cache ends, the oldest position, the window,
     which is no larger than the sequence. Positions are those within the body; the sink has negative ones.
     """
     # A larger window shows no more, and could overflow what it is subtracted from.

@@ -45,12 +45,16 @@ def form(request, monkeypatch) -> str:
 
 
 def new_scratch(arguments: dict, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return scratch memory for a call, of the dtype of its queries by default, with gaps, NaN everywhere."""
-    layout, table = arguments["layout"], arguments["block_table"]
+    """Return scratch memory for a call, with gaps, NaN everywhere.
+
+    By default of the dtype of the queries; in the interpreter, whose casts to bfloat16 truncate, float16 instead of that.
+    """
+    layout, table, q = arguments["layout"], arguments["block_table"], arguments["q"]
+    if dtype is None:
+        dtype = q.dtype if ON_GPU or q.dtype != torch.bfloat16 else torch.float16
     slots = len(arguments["kv_indices"]) if table is None else table.numel()
     shape = (slots + 1, 2, arguments["pages"].shape[1] + 1, layout.page_size, layout.raw_head_dim + 16)
-    memory = torch.full(shape, torch.nan, dtype=dtype or arguments["q"].dtype, device=arguments["q"].device)
-    return memory[1:, :, 1:, :, 8:-8]
+    return torch.full(shape, torch.nan, dtype=dtype, device=q.device)[1:, :, 1:, :, 8:-8]
 
 
 def with_scratch(**arguments) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
