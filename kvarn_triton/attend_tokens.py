@@ -98,7 +98,9 @@ def _attend_step(
     if HAS_CAP:
         scores = capped(scores, soft_cap)
     if hidden:
-        seen = visible(position, token, window, HAS_WINDOW) & (token < last)[None, :]
+        seen = token[None, :] <= tl.minimum(position, last - 1)[:, None]
+        if HAS_WINDOW:
+            seen = seen & (token[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
     weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
     values = tl.load(v_ptrs, v_mask, other=None if v_mask is None else 0.0)
@@ -195,25 +197,22 @@ def attend_new(
     offs_k = tl.arange(0, q.shape[1])
     offs_v = tl.arange(0, acc.shape[1])
     offs_t = tl.arange(0, BLOCK_R)
-    mask_k = offs_k < D
-    mask_v = offs_v < D_V
+    k_mask: tl.constexpr = None
+    v_mask: tl.constexpr = None
+    if q.shape[1] != D:
+        k_mask = (offs_k < D)[:, None]
+    if acc.shape[1] != D_V:
+        v_mask = (offs_v < D_V)[None, :]
     for start in tl.range(first, last, BLOCK_R, num_stages=NUM_STAGES):
-        token = start + offs_t
-        valid = token < last
-        keys = tl.load(
-            k_ptr + token.to(tl.int64)[None, :] * stride_k_token + offs_k[:, None], valid[None, :] & mask_k[:, None], other=0.0
-        )
-        scores = tl.dot(q, keys.to(q.dtype), input_precision="ieee") * qk_scale
-        if HAS_CAP:
-            scores = capped(scores, soft_cap)
+        # Past the last token that some query sees, it is loaded again.
+        place = tl.minimum(start + offs_t, last - 1).to(tl.int64)
+        k_ptrs = k_ptr + place[None, :] * stride_k_token + offs_k[:, None]
+        v_ptrs = v_ptr + place[:, None] * stride_v_token + offs_v[None, :]
         hidden = start + BLOCK_R > tl.minimum(last, first_position + 1)
         if HAS_WINDOW:
             hidden = hidden | (start <= last_position - window)
-        if hidden:
-            scores = tl.where(visible(position, token, window, HAS_WINDOW) & valid[None, :], scores, float("-inf"))
-        weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
-        values = tl.load(
-            v_ptr + token.to(tl.int64)[:, None] * stride_v_token + offs_v[None, :], valid[:, None] & mask_v[None, :], other=0.0
-        )
-        acc = tl.dot(weights.to(q.dtype), values.to(q.dtype), acc * alpha[:, None], input_precision="ieee")
+        acc, m_i, l_i = _attend_step(
+            acc, m_i, l_i, q, qk_scale, soft_cap, k_ptrs, v_ptrs, k_mask, v_mask,
+            start + offs_t, last, hidden, position, window, HAS_WINDOW, HAS_CAP,
+        )  # fmt: skip
     return acc, m_i, l_i

@@ -30,6 +30,13 @@ _NOT_SPECIALIZED = [
 
 
 @triton.jit
+def _load_rows(q_ptr, place, mask, D: tl.constexpr, CHANNELS: tl.constexpr):
+    """Load rows [rows, CHANNELS] from places [rows]; what is padding is 0."""
+    offs_d = tl.arange(0, CHANNELS)
+    return tl.load(q_ptr + place[:, None] + offs_d[None, :], mask[:, None] & (offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
 def _store_rows(out_ptr, place, values, mask, D: tl.constexpr):
     """Store rows [rows, channels] at places [rows]."""
     offs_d = tl.arange(0, values.shape[1])
@@ -148,10 +155,8 @@ def _kvarn_prefill_attention_kernel(
         mask_m = offs_m < num_rows
         q_head = head * GROUP + (first_row + offs_m) % GROUP
         token = (first_token + query).to(tl.int64)
-        offs_d = tl.arange(0, K_CHANNELS)
-        place = token * stride_q_token + q_head * stride_q_head
-        q = tl.load(q_ptr + place[:, None] + offs_d[None, :], mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
-        rotated, q_factor = rotate_rows(q, LAYOUT, K_FIELDS, OPERAND)
+        q_place = token * stride_q_token + q_head * stride_q_head
+        rotated, q_factor = rotate_rows(_load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS), LAYOUT, K_FIELDS, OPERAND)
         q_factor = q_factor * qk_scale
         m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         l_i = tl.zeros((BLOCK_M,), tl.float32)
@@ -190,8 +195,10 @@ def _kvarn_prefill_attention_kernel(
         if SINGLE or HAS_NEW:
             acc = hadamard(acc, LAYOUT.v_block_size)
         if HAS_NEW and split == 0:
+            # Loaded again: kept until now, it would take a third of the shared memory of the loop over pages.
+            q = _load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS).to(QUERY_OPERAND)
             acc, m_i, l_i = attend_new(
-                acc, m_i, l_i, q.to(QUERY_OPERAND), qk_scale, soft_cap,
+                acc, m_i, l_i, q, qk_scale, soft_cap,
                 k_ptr + first_token.to(tl.int64) * stride_k_token + head * stride_k_head,
                 v_ptr + first_token.to(tl.int64) * stride_v_token + head * stride_v_head,
                 stride_k_token, stride_v_token,
