@@ -156,7 +156,8 @@ def _kvarn_prefill_attention_kernel(
         q_head = head * GROUP + (first_row + offs_m) % GROUP
         token = (first_token + query).to(tl.int64)
         q_place = token * stride_q_token + q_head * stride_q_head
-        rotated, q_factor = rotate_rows(_load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS), LAYOUT, K_FIELDS, OPERAND)
+        q = _load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS)
+        rotated, q_factor = rotate_rows(q.to(QUERY_OPERAND), LAYOUT, K_FIELDS, OPERAND, HAS_SCRATCH and K_CHANNELS <= 128)
         q_factor = q_factor * qk_scale
         m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         l_i = tl.zeros((BLOCK_M,), tl.float32)
