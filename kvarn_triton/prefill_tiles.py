@@ -157,7 +157,13 @@ def _kvarn_prefill_attention_kernel(
         token = (first_token + query).to(tl.int64)
         q_place = token * stride_q_token + q_head * stride_q_head
         q = _load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS)
-        rotated, q_factor = rotate_rows(q.to(QUERY_OPERAND), LAYOUT, K_FIELDS, OPERAND, HAS_SCRATCH and K_CHANNELS <= 128)
+        if HAS_SCRATCH:
+            rotated, q_factor = rotate_rows(q.to(QUERY_OPERAND), LAYOUT, K_FIELDS, OPERAND, K_CHANNELS <= 128)
+        else:
+            rotated = tl.zeros((BLOCK_M, K_CHANNELS), OPERAND)
+            q_factor = 1.0
+            if num_valid > -sink_len:  # otherwise nothing is cached
+                rotated, q_factor = rotate_rows(q, LAYOUT, K_FIELDS, OPERAND, False)
         q_factor = q_factor * qk_scale
         m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         l_i = tl.zeros((BLOCK_M,), tl.float32)
@@ -193,7 +199,7 @@ def _kvarn_prefill_attention_kernel(
                     shift + query + base, window,
                     LAYOUT, BLOCK_R, K_FIELDS, RAW_OPERAND, HAS_WINDOW, HAS_CAP, PTX, TOKEN_STAGES,
                 )  # fmt: skip
-        if SINGLE or HAS_NEW:
+        if (SINGLE or HAS_NEW) and (not HAS_SCRATCH or num_valid > -sink_len):
             acc = hadamard(acc, LAYOUT.v_block_size)
         if HAS_NEW and split == 0:
             # Loaded again: kept until now, it would take a third of the shared memory of the loop over pages.

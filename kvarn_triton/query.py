@@ -150,9 +150,9 @@ def _hadamard_of_blocks(SIZE: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.const
 def rotate_rows(q, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.constexpr, PRODUCT: tl.constexpr):
     """Rotate query rows [rows, channels] of many tokens, in OPERAND, channels field by field (`channel_in_order`).
 
-    Returns them and one factor of their scores: they are scaled so that the largest number of all rows is QUERY_MAX. With PRODUCT
-    the tensor cores rotate, and leave rows in the registers in which they are multiplied with keys. More than one product is not
-    what ptxas 12.8 can do: it loses the descriptor of the second of two with one matrix (sm90).
+    Returns them and one factor of their scores: they are scaled so that the largest number of all rows is QUERY_MAX. PRODUCT:
+    the tensor cores rotate, and leave rows in the registers from which they meet keys. That is a single product: of
+    two with one matrix ptxas 12.8 loses the descriptor of the second (sm90).
     """
     ROWS: tl.constexpr = q.shape[0]
     COLS: tl.constexpr = q.shape[1]
