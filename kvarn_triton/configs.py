@@ -150,21 +150,20 @@ def prefill_config(
 def _scratch_config(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> PrefillConfig:
     """Return the parameters for pages of 16-bit numbers (32-bit ones of float32 queries) in scratch memory.
 
-    As many rows as registers hold. Keys and values of the tokens of a step, copied while the step before computes, take at most
-    a fifth of shared memory.
+    As many rows as registers hold. Keys and values of the tokens of one step take at most a fifth of shared memory: there are
+    three steps of them beside the queries.
     """
     channels = triton.next_power_of_2(layout.raw_head_dim)
     if dtype == torch.float32:
-        return PrefillConfig(16, 4, RAW_BLOCK, RAW_BLOCK, num_stages=1 if channels > 256 else 2, programs_per_sm=2)
-    arch = arch_of(device)
-    available = _multiprocessor_bytes(device, arch)
-    if channels <= 256:
-        block_m, num_warps = 128, 8
-    else:
-        block_m, num_warps = 64, 8
-    block_t = min(layout.page_size, max(available // (20 * channels) // 16 * 16, 16))
-    block_t = 1 << (block_t.bit_length() - 1)
-    return PrefillConfig(block_m, num_warps, block_t, min(block_t, 64), num_stages=3, programs_per_sm=1)
+        return PrefillConfig(16, 4, RAW_BLOCK, RAW_BLOCK, num_stages=1 if channels > 256 else 2)
+    tokens = _multiprocessor_bytes(device, arch_of(device)) // (5 * 4 * channels)
+    block_t = min(max(1 << (tokens.bit_length() - 1), RAW_BLOCK), 64)
+    block_m, num_warps = 128, 8
+    if channels > 256:
+        block_m = 32
+    elif triton.next_power_of_2(layout.v_head_dim) == 256 and not holds_dequantized_pages(device):
+        block_m, num_warps = 64, 4
+    return PrefillConfig(block_m, num_warps, block_t, block_t, num_stages=3, programs_per_sm=1)
 
 
 def holds_dequantized_pages(device: torch.device) -> bool:
