@@ -68,7 +68,7 @@ def test_slots(window, queries, seen, layout, dtype, device):
     assert torch.equal(bits_of(again), bits_of(scratch))
 
 
-@pytest.mark.parametrize(("dtype", "raw_dtype"), zip(DTYPES[:2] * 2, DTYPES, strict=False))
+@pytest.mark.parametrize(("dtype", "raw_dtype"), list(zip(DTYPES[:2] * 2, DTYPES, strict=False)))
 def test_dtypes(dtype, raw_dtype, device):
     """Queries of 16 bits, bfloat16 scratch memory, raw pages of any dtype; the yardstick is attention in bfloat16.
 
