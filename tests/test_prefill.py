@@ -167,6 +167,15 @@ def test_queries_inside_quantized_pages(queries, form, device):
     check(prefill_case(SMALL, [192, 128], queries, num_tail_slots=1, device=device), split_size=3)
 
 
+@FORMS
+@pytest.mark.parametrize("new", [False, True])
+def test_lengths_inside_quantized_pages(new, form, device):
+    """Of a quantized page only the first tokens may count: a sequence was cut short."""
+    arguments = prefill_case(SMALL, [200, 136], [8, 8], new=new, num_tail_slots=1, device=device)
+    arguments["seq_lens"] -= 22
+    check(arguments)
+
+
 @LAYOUTS_OF_VALUES
 def test_first_chunk(layout, device):
     """Nothing is cached yet: attention over the new tokens alone, as PyTorch's own."""
