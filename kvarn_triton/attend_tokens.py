@@ -1,4 +1,4 @@
-"""Attention of many queries to tokens in 16 bits: to those of sinks and tails, and to new ones outside of the cache.
+"""Attention of many queries to tokens in 16 bits: of sinks and tails, of dequantized pages, and new ones outside of the cache.
 
 What one program does with a tile of query rows; masks and softmax are those of `attend_many`.
 """
@@ -70,6 +70,102 @@ def attend_raw_run(
 
 
 @triton.jit
+def _attend_step(
+    acc,
+    m_i,
+    l_i,
+    q,
+    q_factor,
+    soft_cap,
+    k_ptrs,
+    v_ptrs,
+    k_mask,
+    v_mask,
+    token,
+    last,
+    hidden,
+    position,
+    window,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    """Advance (acc, m_i, l_i) by tokens whose keys are at k_ptrs [channels, tokens] and values at v_ptrs [tokens, channels].
+
+    Masks of loads may be None. Only where `hidden` some query may not see some token, or some token is not before `last`.
+    """
+    keys = tl.load(k_ptrs, k_mask, other=None if k_mask is None else 0.0)
+    scores = tl.dot(q, keys.to(q.dtype), input_precision="ieee") * q_factor
+    if HAS_CAP:
+        scores = capped(scores, soft_cap)
+    if hidden:
+        seen = token[None, :] <= tl.minimum(position, last - 1)[:, None]
+        if HAS_WINDOW:
+            seen = seen & (token[None, :] > position[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+    weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
+    values = tl.load(v_ptrs, v_mask, other=None if v_mask is None else 0.0)
+    acc = tl.dot(weights.to(q.dtype), values.to(q.dtype), acc * alpha[:, None], input_precision="ieee")
+    return acc, m_i, l_i
+
+
+@triton.jit
+def attend_expanded(
+    acc,
+    m_i,
+    l_i,
+    q,
+    q_factor,
+    soft_cap,
+    scratch_ptr,
+    slot,
+    stride_slot,
+    stride_half,
+    stride_token,
+    first_page,
+    last_page,
+    num_valid,
+    position,
+    first_position,
+    last_position,
+    window,
+    LAYOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    OPERAND: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Advance (acc, m_i, l_i) by body pages first_page to last_page of one kv head, dequantized: page 0 is in slot `slot`.
+
+    The first num_valid tokens of the body count. `position` [rows] are those of the queries within the body, from
+    first_position to last_position. Channels of `q` are in order.
+    """
+    G: tl.constexpr = LAYOUT.page_size
+    offs_k = tl.arange(0, q.shape[1])
+    offs_v = tl.arange(0, acc.shape[1])
+    offs_t = tl.arange(0, BLOCK_T)
+    k_mask: tl.constexpr = None
+    v_mask: tl.constexpr = None
+    if q.shape[1] != LAYOUT.head_dim:
+        k_mask = (offs_k < LAYOUT.head_dim)[:, None]
+    if acc.shape[1] != LAYOUT.v_head_dim:
+        v_mask = (offs_v < LAYOUT.v_head_dim)[None, :]
+    q = q.to(OPERAND)
+    for start in tl.range(first_page * G, tl.minimum(last_page * G, num_valid), BLOCK_T, num_stages=NUM_STAGES):
+        page_ptr = scratch_ptr + (slot + start // G) * stride_slot
+        place = (start % G + offs_t) * stride_token
+        hidden = start + BLOCK_T > tl.minimum(num_valid, first_position + 1)
+        if HAS_WINDOW:
+            hidden = hidden | (start <= last_position - window)
+        acc, m_i, l_i = _attend_step(
+            acc, m_i, l_i, q, q_factor, soft_cap,
+            page_ptr + place[None, :] + offs_k[:, None], page_ptr + stride_half + place[:, None] + offs_v[None, :],
+            k_mask, v_mask, start + offs_t, num_valid, hidden, position, window, HAS_WINDOW, HAS_CAP,
+        )  # fmt: skip
+    return acc, m_i, l_i
+
+
+@triton.jit
 def attend_new(
     acc,
     m_i,
@@ -101,25 +197,22 @@ def attend_new(
     offs_k = tl.arange(0, q.shape[1])
     offs_v = tl.arange(0, acc.shape[1])
     offs_t = tl.arange(0, BLOCK_R)
-    mask_k = offs_k < D
-    mask_v = offs_v < D_V
+    k_mask: tl.constexpr = None
+    v_mask: tl.constexpr = None
+    if q.shape[1] != D:
+        k_mask = (offs_k < D)[:, None]
+    if acc.shape[1] != D_V:
+        v_mask = (offs_v < D_V)[None, :]
     for start in tl.range(first, last, BLOCK_R, num_stages=NUM_STAGES):
-        token = start + offs_t
-        valid = token < last
-        keys = tl.load(
-            k_ptr + token.to(tl.int64)[None, :] * stride_k_token + offs_k[:, None], valid[None, :] & mask_k[:, None], other=0.0
-        )
-        scores = tl.dot(q, keys.to(q.dtype), input_precision="ieee") * qk_scale
-        if HAS_CAP:
-            scores = capped(scores, soft_cap)
+        # Past the last token that some query sees, it is loaded again.
+        place = tl.minimum(start + offs_t, last - 1).to(tl.int64)
+        k_ptrs = k_ptr + place[None, :] * stride_k_token + offs_k[:, None]
+        v_ptrs = v_ptr + place[:, None] * stride_v_token + offs_v[None, :]
         hidden = start + BLOCK_R > tl.minimum(last, first_position + 1)
         if HAS_WINDOW:
             hidden = hidden | (start <= last_position - window)
-        if hidden:
-            scores = tl.where(visible(position, token, window, HAS_WINDOW) & valid[None, :], scores, float("-inf"))
-        weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
-        values = tl.load(
-            v_ptr + token.to(tl.int64)[:, None] * stride_v_token + offs_v[None, :], valid[:, None] & mask_v[None, :], other=0.0
-        )
-        acc = tl.dot(weights.to(q.dtype), values.to(q.dtype), acc * alpha[:, None], input_precision="ieee")
+        acc, m_i, l_i = _attend_step(
+            acc, m_i, l_i, q, qk_scale, soft_cap, k_ptrs, v_ptrs, k_mask, v_mask,
+            start + offs_t, last, hidden, position, window, HAS_WINDOW, HAS_CAP,
+        )  # fmt: skip
     return acc, m_i, l_i

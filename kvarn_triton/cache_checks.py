@@ -103,3 +103,15 @@ def _check_options(
         require(fits, "soft_cap", "None or a number above 0 (from 1e-30 to 1e30)", soft_cap)
     if sinks is not None:
         check_tensor("sinks", sinks, [num_q_heads], torch.float32, device=device)
+
+
+def check_scratch(
+    scratch: torch.Tensor, dtype: torch.dtype, table: torch.Tensor, num_kv_heads: int, layout: PageLayout
+) -> None:
+    """Check memory for the dequantized pages of a table, for queries of `dtype`."""
+    accepted = (torch.float32,) if dtype == torch.float32 else (torch.float16, torch.bfloat16)
+    shape = [None, 2, num_kv_heads, layout.page_size, layout.raw_head_dim]
+    check_tensor("scratch", scratch, shape, accepted, device=table.device)
+    if scratch.shape[0] < table.numel():
+        entries = f"{table.numel()} entries of {'block_table' if table.dim() == 2 else 'kv_indices'}"
+        raise ValueError(f"scratch: expected a slot for each of the {entries}, got {scratch.shape[0]}")

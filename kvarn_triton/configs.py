@@ -48,6 +48,14 @@ def gather_parts(programs: int, device: torch.device) -> int:
     return min(max(num_programs(device, 16) // programs, 1), 16)
 
 
+def expand_columns(programs: int, max_pages: int, device: torch.device) -> int:
+    """Return how many programs share the pages of a row, if `programs` have one page of each row: one page each, or some.
+
+    Tables may be far wider than sequences are long; programs that find nothing to do cost time too.
+    """
+    return min(max(num_programs(device, 64) // max(programs, 1), 64), max_pages)
+
+
 def encode_options(layout: PageLayout, device: torch.device) -> dict[str, int]:
     """Return the launch options of kernels that encode pages: the warps of the larger tile, which fills their registers."""
     options = {"num_warps": block_warps(layout.raw_head_dim, device)}
@@ -90,7 +98,7 @@ class PrefillConfig:
     """Query rows of a tile."""
     num_warps: int
     block_t: int
-    """Quantized tokens of one product with keys."""
+    """Tokens of pages of one product with keys."""
     block_r: int
     """Raw or new tokens of one step."""
     num_stages: int = 2
@@ -120,11 +128,15 @@ def prefill_config(
     batch: int,
     group: int,
     split_size: int | None,
+    scratch: bool = False,
 ) -> PrefillConfig:
     """Return the parameters for `total_tokens` query tokens of `batch` sequences with `group` query heads per kv head.
 
-    In the batch-invariant mode (`split_size`) they depend on neither of the first two.
+    In the batch-invariant mode (`split_size`) they depend on neither of the first two. With `scratch` pages are dequantized
+    before.
     """
+    if scratch:
+        return _scratch_config(layout, dtype, device)
     channels = triton.next_power_of_2(layout.raw_head_dim)
     rows = -(-total_tokens // max(batch, 1)) * group if split_size is None else None
     form = "folded" if dtype == torch.float32 or channels > 256 else prefill_form(device, rows)
@@ -166,6 +178,25 @@ def prefill_form(device: torch.device, rows: int | None) -> str:
         return "folded"
     few = rows is not None and rows <= TILE_ROWS[1]
     return "registers" if few or not holds_dequantized_pages(device) else "dequantized"
+
+
+def _scratch_config(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> PrefillConfig:
+    """Return the parameters for pages of 16-bit numbers (32-bit ones of float32 queries) in scratch memory.
+
+    As many rows as registers hold. Keys and values of the tokens of one step take at most a fifth of shared memory: there are
+    three steps of them beside the queries.
+    """
+    channels = triton.next_power_of_2(layout.raw_head_dim)
+    if dtype == torch.float32:
+        return PrefillConfig(16, 4, RAW_BLOCK, RAW_BLOCK, num_stages=1 if channels > 256 else 2)
+    tokens = _multiprocessor_bytes(device, arch_of(device)) // (5 * 4 * channels)
+    block_t = min(max(1 << (tokens.bit_length() - 1), RAW_BLOCK), 64)
+    block_m, num_warps = 128, 8
+    if channels > 256:
+        block_m = 32
+    elif triton.next_power_of_2(layout.v_head_dim) == 256 and not holds_dequantized_pages(device):
+        block_m, num_warps = 64, 4
+    return PrefillConfig(block_m, num_warps, block_t, block_t, num_stages=3, programs_per_sm=1)
 
 
 def holds_dequantized_pages(device: torch.device) -> bool:

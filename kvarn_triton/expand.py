@@ -14,17 +14,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import configs
 from .device import fma, log2, power_of_two, split_halves
+from .layout import PageLayout
 
+RUN = tl.constexpr(configs.GATHER_RUN)
+ELEMENTS = tl.constexpr(32)
+"""Numbers of a chunk that a thread holds, if it needn't hold more channels."""
 DOWN = tl.constexpr(37)
-"""Decoded numbers are 2**DOWN times too small until they are multiplied by the norm (`decode`)."""
+"""Decoded numbers are 2**DOWN times too small until they are multiplied by the norm (`_decode`)."""
 LANES_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 """Which axes of a load Triton spreads over lanes where it knows of no neighbours: the first, or the last. Only speed depends on
 it."""
 
 
 @triton.jit
-def index(SIZE: tl.constexpr, AXIS: tl.constexpr):
+def _index(SIZE: tl.constexpr, AXIS: tl.constexpr):
     """Return 0 ... SIZE - 1 along an axis of [lanes, rows, m, fields, n], in the order of axes that loads have.
 
     Lanes and rows are masked: Triton then knows of no neighbours in memory, and loads each number in the thread that needs it.
@@ -40,7 +45,7 @@ def index(SIZE: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
-def spread(x, LANES: tl.constexpr, ROWS: tl.constexpr):
+def _spread(x, LANES: tl.constexpr, ROWS: tl.constexpr):
     """Broadcast an index over all lanes and rows, so that every thread loads what it needs."""
     if LANES_FIRST:
         y = tl.broadcast_to(x, (LANES, ROWS, x.shape[2], x.shape[3], x.shape[4]))
@@ -50,13 +55,13 @@ def spread(x, LANES: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def lanes_first(x):
+def _lanes_first(x):
     """Return what was loaded as [lanes, rows, m, fields, n]."""
     return x if LANES_FIRST else tl.permute(x, (4, 3, 2, 1, 0))
 
 
 @triton.jit
-def load_bytes(codes_ptr, first, own, place, ROWS: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr):
+def _load_bytes(codes_ptr, first, own, place, ROWS: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr):
     """Return bytes of rows of codes, int32, and the high bits of their 3-bit codes, that of field f at bit f + 2.
 
     Their rows and bytes are sums of three: `first`, scalars; `own`, different in each thread; and `place`, different for each
@@ -75,15 +80,15 @@ def load_bytes(codes_ptr, first, own, place, ROWS: tl.constexpr, BYTES: tl.const
 
 
 @triton.jit
-def scale_and_zero(words, field, BITS: tl.constexpr):
-    """Return the scale and zero of parameters, float32, as `decode` uses them for a field."""
+def _scale_and_zero(words, field, BITS: tl.constexpr):
+    """Return the scale and zero of parameters, float32, as `_decode` uses them for a field."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     scale, zero = split_halves(words)
     return scale.to(tl.float32) * power_of_two(field * -WIDTH + (149 - DOWN)), zero.to(tl.float32) * (2.0**-DOWN)
 
 
 @triton.jit
-def decode(packed, high, field, scale, zero, BITS: tl.constexpr):
+def _decode(packed, high, field, scale, zero, BITS: tl.constexpr):
     """Return code * scale + zero of a field of bytes, divided by 2**DOWN: float32.
 
     A code stays at its place in the byte: the bits of a small integer are a subnormal float32, 2**-149 times as large. The
@@ -98,8 +103,8 @@ def decode(packed, high, field, scale, zero, BITS: tl.constexpr):
 
 
 @triton.jit
-def norm_factor(norm, gain, BLOCK: tl.constexpr, ROTATED: tl.constexpr):
-    """Return what `decode` leaves to multiply by, for numbers that stay rotated or for those that `to_tokens` rotates back.
+def _norm_factor(norm, gain, BLOCK: tl.constexpr, ROTATED: tl.constexpr):
+    """Return what `_decode` leaves to multiply by, for numbers that stay rotated or for those that `_to_tokens` rotates back.
 
     It overflows where norm times gain reaches 2**(128 - DOWN). The encoder stays below 2**88 as long as the root mean square of
     a tile is below its limit, 1e19.
@@ -127,7 +132,7 @@ def _butterflies(x):
 
 
 @triton.jit
-def to_tokens(x, ROTATED: tl.constexpr):
+def _to_tokens(x, ROTATED: tl.constexpr):
     """Rotate numbers [lanes, rows, m, n] of channels n * lanes + lane: [m * rows, n * lanes]."""
     if not ROTATED:
         x = _butterflies(x)
@@ -137,3 +142,140 @@ def to_tokens(x, ROTATED: tl.constexpr):
     if not ROTATED:
         y = _butterflies(y)
     return tl.reshape(y, (TOKENS, x.shape[3] * LANES))
+
+
+@triton.jit
+def store_tokens(out_ptr, tile, token, stride_token):
+    """Store tokens [tokens, channels] at their places."""
+    place = token.to(tl.int64)[:, None] * stride_token + tl.arange(0, tile.shape[1])[None, :]
+    tl.store(out_ptr + place, tile.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _dequantize_keys(
+    out_ptr,
+    record_ptr,
+    block,
+    part,
+    parts,
+    stride_token,
+    LAYOUT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    THREADS: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
+    """Write a part of a block of the keys of a record; fields of a byte are channels."""
+    G: tl.constexpr = LAYOUT.page_size
+    BLOCK: tl.constexpr = LAYOUT.block_size
+    BYTES: tl.constexpr = BLOCK // FIELDS
+    LANES: tl.constexpr = min(BYTES, RUN)
+    ROWS: tl.constexpr = THREADS // LANES
+    N: tl.constexpr = BYTES // LANES
+    M: tl.constexpr = max(min(ELEMENTS // (FIELDS * N), G // ROWS), 1)
+    params_ptr = (record_ptr + LAYOUT.k_params_offset).to(tl.pointer_type(tl.uint32)) + block * BLOCK
+    norm_ptr = (record_ptr + LAYOUT.k_norm_offset).to(tl.pointer_type(tl.float16))
+    gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)))
+    own = (_index(ROWS, 1), _index(LANES, 0))
+    place = (_index(M, 2) * ROWS, _index(N, 4) * LANES)
+    field = _index(FIELDS, 3)
+    params = tl.load(params_ptr + _spread(own[1] + (field * BYTES + place[1]), LANES, ROWS))
+    scale, zero = _scale_and_zero(params, field, LAYOUT.k_bits)
+    for first in range(part * M * ROWS, G, parts * M * ROWS):
+        packed, high = _load_bytes(
+            record_ptr + LAYOUT.k_codes_offset,
+            (first, block * BYTES),
+            own,
+            place,
+            G,
+            LAYOUT.head_dim // FIELDS,
+            LAYOUT.k_bits,
+        )
+        x = _lanes_first(_decode(packed, high, field, scale, zero, LAYOUT.k_bits))
+        tile = _to_tokens(tl.reshape(x, (LANES, ROWS, M, FIELDS * N)), ROTATED)
+        token = first + tl.arange(0, M * ROWS)
+        factor = _norm_factor(tl.load(norm_ptr + token), gain, BLOCK, ROTATED)
+        store_tokens(out_ptr, tile * factor[:, None], token, stride_token)
+
+
+@triton.jit
+def _dequantize_values(
+    out_ptr,
+    record_ptr,
+    block,
+    part,
+    parts,
+    stride_token,
+    LAYOUT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    THREADS: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
+    """Write a part of a block of the values of a record; fields of a byte are tokens, some of which are decoded at a time."""
+    BLOCK: tl.constexpr = LAYOUT.v_block_size
+    BYTES: tl.constexpr = LAYOUT.page_size // FIELDS
+    ROWS: tl.constexpr = THREADS // RUN
+    N: tl.constexpr = BLOCK // RUN
+    SOME: tl.constexpr = max(min(ELEMENTS // N, FIELDS), 1)
+    M: tl.constexpr = max(min(ELEMENTS // (SOME * N), BYTES // ROWS), 1)
+    params_ptr = (record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32))
+    norm_ptr = (record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + block * BLOCK
+    gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + 1)
+    own = (_index(RUN, 0), _index(ROWS, 1))
+    place = (_index(N, 4) * RUN, _index(M, 2) * ROWS)
+    factor = _norm_factor(tl.load(norm_ptr + _spread(own[0] + place[0], RUN, ROWS)), gain, BLOCK, ROTATED)
+    for first in range(part * M * ROWS, BYTES, parts * M * ROWS):
+        packed, high = _load_bytes(
+            record_ptr + LAYOUT.v_codes_offset,
+            (block * BLOCK, first),
+            own,
+            place,
+            LAYOUT.v_head_dim,
+            BYTES,
+            LAYOUT.v_bits,
+        )
+        for first_field in tl.static_range(0, FIELDS, SOME):
+            field = first_field + _index(SOME, 3)
+            params = tl.load(params_ptr + first + _spread(own[1], RUN, ROWS) + (field * BYTES + place[1]))
+            scale, zero = _scale_and_zero(params, field, LAYOUT.v_bits)
+            x = _lanes_first(_decode(packed, high, field, scale, zero, LAYOUT.v_bits) * factor)
+            tile = _to_tokens(tl.reshape(x, (RUN, ROWS, M * SOME, N)), ROTATED)
+            i = tl.arange(0, M * SOME * ROWS)
+            token = (first_field + i // ROWS % SOME) * BYTES + first + i // (SOME * ROWS) * ROWS + i % ROWS
+            store_tokens(out_ptr, tile, token, stride_token)
+
+
+def num_blocks(layout: PageLayout) -> int:
+    """Return how many blocks of channels `dequantize_block` has: those of keys or of values, whichever are more."""
+    return max(layout.head_dim // layout.block_size, layout.v_head_dim // layout.v_block_size)
+
+
+@triton.jit
+def dequantize_block(
+    k_ptr,
+    v_ptr,
+    record_ptr,
+    half,
+    block,
+    part,
+    parts,
+    stride_k_token,
+    stride_v_token,
+    LAYOUT: tl.constexpr,
+    K_FIELDS: tl.constexpr,
+    V_FIELDS: tl.constexpr,
+    THREADS: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
+    """Write part `part` of `parts` of a block of channels of a record: of its keys (half 0) or of its values.
+
+    Nothing is written if only the other half has such a block.
+    """
+    K_BLOCKS: tl.constexpr = LAYOUT.head_dim // LAYOUT.block_size
+    V_BLOCKS: tl.constexpr = LAYOUT.v_head_dim // LAYOUT.v_block_size
+    if half == 0:
+        if (K_BLOCKS >= V_BLOCKS) or (block < K_BLOCKS):
+            k_ptr += block * LAYOUT.block_size
+            _dequantize_keys(k_ptr, record_ptr, block, part, parts, stride_k_token, LAYOUT, K_FIELDS, THREADS, ROTATED)
+    elif (V_BLOCKS >= K_BLOCKS) or (block < V_BLOCKS):
+        v_ptr += block * LAYOUT.v_block_size
+        _dequantize_values(v_ptr, record_ptr, block, part, parts, stride_v_token, LAYOUT, V_FIELDS, THREADS, ROTATED)

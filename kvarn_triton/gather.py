@@ -14,112 +14,8 @@ import triton.language as tl
 
 from . import configs, reference
 from .checks import FLOATS, INDICES, check_choice, check_pages, check_tensor, require
-from .expand import decode, index, lanes_first, load_bytes, norm_factor, scale_and_zero, spread, to_tokens
+from .expand import ELEMENTS, dequantize_block, num_blocks, store_tokens
 from .layout import PageLayout, fields_per_byte
-
-RUN = tl.constexpr(configs.GATHER_RUN)
-ELEMENTS = tl.constexpr(32)
-"""Numbers of a chunk that a thread holds, if it needn't hold more channels."""
-
-
-@triton.jit
-def _store_tokens(out_ptr, tile, token, stride_token):
-    """Store tokens [tokens, channels] at their places."""
-    place = token.to(tl.int64)[:, None] * stride_token + tl.arange(0, tile.shape[1])[None, :]
-    tl.store(out_ptr + place, tile.to(out_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _dequantize_keys(
-    out_ptr,
-    record_ptr,
-    block,
-    part,
-    parts,
-    stride_token,
-    LAYOUT: tl.constexpr,
-    FIELDS: tl.constexpr,
-    THREADS: tl.constexpr,
-    ROTATED: tl.constexpr,
-):
-    """Write a part of a block of the keys of a record; fields of a byte are channels."""
-    G: tl.constexpr = LAYOUT.page_size
-    BLOCK: tl.constexpr = LAYOUT.block_size
-    BYTES: tl.constexpr = BLOCK // FIELDS
-    LANES: tl.constexpr = min(BYTES, RUN)
-    ROWS: tl.constexpr = THREADS // LANES
-    N: tl.constexpr = BYTES // LANES
-    M: tl.constexpr = max(min(ELEMENTS // (FIELDS * N), G // ROWS), 1)
-    params_ptr = (record_ptr + LAYOUT.k_params_offset).to(tl.pointer_type(tl.uint32)) + block * BLOCK
-    norm_ptr = (record_ptr + LAYOUT.k_norm_offset).to(tl.pointer_type(tl.float16))
-    gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)))
-    own = (index(ROWS, 1), index(LANES, 0))
-    place = (index(M, 2) * ROWS, index(N, 4) * LANES)
-    field = index(FIELDS, 3)
-    params = tl.load(params_ptr + spread(own[1] + (field * BYTES + place[1]), LANES, ROWS))
-    scale, zero = scale_and_zero(params, field, LAYOUT.k_bits)
-    for first in range(part * M * ROWS, G, parts * M * ROWS):
-        packed, high = load_bytes(
-            record_ptr + LAYOUT.k_codes_offset,
-            (first, block * BYTES),
-            own,
-            place,
-            G,
-            LAYOUT.head_dim // FIELDS,
-            LAYOUT.k_bits,
-        )
-        x = lanes_first(decode(packed, high, field, scale, zero, LAYOUT.k_bits))
-        tile = to_tokens(tl.reshape(x, (LANES, ROWS, M, FIELDS * N)), ROTATED)
-        token = first + tl.arange(0, M * ROWS)
-        factor = norm_factor(tl.load(norm_ptr + token), gain, BLOCK, ROTATED)
-        _store_tokens(out_ptr, tile * factor[:, None], token, stride_token)
-
-
-@triton.jit
-def _dequantize_values(
-    out_ptr,
-    record_ptr,
-    block,
-    part,
-    parts,
-    stride_token,
-    LAYOUT: tl.constexpr,
-    FIELDS: tl.constexpr,
-    THREADS: tl.constexpr,
-    ROTATED: tl.constexpr,
-):
-    """Write a part of a block of the values of a record; fields of a byte are tokens, some of which are decoded at a time."""
-    BLOCK: tl.constexpr = LAYOUT.v_block_size
-    BYTES: tl.constexpr = LAYOUT.page_size // FIELDS
-    ROWS: tl.constexpr = THREADS // RUN
-    N: tl.constexpr = BLOCK // RUN
-    SOME: tl.constexpr = max(min(ELEMENTS // N, FIELDS), 1)
-    M: tl.constexpr = max(min(ELEMENTS // (SOME * N), BYTES // ROWS), 1)
-    params_ptr = (record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32))
-    norm_ptr = (record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + block * BLOCK
-    gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + 1)
-    own = (index(RUN, 0), index(ROWS, 1))
-    place = (index(N, 4) * RUN, index(M, 2) * ROWS)
-    factor = norm_factor(tl.load(norm_ptr + spread(own[0] + place[0], RUN, ROWS)), gain, BLOCK, ROTATED)
-    for first in range(part * M * ROWS, BYTES, parts * M * ROWS):
-        packed, high = load_bytes(
-            record_ptr + LAYOUT.v_codes_offset,
-            (block * BLOCK, first),
-            own,
-            place,
-            LAYOUT.v_head_dim,
-            BYTES,
-            LAYOUT.v_bits,
-        )
-        for first_field in tl.static_range(0, FIELDS, SOME):
-            field = first_field + index(SOME, 3)
-            params = tl.load(params_ptr + first + spread(own[1], RUN, ROWS) + (field * BYTES + place[1]))
-            scale, zero = scale_and_zero(params, field, LAYOUT.v_bits)
-            x = lanes_first(decode(packed, high, field, scale, zero, LAYOUT.v_bits) * factor)
-            tile = to_tokens(tl.reshape(x, (RUN, ROWS, M * SOME, N)), ROTATED)
-            i = tl.arange(0, M * SOME * ROWS)
-            token = (first_field + i // ROWS % SOME) * BYTES + first + i // (SOME * ROWS) * ROWS + i % ROWS
-            _store_tokens(out_ptr, tile, token, stride_token)
 
 
 @triton.jit
@@ -127,7 +23,7 @@ def _store_zeros(out_ptr, part, parts, stride_token, G: tl.constexpr, BLOCK: tl.
     """Write zeros to a block of the tokens of a part."""
     ROWS: tl.constexpr = min(ELEMENTS * THREADS // BLOCK, G)
     for first in range(part * ROWS, G, parts * ROWS):
-        _store_tokens(out_ptr, tl.zeros((ROWS, BLOCK), tl.float32), first + tl.arange(0, ROWS), stride_token)
+        store_tokens(out_ptr, tl.zeros((ROWS, BLOCK), tl.float32), first + tl.arange(0, ROWS), stride_token)
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "parts"])
@@ -161,21 +57,22 @@ def _kvarn_dequantize_pages_kernel(
     entry = (tile // (2 * num_kv_heads)).to(tl.int64)
     head = (tile // 2 % num_kv_heads).to(tl.int64)
     page = tl.load(page_ids_ptr + entry).to(tl.int64)
-    record_ptr = pages_ptr + tl.maximum(page, 0) * stride_pages_page + head * stride_pages_head
-    # Programs for blocks that only the other half of a record has write nothing.
-    if tile % 2 == 0:
+    half = tile % 2
+    k_ptr += entry * stride_k_page + head * stride_k_head
+    v_ptr += entry * stride_v_page + head * stride_v_head
+    if page >= 0:
+        record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
+        dequantize_block(
+            k_ptr, v_ptr, record_ptr, half, block, part, parts, stride_k_token, stride_v_token,
+            LAYOUT, K_FIELDS, V_FIELDS, THREADS, ROTATED,
+        )  # fmt: skip
+    elif half == 0:
         if (BLOCKS == K_BLOCKS) or (block < K_BLOCKS):
-            k_ptr += entry * stride_k_page + head * stride_k_head + block * LAYOUT.block_size
-            if page >= 0:
-                _dequantize_keys(k_ptr, record_ptr, block, part, parts, stride_k_token, LAYOUT, K_FIELDS, THREADS, ROTATED)
-            else:
-                _store_zeros(k_ptr, part, parts, stride_k_token, LAYOUT.page_size, LAYOUT.block_size, THREADS)
+            k_ptr += block * LAYOUT.block_size
+            _store_zeros(k_ptr, part, parts, stride_k_token, LAYOUT.page_size, LAYOUT.block_size, THREADS)
     elif (BLOCKS == V_BLOCKS) or (block < V_BLOCKS):
-        v_ptr += entry * stride_v_page + head * stride_v_head + block * LAYOUT.v_block_size
-        if page >= 0:
-            _dequantize_values(v_ptr, record_ptr, block, part, parts, stride_v_token, LAYOUT, V_FIELDS, THREADS, ROTATED)
-        else:
-            _store_zeros(v_ptr, part, parts, stride_v_token, LAYOUT.page_size, LAYOUT.v_block_size, THREADS)
+        v_ptr += block * LAYOUT.v_block_size
+        _store_zeros(v_ptr, part, parts, stride_v_token, LAYOUT.page_size, LAYOUT.v_block_size, THREADS)
 
 
 def dequantize_pages(
@@ -221,9 +118,9 @@ def dequantize_pages(
     if num_pages == 0 or num_kv_heads == 0:
         return k, v
     num_warps, threads = configs.gather_threads(max(layout.block_size, layout.v_block_size), pages.device)
-    num_blocks = max(layout.head_dim // layout.block_size, layout.v_head_dim // layout.v_block_size)
-    parts = configs.gather_parts(num_blocks * num_pages * 2 * num_kv_heads, pages.device)
-    _kvarn_dequantize_pages_kernel[(num_blocks * parts * num_pages * 2 * num_kv_heads,)](
+    programs = num_blocks(layout) * num_pages * 2 * num_kv_heads
+    parts = configs.gather_parts(programs, pages.device)
+    _kvarn_dequantize_pages_kernel[(programs * parts,)](
         k,
         v,
         pages,

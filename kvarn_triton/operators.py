@@ -173,17 +173,21 @@ _define(
 )
 
 
-def _define_attention(name: str, arguments: str, run: Callable) -> None:
-    """Register the four overloads of an attention function: new tensors or `into` given ones, without or with the lse."""
+def _define_attention(name: str, arguments: str, run: Callable, memory: tuple[str, ...] = ("workspace",)) -> None:
+    """Register the four overloads of an attention function: new tensors or `into` given ones, without or with the lse.
+
+    Those `into` given ones have optional tensors before the other arguments that are written to too: `memory`.
+    """
+    count = len(memory)
 
     def with_lse(*args):
         return run(*args, return_lse=True)
 
-    def into(out, workspace, *args):
-        run(*args, out=out, workspace=workspace)
+    def into(out, *args):
+        run(*args[count:], out=out, **dict(zip(memory, args, strict=False)))
 
-    def into_with_lse(out, workspace, *args):
-        return run(*args, out=out, workspace=workspace, return_lse=True)[1]
+    def into_with_lse(out, *args):
+        return run(*args[count:], out=out, return_lse=True, **dict(zip(memory, args, strict=False)))[1]
 
     v_head_dim = arguments.split(", ").index("int v_head_dim")
 
@@ -193,11 +197,11 @@ def _define_attention(name: str, arguments: str, run: Callable) -> None:
     def fake_with_lse(q, *args):
         return fake(q, *args), _fake_lse(q)
 
-    memory = "Tensor(a!) out, Tensor(b!)? workspace"
+    written = ", ".join(["Tensor(a!) out", *(f"Tensor({letter}!)? {x}" for letter, x in zip("bc", memory, strict=False))])
     _define(f"{name}({arguments}) -> Tensor", run, fake)
     _define(f"{name}.lse({arguments}) -> (Tensor out, Tensor lse)", with_lse, fake_with_lse)
-    _define(f"{name}.into({memory}, {arguments}) -> ()", into, _fake_nothing)
-    _define(f"{name}.into_lse({memory}, {arguments}) -> Tensor", into_with_lse, lambda out, workspace, q, *args: _fake_lse(q))
+    _define(f"{name}.into({written}, {arguments}) -> ()", into, _fake_nothing)
+    _define(f"{name}.into_lse({written}, {arguments}) -> Tensor", into_with_lse, lambda out, *args: _fake_lse(args[count]))
 
 
 _CACHE = (
@@ -232,13 +236,13 @@ _define_attention(
 def _prefill_attention(
     q, pages, block_table, seq_lens, cu_seqlens_q, layout, head_dim, v_head_dim, k=None, v=None, raw_pages=None,
     raw_table=None, num_quantized=None, sink_len=0, sm_scale=None, window=None, soft_cap=None, sinks=None, kv_indptr=None,
-    kv_indices=None, split_size=None, *, out=None, workspace=None, return_lse=False,
+    kv_indices=None, split_size=None, *, out=None, workspace=None, scratch=None, return_lse=False,
 ):  # fmt: skip
     return prefill.prefill_attention(
         q, pages, block_table, seq_lens, cu_seqlens_q, _layout(layout, head_dim, v_head_dim), k=k, v=v, raw_pages=raw_pages,
         raw_table=raw_table, num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr, kv_indices=kv_indices,
         sm_scale=sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
-        split_size=split_size, workspace=workspace,
+        split_size=split_size, workspace=workspace, scratch=scratch,
     )  # fmt: skip
 
 
@@ -247,4 +251,5 @@ _define_attention(
     "Tensor q, Tensor pages, Tensor? block_table, Tensor seq_lens, Tensor cu_seqlens_q, str layout, int head_dim, "
     f"int v_head_dim, Tensor? k=None, Tensor? v=None, {_CACHE}",
     _prefill_attention,
+    memory=("workspace", "scratch"),
 )

@@ -104,14 +104,15 @@ def merge_states(
     return _OPS.merge_states.default(out_a, lse_a, out_b, lse_b)
 
 
-def _attend(overloads, arguments, out, workspace, return_lse):
-    """Call the overload that the last three arguments ask for."""
+def _attend(overloads, arguments, out, memory, return_lse):
+    """Call the overload that `out` and return_lse ask for. `memory` has what else is written to, by name."""
     if out is None:
-        require(workspace is None, "workspace", "None without out", "a tensor")
+        for name, tensor in memory.items():
+            require(tensor is None, name, "None without out", "a tensor")
         return overloads.lse(*arguments) if return_lse else overloads.default(*arguments)
     if return_lse:
-        return out, overloads.into_lse(out, workspace, *arguments)
-    overloads.into(out, workspace, *arguments)
+        return out, overloads.into_lse(out, *memory.values(), *arguments)
+    overloads.into(out, *memory.values(), *arguments)
     return out
 
 
@@ -148,7 +149,7 @@ def decode_attention(
         q, pages, block_table, seq_lens, layout.name, layout.head_dim, layout.v_head_dim, raw_pages, raw_table, num_quantized,
         sink_len, sm_scale, window, soft_cap, sinks, kv_indptr, kv_indices, split_size, row,
     )  # fmt: skip
-    return _attend(_OPS.decode_attention, arguments, out, workspace, return_lse)
+    return _attend(_OPS.decode_attention, arguments, out, {"workspace": workspace}, return_lse)
 
 
 def prefill_attention(
@@ -175,14 +176,15 @@ def prefill_attention(
     return_lse: bool = False,
     split_size: int | None = None,
     workspace: torch.Tensor | None = None,
+    scratch: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with several query tokens per sequence; see `kvarn_triton.prefill_attention`.
 
     Raises:
-        ValueError: for a `workspace` without `out` too.
+        ValueError: for a `workspace` or `scratch` without `out` too.
     """
     arguments = (
         q, pages, block_table, seq_lens, cu_seqlens_q, layout.name, layout.head_dim, layout.v_head_dim, k, v, raw_pages,
         raw_table, num_quantized, sink_len, sm_scale, window, soft_cap, sinks, kv_indptr, kv_indices, split_size,
     )  # fmt: skip
-    return _attend(_OPS.prefill_attention, arguments, out, workspace, return_lse)
+    return _attend(_OPS.prefill_attention, arguments, out, {"workspace": workspace, "scratch": scratch}, return_lse)

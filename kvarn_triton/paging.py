@@ -17,12 +17,53 @@ def ids_of_row(table_ptr, indptr_ptr, row, stride_table, CSR: tl.constexpr):
 
 
 @triton.jit
+def first_slot(indptr_ptr, row, max_pages, CSR: tl.constexpr):
+    """Return the slot of scratch memory for body page 0 of a row; those of the pages after it follow."""
+    slot = row.to(tl.int64) * max_pages
+    if CSR:
+        slot = tl.load(indptr_ptr + row).to(tl.int64)
+    return slot
+
+
+@triton.jit
 def num_ids_of_row(indptr_ptr, row, mask, max_pages, CSR: tl.constexpr):
     """Return how many page ids a row has, or each of several rows."""
     count = max_pages
     if CSR:
         count = tl.load(indptr_ptr + row + 1, mask, other=0) - tl.load(indptr_ptr + row, mask, other=0)
     return count
+
+
+@triton.jit
+def body_seen(
+    row,
+    seq_len,
+    num_tokens,
+    first_query,
+    last_query,
+    num_quantized_ptr,
+    sink_len,
+    window,
+    G: tl.constexpr,
+    HAS_RAW: tl.constexpr,
+    HAS_NEW: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """Return what queries `first_query` to `last_query` of the `num_tokens` last tokens of a row see of its body.
+
+    That is: the first page, where quantized pages end, where the seen part of the cache ends, the oldest position, the window,
+    which is no larger than the sequence. Positions are those within the body; the sink has negative ones.
+    """
+    # A larger window shows no more, and could overflow what it is subtracted from.
+    window = tl.minimum(window, tl.maximum(seq_len, 1))
+    shift = seq_len - num_tokens - sink_len
+    cached = tl.maximum(seq_len - num_tokens, 0) if HAS_NEW else seq_len
+    num_valid = tl.minimum(cached - sink_len, shift + last_query + 1)
+    oldest = tl.maximum(shift + first_query - window + 1, -sink_len) if HAS_WINDOW else -sink_len
+    quantized = tl.cdiv(tl.maximum(num_valid, 0), G)
+    if HAS_RAW:
+        quantized = tl.minimum(tl.load(num_quantized_ptr + row), quantized)
+    return tl.maximum(oldest, 0) // G, quantized, num_valid, oldest, window
 
 
 @triton.jit

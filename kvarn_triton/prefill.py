@@ -2,7 +2,8 @@
 
 The first kernel attends with tiles of query rows (`prefill_tiles`); each page is decoded once for all rows of a tile. Where
 there are fewer tiles than the GPU holds programs, the pages of a tile are split among several programs, and the second kernel
-merges their results (`prefill_merge`).
+merges their results (`prefill_merge`). With scratch memory a launch before decodes each page once (`prefill_expand`), and tiles
+attend to numbers in 16 bits.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import torch
 
 from . import configs, reference
-from .cache_checks import check_attention
+from .cache_checks import check_attention, check_scratch
 from .checks import check_aligned, check_tensor, require
 from .layout import PageLayout
+from .prefill_expand import launch_expand_pages
 from .prefill_merge import launch_merge_queries
 from .prefill_tiles import launch_prefill_tiles
 
@@ -31,6 +33,7 @@ def prefill_workspace_size(
     *,
     dtype: torch.dtype = torch.float16,
     split_size: int | None = None,
+    scratch: bool = False,
 ) -> int:
     """Return how many bytes of workspace `prefill_attention` needs; 0 where pages are not split.
 
@@ -44,8 +47,10 @@ def prefill_workspace_size(
         device: where the call will run; the number of programs depends on it.
         dtype: dtype of the queries.
         split_size: as given to `prefill_attention`.
+        scratch: whether `prefill_attention` gets a `scratch`.
     """
-    config = configs.prefill_config(layout, dtype, device, total_tokens, batch, num_q_heads // max(num_kv_heads, 1), split_size)
+    group = num_q_heads // max(num_kv_heads, 1)
+    config = configs.prefill_config(layout, dtype, device, total_tokens, batch, group, split_size, scratch)
     splits = _num_splits(total_tokens, batch, num_q_heads, num_kv_heads, max_pages, device, config, split_size)
     return 0 if splits == 1 else 4 * splits * total_tokens * num_q_heads * (layout.v_head_dim + 1)
 
@@ -93,6 +98,7 @@ def prefill_attention(
     return_lse: bool = False,
     split_size: int | None = None,
     workspace: torch.Tensor | None = None,
+    scratch: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with several query tokens per sequence, causally: chunked prefill, verification of drafts, first chunks.
 
@@ -128,6 +134,13 @@ def prefill_attention(
         split_size: batch-invariant mode: pages of one run into which each sequence is cut, so that the bits of a row depend
             on its sequence alone. By default as many runs as it takes to give every multiprocessor work.
         workspace: uint8 [at least prefill_workspace_size(...)], contiguous; allocated if not given.
+        scratch: memory for dequantized pages, which makes long chunks over long caches faster: [num_slots, 2, num_kv_heads,
+            page_size, layout.raw_head_dim], any strides whose innermost is 1, float16 or bfloat16, float32 if `q` is. There is
+            a slot for each entry of `block_table` or `kv_indices`: num_slots is at least block_table.numel() or
+            len(kv_indices). A launch before the others writes each quantized page that some query sees to its slot; other
+            slots are neither read nor written. Keys and values are rounded to the dtype of `scratch`, in which they are
+            multiplied too; what is beyond the range of float16 becomes infinite (`dequantize_pages`). None: every tile of
+            query rows dequantizes the pages itself.
 
     Returns:
         `out` [total_tokens, num_q_heads, v_head_dim], or `out` and `lse` float32 [total_tokens, num_q_heads] (natural
@@ -150,11 +163,12 @@ def prefill_attention(
         check_tensor("v", v, [total_tokens, num_kv_heads, v_head_dim], q.dtype, device=q.device)
     if split_size is not None:
         require(isinstance(split_size, int) and split_size >= 1, "split_size", "an integer of at least 1", split_size)
-    config = configs.prefill_config(
-        layout, q.dtype, q.device, total_tokens, batch, num_q_heads // max(num_kv_heads, 1), split_size
-    )
     table = block_table if block_table is not None else kv_indices
     assert table is not None
+    if scratch is not None:
+        check_scratch(scratch, q.dtype, table, num_kv_heads, layout)
+    group = num_q_heads // max(num_kv_heads, 1)
+    config = configs.prefill_config(layout, q.dtype, q.device, total_tokens, batch, group, split_size, scratch is not None)
     splits = _num_splits(total_tokens, batch, num_q_heads, num_kv_heads, table.shape[-1], q.device, config, split_size)
     require(splits <= MAX_SPLITS, "split_size", f"one that cuts pages into at most {MAX_SPLITS} runs", split_size)
     num_bytes = 0 if splits == 1 else 4 * splits * total_tokens * num_q_heads * (v_head_dim + 1)
@@ -180,9 +194,15 @@ def prefill_attention(
         sums, shape = 4 * splits * total_tokens * num_q_heads * v_head_dim, (splits, total_tokens, num_q_heads)
         partial = workspace[:sums].view(torch.float32).view(*shape, v_head_dim)
         partial_lse = workspace[sums:num_bytes].view(torch.float32).view(shape)
+    if scratch is not None:
+        launch_expand_pages(
+            scratch, cu_seqlens_q, pages, block_table, kv_indptr, kv_indices, seq_lens, layout, num_quantized, sink_len, window,
+            has_new=k is not None,
+        )  # fmt: skip
     launch_prefill_tiles(
         out, lse, partial, partial_lse, q, k, v, cu_seqlens_q, pages, block_table, kv_indptr, kv_indices, seq_lens, layout,
-        raw_pages, raw_table, num_quantized, sink_len, sm_scale, window, soft_cap, sinks, splits, split_size or 0, config,
+        raw_pages, raw_table, num_quantized, scratch, sink_len, sm_scale, window, soft_cap, sinks, splits, split_size or 0,
+        config,
     )  # fmt: skip
     if partial is not None and partial_lse is not None:
         launch_merge_queries(out, lse, partial, partial_lse, cu_seqlens_q, sinks, layout, rotated=k is None)

@@ -14,47 +14,26 @@ import triton.language as tl
 
 from . import configs
 from .attend_many import attend_pages
-from .attend_tokens import attend_new, attend_raw_run
+from .attend_tokens import attend_expanded, attend_new, attend_raw_run
 from .device import LOG2E, hadamard
 from .layout import PageLayout, fields_per_byte
 from .merge import LN2
-from .paging import ids_of_row
+from .paging import body_seen, first_slot, ids_of_row
 from .query import rotate_rows
-
-BLOCK_B = tl.constexpr(128)
-"""Sequences whose lengths are looked at together."""
+from .schedule import find_tile
 
 _NOT_SPECIALIZED = [
     "batch", "sink_len", "num_sink_pages", "num_tail_slots", "split_size", "window", "stride_table", "stride_raw_table",
-    "total_tokens",
+    "total_tokens", "max_pages",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
 
 
 @triton.jit
-def _find_tile(cu_seqlens_ptr, tile, batch, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return the sequence that a tile belongs to, `batch` if there is no such tile, and the sequence's first tile."""
-    row = 0
-    row_start = 0
-    before = 0
-    for first in range(0, batch, BLOCK_B):
-        rows = first + tl.arange(0, BLOCK_B)
-        start = tl.load(cu_seqlens_ptr + rows, rows < batch, other=0)
-        end = tl.load(cu_seqlens_ptr + rows + 1, rows < batch, other=0)
-        tiles = tl.cdiv((end - start) * GROUP, BLOCK_M)
-        ends = before + tl.cumsum(tiles, axis=0)
-        passed = (ends <= tile) & (rows < batch)
-        row += tl.sum(passed.to(tl.int32), axis=0)
-        row_start = tl.maximum(row_start, tl.max(tl.where(passed, ends, 0), axis=0))
-        before += tl.sum(tiles, axis=0)
-    return row, row_start
-
-
-@triton.jit
-def _load_rows(rows_ptr, place, mask, D: tl.constexpr, CHANNELS: tl.constexpr):
-    """Load rows of D channels at places [rows], padded with zeros to [rows, CHANNELS]."""
+def _load_rows(q_ptr, place, mask, D: tl.constexpr, CHANNELS: tl.constexpr):
+    """Load rows [rows, CHANNELS] from places [rows]; what is padding is 0."""
     offs_d = tl.arange(0, CHANNELS)
-    return tl.load(rows_ptr + place[:, None] + offs_d[None, :], mask[:, None] & (offs_d < D)[None, :], other=0.0)
+    return tl.load(q_ptr + place[:, None] + offs_d[None, :], mask[:, None] & (offs_d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -85,6 +64,7 @@ def _kvarn_prefill_attention_kernel(
     raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, raw_head_dim]
     raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots]
     num_quantized_ptr,  # int32 [batch]
+    scratch_ptr,  # [num_slots, 2, num_kv_heads, page_size, raw_head_dim], the dequantized pages if HAS_SCRATCH
     sinks_ptr,  # float32 [num_q_heads]
     qk_scale,  # sm_scale * log2(e)
     soft_cap,  # soft_cap * log2(e)
@@ -95,6 +75,7 @@ def _kvarn_prefill_attention_kernel(
     num_sink_pages,
     num_tail_slots,
     split_size,
+    max_pages,  # columns of a block table
     stride_q_token,
     stride_q_head,
     stride_out_token,
@@ -111,20 +92,26 @@ def _kvarn_prefill_attention_kernel(
     stride_raw_head,
     stride_raw_token,
     stride_raw_table,
+    stride_scratch_slot,
+    stride_scratch_half,
+    stride_scratch_head,
+    stride_scratch_token,
     LAYOUT: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a kv head
     BLOCK_M: tl.constexpr,  # rows of a tile
     K_CHANNELS: tl.constexpr,  # channels of a key, padded to a power of two
     V_CHANNELS: tl.constexpr,  # channels of a value, padded to a power of two
-    BLOCK_T: tl.constexpr,  # quantized tokens of one product with keys
+    BLOCK_T: tl.constexpr,  # tokens of pages of one product with keys
     BLOCK_D: tl.constexpr,  # channels of one product with values, if FOLDED
     BLOCK_R: tl.constexpr,  # raw or new tokens of one step
-    K_FIELDS: tl.constexpr,
+    K_FIELDS: tl.constexpr,  # 1 if HAS_SCRATCH: channels are in order
     V_FIELDS: tl.constexpr,
     OPERAND: tl.constexpr,
     QUERY_OPERAND: tl.constexpr,
     RAW_OPERAND: tl.constexpr,
+    SCRATCH_OPERAND: tl.constexpr,
     FORM: tl.constexpr,  # of the loop over pages (`configs.PrefillConfig`)
+    HAS_SCRATCH: tl.constexpr,  # pages are read from there, not from `pages_ptr`
     HAS_RAW: tl.constexpr,
     HAS_NEW: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -143,7 +130,7 @@ def _kvarn_prefill_attention_kernel(
     RELOAD: tl.constexpr = FORM == "registers"  # queries in two layouts are too many registers for the loop over pages
     tile, head, split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_q_heads = tl.num_programs(1) * GROUP
-    row, row_start = _find_tile(cu_seqlens_ptr, tile, batch, GROUP, BLOCK_M)
+    row, row_start = find_tile(cu_seqlens_ptr, tile, batch, GROUP, BLOCK_M)
     if row < batch:
         first_token = tl.load(cu_seqlens_ptr + row)
         num_tokens = tl.load(cu_seqlens_ptr + row + 1) - first_token
@@ -153,20 +140,13 @@ def _kvarn_prefill_attention_kernel(
         first_query = first_row // GROUP
         last_query = (first_row + num_rows - 1) // GROUP
 
-        # A larger window shows no more, and could overflow what it is subtracted from.
-        window = tl.minimum(window, tl.maximum(seq_len, 1))
-        # Positions within the body; the sink has negative ones.
+        first_page, quantized, num_valid, oldest, window = body_seen(
+            row, seq_len, num_tokens, first_query, last_query, num_quantized_ptr, sink_len, window,
+            G, HAS_RAW, HAS_NEW, HAS_WINDOW,
+        )  # fmt: skip
         offs_m = tl.arange(0, BLOCK_M)
         query = (first_row + offs_m) // GROUP
-        shift = seq_len - num_tokens - sink_len
-        cached = tl.maximum(seq_len - num_tokens, 0) if HAS_NEW else seq_len
-        num_valid = tl.minimum(cached - sink_len, shift + last_query + 1)
-        oldest = tl.maximum(shift + first_query - window + 1, -sink_len) if HAS_WINDOW else -sink_len
-        num_pages = tl.cdiv(tl.maximum(num_valid, 0), G)
-        quantized = num_pages
-        if HAS_RAW:
-            quantized = tl.minimum(tl.load(num_quantized_ptr + row), num_pages)
-        first_page = tl.maximum(oldest, 0) // G
+        shift = seq_len - num_tokens - sink_len  # the position of the first query within the body
         size = tl.maximum(tl.cdiv(tl.maximum(quantized - first_page, 0), tl.num_programs(2)), 1)
         if split_size > 0:
             size = split_size
@@ -176,23 +156,38 @@ def _kvarn_prefill_attention_kernel(
         mask_m = offs_m < num_rows
         q_head = head * GROUP + (first_row + offs_m) % GROUP
         token = (first_token + query).to(tl.int64)
-        place = token * stride_q_token + q_head * stride_q_head
-        q = _load_rows(q_ptr, place, mask_m, D, K_CHANNELS)
-        rotated, q_factor = rotate_rows(q, LAYOUT, K_FIELDS, OPERAND)
+        q_place = token * stride_q_token + q_head * stride_q_head
+        q = _load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS)
+        if HAS_SCRATCH:
+            rotated, q_factor = rotate_rows(q.to(QUERY_OPERAND), LAYOUT, K_FIELDS, OPERAND, K_CHANNELS <= 128)
+        else:
+            rotated = tl.zeros((BLOCK_M, K_CHANNELS), OPERAND)
+            q_factor = 1.0
+            if num_valid > -sink_len:  # otherwise nothing is cached
+                rotated, q_factor = rotate_rows(q, LAYOUT, K_FIELDS, OPERAND, False)
         q_factor = q_factor * qk_scale
         m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         l_i = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, V_CHANNELS), tl.float32)
-        table_row_ptr = ids_of_row(table_ptr, indptr_ptr, row, stride_table, CSR)
-        acc, m_i, l_i = attend_pages(
-            acc, m_i, l_i, rotated, q_factor, soft_cap,
-            pages_ptr + head.to(tl.int64) * stride_pages_head, table_row_ptr, stride_pages_page,
-            first_page, last_page, num_valid, shift + query, shift + first_query, shift + last_query, window,
-            LAYOUT, BLOCK_T, BLOCK_D, K_FIELDS, V_FIELDS, OPERAND, FORM, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
-        )  # fmt: skip
+        if HAS_SCRATCH:
+            acc, m_i, l_i = attend_expanded(
+                acc, m_i, l_i, rotated, q_factor, soft_cap,
+                scratch_ptr + head.to(tl.int64) * stride_scratch_head, first_slot(indptr_ptr, row, max_pages, CSR),
+                stride_scratch_slot, stride_scratch_half, stride_scratch_token,
+                first_page, last_page, num_valid, shift + query, shift + first_query, shift + last_query, window,
+                LAYOUT, BLOCK_T, SCRATCH_OPERAND, HAS_WINDOW, HAS_CAP, TOKEN_STAGES,
+            )  # fmt: skip
+        else:
+            table_row_ptr = ids_of_row(table_ptr, indptr_ptr, row, stride_table, CSR)
+            acc, m_i, l_i = attend_pages(
+                acc, m_i, l_i, rotated, q_factor, soft_cap,
+                pages_ptr + head.to(tl.int64) * stride_pages_head, table_row_ptr, stride_pages_page,
+                first_page, last_page, num_valid, shift + query, shift + first_query, shift + last_query, window,
+                LAYOUT, BLOCK_T, BLOCK_D, K_FIELDS, V_FIELDS, OPERAND, FORM, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
+            )  # fmt: skip
         if HAS_RAW and split == 0:
             if RELOAD:
-                rotated, _ = rotate_rows(_load_rows(q_ptr, place, mask_m, D, K_CHANNELS), LAYOUT, K_FIELDS, OPERAND)
+                rotated, _ = rotate_rows(_load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS), LAYOUT, K_FIELDS, OPERAND, False)
             raw_row_ptr = raw_table_ptr + row.to(tl.int64) * stride_raw_table
             raw_head_ptr = raw_pages_ptr + head.to(tl.int64) * stride_raw_head
             for part in tl.static_range(2):
@@ -207,13 +202,13 @@ def _kvarn_prefill_attention_kernel(
                     shift + query + base, window,
                     LAYOUT, BLOCK_R, K_FIELDS, RAW_OPERAND, HAS_WINDOW, HAS_CAP, PTX, TOKEN_STAGES,
                 )  # fmt: skip
-        if SINGLE or HAS_NEW:
+        if (SINGLE or HAS_NEW) and (not HAS_SCRATCH or num_valid > -sink_len):
             acc = hadamard(acc, LAYOUT.v_block_size)
         if HAS_NEW and split == 0:
-            if RELOAD:
-                q = _load_rows(q_ptr, place, mask_m, D, K_CHANNELS)
+            # Loaded again: kept until now, it would take a third of the shared memory of the loop over pages.
+            q = _load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS).to(QUERY_OPERAND)
             acc, m_i, l_i = attend_new(
-                acc, m_i, l_i, q.to(QUERY_OPERAND), qk_scale, soft_cap,
+                acc, m_i, l_i, q, qk_scale, soft_cap,
                 k_ptr + first_token.to(tl.int64) * stride_k_token + head * stride_k_head,
                 v_ptr + first_token.to(tl.int64) * stride_v_token + head * stride_v_head,
                 stride_k_token, stride_v_token,
@@ -260,6 +255,7 @@ def launch_prefill_tiles(
     raw_pages: torch.Tensor | None,
     raw_table: torch.Tensor | None,
     num_quantized: torch.Tensor | None,
+    scratch: torch.Tensor | None,
     sink_len: int,
     sm_scale: float | None,
     window: int | None,
@@ -277,6 +273,7 @@ def launch_prefill_tiles(
     table = kv_indices if block_table is None else block_table
     assert table is not None
     raw = q if raw_pages is None else raw_pages
+    expanded = q if scratch is None else scratch
     new_k, new_v = (q if x is None else x for x in (k, v))
     num_sink_pages = -(-sink_len // layout.page_size)
     _kvarn_prefill_attention_kernel[(triton.cdiv(total_tokens * group, config.block_m) + batch, num_kv_heads, num_splits)](
@@ -295,6 +292,7 @@ def launch_prefill_tiles(
         raw,
         table if raw_table is None else raw_table,
         seq_lens if num_quantized is None else num_quantized,
+        expanded,
         seq_lens if sinks is None else sinks,
         (head_dim**-0.5 if sm_scale is None else sm_scale) * LOG2E.value,
         (soft_cap or 0.0) * LOG2E.value,
@@ -305,6 +303,7 @@ def launch_prefill_tiles(
         num_sink_pages,
         0 if raw_table is None else raw_table.shape[1] - num_sink_pages,
         split_size,
+        table.shape[-1],
         q.stride(0),
         q.stride(1),
         out.stride(0),
@@ -318,6 +317,7 @@ def launch_prefill_tiles(
         0 if block_table is None else block_table.stride(0),
         *((0, 0, 0, 0) if raw_pages is None else raw_pages.stride()[:4]),
         0 if raw_table is None else raw_table.stride(0),
+        *((0, 0, 0, 0) if scratch is None else scratch.stride()[:4]),
         LAYOUT=layout,
         GROUP=group,
         BLOCK_M=config.block_m,
@@ -326,12 +326,14 @@ def launch_prefill_tiles(
         BLOCK_T=config.block_t,
         BLOCK_D=min(config.block_d, v_channels),
         BLOCK_R=config.block_r,
-        K_FIELDS=fields_per_byte(layout.k_bits),
+        K_FIELDS=fields_per_byte(layout.k_bits) if scratch is None else 1,
         V_FIELDS=fields_per_byte(layout.v_bits),
         OPERAND=configs.operand(q.dtype, torch.float16),
         QUERY_OPERAND=configs.operand(q.dtype, q.dtype),
         RAW_OPERAND=configs.operand(q.dtype, raw.dtype),
+        SCRATCH_OPERAND=configs.operand(q.dtype, expanded.dtype),
         FORM=config.form,
+        HAS_SCRATCH=scratch is not None,
         HAS_RAW=raw_pages is not None,
         HAS_NEW=k is not None,
         HAS_WINDOW=window is not None,

@@ -137,16 +137,33 @@ def raw_query(planes, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.co
 
 
 @triton.jit
-def rotate_rows(q, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.constexpr):
+def _hadamard_of_blocks(SIZE: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """Return the unnormalized Hadamard matrix of BLOCK channels, block-diagonal in SIZE of them."""
+    row = tl.arange(0, SIZE)[:, None]
+    column = tl.arange(0, SIZE)[None, :]
+    odd = row & column & (BLOCK - 1)
+    odd = (0x6996 >> ((odd ^ (odd >> 4)) & 15)) & 1
+    return tl.where(row // BLOCK == column // BLOCK, tl.where(odd == 1, -1.0, 1.0), 0.0).to(dtype)
+
+
+@triton.jit
+def rotate_rows(q, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.constexpr, PRODUCT: tl.constexpr):
     """Rotate query rows [rows, channels] of many tokens, in OPERAND, channels field by field (`channel_in_order`).
 
-    Returns them and one factor of their scores: they are scaled so that the largest number of all rows is QUERY_MAX. No
-    product with a matrix here: ptxas 12.8 loses the descriptor of the second of two of them (sm90).
+    Returns them and one factor of their scores: they are scaled so that the largest number of all rows is QUERY_MAX. PRODUCT:
+    the tensor cores rotate, and leave rows in the registers from which they meet keys. That is a single product: of
+    two with one matrix ptxas 12.8 loses the descriptor of the second (sm90).
     """
     ROWS: tl.constexpr = q.shape[0]
     COLS: tl.constexpr = q.shape[1]
     BLOCK: tl.constexpr = LAYOUT.block_size
-    rotated = hadamard(q.to(tl.float32), BLOCK)
+    if PRODUCT:
+        rotated = tl.dot(q, _hadamard_of_blocks(COLS, BLOCK, q.dtype), input_precision="ieee") * (BLOCK**-0.5)
+    else:
+        rotated = hadamard(q.to(tl.float32), BLOCK)
     factor = QUERY_MAX / tl.maximum(tl.max(tl.abs(rotated)), LEAST_QUERY)
-    scaled = tl.reshape((rotated * factor).to(OPERAND), (ROWS, COLS // BLOCK, FIELDS, BLOCK // FIELDS))
-    return tl.reshape(tl.permute(scaled, (0, 2, 1, 3)), (ROWS, COLS)), 1.0 / factor
+    scaled = (rotated * factor).to(OPERAND)
+    if FIELDS > 1:
+        scaled = tl.permute(tl.reshape(scaled, (ROWS, COLS // BLOCK, FIELDS, BLOCK // FIELDS)), (0, 2, 1, 3))
+        scaled = tl.reshape(scaled, (ROWS, COLS))
+    return scaled, 1.0 / factor

@@ -174,3 +174,22 @@ def start_of_row(rows, row, num_kv_heads, split_size, UNITS: tl.constexpr):
     for first_row in range(0, row, BLOCK_B):
         start += tl.sum(_units_of_block(rows, first_row, row, split_size, UNITS), axis=0) * num_kv_heads
     return start
+
+
+@triton.jit
+def find_tile(cu_seqlens_ptr, tile, batch, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return the sequence that a tile belongs to, `batch` if there is no such tile, and the sequence's first tile."""
+    row = 0
+    row_start = 0
+    before = 0
+    for first in range(0, batch, BLOCK_B):
+        rows = first + tl.arange(0, BLOCK_B)
+        start = tl.load(cu_seqlens_ptr + rows, rows < batch, other=0)
+        end = tl.load(cu_seqlens_ptr + rows + 1, rows < batch, other=0)
+        tiles = tl.cdiv((end - start) * GROUP, BLOCK_M)
+        ends = before + tl.cumsum(tiles, axis=0)
+        passed = (ends <= tile) & (rows < batch)
+        row += tl.sum(passed.to(tl.int32), axis=0)
+        row_start = tl.maximum(row_start, tl.max(tl.where(passed, ends, 0), axis=0))
+        before += tl.sum(tiles, axis=0)
+    return row, row_start

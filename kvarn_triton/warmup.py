@@ -61,6 +61,7 @@ def warmup(
     sinks: bool = False,
     csr: bool = False,
     prefill: bool = False,
+    scratch: torch.dtype | None = None,
 ) -> None:
     """Compile, and load, every kernel that a server's steps launch for one model: decode, append, commit and store.
 
@@ -84,6 +85,7 @@ def warmup(
         sinks: whether attention gets `sinks`.
         csr: whether page ids come as `kv_indptr` and `kv_indices`.
         prefill: whether `prefill_attention` is called too, on raw pages of `raw_dtype`, with and without new keys and values.
+        scratch: dtype of the `scratch` that some calls of `prefill_attention` get; None if none do.
 
     Raises:
         ValueError: for a wrong option.
@@ -91,6 +93,9 @@ def warmup(
     check_choice("dtype", dtype, FLOATS)
     raw_dtype = dtype if raw_dtype is None else raw_dtype
     check_choice("raw_dtype", raw_dtype, FLOATS)
+    if scratch is not None:
+        check_choice("scratch", scratch, (torch.float32,) if dtype == torch.float32 else (torch.float16, torch.bfloat16))
+        require(prefill, "prefill", "True beside scratch", prefill)
     require(num_kv_heads >= 1 and num_q_heads % num_kv_heads == 0, "num_q_heads", "a multiple of num_kv_heads", num_q_heads)
     size = layout.page_size
     pages = torch.zeros(layout.pages_shape(2, num_kv_heads), dtype=torch.uint8, device=device)
@@ -107,7 +112,8 @@ def warmup(
         options["sinks"] = torch.zeros(num_q_heads, device=device)
     _warm_decode(layout, num_q_heads, pages, raw_pages, dtype, csr, {"table": table, **options})
     if prefill:
-        _warm_prefill(layout, num_q_heads, pages, raw_pages, dtype, csr, options)
+        for memory in {None, scratch}:
+            _warm_prefill(layout, num_q_heads, pages, raw_pages, dtype, csr, memory, options)
     for ids in (torch.int32, torch.int64):
         slots = torch.full((size,), -1, dtype=ids, device=device)
         count = configs.append_block(layout.raw_head_dim)
@@ -163,9 +169,10 @@ def _warm_prefill(
     raw_pages: torch.Tensor,
     dtype: torch.dtype,
     csr: bool,
+    scratch: torch.dtype | None,
     options: dict[str, Any],
 ) -> None:
-    """Compile prefill attention for tiles of all sizes, with one run of pages, a few and many."""
+    """Compile prefill attention for tiles of all sizes, with one run of pages, a few and many, and scratch memory if any."""
     shape = 65, pages.shape[1]
     k, v = (torch.zeros(*shape, d, dtype=dtype, device=pages.device) for d in (layout.head_dim, layout.v_head_dim))
     lens = torch.zeros(1, dtype=torch.int32, device=pages.device)
@@ -177,6 +184,8 @@ def _warm_prefill(
             block_table, indices = _body_tables(torch.zeros(1, columns, dtype=torch.int32, device=pages.device), csr)
             raw_table = torch.zeros(1, 2, dtype=torch.int32, device=pages.device)
             raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": raw_table, "num_quantized": lens}
+            if scratch is not None:
+                raw["scratch"] = torch.empty(columns, *raw_pages.shape[1:], dtype=scratch, device=pages.device)
             given: list[dict[str, Any]] = [{}, {"k": k[:count], "v": v[:count]}]
             for keys in given:
                 for return_lse in (False, True):

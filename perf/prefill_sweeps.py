@@ -41,30 +41,37 @@ MAX_ERROR = 2e-3
         "times_decode": "x decode",
     },
     note="one prefill_attention call, pages only. verify: the query tokens are in the cache; decode us: one token per\n"
-    "sequence of the same cache. chunk: the query tokens' keys and values are given; 16-bit: the tuned twin, all tokens\n"
-    "in 16-bit pages.",
+    "sequence of the same cache. chunk: the query tokens' keys and values are given; with scratch, pages are\n"
+    "dequantized once, in the time; 16-bit: the tuned twin, all tokens in 16-bit pages.",
 )
 def prefill(options: Options) -> Iterator[Row]:
     """Time `prefill_attention` for the first shape."""
     shape = selected_shapes(options)[0]
     presets = options.presets or DEFAULT_PRESETS[1:2]
-    work = [(preset, *point) for preset in presets for point in ((False, VERIFY), (True, CHUNKS))]
-    points = [(preset, new, *point) for preset, new, group in work for point in group]
-    for preset, new, batch, context, tokens in progress("prefill", points, str):
+    work = [
+        (preset, *point) for preset in presets for point in (("verify", VERIFY), ("chunk", CHUNKS), ("chunk, scratch", CHUNKS))
+    ]
+    points = [(preset, what, *point) for preset, what, group in work for point in group]
+    for preset, what, batch, context, tokens in progress("prefill", points, str):
         free_memory()
-        row: Row = {"shape": shape.name, "preset": preset, "what": "chunk" if new else "verify", "batch": batch}
+        row: Row = {"shape": shape.name, "preset": preset, "what": what, "batch": batch}
         row |= {"context": context, "tokens": tokens, "head_dim": shape.head_dim, "dtype": "float16"}
         if is_red(options, "decode_attention", preset, shape) or is_red(options, "store_pages", preset, shape):
             yield row | failed("the correctness gate is red")
             continue
         layout = PageLayout.from_name(preset, head_dim=shape.head_dim)
         try:
-            yield row | (_chunk if new else _verify)(shape, layout, batch, context, tokens, options)
+            if what == "verify":
+                yield row | _verify(shape, layout, batch, context, tokens, options)
+            else:
+                yield row | _chunk(shape, layout, batch, context, tokens, "scratch" in what, options)
         except Exception as error:  # one case that can't run leaves the others their times
             yield row | failed(f"{type(error).__name__}: {error}".splitlines()[0][:200])
 
 
-def _calls(cases: Sequence[DecodeCase], tokens: int, new: bool, shape: Shape, seed: int) -> tuple[list[Call], list[dict]]:
+def _calls(
+    cases: Sequence[DecodeCase], tokens: int, new: bool, shape: Shape, seed: int, scratch: bool = False
+) -> tuple[list[Call], list[dict]]:
     """Return a call for each case, without allocations, and their arguments."""
     generator = torch.Generator("cuda").manual_seed(seed)
     device = cases[0].pages.device
@@ -77,12 +84,15 @@ def _calls(cases: Sequence[DecodeCase], tokens: int, new: bool, shape: Shape, se
     calls, every = [], []
     for case in cases:
         size = kvarn.prefill_workspace_size(
-            total, batch, shape.num_q_heads, shape.num_kv_heads, case.layout, case.block_table.shape[1], device
+            total, batch, shape.num_q_heads, shape.num_kv_heads, case.layout, case.block_table.shape[1], device, scratch=scratch
         )
         arguments = {"q": draw(shape.num_q_heads), "pages": case.pages, "block_table": case.block_table, "layout": case.layout}
         arguments |= {"seq_lens": case.seq_lens + (tokens if new else 0), "cu_seqlens_q": ends}
         arguments |= {"k": draw(shape.num_kv_heads), "v": draw(shape.num_kv_heads)} if new else {}
         memory = {"out": torch.empty_like(arguments["q"]), "workspace": torch.empty(size, dtype=torch.uint8, device="cuda")}
+        if scratch:
+            slots = (case.block_table.numel(), 2, shape.num_kv_heads, case.layout.page_size, shape.head_dim)
+            memory["scratch"] = torch.full(slots, torch.nan, dtype=torch.float16, device="cuda")
         calls.append(lambda arguments=arguments, memory=memory: kvarn.prefill_attention(**arguments, **memory))
         every.append(arguments | memory)
     return calls, every  # type: ignore[return-value]
@@ -121,12 +131,12 @@ def _verify(shape: Shape, layout: PageLayout, batch: int, context: int, tokens: 
     return row | {"us_decode": decode.us, "times_decode": ours.us / decode.us}
 
 
-def _chunk(shape: Shape, layout: PageLayout, batch: int, context: int, tokens: int, options: Options) -> Row:
+def _chunk(shape: Shape, layout: PageLayout, batch: int, context: int, tokens: int, scratch: bool, options: Options) -> Row:
     lengths = [context] * batch
     case = build_cache(
         shape, layout, lengths, device="cuda", distinct_pages=DISTINCT_PAGES, seed=options.seed, poison=False
     )  # fmt: skip
-    calls, arguments = _calls([case], tokens, True, shape, options.seed)
+    calls, arguments = _calls([case], tokens, True, shape, options.seed, scratch)
     error = _error(arguments[0])
     if not error <= MAX_ERROR:
         return failed(f"error {error:.1e}", error=error)

@@ -45,7 +45,14 @@ def decode(
 
 
 def prefill(
-    layout: PageLayout, tokens: int, *, group: int = 4, dtype: torch.dtype = torch.float16, new: bool = True, **options: float
+    layout: PageLayout,
+    tokens: int,
+    *,
+    group: int = 4,
+    dtype: torch.dtype = torch.float16,
+    new: bool = True,
+    scratch: bool = False,
+    **options: float,
 ) -> None:
     """Call prefill_attention for two sequences and kv heads, split among programs or not."""
     lens, table = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
@@ -53,6 +60,7 @@ def prefill(
     tables = {"block_table": table, "seq_lens": lens, "raw_pages": raw_pages, "raw_table": table, "num_quantized": lens}
     q, k = (torch.zeros(tokens, 2 * heads, layout.head_dim, dtype=dtype) for heads in (group, 1))
     tables |= {"k": k, "v": torch.zeros(tokens, 2, layout.v_head_dim, dtype=dtype)} if new else {}
+    tables |= {"scratch": torch.zeros_like(raw_pages)} if scratch else {}
     pages, ends = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(3, dtype=torch.int32)
     kvarn.prefill_attention(q, pages, cu_seqlens_q=ends, layout=layout, return_lse=True, **tables, **options)
 
@@ -125,6 +133,7 @@ def main(target: str) -> None:
         "prefill 16 rows": lambda: prefill(MAIN, 8, new=False),
         "prefill 32 rows": lambda: prefill(MAIN, 16, new=False),
         "prefill many": lambda: prefill(MAIN, 512),
+        "prefill scratch": lambda: prefill(MAIN, 512, scratch=True),
         "encode": lambda: encode(MAIN, encoder=DEFAULT, commit=DEFAULT if target in ALL_STEPS_TARGETS else PLAIN),
         "small": lambda: small_functions(MAIN),
     }
@@ -132,6 +141,7 @@ def main(target: str) -> None:
         cases |= {
             "prefill head_dim 512, 4 bits": lambda: prefill(PageLayout(512, 128, 4, 2), 8),
             "prefill head_dim 512 and 64": lambda: prefill(PageLayout(512, 128, 4, 2, v_head_dim=64), 8),
+            "prefill scratch, head_dim 256": lambda: prefill(PageLayout(256, 128, 4, 2), 64, scratch=True),
         }
     if target in WIDE_TARGETS:
         cases |= {
@@ -146,6 +156,10 @@ def main(target: str) -> None:
             "prefill bfloat16, head_dim 80": lambda: prefill(PageLayout(80, 64, 3, 3), 64, group=5, dtype=torch.bfloat16),
             "prefill head_dim 256": lambda: prefill(PageLayout(256, 128, 8, 8), 64),
             "prefill head_dim 512": lambda: prefill(PageLayout(512, 128, 8, 8), 64),
+            "prefill scratch, head_dim 256, bfloat16": lambda: prefill(
+                PageLayout(256, 64, 3, 2), 64, dtype=torch.bfloat16, scratch=True, window=99
+            ),
+            "prefill scratch, head_dim 512": lambda: prefill(PageLayout(512, 128, 8, 8), 64, scratch=True),
             "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3)),
             "encode head_dim 192, float32": lambda: encode(PageLayout(192, 128, 3, 8), dtype=torch.float32),
             "dequantize head_dim 80": lambda: dequantize(PageLayout(80, 64, 3, 8), torch.bfloat16),

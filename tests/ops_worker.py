@@ -59,8 +59,8 @@ def calls() -> list[tuple]:
         (OPS.decode_attention.into_lse, (out, workspace, *full)),
         (OPS.prefill_attention.default, many),
         (OPS.prefill_attention.lse, fresh),
-        (OPS.prefill_attention.into, (torch.zeros_like(q5), workspace, *many)),
-        (OPS.prefill_attention.into_lse, (torch.zeros_like(q5), None, *fresh)),
+        (OPS.prefill_attention.into, (torch.zeros_like(q5), workspace, None, *many)),
+        (OPS.prefill_attention.into_lse, (torch.zeros_like(q5), None, torch.zeros(6, 2, 2, 64, 64).half(), *fresh)),
         (OPS.merge_states.default, (out, lse, out + 1, lse + 1)),
         *calls_with_other_values(),
     ]

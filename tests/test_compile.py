@@ -70,6 +70,7 @@ def test_compiles(target, compiled):
             "decode_attention",
             "dequantize",
             "dequantize_pages",
+            "expand_pages",
             "hadamard",
             "merge_queries",
             "merge_splits",

@@ -65,6 +65,7 @@ def valid_arguments(device: torch.device) -> dict[str, dict]:
             "k": torch.randn(9, 2, 64, device=device).half(),
             "v": torch.randn(9, 2, 64, device=device).half(),
             "out": torch.zeros(9, 6, 64, device=device).half(),
+            "scratch": torch.zeros(case.block_table.numel(), 2, 2, 64, 64, device=device).half(),
             **options,
         },
         "merge_states": {"out_a": state, "lse_a": lse, "out_b": state, "lse_b": lse},
@@ -289,6 +290,10 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("sinks", lambda x: x[:5], r"expected shape \[6\], got \[5\]"),
         ("split_size", set_to(0), "split_size: expected an integer of at least 1, got 0"),
         ("workspace", set_to(torch.zeros(8)), "expected dtype uint8, got float32"),
+        ("scratch", to(torch.float32), "expected dtype float16 or bfloat16, got float32"),
+        ("scratch", lambda x: x[:, :1], r"expected shape \[\*, 2, 2, 64, 64\], got \[.*, 1, 2, 64, 64\]"),
+        ("scratch", lambda x: x[1:], r"expected a slot for each of the (\d+) entries of block_table, got \d+"),
+        ("scratch", *GAPPED),
     ],
     "merge_states": [
         ("out_a", *NOT_A_TENSOR),

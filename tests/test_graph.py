@@ -125,8 +125,9 @@ def test_replayed_steps_equal_eager_steps(device):
     assert replayed.num_quantized.tolist() == eager.num_quantized.tolist() == quantized
 
 
+@pytest.mark.parametrize("scratch", [False, True])
 @pytest.mark.parametrize("new", [False, True])
-def test_replayed_prefill_equals_eager_calls(new, device):
+def test_replayed_prefill_equals_eager_calls(new, scratch, device):
     """Drafts in the cache and new tokens, ragged, with lengths and query counts that change between replays (KF 12, 30)."""
     max_queries = 40
     case = cache_case(
@@ -140,8 +141,11 @@ def test_replayed_prefill_equals_eager_calls(new, device):
         heads = Q_HEADS if name == "q" else KV_HEADS
         arguments[name] = draw(max_queries, heads, LAYOUT.head_dim, seed=seed, dtype=torch.float16, device=device)
     pages_per_row = arguments["block_table"].shape[1]
-    size = prefill_workspace_size(max_queries, 3, Q_HEADS, KV_HEADS, LAYOUT, pages_per_row, device)
+    size = prefill_workspace_size(max_queries, 3, Q_HEADS, KV_HEADS, LAYOUT, pages_per_row, device, scratch=scratch)
     memory = {"workspace": torch.zeros(size, dtype=torch.uint8, device=device), "out": torch.zeros_like(arguments["q"])}
+    if scratch:
+        shape = (3 * pages_per_row, *arguments["raw_pages"].shape[1:])
+        memory["scratch"] = torch.full(shape, torch.nan, dtype=torch.float16, device=device)
     prefill_attention(**arguments, **memory)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -156,6 +160,8 @@ def test_replayed_prefill_equals_eager_calls(new, device):
             graph.replay()
             replayed = memory["out"].clone()
             memory["out"].fill_(torch.nan)
+            if scratch:
+                memory["scratch"].fill_(torch.nan)
             prefill_attention(**arguments, **memory)
         assert_same_bits(replayed[: sum(counts)], memory["out"][: sum(counts)])
         assert not replayed[: sum(counts)].isnan().any()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ALL_LAYOUTS, DTYPES, FLOAT32_ERROR, LAYOUTS, LSE_ERROR, ON_GPU, assert_same_bits, draw, layout_id, strided
 
+import kvarn_triton
 from kvarn_triton import (
     PageLayout,
     append_tokens,
@@ -27,14 +28,38 @@ from kvarn_triton.testing import cache_case, relative_error
 
 SMALL = PageLayout(64, 64, 4, 2)
 LAYOUTS_OF_VALUES = pytest.mark.parametrize("layout", [SMALL, PageLayout(64, 64, 4, 2, v_head_dim=80)], ids=layout_id)
-FORMS = pytest.mark.parametrize("form", ["dequantized", "registers", "folded"], indirect=True)
+FORMS = pytest.mark.parametrize("form", ["dequantized", "registers", "folded", "scratch"], indirect=True)
 
 
 @pytest.fixture
 def form(request, monkeypatch) -> str:
-    """Have one form of the loop over pages wherever there is a choice, whatever the GPU and the number of rows."""
-    monkeypatch.setattr(configs, "prefill_form", lambda device, rows: request.param)
+    """Have one form of the loop over pages wherever there is a choice, whatever the GPU and the number of rows.
+
+    Or have pages dequantized once for all rows, in scratch memory that is NaN where nothing is written.
+    """
+    if request.param == "scratch":
+        monkeypatch.setitem(globals(), "prefill_attention", with_scratch)
+    else:
+        monkeypatch.setattr(configs, "prefill_form", lambda device, rows: request.param)
     return request.param
+
+
+def new_scratch(arguments: dict, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return scratch memory for a call, with gaps, NaN everywhere.
+
+    By default of the dtype of the queries; in the interpreter, whose casts to bfloat16 truncate, float16 instead of that.
+    """
+    layout, table, q = arguments["layout"], arguments["block_table"], arguments["q"]
+    if dtype is None:
+        dtype = q.dtype if ON_GPU or q.dtype != torch.bfloat16 else torch.float16
+    slots = len(arguments["kv_indices"]) if table is None else table.numel()
+    shape = (slots + 1, 2, arguments["pages"].shape[1] + 1, layout.page_size, layout.raw_head_dim + 16)
+    return torch.full(shape, torch.nan, dtype=dtype, device=q.device)[1:, :, 1:, :, 8:-8]
+
+
+def with_scratch(**arguments) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Call prefill_attention with new scratch memory."""
+    return kvarn_triton.prefill_attention(**arguments, scratch=new_scratch(arguments))
 
 
 def prefill_case(
@@ -140,6 +165,15 @@ def test_query_counts(queries, new, device):
 def test_queries_inside_quantized_pages(queries, form, device):
     """Drafts may be quantized too: pages are causal within themselves."""
     check(prefill_case(SMALL, [192, 128], queries, num_tail_slots=1, device=device), split_size=3)
+
+
+@FORMS
+@pytest.mark.parametrize("new", [False, True])
+def test_lengths_inside_quantized_pages(new, form, device):
+    """Of a quantized page only the first tokens may count: a sequence was cut short."""
+    arguments = prefill_case(SMALL, [200, 136], [8, 8], new=new, num_tail_slots=1, device=device)
+    arguments["seq_lens"] -= 22
+    check(arguments)
 
 
 @LAYOUTS_OF_VALUES

@@ -5,6 +5,8 @@ A process of its own, because kernels that the interpreter has decorated can't b
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 import kvarn_triton as kvarn
@@ -49,7 +51,7 @@ def step(
     kvarn.store_pages(k, v, pages, torch.zeros(3, dtype=torch.int32), layout)
 
 
-def chunk(batch: int, tokens: int, max_pages: int, new: bool) -> None:
+def chunk(batch: int, tokens: int, max_pages: int, new: bool, scratch: bool) -> None:
     """Call prefill attention with `tokens` query tokens for each sequence."""
     size, head_dim, total = LAYOUT.page_size, LAYOUT.head_dim, batch * tokens
     pages = torch.zeros(LAYOUT.pages_shape(3, HEADS), dtype=torch.uint8)
@@ -59,6 +61,8 @@ def chunk(batch: int, tokens: int, max_pages: int, new: bool) -> None:
     table, lens = torch.zeros(batch, max_pages, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32)
     ends = torch.arange(batch + 1, dtype=torch.int32)
     tables |= {"k": kv, "v": kv} if new else {}
+    if scratch:
+        tables["scratch"] = torch.zeros(batch * max_pages, *raw_pages.shape[1:], dtype=torch.bfloat16)
     kvarn.prefill_attention(q, pages, table, lens, ends, LAYOUT, num_quantized=lens, **tables)
 
 
@@ -80,11 +84,20 @@ def main() -> None:
                     raise AssertionError(f"{other} was not warmed up, but compiled")
         step(2, 2, 0, group=1)
         assert len(kernels) > count
-        kvarn.warmup(LAYOUT, 4 * HEADS, HEADS, torch.device("cpu"), dtype=torch.float16, prefill=True)
+        kvarn.warmup(LAYOUT, 4 * HEADS, HEADS, torch.device("cpu"), dtype=torch.float16, prefill=True, scratch=torch.bfloat16)
         with kvarn.no_compilation():
-            for batch, tokens, max_pages in ((1, 1, 9), (2, 4, 5), (4, 5, 7), (3, 8, 6), (3, 16, 40), (2, 17, 3), (8, 300, 64), (5, 2, 1)):
-                for new in (False, True):
-                    chunk(batch, tokens, max_pages, new)
+            for batch, tokens, max_pages in (
+                (1, 1, 9),
+                (2, 4, 5),
+                (4, 5, 7),
+                (3, 8, 6),
+                (3, 16, 40),
+                (2, 17, 3),
+                (8, 300, 64),
+                (5, 2, 1),
+            ):
+                for new, scratch in itertools.product((False, True), repeat=2):
+                    chunk(batch, tokens, max_pages, new, scratch)
         options = {"window": True, "soft_cap": True, "sinks": True, "csr": True}
         kvarn.warmup(LAYOUT, 4 * HEADS, HEADS, torch.device("cpu"), dtype=torch.float16, **options)
         with kvarn.no_compilation():

@@ -122,6 +122,7 @@ def prefill_attention(
     return_lse: bool = False,
     split_size: int | None = None,
     workspace: torch.Tensor | None = None,
+    scratch: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with several query tokens per sequence; see `kvarn_triton.prefill_attention`."""
     dtype = working_dtype(q.dtype)

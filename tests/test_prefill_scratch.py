@@ -1,0 +1,102 @@
+"""Scratch memory of prefill_attention: what is written to it, what is read, and in which dtypes.
+
+That results are right, `test_prefill.py` tests: there scratch memory is one of the forms of every test.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import DTYPES, ON_GPU, assert_same_bits, bits_of, layout_id
+from test_prefill import SMALL, check, new_scratch, plain_attention, prefill_case
+
+import kvarn_triton
+from kvarn_triton import PageLayout, dequantize_pages, prefill_attention, prefill_workspace_size, reference
+from kvarn_triton.testing import relative_error
+
+
+def expected_slots(arguments: dict, seen: list[set[int]], dtype: torch.dtype) -> torch.Tensor:
+    """Return scratch memory with the pages `seen` of each sequence of a block table, NaN elsewhere."""
+    layout, table = arguments["layout"], arguments["block_table"]
+    scratch = new_scratch(arguments, dtype)
+    for row, columns in enumerate(seen):
+        for column in columns:
+            k, v = dequantize_pages(arguments["pages"], table[row, column : column + 1], layout, dtype=dtype, rotated=True)
+            slot = scratch[row * table.shape[1] + column]
+            slot[0, ..., : layout.head_dim], slot[1, ..., : layout.v_head_dim] = k[0].transpose(0, 1), v[0].transpose(0, 1)
+    return scratch
+
+
+@pytest.mark.parametrize("layout", [SMALL, PageLayout(80, 64, 3, 8, v_head_dim=128)], ids=layout_id)
+@pytest.mark.parametrize(
+    ("window", "queries", "seen", "dtype"),
+    [
+        (None, [6, 0, 3], [{0, 1, 2}, set(), {0}], torch.bfloat16),
+        (150, [6, 0, 3], [{2}, set(), {0}], torch.float32),
+        (70, [70, 2, 1], [{2}, {0}, set()], torch.float16),
+        (1, [1, 1, 1], [set(), set(), set()], torch.float16),
+    ],
+)
+def test_slots(window, queries, seen, layout, dtype, device):
+    """What some query sees is written to its slot, as dequantize_pages rounds it; nothing else is written or looked at.
+
+    Ids of other pages may be anything, in a block table as well as in CSR form.
+    """
+    arguments = prefill_case(
+        layout, [330, 150, 200], queries, num_kv_heads=2, sink_len=16, num_tail_slots=2, dtype=dtype, device=device
+    )
+    assert arguments["num_quantized"].tolist() == [3, 1, 1]
+    scratch = new_scratch(arguments, dtype)
+    out = prefill_attention(**arguments, window=window, scratch=scratch)
+    expected = expected_slots(arguments, seen, dtype)
+    written = ~expected.isnan()
+    assert torch.equal(~scratch.isnan(), written)
+    assert_same_bits(scratch[written], expected[written])
+
+    garbage = torch.full_like(arguments["block_table"], -(2**31))
+    garbage[:, 1::2] = 2**31 - 1
+    for row, columns in enumerate(seen):
+        columns = sorted(columns)
+        garbage[row, columns] = arguments["block_table"][row, columns]
+    again = new_scratch(arguments, dtype)
+    assert_same_bits(prefill_attention(**arguments | {"block_table": garbage}, window=window, scratch=again), out)
+    assert torch.equal(bits_of(again), bits_of(scratch))
+    csr = arguments | {"block_table": None, "kv_indices": garbage.flatten()}
+    csr["kv_indptr"] = torch.arange(0, garbage.numel() + 1, garbage.shape[1], dtype=torch.int32, device=device)
+    again = new_scratch(csr, dtype)
+    assert_same_bits(prefill_attention(**csr, window=window, scratch=again), out)
+    assert torch.equal(bits_of(again), bits_of(scratch))
+
+
+@pytest.mark.parametrize(("dtype", "raw_dtype"), list(zip(DTYPES[:2] * 2, DTYPES, strict=False)))
+def test_dtypes(dtype, raw_dtype, device):
+    """Queries of 16 bits, bfloat16 scratch memory, raw pages of any dtype; the yardstick is attention in bfloat16.
+
+    In the interpreter casts to bfloat16 truncate, which errs twice as much.
+    """
+    arguments = prefill_case(SMALL, [200, 90], [40, 7], dtype=dtype, raw_dtype=raw_dtype, sink_len=16, device=device)
+    out = prefill_attention(**arguments, scratch=new_scratch(arguments, torch.bfloat16))
+    exact = reference.prefill_attention(**arguments | {"q": arguments["q"].double()})
+    allowed = (2 if ON_GPU else 4) * relative_error(plain_attention(torch.bfloat16, arguments, {}), exact)
+    assert relative_error(out, exact) <= allowed
+
+
+def test_more_pages_than_programs_per_row(device, monkeypatch):
+    """A program writes several pages of a row where tables are long."""
+    monkeypatch.setattr(kvarn_triton.configs, "expand_columns", lambda programs, max_pages, device: 2)
+    arguments = prefill_case(SMALL, [330, 70], [6, 9], new=True, num_tail_slots=1, device=device)
+    check(arguments, scratch=new_scratch(arguments))
+
+
+def test_workspace_size(device):
+    """The size of the workspace is that of the launch with scratch memory; more slots than entries may be given."""
+    arguments = prefill_case(SMALL, [330, 70], [6, 9], new=True, num_kv_heads=2, device=device)
+    pages = arguments["block_table"].shape[1]
+    size = prefill_workspace_size(15, 2, 4, 2, SMALL, pages, device, split_size=2, scratch=True)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    scratch = new_scratch(arguments)
+    more = torch.cat((scratch, scratch))
+    out = prefill_attention(**arguments, split_size=2, scratch=more, workspace=workspace)
+    assert_same_bits(out, prefill_attention(**arguments, split_size=2, scratch=scratch))
+    with pytest.raises(ValueError, match="scratch: expected a slot for each of the 12 entries of block_table, got 11"):
+        prefill_attention(**arguments, scratch=scratch[1:])
