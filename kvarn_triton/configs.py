@@ -158,14 +158,15 @@ def prefill_config(
 
 def _register_config(layout: PageLayout, device: torch.device, few: DecodeConfig, block_m: int) -> PrefillConfig:
     """Return the parameters for tiles of 16 or 32 rows whose pages are dequantized in registers."""
-    num_warps = block_m // 16 * max(triton.next_power_of_2(layout.raw_head_dim) // 128, 1)
-    if num_warps == 1:
-        return PrefillConfig(16, 1, 32, RAW_BLOCK, few.num_stages, few.programs_per_sm, 32, "registers")
     # Warps share the numbers of a page: each has a part of the tokens, then of the channels. Queries and weights are in shared
     # memory.
+    if triton.next_power_of_2(layout.raw_head_dim) <= 128:
+        num_warps, block_d, programs = 2, 128 if block_m == 16 else 64, 6 if block_m == 16 else 3
+    else:
+        num_warps, block_d, programs = block_m // 8, 64, 64 // block_m
     shared = _shared_bytes(layout, few.num_stages) + 2 * block_m * (_padded_channels(layout)[0] + layout.page_size)
-    programs = max(min(8 // num_warps, _multiprocessor_bytes(device, arch_of(device)) // shared), 1)
-    return PrefillConfig(block_m, num_warps, layout.page_size, RAW_BLOCK, few.num_stages, programs, 64, "registers")
+    programs = max(min(programs, _multiprocessor_bytes(device, arch_of(device)) // shared), 1)
+    return PrefillConfig(block_m, num_warps, layout.page_size, RAW_BLOCK, few.num_stages, programs, block_d, "registers")
 
 
 def prefill_form(device: torch.device, rows: int | None) -> str:
@@ -184,7 +185,8 @@ def _scratch_config(layout: PageLayout, dtype: torch.dtype, device: torch.device
     """Return the parameters for pages of 16-bit numbers (32-bit ones of float32 queries) in scratch memory.
 
     As many rows as registers hold. Keys and values of the tokens of one step take at most a fifth of shared memory: there are
-    three steps of them beside the queries.
+    three steps of them beside the queries. At most 64 tokens: with 128 (sm90) ptxas 12.8 overwrites queries that it keeps in
+    registers (`inspection.overwritten_operands`).
     """
     channels = triton.next_power_of_2(layout.raw_head_dim)
     if dtype == torch.float32:

@@ -57,6 +57,7 @@ _TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "b
 _OPCODE = re.compile(r"(?:/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?|^\s+(?=(?:v|s|ds|global|buffer|flat|scratch)_))(\w+)")
 _LABEL = re.compile(r"^\s*(\.L_x_\d+|\.LBB\d+_\d+):")
 _UNIFORM = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s+([^;]*\bUR\d[^;]*);")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s+([^;]*);")
 _PREDICATE = re.compile(r"!?U?P(?:\d+|T)")
 _BRANCH = re.compile(r"(?:BRA\b|s_c?branch\w*).*?(\.L_x_\d+|\.LBB\d+_\d+)")
 
@@ -129,6 +130,8 @@ class Resources:
         loops: opcode counts of each innermost loop body, largest first: what one trip costs one warp.
         unset: instructions that read a uniform register which nothing has written (NVIDIA). There are none in a right
             program; ptxas 12.8 has lost the copy of a descriptor of a matrix in shared memory.
+        overwritten: products of a loop whose left operand is in registers from before the loop, and does not outlive the first
+            trip (NVIDIA). There are none in a right program; ptxas 12.8 has lost the copy of such an operand too.
     """
 
     registers: int
@@ -138,6 +141,7 @@ class Resources:
     instructions: int
     loops: list[collections.Counter[str]] = field(default_factory=list)
     unset: list[str] = field(default_factory=list)
+    overwritten: list[str] = field(default_factory=list)
 
     @property
     def product_loop(self) -> collections.Counter[str]:
@@ -172,9 +176,9 @@ def _run_tool(name: str, flags: list[str], path: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def find_loops(sass: str) -> list[collections.Counter[str]]:
-    """Return the opcode counts of every innermost loop body in a disassembly, largest first."""
-    lines, labels, spans, loops = sass.splitlines(), {}, [], []
+def _innermost_loops(lines: list[str]) -> list[list[str]]:
+    """Return the lines of every innermost loop body of a disassembly."""
+    labels, spans = {}, []
     for i, line in enumerate(lines):
         if label := _LABEL.match(line):
             labels[label.group(1)] = i
@@ -182,12 +186,47 @@ def find_loops(sass: str) -> list[collections.Counter[str]]:
         branch = _BRANCH.search(line)
         if branch and labels.get(branch.group(1), i) < i:
             spans.append((labels[branch.group(1)], i + 1))
-    for first, last in spans:
-        inner = [span for span in spans if span != (first, last) and first <= span[0] and span[1] <= last]
-        counts = collections.Counter(op.group(1) for op in map(_OPCODE.search, lines[first:last]) if op)
-        if not inner and counts.total() > 4:
-            loops.append(counts)
-    return sorted(loops, key=lambda counts: -counts.total())
+    return [
+        lines[first:last]
+        for first, last in spans
+        if not any(span != (first, last) and first <= span[0] and span[1] <= last for span in spans)
+    ]
+
+
+def find_loops(sass: str) -> list[collections.Counter[str]]:
+    """Return the opcode counts of every innermost loop body in a disassembly, largest first."""
+    bodies = _innermost_loops(sass.splitlines())
+    loops = [collections.Counter(op.group(1) for op in map(_OPCODE.search, body) if op) for body in bodies]
+    return sorted((counts for counts in loops if counts.total() > 4), key=lambda counts: -counts.total())
+
+
+def _registers_written(name: str) -> int:
+    """Return how many registers an instruction of this name writes."""
+    if product := re.match(r"HGMMA\.64x(\d+)x", name):
+        return int(product.group(1)) // 2
+    if matrices := re.search(r"88\.(\d)$", name):
+        return int(matrices.group(1))
+    size = re.search(r"\.(64|96|128)\b", name)
+    return int(size.group(1)) // 32 if size else 2 if "WIDE" in name else 1
+
+
+def overwritten_operands(sass: str) -> list[str]:
+    """Return the products of a disassembly (HGMMA) whose left operand a loop brings along in registers, and overwrites."""
+    found = []
+    for body in _innermost_loops(sass.splitlines()):
+        brought: dict[int, str] = {}
+        writer: dict[int, str] = {}
+        for match in filter(None, map(_INSTRUCTION.search, body)):
+            name, operands = match.group(1), [operand.strip() for operand in match.group(2).split(",")]
+            if name.startswith("HGMMA") and re.fullmatch(r"R\d+", operands[1]):
+                first = int(operands[1][1:])
+                brought |= {register: match.group(0).strip() for register in range(first, first + 4) if register not in writer}
+            target = next((operand for operand in operands if not _PREDICATE.fullmatch(operand)), "")
+            if re.fullmatch(r"R\d+", target):
+                writer |= dict.fromkeys(range(int(target[1:]), int(target[1:]) + _registers_written(name)), name)
+        # A copy at the end of a trip brings it back.
+        found += [line for register, line in brought.items() if not writer.get(register, "MOV").startswith("MOV")]
+    return sorted(set(found))
 
 
 def reads_of_unset_registers(sass: str) -> list[str]:
@@ -244,4 +283,5 @@ def resources(compiled: Compiled) -> Resources:
         instructions=sum(1 for _ in _OPCODE.finditer(sass)),
         loops=find_loops(sass),
         unset=reads_of_unset_registers(sass),
+        overwritten=overwritten_operands(sass),
     )

@@ -127,7 +127,8 @@ def _kvarn_prefill_attention_kernel(
     D: tl.constexpr = LAYOUT.head_dim
     D_V: tl.constexpr = LAYOUT.v_head_dim
     TOKEN_STAGES: tl.constexpr = 1 if max(K_CHANNELS, V_CHANNELS) > 256 else NUM_STAGES  # shared memory of 99 KB holds no more
-    RELOAD: tl.constexpr = FORM == "registers"  # queries in two layouts are too many registers for the loop over pages
+    # Queries that stay rotated in registers leave no room there for themselves as they came.
+    RELOAD: tl.constexpr = HAS_SCRATCH or FORM == "registers"
     tile, head, split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_q_heads = tl.num_programs(1) * GROUP
     row, row_start = find_tile(cu_seqlens_ptr, tile, batch, GROUP, BLOCK_M)
@@ -186,7 +187,7 @@ def _kvarn_prefill_attention_kernel(
                 LAYOUT, BLOCK_T, BLOCK_D, K_FIELDS, V_FIELDS, OPERAND, FORM, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
             )  # fmt: skip
         if HAS_RAW and split == 0:
-            if RELOAD:
+            if FORM == "registers":
                 rotated, _ = rotate_rows(_load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS), LAYOUT, K_FIELDS, OPERAND, False)
             raw_row_ptr = raw_table_ptr + row.to(tl.int64) * stride_raw_table
             raw_head_ptr = raw_pages_ptr + head.to(tl.int64) * stride_raw_head
@@ -205,8 +206,9 @@ def _kvarn_prefill_attention_kernel(
         if (SINGLE or HAS_NEW) and (not HAS_SCRATCH or num_valid > -sink_len):
             acc = hadamard(acc, LAYOUT.v_block_size)
         if HAS_NEW and split == 0:
-            # Loaded again: kept until now, it would take a third of the shared memory of the loop over pages.
-            q = _load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS).to(QUERY_OPERAND)
+            if RELOAD:
+                q = _load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS)
+            q = q.to(QUERY_OPERAND)
             acc, m_i, l_i = attend_new(
                 acc, m_i, l_i, q, qk_scale, soft_cap,
                 k_ptr + first_token.to(tl.int64) * stride_k_token + head * stride_k_head,

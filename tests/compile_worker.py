@@ -115,6 +115,7 @@ def describe(compiled: Compiled, case: str) -> dict:
         "num_warps": used.num_warps,
         "page_loop": used.product_loop.total(),
         "unset": used.unset,
+        "overwritten": used.overwritten,
         "loop_spills": used.product_loop["LDL"] + used.product_loop["STL"],
         "loops": [loop.total() for loop in used.loops],
         "largest_loop": used.loops[0].total() if used.loops else 0,

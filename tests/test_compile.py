@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kvarn_triton.inspection import SHARED_MEMORY_LIMIT, TARGETS, reads_of_unset_registers
+from kvarn_triton.inspection import SHARED_MEMORY_LIMIT, TARGETS, overwritten_operands, reads_of_unset_registers
 
 TESTS = Path(__file__).parent
 
@@ -23,7 +23,7 @@ INSTRUCTIONS_PER_PAGE = 2300
 kv head, all warps of a program together. An H200 has about 3,050 issue slots in the time that it needs to read the page."""
 BUDGET_CASES = ("decode quantized only, group 8", "decode")
 """Without and with a sink and a tail. No load or store of a spilled register in that loop."""
-INSTRUCTIONS_PER_PAGE_OF_ROWS = {"prefill 16 rows": 3400, "prefill 32 rows": 5200}
+INSTRUCTIONS_PER_PAGE_OF_ROWS = {"prefill 16 rows": 3700, "prefill 32 rows": 5200}
 """The same of prefill attention for as many query rows with a sink and a tail, masks included, which most pages skip."""
 INSTRUCTIONS_PER_STEP = 5900
 """Most warp instructions of a step of the balancing of a 128 x 128 tile, all warps of a program together. There are three of
@@ -85,7 +85,7 @@ def test_compiles(target, compiled):
     }
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_MEMORY_LIMIT[target], kernel
-        assert not kernel["unset"], kernel
+        assert not kernel["unset"] and not kernel["overwritten"], kernel
     if target in BUDGET_TARGETS:
         for case in BUDGET_CASES:
             decode = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_decode_attention_kernel", case))
@@ -121,3 +121,22 @@ def test_unset_registers_are_found():
     lost = whole.replace("UR14, 0x2, URZ", "UR18, 0x2, URZ").replace("UR15, URZ, URZ, UP1", "UR19, URZ, URZ, UP1")
     assert len(reads_of_unset_registers(lost)) == 2
     assert len(reads_of_unset_registers(whole.replace("UMOV UR15", "UMOV UR16"))) == 1
+
+
+def test_overwritten_operands_are_found():
+    """A left operand from before a loop that the loop uses as scratch registers is found; one that is made in it is not."""
+    whole = """
+        /*0000*/                   F2FP.F16.F32.PACK_AB R168, R1, R2 ;
+    .L_x_4:
+        /*0010*/                   HGMMA.64x64x16.F32 R24, R168, gdesc[UR20], RZ, !UPT ;
+        /*0020*/                   FMUL R184, R24, UR42 ;
+        /*0030*/                   F2FP.F16.F32.PACK_AB R184, R184, R25 ;
+        /*0040*/                   LDSM.16.M88.4 R185, [R3] ;
+        /*0050*/                   HGMMA.64x128x16.F32 R88, R184, gdesc[UR20].tnspB, R88 ;
+        /*0060*/               @P5 BRA `(.L_x_4) ;
+    """
+    assert overwritten_operands(whole) == []
+    lost = whole.replace("FMUL R184", "FMUL R170").replace("LDSM.16.M88.4 R185", "LDSM.16.M88.4 R169")
+    assert len(overwritten_operands(lost)) == 1
+    assert overwritten_operands(lost.replace("LDSM.16.M88.4 R169", "MOV R170")) == []
+    assert len(overwritten_operands(whole.replace("HGMMA.64x64x16.F32 R24", "HGMMA.64x64x16.F32 R140"))) == 1
