@@ -140,7 +140,7 @@ def _kvarn_prefill_attention_kernel(
     D: tl.constexpr = LAYOUT.head_dim
     D_V: tl.constexpr = LAYOUT.v_head_dim
     TOKEN_STAGES: tl.constexpr = 1 if max(K_CHANNELS, V_CHANNELS) > 256 else NUM_STAGES  # shared memory of 99 KB holds no more
-    RELOAD: tl.constexpr = FORM == "registers"  # queries in two layouts are too many registers for the loop over pages
+    RELOAD: tl.constexpr = FORM == "registers"  # queries kept for later would take shared memory from pages
     tile, head, split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_q_heads = tl.num_programs(1) * GROUP
     row, row_start = _find_tile(cu_seqlens_ptr, tile, batch, GROUP, BLOCK_M)
