@@ -3,7 +3,7 @@
 With many rows it pays to dequantize each page once and to multiply plain 16-bit numbers: `code * scale + zero` of keys and
 values, rounded once, times the norm of a channel for values. The norm of a key token multiplies its scores. Query rows are
 rows of the products; tokens are columns of the product with keys, channels of the product with values. With few rows, or little
-shared memory, pages stay as they are (`attend_few`).
+shared memory, pages are dequantized in registers (`attend_registers`) or stay as they are (`attend_few`).
 """
 
 from __future__ import annotations

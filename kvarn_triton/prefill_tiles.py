@@ -127,7 +127,7 @@ def _kvarn_prefill_attention_kernel(
     D: tl.constexpr = LAYOUT.head_dim
     D_V: tl.constexpr = LAYOUT.v_head_dim
     TOKEN_STAGES: tl.constexpr = 1 if max(K_CHANNELS, V_CHANNELS) > 256 else NUM_STAGES  # shared memory of 99 KB holds no more
-    # Queries that stay rotated in registers leave no room there for themselves as they came.
+    # Queries kept for later would take registers or shared memory from the loop over pages.
     RELOAD: tl.constexpr = HAS_SCRATCH or FORM == "registers"
     tile, head, split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_q_heads = tl.num_programs(1) * GROUP
