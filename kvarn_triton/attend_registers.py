@@ -1,8 +1,9 @@
 """Attention of 16 or 32 query rows to a quantized page that is dequantized in registers: what few rows of prefill attention do.
 
 Query rows are rows of the products, as in `attend_many`. Their right operands, keys and values, never leave the threads that
-load their codes: a product of so few rows takes its operands from registers. No number is stored to shared memory, and nothing
-waits at a barrier where a program is one warp.
+load their codes: a product of so few rows takes its operands from registers. No number of a page is stored to shared memory.
+Warps share them, each making those of a part of the tokens and then of the channels: what goes through shared memory is queries
+and weights.
 
 Codes are loaded as words of 16 bits, two bytes, because a register of the tensor cores holds two neighbouring numbers of 16
 bits. A field of the lower or of the upper bytes of all words is a *plane*, and has a product of its own. A code stays where it
