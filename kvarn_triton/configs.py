@@ -146,27 +146,32 @@ def prefill_config(
         if rows is None or rows <= TILE_ROWS[-1]:
             return PrefillConfig(64, 4, layout.page_size, 64)
         return PrefillConfig(128, 8, layout.page_size, 64, num_stages=3, programs_per_sm=1)
+    if form == "registers":
+        return _register_config(layout, dtype, device, 16 if rows is not None and rows <= TILE_ROWS[0] else 32)
     few = decode_config(layout, dtype, device)
     num_stages, block_t, block_d = few.num_stages, few.block_t, few.block_d
-    if form == "registers":
-        return _register_config(layout, device, few, 16 if rows is not None and rows <= TILE_ROWS[0] else 32)
     if num_stages == 1 or (channels > 256 and _holds_little(device)):
         # A page too large for shared memory goes through it tile by tile: small ones, beside 16 rows of as many channels.
         num_stages, block_t, block_d = 1, 32, 32
     return PrefillConfig(16, few.num_warps, block_t, RAW_BLOCK, num_stages, few.programs_per_sm, block_d, form)
 
 
-def _register_config(layout: PageLayout, device: torch.device, few: DecodeConfig, block_m: int) -> PrefillConfig:
-    """Return the parameters for tiles of 16 or 32 rows whose pages are dequantized in registers."""
-    # Warps share the numbers of a page: each has a part of the tokens, then of the channels. Queries and weights are in shared
-    # memory.
-    if triton.next_power_of_2(layout.raw_head_dim) <= 128:
+def _register_config(layout: PageLayout, dtype: torch.dtype, device: torch.device, block_m: int) -> PrefillConfig:
+    """Return the parameters for tiles of 16 or 32 rows whose pages are dequantized in registers.
+
+    Warps share the numbers of a page: each has a part of the tokens, then of the channels. Queries and weights are in shared
+    memory. The larger of both head_dims counts.
+    """
+    larger = dataclasses.replace(layout, head_dim=layout.raw_head_dim, v_head_dim=layout.raw_head_dim)
+    channels = triton.next_power_of_2(layout.raw_head_dim)
+    if channels <= 128:
         num_warps, block_d, programs = 2, 128 if block_m == 16 else 64, 6 if block_m == 16 else 3
     else:
         num_warps, block_d, programs = block_m // 8, 64, 64 // block_m
-    shared = _shared_bytes(layout, few.num_stages) + 2 * block_m * (_padded_channels(layout)[0] + layout.page_size)
+    num_stages = decode_config(larger, dtype, device).num_stages
+    shared = _shared_bytes(larger, num_stages) + 2 * block_m * (channels + layout.page_size)
     programs = max(min(programs, _multiprocessor_bytes(device, arch_of(device)) // shared), 1)
-    return PrefillConfig(block_m, num_warps, layout.page_size, RAW_BLOCK, few.num_stages, programs, block_d, "registers")
+    return PrefillConfig(block_m, num_warps, layout.page_size, RAW_BLOCK, num_stages, programs, block_d, "registers")
 
 
 def prefill_form(device: torch.device, rows: int | None) -> str:
