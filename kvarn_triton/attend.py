@@ -200,6 +200,19 @@ def add_quantized_values(
 
 
 @triton.jit
+def advance_softmax(scores, m_i, l_i):
+    """Return weights [rows, tokens] of scores (base 2), the factor of what was summed before, and the new (m_i, l_i).
+
+    A row may have no finite score yet: its weights are 0.
+    """
+    m_new = tl.maximum(m_i, tl.max(scores, axis=1))
+    origin = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m_i - origin)
+    weights = tl.exp2(scores - origin[:, None])
+    return weights, alpha, m_new, l_i * alpha + tl.sum(weights, axis=1)
+
+
+@triton.jit
 def capped(scores, cap):
     """Return cap * tanh(scores / cap), to the last places of float32 for small and large scores alike.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attend import capped, load_bytes, load_high
+from .attend import advance_softmax, capped, load_bytes, load_high
 from .attend_few import add_folded_values, folded_scores
 from .attend_registers import add_register_values, query_planes, register_scores, token_in_order
 from .device import item_of_field, log2, split_halves
@@ -139,19 +139,6 @@ def _page_values(
         values = expand_field(packed, high, scale, zero.to(OPERAND)[:, None], f, BITS, OPERAND, PTX)
         planes = planes + (values * norm,)
     return _join_fields(planes)
-
-
-@triton.jit
-def advance_softmax(scores, m_i, l_i):
-    """Return weights [rows, tokens] of scores (base 2), the factor of what was summed before, and the new (m_i, l_i).
-
-    A row may have no finite score yet: its weights are 0.
-    """
-    m_new = tl.maximum(m_i, tl.max(scores, axis=1))
-    origin = tl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = tl.exp2(m_i - origin)
-    weights = tl.exp2(scores - origin[:, None])
-    return weights, alpha, m_new, l_i * alpha + tl.sum(weights, axis=1)
 
 
 @triton.jit

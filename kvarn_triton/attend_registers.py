@@ -20,11 +20,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .attend import advance_softmax
 from .device import item_of_field, split_halves
 from .operands import join_planes, split_planes
 
-LEAST_SCORE = tl.constexpr(-1e30)
-"""Stands for the largest score of a row that has seen no token."""
 LEAST_PLANE = tl.constexpr(16)
 """Least length of the axis that a product sums over."""
 
@@ -263,11 +262,7 @@ def add_register_values(
     BLOCK_W: tl.constexpr = max(WORDS, LEAST_PLANE)
     CHANNELS: tl.constexpr = acc.shape[1]
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + 1)
-    m_new = tl.maximum(m_i, tl.max(scores, axis=1))
-    origin = tl.maximum(m_new, LEAST_SCORE)
-    alpha = tl.exp2(m_i - origin)
-    weights = tl.exp2(scores - origin[:, None])
-    l_i = l_i * alpha + tl.sum(weights, axis=1)
+    weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
     operands = split_planes(weights.to(tl.float16), 2 * FIELDS)
     acc = acc * alpha[:, None]
 
@@ -289,4 +284,4 @@ def add_register_values(
     channel = tl.arange(0, CHANNELS)
     norm = tl.load((record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + channel, channel < D, other=0.0)
     norm = norm.to(tl.float32) * (gain * (1.0 / _unit(BITS)))
-    return acc + join_planes(products) * norm[None, :], m_new, l_i
+    return acc + join_planes(products) * norm[None, :], m_i, l_i

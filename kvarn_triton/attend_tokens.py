@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attend import capped
-from .attend_many import advance_softmax, channel_in_order, visible
+from .attend import advance_softmax, capped
+from .attend_many import channel_in_order, visible
 from .paging import load_page_id
 
 
