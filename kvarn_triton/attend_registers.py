@@ -22,7 +22,7 @@ import triton.language as tl
 
 from .attend import advance_softmax
 from .device import item_of_field, split_halves
-from .operands import join_planes, split_planes
+from .operands import high_bits, join_planes, split_planes
 
 LEAST_PLANE = tl.constexpr(16)
 """Least length of the axis that a product sums over."""
@@ -133,7 +133,7 @@ def _numbers_ptx(field, upper, bits):
 def _numbers(
     words, high, scale, zero, FIELD: tl.constexpr, UPPER: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
 ):  # fmt: skip
-    """Return the float16 numbers [words, columns] of one plane of int16 words. `high` as `_high_bits` returns them."""
+    """Return the float16 numbers [words, columns] of one plane of int16 words. `high` as `operands.high_bits` returns them."""
     scale = tl.broadcast_to(scale[:, None], words.shape)
     zero = tl.broadcast_to(zero[:, None], words.shape)
     if PTX:
@@ -148,19 +148,6 @@ def _numbers(
         codes = codes.to(tl.float32) * 2.0 ** (_place(FIELD, BITS) - 24)
         numbers = (codes * scale.to(tl.float32) + zero.to(tl.float32)).to(tl.float16)
     return numbers
-
-
-@triton.jit
-def _high_bits(lower, upper, PTX: tl.constexpr):
-    """Return the low four bits of the bytes of `lower` or the upper four of `upper`, words of which one is zero."""
-    if PTX:
-        bits = tl.inline_asm_elementwise(
-            "{ .reg .b32 t, u; and.b32 t, $1, 0x0f0f0f0f; shr.b32 u, $2, 4; and.b32 u, u, 0x0f0f0f0f; or.b32 $0, t, u; }",
-            "=r,r,r", [lower, upper], tl.int16, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        bits = ((lower & 0x0F0F) | ((upper >> 4) & 0x0F0F)).to(tl.int16)
-    return bits
 
 
 @triton.jit
@@ -185,7 +172,7 @@ def _load_words(
         high_ptr = rows_ptr + ROWS * WORDS
         lower = tl.load(high_ptr + place, (word < WORDS // 2) & mask, other=0)
         upper = tl.load(high_ptr + place - WORDS // 2, (word >= WORDS // 2) & (word < WORDS) & mask, other=0)
-        high = _high_bits(lower, upper, PTX)
+        high = high_bits(lower, upper, PTX)
     return words, high
 
 

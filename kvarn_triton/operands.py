@@ -184,12 +184,14 @@ def field_codes(
 
 @triton.jit
 def high_bits(lower, upper, PTX: tl.constexpr):
-    """Return the low four bits of `lower` or the upper four of `upper`, bytes of which one is zero."""
+    """Return the low four bits of all bytes of `lower`, or the upper four of `upper`, int8 or int16; one of them is zero."""
+    WIDTH: tl.constexpr = lower.dtype.primitive_bitwidth
+    MASK: tl.constexpr = 0x0F0F & (2**WIDTH - 1)
     if PTX:
         bits = tl.inline_asm_elementwise(
             "{ .reg .b32 t, u; and.b32 t, $1, 0x0f0f0f0f; shr.b32 u, $2, 4; and.b32 u, u, 0x0f0f0f0f; or.b32 $0, t, u; }",
-            "=r,r,r", [lower, upper], tl.int8, is_pure=True, pack=4,
+            "=r,r,r", [lower, upper], lower.dtype, is_pure=True, pack=32 // WIDTH,
         )  # fmt: skip
     else:
-        bits = ((lower & 15) | ((upper >> 4) & 15)).to(tl.int8)
+        bits = ((lower & MASK) | ((upper >> 4) & MASK)).to(lower.dtype)
     return bits
