@@ -5,7 +5,8 @@ As in `attend` nothing is dequantized: scales are folded into queries and weight
 multiplied as float16 numbers below the normal range: the bits of a code are the number code * 2**-24, exactly.
 
 Codes are above 0, so rounding a folded number by r would move a score by r times a mean code of half the largest one. That
-mean is taken out: what was rounded off, times the mean code, goes into the number per row.
+mean is taken out: what was rounded off, times the mean code, goes into the number per row. Operands of float32 are codes less
+the mean code.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ def _mean_code(bits):
 
 
 @triton.constexpr_function
+def _center(bits, operand):
+    """Return what codes in an operand are less than in a page: float16 holds codes below its normal range only as they are."""
+    return _mean_code(bits) if operand == tl.float32 else 0.0
+
+
+@triton.constexpr_function
 def _half_ptx(field, bits):
     """PTX of `_half_codes` for four bytes."""
     codes = unsigned_codes_ptx(field, bits, 1, "$2", "$3")
@@ -40,13 +47,17 @@ def _half_ptx(field, bits):
 
 @triton.jit
 def _half_codes(packed, high, FIELD: tl.constexpr, BITS: tl.constexpr, OPERAND: tl.constexpr, PTX: tl.constexpr):
-    """Return the codes of one field of packed bytes over CODE_UNIT, in OPERAND. `high` as in `operands.field_codes`."""
+    """Return the codes of one field of packed bytes, less `_center`, over CODE_UNIT, in OPERAND.
+
+    `high` as in `operands.field_codes`.
+    """
     if PTX and tl.float16 == OPERAND:
         codes = tl.inline_asm_elementwise(
             _half_ptx(FIELD, BITS), "=&r,=&r,r,r", [packed, high], tl.float16, is_pure=True, pack=4
         )  # fmt: skip
     else:
-        codes = (unsigned_codes(packed, high, FIELD, BITS).to(tl.float32) * (1.0 / CODE_UNIT)).to(OPERAND)
+        codes = unsigned_codes(packed, high, FIELD, BITS).to(tl.float32) - _center(BITS, OPERAND)
+        codes = (codes * (1.0 / CODE_UNIT)).to(OPERAND)
     return codes
 
 
@@ -79,7 +90,7 @@ def folded_scores(
         zero = zero.to(tl.float32) + _mean_code(BITS) * scale
         plane = planes[f].to(tl.float32)
         folded = (plane * scale[None, :]).to(OPERAND)
-        offsets += plane * zero[None, :] - _mean_code(BITS) * folded.to(tl.float32)
+        offsets += plane * zero[None, :] - (_mean_code(BITS) - _center(BITS, OPERAND)) * folded.to(tl.float32)
         operands = operands + (folded,)
     q_factor = q_factor * gain
     offset = tl.sum(offsets, axis=1) * q_factor
@@ -132,7 +143,8 @@ def add_folded_values(
     weights = tl.exp2(scores - m_page[:, None])
     folded = (weights * (scale * LARGEST)[None, :]).to(OPERAND)
     total = tl.sum(weights, axis=1)
-    offset = tl.sum(weights * (zero * LARGEST)[None, :] - _mean_code(BITS) * folded.to(tl.float32), axis=1)
+    rounded = (_mean_code(BITS) - _center(BITS, OPERAND)) * folded.to(tl.float32)
+    offset = tl.sum(weights * (zero * LARGEST)[None, :] - rounded, axis=1)
     operands = split_planes(folded, FIELDS)
 
     codes_ptr = (record_ptr + LAYOUT.v_codes_offset).to(tl.pointer_type(tl.int8))
