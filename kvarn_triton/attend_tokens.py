@@ -11,10 +11,70 @@ import triton.language as tl
 from .attend import advance_softmax, capped
 from .attend_many import channel_in_order, visible
 from .paging import load_page_id
+from .schedule import RAW_UNIT
 
 
 @triton.jit
-def attend_raw_run(
+def num_raw_units(first, last):
+    """Return how many units of RAW_UNIT tokens the raw tokens `first` to `last` are."""
+    return tl.cdiv(tl.maximum(last - first, 0), RAW_UNIT)
+
+
+@triton.jit
+def attend_raw_units(
+    acc,
+    m_i,
+    l_i,
+    q,
+    q_factor,
+    soft_cap,
+    raw_pages_ptr,
+    table_ptr,
+    stride_page,
+    stride_half,
+    stride_token,
+    first_unit,
+    last_unit,
+    sink,
+    tail,
+    sink_len,
+    num_sink_pages,
+    num_tail_slots,
+    position,
+    window,
+    LAYOUT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    K_FIELDS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    PTX: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Advance (acc, m_i, l_i) by raw units first_unit to last_unit of one kv head: those of the sink, then those of the tail.
+
+    `sink` and `tail` are the tokens that some query sees, (first, last), counted from the start of the sequence and of the
+    body. `position` [rows] are those of the queries within the body.
+    """
+    before = 0
+    for part in tl.static_range(2):
+        first, last = tail if part else sink
+        units = num_raw_units(first, last)
+        first_of_part = tl.minimum(tl.maximum(first_unit - before, 0), units)
+        last_of_part = tl.minimum(last_unit - before, units)
+        end = tl.where(first_of_part < last_of_part, tl.minimum(first + last_of_part * RAW_UNIT, last), 0)
+        acc, m_i, l_i = _attend_raw_run(
+            acc, m_i, l_i, q, q_factor, soft_cap, raw_pages_ptr, table_ptr, stride_page, stride_half, stride_token,
+            first + first_of_part * RAW_UNIT, end, num_sink_pages * part,
+            tl.maximum(num_tail_slots if part else num_sink_pages, 1), position + sink_len * (1 - part), window,
+            LAYOUT, BLOCK_R, K_FIELDS, OPERAND, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
+        )  # fmt: skip
+        before += units
+    return acc, m_i, l_i
+
+
+@triton.jit
+def _attend_raw_run(
     acc,
     m_i,
     l_i,

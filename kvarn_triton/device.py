@@ -116,3 +116,18 @@ def field_of_item(item, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
 def item_of_field(byte, field, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
     """Return the item that a field of a byte holds; the inverse of the two functions above."""
     return byte // (BLOCK // FIELDS) * BLOCK + field * (BLOCK // FIELDS) + byte % (BLOCK // FIELDS)
+
+
+@triton.jit
+def load_rows(x_ptr, place, mask, D: tl.constexpr, CHANNELS: tl.constexpr):
+    """Load rows [rows, CHANNELS] of D numbers from places [rows]; what is padding is 0."""
+    offs_d = tl.arange(0, CHANNELS)
+    return tl.load(x_ptr + place[:, None] + offs_d[None, :], mask[:, None] & (offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(out_ptr, place, values, mask, D: tl.constexpr):
+    """Store D numbers of rows [rows, channels] at places [rows]."""
+    offs_d = tl.arange(0, values.shape[1])
+    values = values.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + place[:, None] + offs_d[None, :], values, mask[:, None] & (offs_d < D)[None, :])

@@ -18,8 +18,8 @@ from .prefill_expand import launch_expand_pages
 from .prefill_merge import launch_merge_queries
 from .prefill_tiles import launch_prefill_tiles
 
-MAX_SPLITS = 65535
-"""Most programs along the third axis of a grid."""
+MAX_PROGRAMS = 2**31 - 1
+"""Most programs of a grid."""
 
 
 def prefill_workspace_size(
@@ -170,7 +170,8 @@ def prefill_attention(
     group = num_q_heads // max(num_kv_heads, 1)
     config = configs.prefill_config(layout, q.dtype, q.device, total_tokens, batch, group, split_size, scratch is not None)
     splits = _num_splits(total_tokens, batch, num_q_heads, num_kv_heads, table.shape[-1], q.device, config, split_size)
-    require(splits <= MAX_SPLITS, "split_size", f"one that cuts pages into at most {MAX_SPLITS} runs", split_size)
+    most = MAX_PROGRAMS // max((-(-total_tokens * group // config.block_m) + batch) * num_kv_heads, 1)
+    require(splits <= most, "split_size", f"one that cuts pages into at most {most} runs", split_size)
     num_bytes = 0 if splits == 1 else 4 * splits * total_tokens * num_q_heads * (v_head_dim + 1)
     if workspace is not None:
         check_tensor("workspace", workspace, [None], torch.uint8, device=q.device)

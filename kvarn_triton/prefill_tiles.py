@@ -1,9 +1,10 @@
 """The first kernel of prefill attention: it attends with tiles of query rows to pages, raw tokens and new tokens.
 
 A row is a query head of a token; a tile is BLOCK_M consecutive rows of one sequence and kv head, those of one token after those
-of the one before. One program attends with a tile to a run of the pages that its last row sees, and, in the first run, to raw
-and new tokens. Grid: (tile, kv head, run). Bytes moved: each record byte once for each tile; 4 * (v_head_dim + 1) bytes per row
-and run, twice, where there are several runs.
+of the one before. One program attends with a tile to a share of the raw tokens and pages that its last row sees, and, with
+the first share, to new tokens. Grid: (program,), those of a tile next to each other, from the last tile to the first; those for
+which there is no tile come last, because multiprocessors that get them first get less of the rest. Bytes moved: each record
+byte once for each tile; 4 * (v_head_dim + 1) bytes per row and share, twice, where there are several shares.
 """
 
 from __future__ import annotations
@@ -14,37 +15,19 @@ import triton.language as tl
 
 from . import configs
 from .attend_many import attend_pages
-from .attend_tokens import attend_expanded, attend_new, attend_raw_run
-from .device import LOG2E, hadamard
+from .attend_tokens import attend_expanded, attend_new, attend_raw_units, num_raw_units
+from .device import LOG2E, hadamard, load_rows, store_rows
 from .layout import PageLayout, fields_per_byte
 from .merge import LN2
 from .paging import body_seen, first_slot, ids_of_row
 from .query import rotate_rows
-from .schedule import find_tile
+from .schedule import find_tile, share_of_tile
 
 _NOT_SPECIALIZED = [
-    "batch", "sink_len", "num_sink_pages", "num_tail_slots", "split_size", "window", "stride_table", "stride_raw_table",
-    "total_tokens", "max_pages",
+    "batch", "num_kv_heads", "num_splits", "sink_len", "num_sink_pages", "num_tail_slots", "split_size", "window",
+    "stride_table", "stride_raw_table", "total_tokens", "max_pages",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
-
-
-@triton.jit
-def _load_rows(q_ptr, place, mask, D: tl.constexpr, CHANNELS: tl.constexpr):
-    """Load rows [rows, CHANNELS] from places [rows]; what is padding is 0."""
-    offs_d = tl.arange(0, CHANNELS)
-    return tl.load(q_ptr + place[:, None] + offs_d[None, :], mask[:, None] & (offs_d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _store_rows(out_ptr, place, values, mask, D: tl.constexpr):
-    """Store rows [rows, channels] at places [rows]."""
-    offs_d = tl.arange(0, values.shape[1])
-    tl.store(
-        out_ptr + place[:, None] + offs_d[None, :],
-        values.to(out_ptr.dtype.element_ty),
-        mask[:, None] & (offs_d < D)[None, :],
-    )
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -70,6 +53,8 @@ def _kvarn_prefill_attention_kernel(
     soft_cap,  # soft_cap * log2(e)
     window,
     batch,
+    num_kv_heads,
+    num_splits,
     total_tokens,
     sink_len,
     num_sink_pages,
@@ -129,14 +114,15 @@ def _kvarn_prefill_attention_kernel(
     TOKEN_STAGES: tl.constexpr = 1 if max(K_CHANNELS, V_CHANNELS) > 256 else NUM_STAGES  # shared memory of 99 KB holds no more
     # Queries kept for later would take registers or shared memory from the loop over pages.
     RELOAD: tl.constexpr = HAS_SCRATCH or FORM == "registers"
-    tile, head, split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    num_q_heads = tl.num_programs(1) * GROUP
-    row, row_start = find_tile(cu_seqlens_ptr, tile, batch, GROUP, BLOCK_M)
+    head = tl.program_id(0) % num_kv_heads
+    split = tl.program_id(0) // num_kv_heads % num_splits
+    num_q_heads = num_kv_heads * GROUP
+    row, tile = find_tile(cu_seqlens_ptr, tl.program_id(0) // num_kv_heads // num_splits, batch, GROUP, BLOCK_M)
     if row < batch:
         first_token = tl.load(cu_seqlens_ptr + row)
         num_tokens = tl.load(cu_seqlens_ptr + row + 1) - first_token
         seq_len = tl.load(seq_lens_ptr + row)
-        first_row = (tile - row_start) * BLOCK_M
+        first_row = tile * BLOCK_M
         num_rows = tl.minimum(num_tokens * GROUP - first_row, BLOCK_M)
         first_query = first_row // GROUP
         last_query = (first_row + num_rows - 1) // GROUP
@@ -148,17 +134,18 @@ def _kvarn_prefill_attention_kernel(
         offs_m = tl.arange(0, BLOCK_M)
         query = (first_row + offs_m) // GROUP
         shift = seq_len - num_tokens - sink_len  # the position of the first query within the body
-        size = tl.maximum(tl.cdiv(tl.maximum(quantized - first_page, 0), tl.num_programs(2)), 1)
-        if split_size > 0:
-            size = split_size
-        first_page += split * size
-        last_page = tl.minimum(first_page + size, quantized)
+        sink = oldest + sink_len, tl.minimum(num_valid + sink_len, sink_len)
+        tail = tl.maximum(oldest, quantized * G), num_valid
+        num_raw = num_raw_units(sink[0], sink[1]) + num_raw_units(tail[0], tail[1]) if HAS_RAW else 0
+        first_raw, last_raw, first_page, last_page = share_of_tile(
+            split, num_splits, split_size, num_raw, first_page, quantized
+        )  # fmt: skip
 
         mask_m = offs_m < num_rows
         q_head = head * GROUP + (first_row + offs_m) % GROUP
         token = (first_token + query).to(tl.int64)
         q_place = token * stride_q_token + q_head * stride_q_head
-        q = _load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS)
+        q = load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS)
         if HAS_SCRATCH:
             rotated, q_factor = rotate_rows(q.to(QUERY_OPERAND), LAYOUT, K_FIELDS, OPERAND, K_CHANNELS <= 128)
         else:
@@ -186,28 +173,21 @@ def _kvarn_prefill_attention_kernel(
                 first_page, last_page, num_valid, shift + query, shift + first_query, shift + last_query, window,
                 LAYOUT, BLOCK_T, BLOCK_D, K_FIELDS, V_FIELDS, OPERAND, FORM, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
             )  # fmt: skip
-        if HAS_RAW and split == 0:
+        if HAS_RAW and first_raw < last_raw:
             if FORM == "registers":
-                rotated, _ = rotate_rows(_load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS), LAYOUT, K_FIELDS, OPERAND, False)
-            raw_row_ptr = raw_table_ptr + row.to(tl.int64) * stride_raw_table
-            raw_head_ptr = raw_pages_ptr + head.to(tl.int64) * stride_raw_head
-            for part in tl.static_range(2):
-                # The sink, whose tokens count from 0 on, then the tail.
-                base = sink_len * (1 - part)
-                acc, m_i, l_i = attend_raw_run(
-                    acc, m_i, l_i, rotated, q_factor, soft_cap, raw_head_ptr, raw_row_ptr,
-                    stride_raw_page, stride_raw_half, stride_raw_token,
-                    tl.maximum(oldest, quantized * G) if part else oldest + sink_len,
-                    num_valid if part else tl.minimum(num_valid + sink_len, sink_len),
-                    num_sink_pages * part, tl.maximum(num_tail_slots if part else num_sink_pages, 1),
-                    shift + query + base, window,
-                    LAYOUT, BLOCK_R, K_FIELDS, RAW_OPERAND, HAS_WINDOW, HAS_CAP, PTX, TOKEN_STAGES,
-                )  # fmt: skip
+                rotated, _ = rotate_rows(load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS), LAYOUT, K_FIELDS, OPERAND, False)
+            acc, m_i, l_i = attend_raw_units(
+                acc, m_i, l_i, rotated, q_factor, soft_cap,
+                raw_pages_ptr + head.to(tl.int64) * stride_raw_head, raw_table_ptr + row.to(tl.int64) * stride_raw_table,
+                stride_raw_page, stride_raw_half, stride_raw_token,
+                first_raw, last_raw, sink, tail, sink_len, num_sink_pages, num_tail_slots, shift + query, window,
+                LAYOUT, BLOCK_R, K_FIELDS, RAW_OPERAND, HAS_WINDOW, HAS_CAP, PTX, TOKEN_STAGES,
+            )  # fmt: skip
         if (SINGLE or HAS_NEW) and (not HAS_SCRATCH or num_valid > -sink_len):
             acc = hadamard(acc, LAYOUT.v_block_size)
         if HAS_NEW and split == 0:
             if RELOAD:
-                q = _load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS)
+                q = load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS)
             q = q.to(QUERY_OPERAND)
             acc, m_i, l_i = attend_new(
                 acc, m_i, l_i, q, qk_scale, soft_cap,
@@ -229,13 +209,13 @@ def _kvarn_prefill_attention_kernel(
                 l_i = l_i * alpha + tl.exp2(logit - origin)
                 m_i = m_new
             acc = acc * (1.0 / tl.where(l_i > 0, l_i, 1.0))[:, None]
-            _store_rows(out_ptr, token * stride_out_token + q_head * stride_out_head, acc, mask_m, D_V)
+            store_rows(out_ptr, token * stride_out_token + q_head * stride_out_head, acc, mask_m, D_V)
             if RETURN_LSE:
                 tl.store(lse_ptr + token * num_q_heads + q_head, (m_i + tl.log2(l_i)) * LN2, mask_m)
         else:
             acc = acc * (1.0 / tl.where(l_i > 0, l_i, 1.0))[:, None]
             place = (split * total_tokens.to(tl.int64) + token) * num_q_heads + q_head
-            _store_rows(partial_ptr, place * D_V, acc, mask_m, D_V)
+            store_rows(partial_ptr, place * D_V, acc, mask_m, D_V)
             tl.store(partial_lse_ptr + place, m_i + tl.log2(l_i), mask_m)
 
 
@@ -278,7 +258,8 @@ def launch_prefill_tiles(
     expanded = q if scratch is None else scratch
     new_k, new_v = (q if x is None else x for x in (k, v))
     num_sink_pages = -(-sink_len // layout.page_size)
-    _kvarn_prefill_attention_kernel[(triton.cdiv(total_tokens * group, config.block_m) + batch, num_kv_heads, num_splits)](
+    tiles = triton.cdiv(total_tokens * group, config.block_m) + batch
+    _kvarn_prefill_attention_kernel[(tiles * num_kv_heads * num_splits,)](
         out,
         seq_lens if lse is None else lse,
         out if partial is None else partial,
@@ -300,6 +281,8 @@ def launch_prefill_tiles(
         (soft_cap or 0.0) * LOG2E.value,
         window or 0,
         batch,
+        num_kv_heads,
+        num_splits,
         total_tokens,
         sink_len,
         num_sink_pages,

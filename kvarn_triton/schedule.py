@@ -31,6 +31,8 @@ BLOCK_B = tl.constexpr(128)
 """Sequences whose lengths are looked at together."""
 LEAST_UNITS = tl.constexpr(5)
 """Units of a piece below which `few_programs` do the work."""
+RAW_UNIT = tl.constexpr(64)
+"""Raw tokens that count as a page where the programs of a tile of query rows share its work."""
 TRIES = tl.constexpr(3)
 """Sizes of pieces that are tried, from an equal share on, before heads share pieces."""
 
@@ -177,19 +179,50 @@ def start_of_row(rows, row, num_kv_heads, split_size, UNITS: tl.constexpr):
 
 
 @triton.jit
-def find_tile(cu_seqlens_ptr, tile, batch, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return the sequence that a tile belongs to, `batch` if there is no such tile, and the sequence's first tile."""
+def _tiles_of_block(cu_seqlens_ptr, first_row, batch, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return the tiles of query rows of BLOCK_B sequences."""
+    row = first_row + tl.arange(0, BLOCK_B)
+    start = tl.load(cu_seqlens_ptr + row, row < batch, other=0)
+    end = tl.load(cu_seqlens_ptr + row + 1, row < batch, other=0)
+    return tl.cdiv((end - start) * GROUP, BLOCK_M)
+
+
+@triton.jit
+def find_tile(cu_seqlens_ptr, index, batch, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return the sequence of the tile that has `index` tiles after it, `batch` if there is none, and its number within it."""
+    total = 0
+    for first_row in range(0, batch, BLOCK_B):
+        total += tl.sum(_tiles_of_block(cu_seqlens_ptr, first_row, batch, GROUP, BLOCK_M), axis=0)
+    tile = total - 1 - index
     row = 0
     row_start = 0
     before = 0
-    for first in range(0, batch, BLOCK_B):
-        rows = first + tl.arange(0, BLOCK_B)
-        start = tl.load(cu_seqlens_ptr + rows, rows < batch, other=0)
-        end = tl.load(cu_seqlens_ptr + rows + 1, rows < batch, other=0)
-        tiles = tl.cdiv((end - start) * GROUP, BLOCK_M)
+    for first_row in range(0, batch, BLOCK_B):
+        tiles = _tiles_of_block(cu_seqlens_ptr, first_row, batch, GROUP, BLOCK_M)
         ends = before + tl.cumsum(tiles, axis=0)
-        passed = (ends <= tile) & (rows < batch)
+        passed = (ends <= tile) & (first_row + tl.arange(0, BLOCK_B) < batch)
         row += tl.sum(passed.to(tl.int32), axis=0)
         row_start = tl.maximum(row_start, tl.max(tl.where(passed, ends, 0), axis=0))
         before += tl.sum(tiles, axis=0)
-    return row, row_start
+    return tl.where(tile < 0, batch, row), tile - row_start
+
+
+@triton.jit
+def share_of_tile(split, num_splits, split_size, num_raw, first_page, last_page):
+    """Return the share of program `split` of the `num_splits` of a tile: its first and last raw unit, its first and last page.
+
+    The line of a tile is num_raw units of RAW_UNIT raw tokens, then its pages. Programs share it equally; in the
+    batch-invariant mode (split_size > 0) they have split_size pages each, and the first has all raw units.
+    """
+    size = tl.maximum(tl.cdiv(num_raw + tl.maximum(last_page - first_page, 0), num_splits), 1)
+    first = split * size
+    first_raw = tl.minimum(first, num_raw)
+    last_raw = tl.minimum(first + size, num_raw)
+    first -= num_raw
+    if split_size > 0:
+        size = split_size
+        first = split * size
+        first_raw = tl.where(split == 0, 0, num_raw)
+        last_raw = num_raw
+    last_page = tl.minimum(first_page + first + size, last_page)
+    return first_raw, last_raw, first_page + tl.maximum(first, 0), last_page
