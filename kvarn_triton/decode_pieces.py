@@ -17,7 +17,7 @@ from .attend import attend_quantized
 from .attend_raw import attend_raw
 from .device import LOG2E
 from .layout import PageLayout, fields_per_byte
-from .paging import ids_of_row, load_page_id, prefetch_record
+from .paging import ids_of_row, load_page_id, prefetch
 from .query import load_query, rotate_query
 from .schedule import Work, find_row, plan, row_units, start_of_piece
 
@@ -119,7 +119,7 @@ def _kvarn_decode_attention_kernel(
             page = tl.zeros((), tl.int32)
             if first_page < last_page:
                 page = load_page_id(table_row_ptr, first_page, last_page, PTX)
-                prefetch_record(pages_row_ptr + page.to(tl.int64) * stride_pages_page, LAYOUT.page_bytes, PTX)
+                prefetch(pages_row_ptr + page.to(tl.int64) * stride_pages_page, LAYOUT.page_bytes, "L2", PTX)
             planes, q_factor = rotate_query(loaded, BLOCK_N, BLOCK_K, LAYOUT, K_FIELDS, QUERY_OPERAND)
             q_factor = q_factor * qk_scale
             m_i = tl.full((BLOCK_N,), float("-inf"), tl.float32)

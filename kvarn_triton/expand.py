@@ -17,6 +17,7 @@ import triton.language as tl
 from . import configs
 from .device import fma, log2, power_of_two, split_halves
 from .layout import PageLayout
+from .paging import prefetch
 
 RUN = tl.constexpr(configs.GATHER_RUN)
 ELEMENTS = tl.constexpr(32)
@@ -163,8 +164,12 @@ def _dequantize_keys(
     FIELDS: tl.constexpr,
     THREADS: tl.constexpr,
     ROTATED: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """Write a part of a block of the keys of a record; fields of a byte are channels."""
+    """Write a part of a block of the keys of a record; fields of a byte are channels.
+
+    The codes of the next chunk are brought near while one is worked on.
+    """
     G: tl.constexpr = LAYOUT.page_size
     BLOCK: tl.constexpr = LAYOUT.block_size
     BYTES: tl.constexpr = BLOCK // FIELDS
@@ -180,20 +185,16 @@ def _dequantize_keys(
     field = _index(FIELDS, 3)
     params = tl.load(params_ptr + _spread(own[1] + (field * BYTES + place[1]), LANES, ROWS))
     scale, zero = _scale_and_zero(params, field, LAYOUT.k_bits)
-    for first in range(part * M * ROWS, G, parts * M * ROWS):
-        packed, high = _load_bytes(
-            record_ptr + LAYOUT.k_codes_offset,
-            (first, block * BYTES),
-            own,
-            place,
-            G,
-            LAYOUT.head_dim // FIELDS,
-            LAYOUT.k_bits,
-        )
+    codes_ptr = record_ptr + LAYOUT.k_codes_offset
+    STRIDE: tl.constexpr = LAYOUT.head_dim // FIELDS
+    CHUNK: tl.constexpr = M * ROWS
+    for first in range(part * CHUNK, G, parts * CHUNK):
+        prefetch(codes_ptr + tl.minimum(first + parts * CHUNK, G - CHUNK) * STRIDE, CHUNK * STRIDE, "L1", PTX)
+        token = first + tl.arange(0, CHUNK)
+        factor = _norm_factor(tl.load(norm_ptr + token), gain, BLOCK, ROTATED)
+        packed, high = _load_bytes(codes_ptr, (first, block * BYTES), own, place, G, STRIDE, LAYOUT.k_bits)
         x = _lanes_first(_decode(packed, high, field, scale, zero, LAYOUT.k_bits))
         tile = _to_tokens(tl.reshape(x, (LANES, ROWS, M, FIELDS * N)), ROTATED)
-        token = first + tl.arange(0, M * ROWS)
-        factor = _norm_factor(tl.load(norm_ptr + token), gain, BLOCK, ROTATED)
         store_tokens(out_ptr, tile * factor[:, None], token, stride_token)
 
 
@@ -233,10 +234,13 @@ def _dequantize_values(
             BYTES,
             LAYOUT.v_bits,
         )
+        params = ()
+        for first_field in tl.static_range(0, FIELDS, SOME):
+            columns = (first_field + _index(SOME, 3)) * BYTES + place[1]
+            params = params + (tl.load(params_ptr + first + _spread(own[1], RUN, ROWS) + columns),)
         for first_field in tl.static_range(0, FIELDS, SOME):
             field = first_field + _index(SOME, 3)
-            params = tl.load(params_ptr + first + _spread(own[1], RUN, ROWS) + (field * BYTES + place[1]))
-            scale, zero = _scale_and_zero(params, field, LAYOUT.v_bits)
+            scale, zero = _scale_and_zero(params[first_field // SOME], field, LAYOUT.v_bits)
             x = _lanes_first(_decode(packed, high, field, scale, zero, LAYOUT.v_bits) * factor)
             tile = _to_tokens(tl.reshape(x, (RUN, ROWS, M * SOME, N)), ROTATED)
             i = tl.arange(0, M * SOME * ROWS)
@@ -265,6 +269,7 @@ def dequantize_block(
     V_FIELDS: tl.constexpr,
     THREADS: tl.constexpr,
     ROTATED: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Write part `part` of `parts` of a block of channels of a record: of its keys (half 0) or of its values.
 
@@ -275,7 +280,7 @@ def dequantize_block(
     if half == 0:
         if (K_BLOCKS >= V_BLOCKS) or (block < K_BLOCKS):
             k_ptr += block * LAYOUT.block_size
-            _dequantize_keys(k_ptr, record_ptr, block, part, parts, stride_k_token, LAYOUT, K_FIELDS, THREADS, ROTATED)
+            _dequantize_keys(k_ptr, record_ptr, block, part, parts, stride_k_token, LAYOUT, K_FIELDS, THREADS, ROTATED, PTX)
     elif (V_BLOCKS >= K_BLOCKS) or (block < V_BLOCKS):
         v_ptr += block * LAYOUT.v_block_size
         _dequantize_values(v_ptr, record_ptr, block, part, parts, stride_v_token, LAYOUT, V_FIELDS, THREADS, ROTATED)

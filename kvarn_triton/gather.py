@@ -47,6 +47,7 @@ def _kvarn_dequantize_pages_kernel(
     V_FIELDS: tl.constexpr,
     THREADS: tl.constexpr,
     ROTATED: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     K_BLOCKS: tl.constexpr = LAYOUT.head_dim // LAYOUT.block_size
     V_BLOCKS: tl.constexpr = LAYOUT.v_head_dim // LAYOUT.v_block_size
@@ -64,7 +65,7 @@ def _kvarn_dequantize_pages_kernel(
         record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
         dequantize_block(
             k_ptr, v_ptr, record_ptr, half, block, part, parts, stride_k_token, stride_v_token,
-            LAYOUT, K_FIELDS, V_FIELDS, THREADS, ROTATED,
+            LAYOUT, K_FIELDS, V_FIELDS, THREADS, ROTATED, PTX,
         )  # fmt: skip
     elif half == 0:
         if (BLOCKS == K_BLOCKS) or (block < K_BLOCKS):
@@ -136,6 +137,7 @@ def dequantize_pages(
         V_FIELDS=fields_per_byte(layout.v_bits),
         THREADS=threads,
         ROTATED=rotated,
+        PTX=configs.uses_ptx(),
         num_warps=num_warps,
         enable_fp_fusion=False,
     )

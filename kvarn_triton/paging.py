@@ -86,12 +86,12 @@ def load_page_id(table_ptr, column, last, PTX: tl.constexpr):
 
 
 @triton.jit
-def prefetch_record(record_ptr, BYTES: tl.constexpr, PTX: tl.constexpr):
-    """Start bringing a record into the L2 cache, so that it is near when the query is ready."""
+def prefetch(memory_ptr, BYTES: tl.constexpr, CACHE: tl.constexpr, PTX: tl.constexpr):
+    """Start bringing some bytes into a cache, "L1" or "L2", so that they are near when they are needed."""
     if PTX:
         LINES: tl.constexpr = triton.cdiv(BYTES, 128)
         line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
-        address = record_ptr.to(tl.int64) + line * 128
+        address = memory_ptr.to(tl.int64) + line * 128
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], tl.int32, is_pure=False, pack=1
+            "prefetch.global." + CACHE + " [$1]; mov.u32 $0, 0;", "=r,l", [address], tl.int32, is_pure=False, pack=1
         )  # fmt: skip

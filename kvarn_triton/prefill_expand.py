@@ -48,6 +48,7 @@ def _kvarn_expand_pages_kernel(
     HAS_NEW: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     CSR: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     block = tl.program_id(0) % BLOCKS
     part = tl.program_id(0) // BLOCKS % parts
@@ -70,7 +71,7 @@ def _kvarn_expand_pages_kernel(
             out_ptr = scratch_ptr + (slot + i) * stride_scratch_slot
             dequantize_block(
                 out_ptr, out_ptr + stride_scratch_half, record_ptr, half, block, part, parts,
-                stride_scratch_token, stride_scratch_token, LAYOUT, K_FIELDS, V_FIELDS, THREADS, True,
+                stride_scratch_token, stride_scratch_token, LAYOUT, K_FIELDS, V_FIELDS, THREADS, True, PTX,
             )  # fmt: skip
 
 
@@ -126,6 +127,7 @@ def launch_expand_pages(
         HAS_NEW=has_new,
         HAS_WINDOW=window is not None,
         CSR=block_table is None,
+        PTX=configs.uses_ptx(),
         num_warps=num_warps,
         enable_fp_fusion=False,
     )
