@@ -199,6 +199,12 @@ def _dequantize_keys(
 
 
 @triton.jit
+def _load_value_params(params_ptr, first_field, own, place, SOME: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr):
+    """Return a tuple of the scales and zeros of SOME fields of bytes `own` + `place` of values."""
+    return (tl.load(params_ptr + _spread(own, RUN, ROWS) + ((first_field + _index(SOME, 3)) * BYTES + place)),)
+
+
+@triton.jit
 def _dequantize_values(
     out_ptr,
     record_ptr,
@@ -236,8 +242,7 @@ def _dequantize_values(
         )
         params = ()
         for first_field in tl.static_range(0, FIELDS, SOME):
-            columns = (first_field + _index(SOME, 3)) * BYTES + place[1]
-            params = params + (tl.load(params_ptr + first + _spread(own[1], RUN, ROWS) + columns),)
+            params = params + _load_value_params(params_ptr + first, first_field, own[1], place[1], SOME, BYTES, ROWS)
         for first_field in tl.static_range(0, FIELDS, SOME):
             field = first_field + _index(SOME, 3)
             scale, zero = _scale_and_zero(params[first_field // SOME], field, LAYOUT.v_bits)
