@@ -270,6 +270,12 @@ def arch_of(device: torch.device) -> str | None:
     return f"sm{major}{minor}"
 
 
+def launches_early(device: torch.device) -> bool:
+    """Return whether a kernel can start while the one before it ends (programmatic dependent launch): sm90 and later."""
+    arch = arch_of(device)
+    return arch is not None and arch.startswith("sm") and int(arch[2:]) >= 90
+
+
 @functools.lru_cache
 def num_multiprocessors(device: torch.device) -> int:
     """Return how many multiprocessors a GPU has; 2 in the interpreter, where more programs only cost time."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from . import configs
 from .device import LOG2E, hadamard
@@ -34,10 +35,14 @@ def _kvarn_merge_queries_kernel(
     BLOCK_S: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     RETURN_LSE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     token, q_head = tl.program_id(0), tl.program_id(1)
     row = token.to(tl.int64) * tl.num_programs(1) + q_head
-    if token < tl.load(cu_seqlens_ptr + batch):
+    num_tokens = tl.load(cu_seqlens_ptr + batch)
+    if EARLY:
+        gdc_wait()
+    if token < num_tokens:
         offs_d = tl.arange(0, BLOCK_D)
         mask_d = offs_d < D_V
         m_i = tl.full((1,), float("-inf"), tl.float32)
@@ -79,6 +84,7 @@ def launch_merge_queries(
     """Merge `partial` [num_splits, total_tokens, num_q_heads, v_head_dim] into `out` and `lse`; nothing is checked."""
     num_splits, total_tokens, num_q_heads, v_head_dim = partial.shape
     block_d = triton.next_power_of_2(v_head_dim)
+    early = configs.launches_early(out.device)
     block_s = configs.MERGE_BLOCKS[0] if num_splits <= configs.MERGE_BLOCKS[0] else configs.MERGE_BLOCKS[1]
     _kvarn_merge_queries_kernel[(total_tokens, num_q_heads)](
         out,
@@ -98,6 +104,8 @@ def launch_merge_queries(
         BLOCK_S=block_s,
         HAS_SINKS=sinks is not None,
         RETURN_LSE=lse is not None,
+        EARLY=early,
         num_warps=configs.merge_warps(block_s, block_d),
         enable_fp_fusion=True,
+        **({"launch_pdl": True} if early else {}),
     )

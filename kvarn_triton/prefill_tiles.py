@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import configs
 from .attend_many import attend_pages
@@ -107,6 +108,7 @@ def _kvarn_prefill_attention_kernel(
     RETURN_LSE: tl.constexpr,
     PTX: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    EARLY_MERGE: tl.constexpr,
 ):
     G: tl.constexpr = LAYOUT.page_size
     D: tl.constexpr = LAYOUT.head_dim
@@ -114,6 +116,8 @@ def _kvarn_prefill_attention_kernel(
     TOKEN_STAGES: tl.constexpr = 1 if max(K_CHANNELS, V_CHANNELS) > 256 else NUM_STAGES  # shared memory of 99 KB holds no more
     # Queries kept for later would take registers or shared memory from the loop over pages.
     RELOAD: tl.constexpr = HAS_SCRATCH or FORM == "registers"
+    if EARLY_MERGE:
+        gdc_launch_dependents()
     head = tl.program_id(0) % num_kv_heads
     split = tl.program_id(0) // num_kv_heads % num_splits
     num_q_heads = num_kv_heads * GROUP
@@ -329,6 +333,7 @@ def launch_prefill_tiles(
         RETURN_LSE=lse is not None and num_splits == 1,
         PTX=configs.uses_ptx(),
         NUM_STAGES=config.num_stages,
+        EARLY_MERGE=num_splits > 1 and configs.launches_early(q.device),
         num_warps=config.num_warps,
         enable_fp_fusion=True,
         **config.options(),
