@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from kvarn_triton import decode_attention, reference
+from kvarn_triton import Encoder, decode_attention, reference
 from kvarn_triton.layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, PageLayout
 from kvarn_triton.testing import CacheCase, attention_in, relative_error
 
@@ -129,3 +129,9 @@ def check(
     assert "sinks" in seen or torch.equal(attended.all(dim=1), ~empty)
     assert ((lse - exact_lse).abs()[attended] <= LSE_ERROR[working]).all()
     return out
+
+
+def encoder_id(encoder: Encoder) -> str:
+    """Return a short name of an encoder for test ids."""
+    words = [f"i{encoder.iterations}", f"f{encoder.fits}", encoder.norm]
+    return "-".join(words + [name for name in ("equivariant", "clip") if getattr(encoder, name)])

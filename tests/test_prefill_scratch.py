@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import DTYPES, ON_GPU, assert_same_bits, bits_of, layout_id
-from test_prefill import SMALL, check, new_scratch, plain_attention, prefill_case
+from prefill_cases import SMALL, check, new_scratch, plain_attention, prefill_case
 
 import kvarn_triton
 from kvarn_triton import PageLayout, dequantize_pages, prefill_attention, prefill_workspace_size, reference
