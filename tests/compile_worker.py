@@ -109,6 +109,7 @@ def small_functions(layout: PageLayout) -> None:
 def describe(compiled: Compiled, case: str) -> dict:
     """Return what one kernel uses."""
     used = resources(compiled)
+    ptx = compiled.kernel.asm.get("ptx", "")
     return {
         "kernel": compiled.name,
         "case": case,
@@ -121,6 +122,9 @@ def describe(compiled: Compiled, case: str) -> dict:
         "overwritten": used.overwritten,
         "loop_spills": used.product_loop["LDL"] + used.product_loop["STL"],
         "loops": [loop.total() for loop in used.loops],
+        "starts_early": getattr(compiled.kernel.metadata, "launch_pdl", False),
+        "waits": "griddepcontrol.wait" in ptx.partition("st.global")[0],
+        "lets_next_start": "griddepcontrol.launch_dependents" in ptx,
         "largest_loop": used.loops[0].total() if used.loops else 0,
         "largest_loop_spills": used.loops[0]["LDL"] + used.loops[0]["STL"] if used.loops else 0,
     }

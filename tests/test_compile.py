@@ -6,6 +6,7 @@ wrong, but slower: look at the disassembly.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -35,6 +36,8 @@ that a copy of the bytes takes."""
 READ_TRIPS = (8, 16)
 """How often the loops over values and over keys run there; that of values is the larger one."""
 BUDGET_TARGETS = ("sm80", "sm90", "sm100")
+EARLY_TARGETS = ("sm90", "sm100", "sm120")
+"""Where a merge starts while the kernel ends whose results it merges: it must wait before it stores, and be let to start."""
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,11 @@ def test_compiles(target, compiled):
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_MEMORY_LIMIT[target], kernel
         assert not kernel["unset"] and not kernel["overwritten"], kernel
+        assert kernel["starts_early"] == kernel["waits"], kernel
+        if kernel["kernel"] == "_kvarn_merge_queries_kernel":
+            assert kernel["starts_early"] == (target in EARLY_TARGETS), kernel
+    for first, second in itertools.pairwise(kernels):
+        assert first["lets_next_start"] or not second["starts_early"], (first, second)
     if target in BUDGET_TARGETS:
         for case in BUDGET_CASES:
             decode = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_decode_attention_kernel", case))
