@@ -13,8 +13,8 @@ import triton.language as tl
 
 from .attend import advance_softmax, capped, load_bytes, load_high
 from .attend_few import add_folded_values, folded_scores
-from .attend_registers import add_register_values, query_planes, register_scores, token_in_order
-from .device import item_of_field, log2, split_halves
+from .attend_registers import add_register_values, register_scores, token_in_order
+from .device import log2, split_halves
 from .operands import join_planes, split_planes, unsigned_codes, unsigned_codes_ptx
 from .paging import load_page_id
 from .query import plane_channels
@@ -66,9 +66,13 @@ def _join_fields(planes):
 
 @triton.jit
 def channel_in_order(index, BLOCK_K: tl.constexpr, LAYOUT: tl.constexpr, FIELDS: tl.constexpr):
-    """Return the channels in the order of query and key operands, field by field, and which are not padding."""
-    byte = index % BLOCK_K
-    return item_of_field(byte, index // BLOCK_K, LAYOUT.block_size, FIELDS), byte < LAYOUT.head_dim // FIELDS
+    """Return the channels in the order of query and key operands, field by field, and which are not padding.
+
+    They are those of `item_of_field`, written so that the compiler sees neighbours that lie side by side.
+    """
+    RUN: tl.constexpr = LAYOUT.block_size // FIELDS
+    channel = index // RUN % (BLOCK_K // RUN) * LAYOUT.block_size + index // BLOCK_K * RUN + index % RUN
+    return channel, index % BLOCK_K < LAYOUT.head_dim // FIELDS
 
 
 @triton.jit
@@ -183,15 +187,14 @@ def attend_pages(
     """Advance (acc, m_i, l_i) by body pages first_page to last_page of one kv head, of which num_valid tokens count.
 
     `position` [rows] are those of the queries within the body, from first_position to last_position. Sums are kept in units
-    of the largest gain of values so far, so that 16-bit values neither overflow nor vanish. FOLDED: pages are not dequantized
-    (`attend_few`), BLOCK_D channels of values are multiplied at once.
+    of the largest gain of values so far, so that 16-bit values neither overflow nor vanish. BLOCK_D channels of values are
+    multiplied at once, unless they are dequantized. `q` are planes (`query.rotate_planes`) if the FORM is "registers".
     """
     G: tl.constexpr = LAYOUT.page_size
     unit = tl.full((), LEAST_UNIT, tl.float32)
-    planes = (q,)
+    planes = q
     column = tl.arange(0, G)
     if FORM == "registers":
-        planes = query_planes(q, K_FIELDS, PTX)
         column = token_in_order(column, LAYOUT, V_FIELDS)
     elif FORM == "folded":
         planes = split_planes(q, K_FIELDS)

@@ -22,10 +22,7 @@ import triton.language as tl
 
 from .attend import advance_softmax
 from .device import item_of_field, split_halves
-from .operands import high_bits, join_planes, split_planes
-
-LEAST_PLANE = tl.constexpr(16)
-"""Least length of the axis that a product sums over."""
+from .operands import LEAST_PLANE, high_bits, join_planes, split_planes
 
 
 @triton.jit
@@ -34,23 +31,6 @@ def token_in_order(column, LAYOUT: tl.constexpr, FIELDS: tl.constexpr):
     WORDS: tl.constexpr = LAYOUT.page_size // FIELDS // 2
     plane = column // WORDS
     return plane // 2 * (2 * WORDS) + column % WORDS * 2 + plane % 2
-
-
-@triton.jit
-def query_planes(q, FIELDS: tl.constexpr, PTX: tl.constexpr):
-    """Return the planes of query rows whose channels are in the order of `attend_many.channel_in_order`.
-
-    The copy hides the joins of the rotation, for which Triton would take twice as many neighbours to a thread, without the
-    instruction that loads matrices.
-    """
-    if PTX:
-        q = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [q], tl.float16, is_pure=False, pack=2)
-    fields = split_planes(q, FIELDS)
-    planes = ()
-    for f in tl.static_range(FIELDS):
-        lower, upper = tl.split(tl.reshape(fields[f], (q.shape[0], q.shape[1] // FIELDS // 2, 2)))
-        planes = planes + (_padded(lower), _padded(upper))
-    return planes
 
 
 @triton.jit
@@ -199,7 +179,7 @@ def register_scores(
 ):
     """Return the scores [rows, page_size] of a record, tokens in the order of `token_in_order`, BLOCK_T to a product.
 
-    `planes` are those of `query_planes`.
+    `planes` are those of `query.rotate_planes`.
     """
     BITS: tl.constexpr = LAYOUT.k_bits
     G: tl.constexpr = LAYOUT.page_size

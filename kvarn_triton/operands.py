@@ -18,6 +18,8 @@ DIGITS_MAX = tl.constexpr(32000.0)
 RUN = tl.constexpr(8 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 4)
 """Consecutive numbers of the summed axis that a thread holds of an 8-bit operand of stacked terms. Triton 3.6 takes twice as
 many as the tensor cores do, whenever an operand was joined of parts. Only speed depends on it."""
+LEAST_PLANE = tl.constexpr(16)
+"""Least length of the axis that a product of 16-bit numbers sums over."""
 _MAGIC = tl.constexpr(12582912.0 + 128.0)
 """1.5 * 2**23 puts an integer into the low bits of a float32; 128 rounds when the low byte is cut off."""
 

@@ -21,7 +21,7 @@ from .device import LOG2E, hadamard, load_rows, store_rows
 from .layout import PageLayout, fields_per_byte
 from .merge import LN2
 from .paging import body_seen, first_slot, ids_of_row
-from .query import rotate_rows
+from .query import rotate_planes, rotate_rows, rows_of_planes
 from .schedule import find_tile, share_of_tile
 
 _NOT_SPECIALIZED = [
@@ -116,6 +116,7 @@ def _kvarn_prefill_attention_kernel(
     TOKEN_STAGES: tl.constexpr = 1 if max(K_CHANNELS, V_CHANNELS) > 256 else NUM_STAGES  # shared memory of 99 KB holds no more
     # Queries kept for later would take registers or shared memory from the loop over pages.
     RELOAD: tl.constexpr = HAS_SCRATCH or FORM == "registers"
+    RAW_FIRST: tl.constexpr = FORM == "registers"
     if EARLY_MERGE:
         gdc_launch_dependents()
     head = tl.program_id(0) % num_kv_heads
@@ -149,52 +150,54 @@ def _kvarn_prefill_attention_kernel(
         q_head = head * GROUP + (first_row + offs_m) % GROUP
         token = (first_token + query).to(tl.int64)
         q_place = token * stride_q_token + q_head * stride_q_head
-        q = load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS)
-        if HAS_SCRATCH:
-            rotated, q_factor = rotate_rows(q.to(QUERY_OPERAND), LAYOUT, K_FIELDS, OPERAND, K_CHANNELS <= 128)
+        if FORM == "registers":
+            rotated, q_factor = rotate_planes(q_ptr, q_place, mask_m, LAYOUT, K_FIELDS, QUERY_OPERAND, OPERAND)
         else:
-            rotated = tl.zeros((BLOCK_M, K_CHANNELS), OPERAND)
-            q_factor = 1.0
-            if num_valid > -sink_len:  # otherwise nothing is cached
-                rotated, q_factor = rotate_rows(q, LAYOUT, K_FIELDS, OPERAND, False)
+            q = load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS)
+            if HAS_SCRATCH:
+                rotated, q_factor = rotate_rows(q.to(QUERY_OPERAND), LAYOUT, K_FIELDS, OPERAND, K_CHANNELS <= 128)
+            else:
+                rotated = tl.zeros((BLOCK_M, K_CHANNELS), OPERAND)
+                q_factor = 1.0
+                if num_valid > -sink_len:  # otherwise nothing is cached
+                    rotated, q_factor = rotate_rows(q, LAYOUT, K_FIELDS, OPERAND, False)
         q_factor = q_factor * qk_scale
         m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         l_i = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, V_CHANNELS), tl.float32)
-        if HAS_SCRATCH:
-            acc, m_i, l_i = attend_expanded(
-                acc, m_i, l_i, rotated, q_factor, soft_cap,
-                scratch_ptr + head.to(tl.int64) * stride_scratch_head, first_slot(indptr_ptr, row, max_pages, CSR),
-                stride_scratch_slot, stride_scratch_half, stride_scratch_token,
-                first_page, last_page, num_valid, shift + query, shift + first_query, shift + last_query, window,
-                LAYOUT, BLOCK_T, SCRATCH_OPERAND, HAS_WINDOW, HAS_CAP, TOKEN_STAGES,
-            )  # fmt: skip
-        else:
-            table_row_ptr = ids_of_row(table_ptr, indptr_ptr, row, stride_table, CSR)
-            acc, m_i, l_i = attend_pages(
-                acc, m_i, l_i, rotated, q_factor, soft_cap,
-                pages_ptr + head.to(tl.int64) * stride_pages_head, table_row_ptr, stride_pages_page,
-                first_page, last_page, num_valid, shift + query, shift + first_query, shift + last_query, window,
-                LAYOUT, BLOCK_T, BLOCK_D, K_FIELDS, V_FIELDS, OPERAND, FORM, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
-            )  # fmt: skip
-        if HAS_RAW and first_raw < last_raw:
-            if FORM == "registers":
-                rotated, _ = rotate_rows(load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS), LAYOUT, K_FIELDS, OPERAND, False)
-            acc, m_i, l_i = attend_raw_units(
-                acc, m_i, l_i, rotated, q_factor, soft_cap,
-                raw_pages_ptr + head.to(tl.int64) * stride_raw_head, raw_table_ptr + row.to(tl.int64) * stride_raw_table,
-                stride_raw_page, stride_raw_half, stride_raw_token,
-                first_raw, last_raw, sink, tail, sink_len, num_sink_pages, num_tail_slots, shift + query, window,
-                LAYOUT, BLOCK_R, K_FIELDS, RAW_OPERAND, HAS_WINDOW, HAS_CAP, PTX, TOKEN_STAGES,
-            )  # fmt: skip
+        for part in tl.static_range(2):
+            if (part == 0) == RAW_FIRST:
+                if HAS_RAW and first_raw < last_raw:
+                    acc, m_i, l_i = attend_raw_units(
+                        acc, m_i, l_i, rows_of_planes(rotated) if RAW_FIRST else rotated, q_factor, soft_cap,
+                        raw_pages_ptr + head.to(tl.int64) * stride_raw_head,
+                        raw_table_ptr + row.to(tl.int64) * stride_raw_table,
+                        stride_raw_page, stride_raw_half, stride_raw_token,
+                        first_raw, last_raw, sink, tail, sink_len, num_sink_pages, num_tail_slots, shift + query, window,
+                        LAYOUT, BLOCK_R, K_FIELDS, RAW_OPERAND, HAS_WINDOW, HAS_CAP, PTX, TOKEN_STAGES,
+                    )  # fmt: skip
+            elif HAS_SCRATCH:
+                acc, m_i, l_i = attend_expanded(
+                    acc, m_i, l_i, rotated, q_factor, soft_cap,
+                    scratch_ptr + head.to(tl.int64) * stride_scratch_head, first_slot(indptr_ptr, row, max_pages, CSR),
+                    stride_scratch_slot, stride_scratch_half, stride_scratch_token,
+                    first_page, last_page, num_valid, shift + query, shift + first_query, shift + last_query, window,
+                    LAYOUT, BLOCK_T, SCRATCH_OPERAND, HAS_WINDOW, HAS_CAP, TOKEN_STAGES,
+                )  # fmt: skip
+            else:
+                acc, m_i, l_i = attend_pages(
+                    acc, m_i, l_i, rotated, q_factor, soft_cap,
+                    pages_ptr + head.to(tl.int64) * stride_pages_head,
+                    ids_of_row(table_ptr, indptr_ptr, row, stride_table, CSR), stride_pages_page,
+                    first_page, last_page, num_valid, shift + query, shift + first_query, shift + last_query, window,
+                    LAYOUT, BLOCK_T, BLOCK_D, K_FIELDS, V_FIELDS, OPERAND, FORM, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
+                )  # fmt: skip
         if (SINGLE or HAS_NEW) and (not HAS_SCRATCH or num_valid > -sink_len):
             acc = hadamard(acc, LAYOUT.v_block_size)
         if HAS_NEW and split == 0:
-            if RELOAD:
-                q = load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS)
-            q = q.to(QUERY_OPERAND)
+            rows = load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS) if RELOAD else q
             acc, m_i, l_i = attend_new(
-                acc, m_i, l_i, q, qk_scale, soft_cap,
+                acc, m_i, l_i, rows.to(QUERY_OPERAND), qk_scale, soft_cap,
                 k_ptr + first_token.to(tl.int64) * stride_k_token + head * stride_k_head,
                 v_ptr + first_token.to(tl.int64) * stride_v_token + head * stride_v_head,
                 stride_k_token, stride_v_token,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .device import hadamard, item_of_field, log2
-from .operands import DIGITS_MAX, RUN, field_factor, spread_columns, two_terms
+from .operands import DIGITS_MAX, LEAST_PLANE, RUN, field_factor, join_planes, spread_columns, two_terms
 
 LEAST_QUERY = tl.constexpr(1e-30)
 """Rotated queries whose largest number is below this, zero ones too, are not scaled up further: float32 would overflow."""
@@ -107,14 +107,7 @@ def rotate_query(
         for i in tl.static_range(log2(max(SIZE // (4 * RUN), 1))):
             plane = _butterfly(plane, (4 * RUN) << i)
         planes = planes + (plane,)
-    for i in tl.static_range(log2(FIELDS)):
-        rotated = ()
-        for f in tl.static_range(FIELDS):
-            if f & (1 << i):
-                rotated = rotated + (planes[f ^ (1 << i)] - planes[f],)
-            else:
-                rotated = rotated + (planes[f] + planes[f ^ (1 << i)],)
-        planes = rotated
+    planes = _sums_of_planes(planes)
     top = tl.zeros((BLOCK_N,), tl.float32)
     for f in tl.static_range(FIELDS):
         top = tl.maximum(top, tl.max(tl.abs(planes[f]), axis=1))
@@ -167,3 +160,66 @@ def rotate_rows(q, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.const
         scaled = tl.permute(tl.reshape(scaled, (ROWS, COLS // BLOCK, FIELDS, BLOCK // FIELDS)), (0, 2, 1, 3))
         scaled = tl.reshape(scaled, (ROWS, COLS))
     return scaled, 1.0 / factor
+
+
+@triton.jit
+def rotate_planes(
+    q_ptr,
+    place,
+    mask,
+    LAYOUT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    QUERY_OPERAND: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """Load and rotate query rows at places [rows]: their planes, and one factor of their scores as in `rotate_rows`.
+
+    A plane [rows, words] has a channel of each word of a key, two bytes: that of a field of the lower or of the upper bytes,
+    field by field, the lower first. Those channels have a Hadamard matrix of their own, which is multiplied with; what is left
+    adds and subtracts planes.
+    """
+    WORDS: tl.constexpr = LAYOUT.head_dim // FIELDS // 2
+    BLOCK_K: tl.constexpr = max(triton.next_power_of_2(WORDS), LEAST_PLANE)
+    byte = tl.arange(0, 2 * BLOCK_K)
+    some = mask[:, None] & (byte < 2 * WORDS)[None, :]
+    matrix = _hadamard_of_blocks(BLOCK_K, LAYOUT.block_size // FIELDS // 2, QUERY_OPERAND)
+    planes = ()
+    for f in tl.static_range(FIELDS):
+        channel = item_of_field(byte, f, LAYOUT.block_size, FIELDS)
+        field = tl.load(q_ptr + place[:, None] + channel[None, :], some, other=0.0).to(QUERY_OPERAND)
+        lower, upper = tl.split(tl.reshape(field, (place.shape[0], BLOCK_K, 2)))
+        planes = planes + (tl.dot(lower, matrix, input_precision="ieee"),)
+        planes = planes + (tl.dot(upper, matrix, input_precision="ieee"),)
+    planes = _sums_of_planes(planes)
+    largest = tl.abs(planes[0])
+    for p in tl.static_range(1, 2 * FIELDS):
+        largest = tl.maximum(largest, tl.abs(planes[p]))
+    factor = QUERY_MAX / tl.maximum(tl.max(largest) * (LAYOUT.block_size**-0.5), LEAST_QUERY)
+    scaled = ()
+    for p in tl.static_range(2 * FIELDS):
+        scaled = scaled + ((planes[p] * (factor * (LAYOUT.block_size**-0.5))).to(OPERAND),)
+    return scaled, 1.0 / factor
+
+
+@triton.jit
+def _sums_of_planes(planes):
+    """Add and subtract 2**n planes as a Hadamard matrix does."""
+    for i in tl.static_range(log2(len(planes))):
+        sums = ()
+        for p in tl.static_range(len(planes)):
+            if p & (1 << i):
+                sums = sums + (planes[p ^ (1 << i)] - planes[p],)
+            else:
+                sums = sums + (planes[p] + planes[p ^ (1 << i)],)
+        planes = sums
+    return planes
+
+
+@triton.jit
+def rows_of_planes(planes):
+    """Return the rows [rows, channels] that `rotate_planes` cut, channels field by field."""
+    fields = ()
+    for f in tl.static_range(len(planes) // 2):
+        pairs = tl.join(planes[2 * f], planes[2 * f + 1])
+        fields = fields + (tl.reshape(pairs, (pairs.shape[0], 2 * pairs.shape[1])),)
+    return join_planes(fields)

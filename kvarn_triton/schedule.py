@@ -31,7 +31,7 @@ BLOCK_B = tl.constexpr(128)
 """Sequences whose lengths are looked at together."""
 LEAST_UNITS = tl.constexpr(5)
 """Units of a piece below which `few_programs` do the work."""
-RAW_UNIT = tl.constexpr(64)
+RAW_UNIT = tl.constexpr(32)
 """Raw tokens that count as a page where the programs of a tile of query rows share its work."""
 TRIES = tl.constexpr(3)
 """Sizes of pieces that are tried, from an equal share on, before heads share pieces."""
