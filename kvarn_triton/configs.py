@@ -164,14 +164,14 @@ def _register_config(layout: PageLayout, dtype: torch.dtype, device: torch.devic
     """
     larger = dataclasses.replace(layout, head_dim=layout.raw_head_dim, v_head_dim=layout.raw_head_dim)
     channels = triton.next_power_of_2(layout.raw_head_dim)
-    if channels <= 128:
-        num_warps, programs = 2, 4
-        block_d, block_r = (128, RAW_BLOCK) if block_m == 16 else (64, 2 * RAW_BLOCK)
-    else:
-        num_warps, block_d, programs, block_r = block_m // 8, 64, 64 // block_m, RAW_BLOCK
     num_stages = decode_config(larger, dtype, device).num_stages
-    if block_m == 32 and channels <= 128:
-        num_stages = min(num_stages, 2)  # shared memory for a third would be missing in the L1 cache, for spilled registers
+    if channels > 128:
+        num_warps, block_d, programs, block_r = block_m // 8, 64, 64 // block_m, RAW_BLOCK
+    elif block_m == 16:
+        num_warps, block_d, programs, block_r = 2, 128, 4, RAW_BLOCK
+    else:
+        num_warps, block_d, programs, block_r = 2, 64, 4, 2 * RAW_BLOCK
+        num_stages = min(num_stages, 2)  # shared memory of a third page would be missing in the L1 cache, for spilled registers
     raw_bytes = max(num_stages - 1, 1) * block_r * 4 * channels
     shared = max(_shared_bytes(larger, num_stages), raw_bytes) + 2 * block_m * (channels + layout.page_size)
     programs = max(min(programs, _multiprocessor_bytes(device, arch_of(device)) // shared), 1)

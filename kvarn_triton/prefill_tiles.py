@@ -116,7 +116,7 @@ def _kvarn_prefill_attention_kernel(
     TOKEN_STAGES: tl.constexpr = 1 if max(K_CHANNELS, V_CHANNELS) > 256 else NUM_STAGES  # shared memory of 99 KB holds no more
     # Queries kept for later would take registers or shared memory from the loop over pages.
     RELOAD: tl.constexpr = HAS_SCRATCH or FORM == "registers"
-    RAW_FIRST: tl.constexpr = FORM == "registers"
+    RAW_FIRST: tl.constexpr = FORM == "registers"  # rows, joined of planes, are not needed after pages
     if EARLY_MERGE:
         gdc_launch_dependents()
     head = tl.program_id(0) % num_kv_heads
