@@ -241,23 +241,42 @@ def accumulated_errors(
     }
 
 
-def exact_matches(
+def answer_tokens(
     model: TinyLM, codec: Codec | None, prompts: torch.Tensor, answers: torch.Tensor, *, batch: int = 250, **options
-) -> torch.Tensor:
-    """Return which tokens of the answers the model would say, bool [problems, n], given the right ones before.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Feed answers through a cache that is quantized page by page, given the right tokens before each.
 
-    Up to its first error a model that generates says the right tokens, so it gives the answer exactly when all are True, and
-    the first False is where it leaves it.
+    Up to its first error a model that generates says the right tokens, so it gives the answer exactly when all are right, and
+    the first that isn't is where it leaves it.
+
+    Returns:
+        Which tokens of the answers the model would say, bool [problems, n], and the nats of each, float32 [problems, n].
     """
-    results = []
+    right, nats = [], []
     for prompt, answer in zip(prompts.split(batch), answers.split(batch), strict=True):
         tokens = torch.cat((prompt, answer), dim=1)
         cache = CodecCache(
             model.config, codec, batch=len(tokens), capacity=tokens.shape[1], device=tokens.device, **options
         )  # fmt: skip
-        said = torch.cat([logits.argmax(-1) for logits in feed(model, cache, tokens[:, :-1])], dim=1)
-        results.append(said[:, prompt.shape[1] - 1 :] == answer)
-    return torch.cat(results)
+        start, length, said, lost = 0, prompt.shape[1], [], []
+        for logits in feed(model, cache, tokens[:, :-1]):
+            # Tokens up to the last one of the prompt predict nothing that counts.
+            logits = logits[:, max(length - 1 - start, 0) :]
+            begin = max(start, length - 1)
+            target = tokens[:, begin + 1 : begin + 1 + logits.shape[1]]
+            said.append(logits.argmax(-1) == target)
+            lost.append(-logits.log_softmax(-1).gather(-1, target[..., None])[..., 0])
+            start = cache.length
+        right.append(torch.cat(said, dim=1))
+        nats.append(torch.cat(lost, dim=1))
+    return torch.cat(right), torch.cat(nats)
+
+
+def exact_matches(
+    model: TinyLM, codec: Codec | None, prompts: torch.Tensor, answers: torch.Tensor, *, batch: int = 250, **options
+) -> torch.Tensor:
+    """Return which tokens of the answers the model would say, bool [problems, n] (`answer_tokens`)."""
+    return answer_tokens(model, codec, prompts, answers, batch=batch, **options)[0]
 
 
 def answer_lengths(

@@ -38,6 +38,8 @@ class Options:
     full: bool = False
     seed: int = 0
     table: str | None = None
+    gguf: str | None = None
+    questions: str = "report"
     dtype: torch.dtype = torch.float16
     sections: dict[str, Row] = field(default_factory=dict)
     red: set[tuple[str, str, int, int]] = field(default_factory=set)

@@ -30,7 +30,7 @@ from lm_text import decode, encode, heldout_prompts, load_text
 from torch import nn
 from torch.nn import functional
 
-TRAINING_VERSION = 3
+TRAINING_VERSION = 4
 """Part of the checkpoint's key. It changes whenever the same config and seed would train other weights."""
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -47,6 +47,9 @@ class LMConfig:
         seq_len: tokens of one training sequence, and the longest context the model is good for.
         batch_size, steps, learning_rate: of the training; the rate is the peak of a cosine.
         qk_norm: normalize queries and keys before the rotary embedding, as Qwen3 and Gemma 3 do.
+        key_bias: standard deviation, at the start of the training, of a bias of the keys in the third of the channels that the
+            rotary embedding turns slowest. Keys of pretrained models have such means, up to 15 times the standard deviation of
+            their channel; those of a model that starts without any have none.
         tasks: train on the problems of `lm_tasks.py` too, whose tokens follow the 256 bytes.
     """
 
@@ -62,6 +65,7 @@ class LMConfig:
     learning_rate: float = 1.5e-3
     qk_norm: bool = False
     tasks: bool = False
+    key_bias: float = 0.0
 
     @property
     def vocab_size(self) -> int:
@@ -76,6 +80,7 @@ CONFIGS = {
     "d128": LMConfig(head_dim=128),
     "tiny": LMConfig(num_layers=2, model_dim=128, mlp_dim=352, seq_len=384, steps=500, learning_rate=2e-3),
     "lab64": LMConfig(**_LAB, head_dim=64, num_q_heads=8),
+    "lab64b": LMConfig(**_LAB, head_dim=64, num_q_heads=8, key_bias=6.0),
     "lab128": LMConfig(**_LAB, head_dim=128, num_q_heads=4, qk_norm=True),
 }
 """Configs by name: `default` for numbers, `d128` for head_dim 128, `tiny` for unit tests, `lab*` for the accuracy sweep."""
@@ -129,6 +134,7 @@ class Block(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.qkv = nn.Linear(config.model_dim, sum(self.heads) * config.head_dim, bias=False)
+        self.key_bias = nn.Parameter(_slow_channels(config)) if config.key_bias else 0.0
         self.attention_out = nn.Linear(config.num_q_heads * config.head_dim, config.model_dim, bias=False)
         self.mlp_norm = nn.RMSNorm(config.model_dim)
         self.mlp_in = nn.Linear(config.model_dim, 2 * config.mlp_dim, bias=False)
@@ -138,10 +144,18 @@ class Block(nn.Module):
         """Return the residual stream [batch, n, model_dim] after this layer."""
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split(self.heads, dim=-2)
-        out = attend(self.layer, apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v)
+        out = attend(self.layer, apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k) + self.key_bias, rope), v)
         x = x + self.attention_out(out.flatten(-2))
         gate, up = self.mlp_in(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.mlp_out(functional.silu(gate) * up)
+
+
+def _slow_channels(config: LMConfig) -> torch.Tensor:
+    """Return random numbers [kv heads, head_dim] in the third of the channels that the rotary embedding turns slowest."""
+    pairs = config.head_dim // 2
+    bias = torch.randn(config.num_kv_heads, 2, pairs) * config.key_bias
+    bias[..., : pairs - pairs // 3] = 0.0
+    return bias.flatten(1)
 
 
 def rope_angles(positions: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

