@@ -9,7 +9,7 @@ import triton.language as tl
 from . import configs, reference
 from .blocks import BLOCK_T, block_channels, channel_of, load_blocks, store_blocks, token_of
 from .checks import FLOATS, check_choice, check_tiles
-from .encode import apply_balance, balance, scale_blocks, tile_rms
+from .encode import apply_balance, balance, scale_blocks, tile_size
 from .encoder import DEFAULT, Encoder
 from .layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
 from .reference.codec import Per
@@ -33,9 +33,9 @@ def _kvarn_variance_normalize_kernel(
     index = tl.program_id(0).to(tl.int64)
     blocks = load_blocks(tiles_ptr + index * G * D, D, G, D)
     if EQUIVARIANT:
-        tile_scale = tile_rms(blocks, P, Q, G * D)
+        tile_scale = tile_size(blocks, P, Q, G, D)
         blocks = scale_blocks(blocks, tl.div_rn(1.0, tile_scale))
-    token_scale, channel_scale = balance(blocks, G, D, PER_CHANNEL, ITERATIONS)
+    token_scale, channel_scale = balance(blocks, G, D, PER_CHANNEL or EQUIVARIANT, ITERATIONS)
     store_blocks(balanced_ptr + index * G * D, apply_balance(blocks, token_scale, channel_scale, P, Q), G, D)
     if EQUIVARIANT:
         if PER_CHANNEL:
@@ -54,8 +54,9 @@ def variance_normalize(
 
     Args:
         tiles: float16, bfloat16 or float32 [..., page_size, head_dim], contiguous, of sizes that `PageLayout` supports.
-        per: "channel" normalizes tokens first (keys), "token" normalizes channels first (values).
-        encoder: number of iterations, and whether tiles are divided by their root mean square first.
+        per: "channel" (keys) or "token" (values): the axis with one quantization scale and zero each. Tokens are normalized
+            first, but for values without `encoder.equivariant`, whose channels are.
+        encoder: its `iterations` and `equivariant`.
 
     Returns:
         float32 `balanced` like `tiles`, `token_scale` [..., page_size] and `channel_scale` [..., head_dim], with tiles =
@@ -67,7 +68,7 @@ def variance_normalize(
     check_tiles("tiles", tiles, SUPPORTED_PAGE_SIZES, SUPPORTED_HEAD_DIMS, FLOATS)
     check_choice("per", per, ("channel", "token"))
     if not configs.on_device(tiles):
-        return reference.variance_normalize(tiles, per=per, encoder=encoder)
+        return reference.variance_normalize(tiles, per=per, encoder=encoder, arithmetic=reference.ANY_ORDER)
     *lead, page_size, head_dim = tiles.shape
     balanced = torch.empty(tiles.shape, dtype=torch.float32, device=tiles.device)
     token_scale = balanced.new_empty(*lead, page_size)

@@ -9,7 +9,7 @@ one thread, without moving anything; the rest of a sum crosses the lanes of a wa
     channel vector  [BLOCK_C * blocks]: one number per channel, one per thread (`channel_of`). The blocks are padded to a power
                     of two with repetitions of the first, so that extremes need no mask.
 
-`reference.codec.dot` gives the order of the sums.
+`reference.arithmetic.dot` gives the order of the sums.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 from .device import fma, log2
-from .reference import codec
+from .reference import arithmetic
 
-BLOCK_T = tl.constexpr(codec.BLOCK_TOKENS)
-block_channels = triton.constexpr_function(codec.block_channels)
+BLOCK_T = tl.constexpr(arithmetic.BLOCK_TOKENS)
+block_channels = triton.constexpr_function(arithmetic.block_channels)
 
 
 @triton.jit

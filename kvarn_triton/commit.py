@@ -200,7 +200,7 @@ def commit_pages(
         reference.commit_pages(
             raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout,
             sink_len=sink_len, keep_pages=keep_pages, max_new_pages=max_new_pages, advance=advance, kv_indptr=kv_indptr,
-            kv_indices=kv_indices, encoder=encoder,
+            kv_indices=kv_indices, encoder=encoder, arithmetic=reference.ANY_ORDER,
         )  # fmt: skip
         return
     if batch == 0:

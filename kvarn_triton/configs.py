@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .device import INTERPRETED
 from .layout import PageLayout, fields_per_byte
-from .reference.codec import BLOCK_TOKENS, block_channels
+from .reference.arithmetic import BLOCK_TOKENS, block_channels
 from .tables import DecodeConfig, DecodeTable, builtin_table
 
 

@@ -93,11 +93,25 @@ def _ratio(std):
 
 
 @triton.jit
-def tile_rms(blocks, P: tl.constexpr, Q: tl.constexpr, COUNT: tl.constexpr):
-    """Root mean square of a tile of COUNT elements; 1 if it is zero."""
-    squares = sum_of_tokens(squares_across(blocks, P, Q, True), P)
-    rms = tl.minimum(tl.sqrt_rn(squares * (1.0 / COUNT)), TILE_SCALE_MAX)
-    return tl.where(rms > 0, rms, 1.0)
+def tile_size(blocks, P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
+    """Size of the tokens of a tile [G, D] (`reference.codec._tile_scale`); 1 if it is zero."""
+    squares = squares_across(blocks, P, Q, True) * (1.0 / D)
+    mean = sum_of_tokens(tl.sqrt_rn(tl.sqrt_rn(squares)), P) * (1.0 / G)
+    size = tl.minimum(mean * mean, TILE_SCALE_MAX)
+    return tl.where(size > 0, size, 1.0)
+
+
+@triton.jit
+def nan_unless_finite(blocks, P: tl.constexpr, Q: tl.constexpr):
+    """Return 0, or NaN if a number of a tile is infinite or NaN."""
+    nothing = tl.zeros_like(blocks[0])
+    sums = ()
+    for p in tl.static_range(P):
+        total = nothing
+        for q in tl.static_range(Q):
+            total = fma(blocks[p * Q + q], nothing, total)
+        sums = sums + (total,)
+    return tl.sum(tl.ravel(token_vector(sums, add)), axis=0)
 
 
 @triton.jit
@@ -110,7 +124,7 @@ def scale_blocks(blocks, factor):
 
 
 @triton.jit
-def balance(blocks, G: tl.constexpr, D: tl.constexpr, PER_CHANNEL: tl.constexpr, ITERATIONS: tl.constexpr):
+def balance(blocks, G: tl.constexpr, D: tl.constexpr, TOKENS_FIRST: tl.constexpr, ITERATIONS: tl.constexpr):
     """Balance a tile (`reference.variance_normalize`); returns a token vector and a channel vector of scales."""
     P: tl.constexpr = G // BLOCK_T
     BLOCK_C: tl.constexpr = block_channels(D)
@@ -124,7 +138,7 @@ def balance(blocks, G: tl.constexpr, D: tl.constexpr, PER_CHANNEL: tl.constexpr,
     best_channel_scale = channel_scale
     # The first step is the state of no iteration: scales of one.
     for step in range(ITERATIONS + 1):
-        if PER_CHANNEL:
+        if TOKENS_FIRST:
             token_scale = tl.where(step == 0, 1.0, _next_scale(token_std, token_scale))
             inverse_token = tl.div_rn(1.0, token_scale)
             channel_std = _std_per_channel(blocks, spread_tokens(inverse_token, P), Q, G)
@@ -174,15 +188,16 @@ def encode_blocks(
     LEVELS: tl.constexpr = 2**BITS - 1
     P: tl.constexpr = G // BLOCK_T
     Q: tl.constexpr = D // block_channels(D)
+    poison = nan_unless_finite(blocks, P, Q)
     if ENCODER.equivariant:
-        tile_scale = tile_rms(blocks, P, Q, G * D)
+        tile_scale = tile_size(blocks, P, Q, G, D)
         blocks = scale_blocks(blocks, tl.div_rn(1.0, tile_scale))
-    token_scale, channel_scale = balance(blocks, G, D, PER_CHANNEL, ENCODER.iterations)
+    token_scale, channel_scale = balance(blocks, G, D, PER_CHANNEL or ENCODER.equivariant, ENCODER.iterations)
     if ENCODER.norm == "length":
         # After the loop, which has no register to spare, and before the tile makes room for the balanced one.
         squares = squares_across(blocks, P, Q, PER_CHANNEL)
     balanced = apply_balance(blocks, token_scale, channel_scale, P, Q)
-    codes, scale, zero = quantize_blocks(balanced, P, Q, BITS, PER_CHANNEL, ENCODER.clip, ENCODER.fits)
+    codes, scale, zero = quantize_blocks(balanced, P, Q, BITS, PER_CHANNEL, ENCODER)
     own = channel_scale if PER_CHANNEL else token_scale
     norm = token_scale if PER_CHANNEL else channel_scale
     scale = scale * own
@@ -196,5 +211,5 @@ def encode_blocks(
     value_exponent = bounded_exponent(tl.max(tl.ravel(reach), axis=0))
     norm_exponent = bounded_exponent(tl.max(tl.ravel(norm), axis=0))
     gauge = power_of_two(-value_exponent)
-    gain = power_of_two(value_exponent + norm_exponent)
+    gain = power_of_two(value_exponent + norm_exponent) + poison
     return codes, scale * gauge, zero * gauge, norm * power_of_two(-norm_exponent), gain

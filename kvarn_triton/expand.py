@@ -126,7 +126,7 @@ def _add_and_subtract(x, HALF: tl.constexpr):
 
 @triton.jit
 def _butterflies(x):
-    """Add and subtract numbers [lanes, rows, m, n] at all distances along the last axis (`reference.codec.butterflies`)."""
+    """Add and subtract numbers [lanes, rows, m, n] at all distances along the last axis (`arithmetic.butterflies`)."""
     for step in tl.static_range(log2(x.shape[3])):
         x = _add_and_subtract(x, x.shape[3] >> (step + 1))
     return x

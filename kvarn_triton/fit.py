@@ -14,9 +14,15 @@ from .reference import codec
 
 
 @triton.constexpr_function
-def _cut(bits):
+def _cut(bits, encoder):
     """Return what is cut off either end of a range at so many bits."""
-    return (1 - codec.COVERAGE[bits]) / 2
+    return (1 - codec.COVERAGE[bits]) / 2 if encoder.clip else 0.0
+
+
+@triton.constexpr_function
+def num_fits(bits, per_channel, encoder):
+    """Return how often rows of so many bits are fitted."""
+    return codec.num_fits(bits, "channel" if per_channel else "token", encoder)
 
 
 @triton.jit
@@ -64,8 +70,20 @@ def _row_vector(partials, PER_CHANNEL: tl.constexpr):
 
 
 @triton.jit
-def _fit(blocks, scale, zero, P: tl.constexpr, Q: tl.constexpr, LEVELS: tl.constexpr, PER_CHANNEL: tl.constexpr):
-    """Return the scale and zero of least squared error for the codes that the given ones make."""
+def _fit(
+    blocks,
+    scale,
+    zero,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    PROJECTION: tl.constexpr,
+):
+    """Return the scale and zero of least squared error, or those that keep projections, for the codes that the given ones make.
+
+    `reference.codec._fitted` says what they are.
+    """
     BLOCK_C: tl.constexpr = blocks[0].shape[1]
     INNER: tl.constexpr = P if PER_CHANNEL else Q
     COUNT: tl.constexpr = INNER * (blocks[0].shape[0] if PER_CHANNEL else BLOCK_C)
@@ -86,7 +104,7 @@ def _fit(blocks, scale, zero, P: tl.constexpr, Q: tl.constexpr, LEVELS: tl.const
             code = (code + ROUND_MAGIC) - ROUND_MAGIC
             code_sum += code
             above_sum += above
-            square = fma(code, code, square)
+            square = fma(above, above, square) if PROJECTION else fma(code, code, square)
             product = fma(above, code, product)
         code_sums = code_sums + (code_sum,)
         above_sums = above_sums + (above_sum,)
@@ -95,29 +113,32 @@ def _fit(blocks, scale, zero, P: tl.constexpr, Q: tl.constexpr, LEVELS: tl.const
     code_sum = _row_vector(code_sums, PER_CHANNEL)
     above_sum = _row_vector(above_sums, PER_CHANNEL)
     code_mean = code_sum * (1.0 / COUNT)
-    spread = _row_vector(squares, PER_CHANNEL) - code_sum * code_mean
-    several = spread > 0
+    above_mean = above_sum * (1.0 / COUNT)
+    square = _row_vector(squares, PER_CHANNEL)
     covariance = _row_vector(products, PER_CHANNEL) - above_sum * code_mean
-    scale = tl.maximum(tl.div_rn(covariance, tl.where(several, spread, 1.0)), RANGE_EPS)
-    return scale, tl.where(several, zero + (above_sum * (1.0 / COUNT) - scale * code_mean), zero)
+    if PROJECTION:
+        several = covariance > 0
+        fitted = tl.div_rn(square - above_sum * above_mean, tl.where(several, covariance, 1.0))
+        scale = tl.where(several, tl.maximum(fitted, RANGE_EPS), scale)
+    else:
+        spread = square - code_sum * code_mean
+        several = spread > 0
+        scale = tl.maximum(tl.div_rn(covariance, tl.where(several, spread, 1.0)), RANGE_EPS)
+    return scale, tl.where(several, zero + (above_mean - scale * code_mean), zero)
 
 
 @triton.jit
 def quantize_blocks(
-    blocks,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    BITS: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
-    CLIP: tl.constexpr,
-    FITS: tl.constexpr,
+    blocks, P: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr, PER_CHANNEL: tl.constexpr, ENCODER: tl.constexpr
 ):
     """Round a tile (`reference.quantize`); returns codes, scale and zero, these two as vectors of rows.
 
-    Codes are the low 8 bits of int32 blocks. Without CLIP and FITS nothing is clamped: no number is less than `zero`, and none
-    so much larger than the largest that it would round to more levels than there are.
+    Codes are the low 8 bits of int32 blocks. Where nothing is clipped or fitted nothing is clamped: no number is less than
+    `zero`, and none so much larger than the largest that it would round to more levels than there are.
     """
     LEVELS: tl.constexpr = 2**BITS - 1
+    CUT: tl.constexpr = _cut(BITS, ENCODER)
+    FITS: tl.constexpr = num_fits(BITS, PER_CHANNEL, ENCODER)
     BLOCK_C: tl.constexpr = blocks[0].shape[1]
     if PER_CHANNEL:
         zero = _range_per_channel(blocks, least, P, Q)
@@ -125,20 +146,22 @@ def quantize_blocks(
     else:
         zero = _range_per_token(blocks, least, P, Q)
         top = _range_per_token(blocks, most, P, Q)
-    if CLIP and _cut(BITS) > 0:
-        cut = (top - zero) * _cut(BITS)
+    if CUT > 0:
+        cut = (top - zero) * CUT
         zero = zero + cut
         top = top - cut
     scale = tl.maximum((top - zero) * (1.0 / LEVELS), RANGE_EPS)
     for _ in range(FITS):
-        scale, zero = _fit(blocks, scale, zero, P, Q, LEVELS, PER_CHANNEL)
+        scale, zero = _fit(blocks, scale, zero, P, Q, LEVELS, PER_CHANNEL, False)
     zeros = _spread_rows(zero, P, Q, BLOCK_C, PER_CHANNEL)
     inverses = _spread_rows(tl.div_rn(1.0, scale), P, Q, BLOCK_C, PER_CHANNEL)
+    if FITS > 0 and ENCODER.norm == "projection":
+        scale, zero = _fit(blocks, scale, zero, P, Q, LEVELS, PER_CHANNEL, True)
     codes = ()
     for p in tl.static_range(P):
         for q in tl.static_range(Q):
             steps = (blocks[p * Q + q] - zeros[q if PER_CHANNEL else p]) * inverses[q if PER_CHANNEL else p]
-            if CLIP or FITS > 0:
+            if CUT > 0 or FITS > 0:
                 steps = tl.clamp(steps, 0.0, LEVELS)
             codes = codes + ((steps + ROUND_MAGIC).to(tl.int32, bitcast=True),)
     return codes, scale, zero

@@ -8,7 +8,7 @@ from triton.runtime.interpreter import TensorHandle
 
 
 def fma(x: tl.tensor, y: tl.tensor, z: tl.tensor) -> tl.tensor:
-    """Return `x * y + z` of float32 tensors, rounded once (`reference.codec.fma`); the interpreter's own rounds twice."""
+    """Return `x * y + z` of float32 tensors, rounded once (`reference.arithmetic.fma`); the interpreter's own rounds twice."""
     left, right, addend = (t.handle.data.astype(np.float64) for t in (x, y, z))
     product = left * right
     total = product + addend

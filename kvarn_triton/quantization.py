@@ -25,14 +25,13 @@ def _kvarn_quantize_kernel(
     D: tl.constexpr,
     BITS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
-    CLIP: tl.constexpr,
-    FITS: tl.constexpr,
+    ENCODER: tl.constexpr,
 ):
     P: tl.constexpr = G // BLOCK_T
     BLOCK_C: tl.constexpr = block_channels(D)
     index = tl.program_id(0).to(tl.int64)
     blocks = load_blocks(tiles_ptr + index * G * D, D, G, D)
-    codes, scale, zero = quantize_blocks(blocks, P, D // BLOCK_C, BITS, PER_CHANNEL, CLIP, FITS)
+    codes, scale, zero = quantize_blocks(blocks, P, D // BLOCK_C, BITS, PER_CHANNEL, ENCODER)
     store_blocks(codes_ptr + index * G * D, codes, G, D)
     if PER_CHANNEL:
         channel = channel_of(scale, BLOCK_C)
@@ -75,13 +74,14 @@ def quantize(
     """Round tiles to `2**bits` evenly spaced values per channel or token.
 
     They start as those between the least and the largest number of the row (paper, section 3), or in the middle of that range
-    if `encoder.clip`. Then, `encoder.fits` times, they become those of least squared error for the codes of the ones before.
+    if `encoder.clip`. Rows of the bits that `Encoder` names become, `encoder.fits` times, those of least squared error for the
+    codes of the ones before; with `encoder.norm` "projection" their scale is stretched once more in the end.
 
     Args:
         tiles: float16, bfloat16 or float32 [..., page_size, head_dim], contiguous, of sizes that `PageLayout` supports.
         bits: 2, 3, 4 or 8.
         per: the axis with one scale and zero each: "channel" (keys) or "token" (values).
-        encoder: its `clip` and `fits`.
+        encoder: its `clip`, `fits` and whether its `norm` is "projection".
 
     Returns:
         `codes` uint8 like `tiles`, `scale` and `zero` float32 [..., head_dim] or [..., page_size]. Ties round to even; a
@@ -94,7 +94,7 @@ def quantize(
     check_choice("bits", bits, SUPPORTED_BITS)
     check_choice("per", per, ("channel", "token"))
     if not configs.on_device(tiles):
-        return reference.quantize(tiles, bits, per=per, encoder=encoder)
+        return reference.quantize(tiles, bits, per=per, encoder=encoder, arithmetic=reference.ANY_ORDER)
     *lead, page_size, head_dim = tiles.shape
     codes = torch.empty(tiles.shape, dtype=torch.uint8, device=tiles.device)
     scale = torch.empty(*lead, head_dim if per == "channel" else page_size, dtype=torch.float32, device=tiles.device)
@@ -110,8 +110,7 @@ def quantize(
             D=head_dim,
             BITS=bits,
             PER_CHANNEL=per == "channel",
-            CLIP=encoder.clip,
-            FITS=encoder.fits,
+            ENCODER=encoder,
             num_warps=configs.block_warps(head_dim, tiles.device),
             enable_fp_fusion=False,
         )

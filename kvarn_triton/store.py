@@ -147,7 +147,8 @@ def store_pages(
     elif k.shape[0] < num_pages * layout.page_size:
         raise ValueError(f"k: expected at least {num_pages * layout.page_size} tokens, got {k.shape[0]}")
     if not configs.on_device(pages):
-        reference.store_pages(k, v, pages, page_ids, layout, token_starts=token_starts, encoder=encoder)
+        order = reference.ANY_ORDER
+        reference.store_pages(k, v, pages, page_ids, layout, token_starts=token_starts, encoder=encoder, arithmetic=order)
         return
     if num_pages == 0:
         return

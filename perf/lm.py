@@ -216,7 +216,7 @@ def train(config: LMConfig, seed: int = 0, *, device: str | torch.device = "cpu"
     """Train a model; the same config, seed, Python and machine give the same weights, as far as sums have an order there.
 
     AdamW, a linear warm-up over the first twentieth of the steps, then a cosine to zero. With problems, rows are short at first
-    and twice as long whenever the problems are solved, or a tenth of the steps has passed. Progress goes to stderr.
+    and twice as long whenever the problems are solved, or a quarter of the steps has passed. Progress goes to stderr.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -244,7 +244,7 @@ def train(config: LMConfig, seed: int = 0, *, device: str | torch.device = "cpu"
         optimizer.step()
         if length < config.seq_len:
             solved = all(loss.item() < lm_tasks.LEARNT for name, loss in losses.items() if name != "text")
-            if solved or step - grown >= config.steps // 10:
+            if solved or step - grown >= config.steps // 4:
                 length, grown = min(2 * length, config.seq_len), step
         if (step + 1) % max(1, config.steps // 10) == 0:
             bits = ", ".join(f"{name} {loss.item() / math.log(2):.3f}" for name, loss in losses.items())

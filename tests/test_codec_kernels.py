@@ -63,7 +63,7 @@ def test_fused_multiply_add(device):
     x, y, z = (t.to(device) for t in hard_sums())
     out = torch.empty_like(x)
     _fma_kernel[(triton.cdiv(len(x), 256),)](out, x, y, z, len(x), BLOCK=256)
-    assert_same_bits(out, reference.codec.fma(x, y, z))
+    assert_same_bits(out, reference.arithmetic.fma(x, y, z))
 
 
 @pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)

@@ -2,15 +2,19 @@
 
 Read `codec` first (what happens to one tile), then `packing` (its codes as bytes), `cache` (pages, tails) and `attention`.
 Each public function has the name, the arguments and the meaning of the kernel's launcher in `kvarn_triton`. Nothing here
-imports a kernel.
+imports a kernel. `arithmetic` says in which order sums are added.
 """
 
+from .arithmetic import ANY_ORDER, KERNEL_ORDER, Arithmetic
 from .attention import decode_attention, gather_cache, merge_states, prefill_attention
 from .cache import append_tokens, commit_pages, dequantize_pages, raw_slots, store_pages
 from .codec import dequantize, encode, hadamard, quantize, variance_normalize
 from .packing import pack, unpack
 
 __all__ = [
+    "ANY_ORDER",
+    "KERNEL_ORDER",
+    "Arithmetic",
     "append_tokens",
     "commit_pages",
     "decode_attention",

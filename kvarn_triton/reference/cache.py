@@ -11,16 +11,23 @@ import torch
 
 from ..encoder import DEFAULT, Encoder
 from ..layout import PageLayout
-from .codec import HALF_MAX, butterflies, dequantize, encode, hadamard, working_dtype
+from .arithmetic import KERNEL_ORDER, Arithmetic, butterflies
+from .codec import HALF_MAX, dequantize, encode, hadamard, working_dtype
 from .packing import pack, unpack
 
 
-def encode_records(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, encoder: Encoder = DEFAULT) -> torch.Tensor:
+def encode_records(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: PageLayout,
+    encoder: Encoder = DEFAULT,
+    arithmetic: Arithmetic = KERNEL_ORDER,
+) -> torch.Tensor:
     """Return the records uint8 [..., page_bytes] of rotated tiles `k` [..., page_size, head_dim] and `v` [..., v_head_dim]."""
     records = torch.zeros(*k.shape[:-2], layout.page_bytes, dtype=torch.uint8, device=k.device)
     fields = layout.fields(records)
     for name, tile, bits, per in (("k", k, layout.k_bits, "channel"), ("v", v, layout.v_bits, "token")):
-        codes, scale, zero, norm, gain = encode(tile, bits, per=per, encoder=encoder)  # type: ignore[arg-type]
+        codes, scale, zero, norm, gain = encode(tile, bits, per=per, encoder=encoder, arithmetic=arithmetic)  # type: ignore[arg-type]
         fields[f"{name}_codes"].copy_(pack(codes, bits, per=per))  # type: ignore[arg-type]
         for field, value in (("scale", scale), ("zero", zero), ("norm", norm), ("gain", gain)):
             fields[f"{name}_{field}"].copy_(value)
@@ -67,14 +74,16 @@ def store_pages(
     *,
     token_starts: torch.Tensor | None = None,
     encoder: Encoder = DEFAULT,
+    arithmetic: Arithmetic = KERNEL_ORDER,
 ) -> None:
-    """Quantize pages straight from activations; see `kvarn_triton.store_pages`."""
+    """Quantize pages straight from activations; see `kvarn_triton.store_pages`. `arithmetic` is the order of sums."""
     if token_starts is None:
         token_starts = torch.arange(page_ids.shape[0], device=k.device) * layout.page_size
     kept = page_ids >= 0
     tokens = token_starts[kept].long()[:, None] + torch.arange(layout.page_size, device=k.device)
-    k_tiles, v_tiles = (hadamard(x[tokens].transpose(1, 2).to(working_dtype(x.dtype))) for x in (k, v))
-    pages[page_ids[kept].long()] = encode_records(k_tiles, v_tiles, layout, encoder)
+    tiles = (x[tokens].transpose(1, 2).to(working_dtype(x.dtype)) for x in (k, v))
+    k_tiles, v_tiles = (hadamard(tile, arithmetic=arithmetic) for tile in tiles)
+    pages[page_ids[kept].long()] = encode_records(k_tiles, v_tiles, layout, encoder, arithmetic)
 
 
 def dequantize_pages(
@@ -142,8 +151,9 @@ def commit_pages(
     kv_indptr: torch.Tensor | None = None,
     kv_indices: torch.Tensor | None = None,
     encoder: Encoder = DEFAULT,
+    arithmetic: Arithmetic = KERNEL_ORDER,
 ) -> None:
-    """Quantize finished pages of the tail; see `kvarn_triton.commit_pages`."""
+    """Quantize finished pages of the tail; see `kvarn_triton.commit_pages`. `arithmetic` is the order of sums."""
     num_sink_pages = -(-sink_len // layout.page_size)
     num_tail_slots = raw_table.shape[1] - num_sink_pages
     for b in range(committed_lens.shape[0]):
@@ -156,6 +166,8 @@ def commit_pages(
             if page >= 0:
                 raw = raw_pages[int(raw_table[b, num_sink_pages + j % num_tail_slots])]
                 k, v = raw.to(working_dtype(raw.dtype)).unbind(0)
-                pages[page] = encode_records(k[..., : layout.head_dim], v[..., : layout.v_head_dim], layout, encoder)
+                pages[page] = encode_records(
+                    k[..., : layout.head_dim], v[..., : layout.v_head_dim], layout, encoder, arithmetic
+                )
         if advance:
             num_quantized[b] = max(first, last)
