@@ -12,6 +12,7 @@ import real
 import real_model
 import real_tasks
 import torch
+import variants
 from common import Options, Row, progress, say, sweep
 from kv_codecs import Codec
 
@@ -88,6 +89,7 @@ def methods(bits: str, head_dim: int) -> list[Codec]:
     layout = PageLayout.from_name(f"{bits}_g{PAGE_SIZE}", head_dim=head_dim)
     k, v = layout.k_bits, layout.v_bits
     own = [kv_codecs.kvarn(layout, PUBLISHED, "KVarN as published"), kv_codecs.kvarn(layout, Encoder(), "default")]
+    own.append(variants.codec(layout, variants.LENGTHS[k], variants.LENGTHS[v], "least error, lengths kept"))
     if bits not in ("k2v2", "k4v2", "k4v4"):
         return own
     return own + [
