@@ -21,8 +21,8 @@ def _cut(bits, encoder):
 
 @triton.constexpr_function
 def num_fits(bits, per_channel, encoder):
-    """Return how often rows of so many bits are fitted."""
-    return codec.num_fits(bits, "channel" if per_channel else "token", encoder)
+    """Return how often rows of so many bits are fitted (`reference.codec.num_fits`)."""
+    return encoder.fits if bits in codec.FITTED_BITS["channel" if per_channel else "token"] else 0
 
 
 @triton.jit
