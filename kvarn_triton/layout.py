@@ -92,6 +92,12 @@ class PageLayout:
         return cls(head_dim=head_dim, page_size=page_size, k_bits=k_bits, v_bits=v_bits, v_head_dim=v_head_dim)
 
     @property
+    def cache_key(self) -> str:
+        """What Triton's cache on disk knows a kernel's layout by: offsets and sizes too, which `repr` leaves out."""
+        derived = sorted(name for name, value in vars(type(self)).items() if isinstance(value, functools.cached_property))
+        return f"{self!r} {FORMAT_VERSION} {[getattr(self, name) for name in derived]}"
+
+    @property
     def name(self) -> str:
         """The preset name, such as `k4v2_g128`."""
         return f"k{self.k_bits}v{self.v_bits}_g{self.page_size}"
