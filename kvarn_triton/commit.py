@@ -17,6 +17,7 @@ from .blocks import load_blocks
 from .cache_checks import check_body_tables
 from .checks import check_pages, check_tensor, require
 from .encoder import DEFAULT, Encoder
+from .launch import aligned, check_pool, on
 from .layout import PageLayout, fields_per_byte
 from .paging import ids_of_row, num_ids_of_row
 from .store import store_tile
@@ -34,9 +35,10 @@ _NOT_SPECIALIZED = [
     "stride_raw_table", "stride_table",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
+_ANY_ADDRESS = ["raw_table_ptr", "table_ptr", "kv_indptr_ptr", "committed_lens_ptr", "num_quantized_ptr"]
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def _kvarn_commit_pages_kernel(
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
     raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, raw_head_dim]
@@ -100,7 +102,10 @@ def _kvarn_commit_pages_kernel(
             store_tile(v_blocks, record_ptr, True, LAYOUT, V_FIELDS, ENCODER)
 
 
-@triton.jit(do_not_specialize=["batch", "max_new_pages", "max_pages", "sink_len", "keep_pages"])
+@triton.jit(
+    do_not_specialize=["batch", "max_new_pages", "max_pages", "sink_len", "keep_pages"],
+    do_not_specialize_on_alignment=["num_quantized_ptr", "committed_lens_ptr", "kv_indptr_ptr"],
+)
 def _kvarn_advance_quantized_kernel(
     num_quantized_ptr,  # int32 [batch], updated in place
     committed_lens_ptr,  # int32 [batch]
@@ -194,6 +199,7 @@ def commit_pages(
         raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, sink_len, keep_pages, max_new_pages,
         kv_indptr, kv_indices,
     )  # fmt: skip
+    raw_pages, pages = check_pool("raw_pages", raw_pages), aligned(pages)
     csr, max_pages = block_table is None, 0 if block_table is None else block_table.shape[1]
     num_kv_heads = pages.shape[1]
     if not configs.on_device(pages):
@@ -206,7 +212,7 @@ def commit_pages(
     if batch == 0:
         return
     num_sink_pages = -(-sink_len // layout.page_size)
-    _kvarn_commit_pages_kernel[(batch * max_new_pages * num_kv_heads * 2,)](
+    on(pages, _kvarn_commit_pages_kernel)[(batch * max_new_pages * num_kv_heads * 2,)](
         pages,
         raw_pages,
         raw_table,
@@ -236,7 +242,7 @@ def commit_pages(
     )
     if not advance:
         return
-    _kvarn_advance_quantized_kernel[(triton.cdiv(batch, 256),)](
+    on(pages, _kvarn_advance_quantized_kernel)[(triton.cdiv(batch, 256),)](
         num_quantized,
         committed_lens,
         committed_lens if kv_indptr is None else kv_indptr,

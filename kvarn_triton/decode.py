@@ -12,6 +12,7 @@ from . import configs, reference
 from .cache_checks import check_attention
 from .checks import check_aligned, check_tensor, require
 from .decode_pieces import launch_decode_pieces
+from .launch import aligned, check_pool, copy_back
 from .layout import PageLayout
 from .merge import launch_merge_splits
 from .schedule import Units, Work
@@ -91,6 +92,8 @@ def decode_attention(
     config = configs.decode_config(layout, q.dtype, q.device, table)
     if split_size is not None:
         require(isinstance(split_size, int) and split_size >= 1, "split_size", "an integer of at least 1", split_size)
+    if raw_pages is not None:
+        raw_pages = check_pool("raw_pages", raw_pages)
     page_ids = kv_indices if block_table is None else block_table
     assert page_ids is not None
     csr, max_pages = block_table is None, page_ids.shape[-1]
@@ -119,6 +122,7 @@ def decode_attention(
     if batch == 0 or num_q_heads == 0:
         return out if lse is None else (out, lse)
 
+    q, pages, memory = aligned(q), aligned(pages), aligned(out)
     programs = min(programs, max(num_tiles * most_units(batch, layout, max_pages, max_raw_pages, csr), 1))
     few_programs = min(programs, configs.num_programs(q.device, config.few_programs_per_sm))
     units = Units(layout.page_size, configs.RAW_BLOCK, has_raw=raw_pages is not None, has_window=window is not None)
@@ -127,5 +131,6 @@ def decode_attention(
         partial, partial_lse, q, pages, block_table, layout, raw_pages, raw_table, kv_indptr, kv_indices, sm_scale, soft_cap,
         work, config,
     )  # fmt: skip
-    launch_merge_splits(out, lse, partial, partial_lse, sinks, num_kv_heads, layout, work, config.early_merge)
+    launch_merge_splits(memory, lse, partial, partial_lse, sinks, num_kv_heads, layout, work, config.early_merge)
+    copy_back(memory, out)
     return out if lse is None else (out, lse)

@@ -15,13 +15,17 @@ from triton.language.extra.cuda import gdc_wait
 from . import configs, reference
 from .checks import FLOATS, check_tensor
 from .device import LOG2E, hadamard
+from .launch import aligned, on
 from .layout import PageLayout
 from .schedule import Work, piece_of_unit, plan, row_units, start_of_row
 
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_programs", "few_programs", "sink_len", "window", "split_size"])
+@triton.jit(
+    do_not_specialize=["num_tiles", "num_programs", "few_programs", "sink_len", "window", "split_size"],
+    do_not_specialize_on_alignment=["lse_ptr", "seq_lens_ptr", "num_quantized_ptr", "sinks_ptr"],
+)
 def _kvarn_merge_splits_kernel(
     out_ptr,  # [batch, num_q_heads, v_head_dim]
     lse_ptr,  # float32 [batch, num_q_heads], natural logarithm; unused if not RETURN_LSE
@@ -110,7 +114,7 @@ def launch_merge_splits(
     block_d = triton.next_power_of_2(v_head_dim)
     tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
     block_s = configs.merge_block(work.num_programs, batch * num_tiles)
-    _kvarn_merge_splits_kernel[(num_q_heads, batch)](
+    on(out, _kvarn_merge_splits_kernel)[(num_q_heads, batch)](
         out,
         partial_lse if lse is None else lse,
         partial,
@@ -142,7 +146,7 @@ def launch_merge_splits(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["lse_a_ptr", "lse_b_ptr"])
 def _kvarn_merge_states_kernel(
     out_ptr,  # [rows, v_head_dim]
     lse_ptr,  # float32 [rows], natural logarithm
@@ -200,11 +204,12 @@ def merge_states(
     check_tensor("lse_b", lse_b, out_a.shape[:-1], torch.float32, device=out_a.device, contiguous_dims=dims - 1)
     if not configs.on_device(out_a):
         return reference.merge_states(out_a, lse_a, out_b, lse_b)
+    out_a, out_b = aligned(out_a), aligned(out_b)
     out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
     num_rows, block_d = lse.numel(), triton.next_power_of_2(out_a.shape[-1])
     block_r = configs.row_block(block_d)
     if num_rows:
-        _kvarn_merge_states_kernel[(triton.cdiv(num_rows, block_r),)](
+        on(out, _kvarn_merge_states_kernel)[(triton.cdiv(num_rows, block_r),)](
             out,
             lse,
             out_a,

@@ -13,6 +13,7 @@ import torch
 from . import configs, reference
 from .cache_checks import check_attention, check_scratch
 from .checks import check_aligned, check_tensor, require
+from .launch import aligned, check_pool, copy_back
 from .layout import PageLayout
 from .prefill_expand import launch_expand_pages
 from .prefill_merge import launch_merge_queries
@@ -163,10 +164,13 @@ def prefill_attention(
         check_tensor("v", v, [total_tokens, num_kv_heads, v_head_dim], q.dtype, device=q.device)
     if split_size is not None:
         require(isinstance(split_size, int) and split_size >= 1, "split_size", "an integer of at least 1", split_size)
+    if raw_pages is not None:
+        raw_pages = check_pool("raw_pages", raw_pages)
     table = block_table if block_table is not None else kv_indices
     assert table is not None
     if scratch is not None:
         check_scratch(scratch, q.dtype, table, num_kv_heads, layout)
+        scratch = check_pool("scratch", scratch)
     group = num_q_heads // max(num_kv_heads, 1)
     config = configs.prefill_config(layout, q.dtype, q.device, total_tokens, batch, group, split_size, scratch is not None)
     splits = _num_splits(total_tokens, batch, num_q_heads, num_kv_heads, table.shape[-1], q.device, config, split_size)
@@ -195,16 +199,20 @@ def prefill_attention(
         sums, shape = 4 * splits * total_tokens * num_q_heads * v_head_dim, (splits, total_tokens, num_q_heads)
         partial = workspace[:sums].view(torch.float32).view(*shape, v_head_dim)
         partial_lse = workspace[sums:num_bytes].view(torch.float32).view(shape)
+    q, pages, memory = aligned(q), aligned(pages), aligned(out)
+    if k is not None and v is not None:
+        k, v = aligned(k), aligned(v)
     if scratch is not None:
         launch_expand_pages(
             scratch, cu_seqlens_q, pages, block_table, kv_indptr, kv_indices, seq_lens, layout, num_quantized, sink_len, window,
             has_new=k is not None,
         )  # fmt: skip
     launch_prefill_tiles(
-        out, lse, partial, partial_lse, q, k, v, cu_seqlens_q, pages, block_table, kv_indptr, kv_indices, seq_lens, layout,
+        memory, lse, partial, partial_lse, q, k, v, cu_seqlens_q, pages, block_table, kv_indptr, kv_indices, seq_lens, layout,
         raw_pages, raw_table, num_quantized, scratch, sink_len, sm_scale, window, soft_cap, sinks, splits, split_size or 0,
         config,
     )  # fmt: skip
     if partial is not None and partial_lse is not None:
-        launch_merge_queries(out, lse, partial, partial_lse, cu_seqlens_q, sinks, layout, rotated=k is None)
+        launch_merge_queries(memory, lse, partial, partial_lse, cu_seqlens_q, sinks, layout, rotated=k is None)
+    copy_back(memory, out)
     return out if lse is None else (out, lse)

@@ -12,11 +12,15 @@ from triton.language.extra.cuda import gdc_wait
 
 from . import configs
 from .device import LOG2E, hadamard
+from .launch import on
 from .layout import PageLayout
 from .merge import LN2
 
 
-@triton.jit(do_not_specialize=["batch", "num_splits", "total_rows"])
+@triton.jit(
+    do_not_specialize=["batch", "num_splits", "total_rows"],
+    do_not_specialize_on_alignment=["lse_ptr", "cu_seqlens_ptr", "sinks_ptr"],
+)
 def _kvarn_merge_queries_kernel(
     out_ptr,  # [total_tokens, num_q_heads, v_head_dim]
     lse_ptr,  # float32 [total_tokens, num_q_heads], natural logarithm; unused if not RETURN_LSE
@@ -86,7 +90,7 @@ def launch_merge_queries(
     block_d = triton.next_power_of_2(v_head_dim)
     early = configs.launches_early(out.device)
     block_s = configs.MERGE_BLOCKS[0] if num_splits <= configs.MERGE_BLOCKS[0] else configs.MERGE_BLOCKS[1]
-    _kvarn_merge_queries_kernel[(total_tokens, num_q_heads)](
+    on(out, _kvarn_merge_queries_kernel)[(total_tokens, num_q_heads)](
         out,
         partial_lse if lse is None else lse,
         partial,

@@ -18,6 +18,7 @@ from . import configs
 from .attend_many import attend_pages
 from .attend_tokens import attend_expanded, attend_new, attend_raw_units, num_raw_units
 from .device import LOG2E, hadamard, load_rows, store_rows
+from .launch import on
 from .layout import PageLayout, fields_per_byte
 from .merge import LN2
 from .paging import body_seen, first_slot, ids_of_row
@@ -29,9 +30,13 @@ _NOT_SPECIALIZED = [
     "stride_table", "stride_raw_table", "total_tokens", "max_pages",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
+_ANY_ADDRESS = [
+    "lse_ptr", "partial_lse_ptr", "cu_seqlens_ptr", "table_ptr", "indptr_ptr", "seq_lens_ptr", "raw_table_ptr",
+    "num_quantized_ptr", "sinks_ptr",
+]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def _kvarn_prefill_attention_kernel(
     out_ptr,  # [total_tokens, num_q_heads, v_head_dim]
     lse_ptr,  # float32 [total_tokens, num_q_heads], natural logarithm; unused if not RETURN_LSE
@@ -266,7 +271,7 @@ def launch_prefill_tiles(
     new_k, new_v = (q if x is None else x for x in (k, v))
     num_sink_pages = -(-sink_len // layout.page_size)
     tiles = triton.cdiv(total_tokens * group, config.block_m) + batch
-    _kvarn_prefill_attention_kernel[(tiles * num_kv_heads * num_splits,)](
+    on(q, _kvarn_prefill_attention_kernel)[(tiles * num_kv_heads * num_splits,)](
         out,
         seq_lens if lse is None else lse,
         out if partial is None else partial,

@@ -16,7 +16,9 @@ from .checks import FLOATS, check_choice, require
 from .commit import commit_pages
 from .decode import decode_attention
 from .encoder import DEFAULT, Encoder
+from .gather import dequantize_pages
 from .layout import PageLayout
+from .merge import merge_states
 from .prefill import prefill_attention
 from .store import store_pages
 from .tables import DecodeTable
@@ -62,11 +64,15 @@ def warmup(
     csr: bool = False,
     prefill: bool = False,
     scratch: torch.dtype | None = None,
+    dequantize: torch.dtype | None = None,
 ) -> None:
-    """Compile, and load, every kernel that a server's steps launch for one model: decode, append, commit and store.
+    """Compile, and load, every kernel that a server's steps launch for one model: decode, append, commit, store and merge.
 
-    Nothing depends on batch sizes, lengths, page counts, the size of the sink or of the window: one call serves them all. Cost:
-    some seconds for each kernel that is not in Triton's cache on disk. Tensors of a few pages are allocated and dropped.
+    Nothing depends on batch sizes, lengths, page counts, the size of the sink or of the window, nor on addresses and strides of
+    tensors: one call serves them all. (Strides of 2**31 elements and more are numbers of 64 bits, which kernels of their own
+    take.) Activations and results whose address is no multiple of 16 bytes, or whose strides are none of 16 elements, are
+    copied; pools with such strides are refused. Cost: some seconds for each kernel that is not in Triton's cache on disk.
+    Tensors of a few pages are allocated and dropped.
 
     Four options, from `window` on, are one kind of attention call, which all layers of many models share. Where layers differ,
     as in models that have a window in every other layer, call it once for each kind: what they share is compiled once.
@@ -86,6 +92,7 @@ def warmup(
         csr: whether page ids come as `kv_indptr` and `kv_indices`.
         prefill: whether `prefill_attention` is called too, on raw pages of `raw_dtype`, with and without new keys and values.
         scratch: dtype of the `scratch` that some calls of `prefill_attention` get; None if none do.
+        dequantize: dtype of what `dequantize_pages` returns; None if it is not called.
 
     Raises:
         ValueError: for a wrong option.
@@ -96,6 +103,8 @@ def warmup(
     if scratch is not None:
         check_choice("scratch", scratch, (torch.float32,) if dtype == torch.float32 else (torch.float16, torch.bfloat16))
         require(prefill, "prefill", "True beside scratch", prefill)
+    if dequantize is not None:
+        check_choice("dequantize", dequantize, FLOATS)
     require(num_kv_heads >= 1 and num_q_heads % num_kv_heads == 0, "num_q_heads", "a multiple of num_kv_heads", num_q_heads)
     size = layout.page_size
     pages = torch.zeros(layout.pages_shape(2, num_kv_heads), dtype=torch.uint8, device=device)
@@ -123,6 +132,11 @@ def warmup(
         page_ids = torch.full((1,), -1, dtype=ids, device=device)
         store_pages(k, v, pages, page_ids, layout, encoder=encoder)
         store_pages(k, v, pages, page_ids, layout, token_starts=page_ids, encoder=encoder)
+        if dequantize is not None:
+            for rotated in (False, True):
+                dequantize_pages(pages, page_ids, layout, dtype=dequantize, rotated=rotated)
+    state, lse = (torch.zeros(1, n, dtype=d, device=device) for n, d in ((layout.v_head_dim, dtype), (1, torch.float32)))
+    merge_states(state, lse[0], state, lse[0])
     block_table, indices = _body_tables(columns, csr)
     commit_pages(raw_pages, pages, columns, block_table, lens, lens, layout, encoder=encoder, **indices)
 
