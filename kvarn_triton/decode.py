@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from . import configs, reference
-from .cache_checks import check_attention
+from .cache_checks import check_attention, check_call
 from .checks import check_aligned, check_tensor, require
 from .decode_pieces import launch_decode_pieces
 from .launch import aligned, check_pool, copy_back
@@ -59,7 +59,7 @@ def decode_attention(
         sink_len: tokens at the start of every sequence that stay raw.
         kv_indptr: int32 [batch + 1], rising; where the page ids of each sequence begin in `kv_indices`, and the last one's end.
         kv_indices: int32 [n]; `kv_indices[kv_indptr[b] + j]` is the page id of body page j of sequence b.
-        sm_scale: factor of the scores; by default head_dim ** -0.5.
+        sm_scale: factor of the scores, a number and no tensor; by default head_dim ** -0.5.
         window: see only the last `window` tokens, the query's own among them: those at positions >= seq_len - window, of the
             raw ones at the start too. Pages without such a token are not read, nor are their ids. Any number from call to call.
         soft_cap: above 0; a score becomes soft_cap * tanh(score / soft_cap), after `sm_scale` and before the softmax.
@@ -90,8 +90,7 @@ def decode_attention(
     batch, num_q_heads, v_head_dim = *q.shape[:2], layout.v_head_dim
     tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
     config = configs.decode_config(layout, q.dtype, q.device, table)
-    if split_size is not None:
-        require(isinstance(split_size, int) and split_size >= 1, "split_size", "an integer of at least 1", split_size)
+    sm_scale = check_call(sm_scale, split_size)
     if raw_pages is not None:
         raw_pages = check_pool("raw_pages", raw_pages)
     page_ids = kv_indices if block_table is None else block_table

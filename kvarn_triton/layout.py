@@ -86,7 +86,8 @@ class PageLayout:
         """
         match = _PRESET.fullmatch(name) if isinstance(name, str) else None
         if match is None:
-            raise ValueError(f"name: expected k<bits>v<bits>_g<page_size>, such as k4v2_g128, got {name!r}")
+            sizes = f"bits {', '.join(map(str, SUPPORTED_BITS))}, page_size {', '.join(map(str, SUPPORTED_PAGE_SIZES))}"
+            raise ValueError(f"name: expected k<bits>v<bits>_g<page_size>, such as k4v2_g128, got {name!r} ({sizes})")
         k_bits, v_bits, page_size = map(int, match.groups())
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         return cls(head_dim=head_dim, page_size=page_size, k_bits=k_bits, v_bits=v_bits, v_head_dim=v_head_dim)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from . import configs, reference
-from .cache_checks import check_attention, check_scratch
+from .cache_checks import check_attention, check_call, check_scratch
 from .checks import check_aligned, check_tensor, require
 from .launch import aligned, check_pool, copy_back
 from .layout import PageLayout
@@ -126,7 +126,7 @@ def prefill_attention(
         kv_indptr: int32 [batch + 1], with `kv_indices` instead of `block_table`: body page j of sequence b is
             kv_indices[kv_indptr[b] + j].
         kv_indices: int32 [n], page ids.
-        sm_scale: factor of the scores; by default head_dim ** -0.5.
+        sm_scale: factor of the scores, a number and no tensor; by default head_dim ** -0.5.
         window: how many positions a query sees, its own included. Pages that no query of a sequence sees are not read.
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
         sinks: float32 [num_q_heads], a logit per query head that takes weight and has no value.
@@ -162,8 +162,7 @@ def prefill_attention(
     if k is not None and v is not None:
         check_tensor("k", k, [total_tokens, num_kv_heads, layout.head_dim], q.dtype, device=q.device)
         check_tensor("v", v, [total_tokens, num_kv_heads, v_head_dim], q.dtype, device=q.device)
-    if split_size is not None:
-        require(isinstance(split_size, int) and split_size >= 1, "split_size", "an integer of at least 1", split_size)
+    sm_scale = check_call(sm_scale, split_size)
     if raw_pages is not None:
         raw_pages = check_pool("raw_pages", raw_pages)
     table = block_table if block_table is not None else kv_indices

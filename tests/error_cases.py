@@ -146,6 +146,10 @@ BLOCK_TABLE = [
     ("kv_indptr", set_to(torch.zeros(3, dtype=torch.int32)), "expected None beside block_table, got 'Tensor'"),
     ("kv_indices", set_to([1, 2]), "expected None beside block_table, got 'list'"),
 ]
+SCALE = [
+    ("sm_scale", set_to(value), "sm_scale: expected None or a finite number .up to 1e30., got ")
+    for value in (torch.tensor(0.125), float("nan"), float("inf"), "0.125", True)
+]
 WRONG: dict[str, list[tuple[str, Callable, str]]] = {
     "hadamard": [
         ("x", *NOT_A_TENSOR),
@@ -263,7 +267,9 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("sinks", to(torch.float16), "expected dtype float32, got float16"),
         ("sinks", lambda x: x[:5], r"expected shape \[6\], got \[5\]"),
         ("sinks", *GAPPED),
+        *SCALE,
         ("split_size", set_to(0), "split_size: expected an integer of at least 1, got 0"),
+        ("split_size", set_to(True), "split_size: expected an integer of at least 1, got True"),
         ("workspace", set_to(torch.zeros(8)), "expected dtype uint8, got float32"),
     ],
     "prefill_attention": [
@@ -285,7 +291,9 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("window", set_to(0), "window: expected None or an integer from 1 to 2147483647, got 0"),
         ("soft_cap", set_to(-1.0), "soft_cap: expected None or a number above 0 .*, got -1.0"),
         ("sinks", lambda x: x[:5], r"expected shape \[6\], got \[5\]"),
+        *SCALE,
         ("split_size", set_to(0), "split_size: expected an integer of at least 1, got 0"),
+        ("split_size", set_to(True), "split_size: expected an integer of at least 1, got True"),
         ("workspace", set_to(torch.zeros(8)), "expected dtype uint8, got float32"),
         ("scratch", to(torch.float32), "expected dtype float16 or bfloat16, got float32"),
         ("scratch", lambda x: x[:, :1], r"expected shape \[\*, 2, 2, 64, 64\], got \[.*, 1, 2, 64, 64\]"),

@@ -58,6 +58,7 @@ def body_page_ids(
     return kv_indices[int(kv_indptr[row]) : int(kv_indptr[row + 1])]
 
 
+@torch.no_grad()
 def store_pages(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -77,6 +78,7 @@ def store_pages(
     pages[page_ids[kept].long()] = encode_records(k_tiles, v_tiles, layout, encoder)
 
 
+@torch.no_grad()
 def dequantize_pages(
     pages: torch.Tensor,
     page_ids: torch.Tensor,
@@ -114,6 +116,7 @@ def raw_slots(positions: torch.Tensor, raw_table: torch.Tensor, *, sink_len: int
     return torch.where(positions < 0, -1, slots)
 
 
+@torch.no_grad()
 def append_tokens(k: torch.Tensor, v: torch.Tensor, raw_pages: torch.Tensor, slots: torch.Tensor) -> None:
     """Rotate tokens and write them into the raw pool; see `kvarn_triton.append_tokens`."""
     page_size = raw_pages.shape[3]
@@ -126,6 +129,7 @@ def append_tokens(k: torch.Tensor, v: torch.Tensor, raw_pages: torch.Tensor, slo
         raw_pages[page, half, :, offset, : x.shape[-1]] = rotated.to(raw_pages.dtype)
 
 
+@torch.no_grad()
 def commit_pages(
     raw_pages: torch.Tensor,
     pages: torch.Tensor,
