@@ -80,12 +80,12 @@ def _kvarn_commit_pages_kernel(
     max_pages = num_ids_of_row(kv_indptr_ptr, row, row >= 0, max_pages, CSR)
     last = _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G)
     page = tl.full((), -1, tl.int64)
-    if body < last:
+    if (body < last) & (first >= 0):
         page = tl.load(ids_of_row(table_ptr, kv_indptr_ptr, row, stride_table, CSR) + body).to(tl.int64)
     if page >= 0:
         column = num_sink_pages + body % num_tail_slots
-        raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column).to(tl.int64)
-        tile_ptr = raw_pages_ptr + raw_page * stride_raw_page + head * stride_raw_head
+        raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column)
+        tile_ptr = raw_pages_ptr + tl.maximum(raw_page, 0).to(tl.int64) * stride_raw_page + head * stride_raw_head
         record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
         if D == D_V:
             # Tiles of one size are loaded by the same code.
@@ -103,18 +103,20 @@ def _kvarn_commit_pages_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["batch", "max_new_pages", "max_pages", "sink_len", "keep_pages"],
-    do_not_specialize_on_alignment=["num_quantized_ptr", "committed_lens_ptr", "kv_indptr_ptr"],
+    do_not_specialize=["batch", "max_new_pages", "max_pages", "sink_len", "keep_pages", "stride_table"],
+    do_not_specialize_on_alignment=["num_quantized_ptr", "committed_lens_ptr", "table_ptr", "kv_indptr_ptr"],
 )
 def _kvarn_advance_quantized_kernel(
     num_quantized_ptr,  # int32 [batch], updated in place
     committed_lens_ptr,  # int32 [batch]
+    table_ptr,  # int32 [batch, max_pages], or with CSR [n]
     kv_indptr_ptr,  # int32 [batch + 1]; unused if not CSR
     batch,
     max_new_pages,
     max_pages,
     sink_len,
     keep_pages,
+    stride_table,
     G: tl.constexpr,
     CSR: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -124,8 +126,16 @@ def _kvarn_advance_quantized_kernel(
     first = tl.load(num_quantized_ptr + row, mask, other=0)
     committed_len = tl.load(committed_lens_ptr + row, mask, other=0)
     max_pages = num_ids_of_row(kv_indptr_ptr, row, mask, max_pages, CSR)
-    last = _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G)
-    tl.store(num_quantized_ptr + row, tl.maximum(first, last), mask)
+    last = tl.where(first < 0, first, _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G))
+    place = row.to(tl.int64) * stride_table
+    if CSR:
+        place = tl.load(kv_indptr_ptr + row, mask, other=0).to(tl.int64)
+    count = first
+    for i in range(max_new_pages):  # the page after the last one that has been written
+        due = mask & (count == first + i) & (count < last)
+        page = tl.load(table_ptr + place + count, due, other=-1)
+        count += (page >= 0).to(tl.int32)
+    tl.store(num_quantized_ptr + row, count, mask)
 
 
 def _check_commit(
@@ -177,7 +187,8 @@ def commit_pages(
         raw_table: int32 [batch, num_sink_pages + num_tail_slots]. A step of n tokens needs keep_pages + 1 +
             ceil((n - 1) / page_size) slots.
         block_table: int32 [batch, max_pages]; ids of pages that the sequence will need, set before they complete. A page with
-            an id below 0 is not written. None with `kv_indptr` and `kv_indices`.
+            an id below 0 is neither written nor counted, and no page after it is counted: it is due until it has an id, for as
+            long as the ring keeps its tokens. None with `kv_indptr` and `kv_indices`.
         committed_lens: int32 [batch], tokens that will not be rolled back; drafts don't count.
         num_quantized: int32 [batch], body pages in quantized form; updated in place.
         layout: the page format.
@@ -211,6 +222,9 @@ def commit_pages(
         return
     if batch == 0:
         return
+    ids = kv_indices if block_table is None else block_table
+    assert ids is not None
+    max_new_pages = min(max_new_pages, max(ids.shape[-1], 1))  # a larger grid would find nothing more to do
     num_sink_pages = -(-sink_len // layout.page_size)
     on(pages, _kvarn_commit_pages_kernel)[(batch * max_new_pages * num_kv_heads * 2,)](
         pages,
@@ -245,12 +259,14 @@ def commit_pages(
     on(pages, _kvarn_advance_quantized_kernel)[(triton.cdiv(batch, 256),)](
         num_quantized,
         committed_lens,
+        kv_indices if block_table is None else block_table,
         committed_lens if kv_indptr is None else kv_indptr,
         batch,
         max_new_pages,
         max_pages,
         sink_len,
         keep_pages,
+        0 if block_table is None else block_table.stride(0),
         G=layout.page_size,
         CSR=csr,
         BLOCK_B=256,

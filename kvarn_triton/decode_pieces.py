@@ -114,7 +114,7 @@ def _kvarn_decode_attention_kernel(
             last_page = begins[1] + tl.minimum(last - num_sinks, num_paged)
             if UNITS.has_window:
                 last_page = tl.where(first_page < last_page, last_page, 0)  # no id is read where there is no page
-            q_row_ptr = q_ptr + row.to(tl.int64) * stride_q_batch + (head * GROUP + first_head) * stride_q_head
+            q_row_ptr = q_ptr + row.to(tl.int64) * stride_q_batch + (head * GROUP + first_head).to(tl.int64) * stride_q_head
             loaded = load_query(
                 q_row_ptr, stride_q_head, tl.minimum(GROUP - first_head, TILE), BLOCK_N, BLOCK_K, LAYOUT, K_FIELDS
             )

@@ -60,7 +60,13 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 def check_pool(name: str, pool: torch.Tensor) -> torch.Tensor:
-    """Return a pool as kernels take it; it is refused where `aligned` would copy, because kernels write to it."""
+    """Return a pool of tokens [..., page_size, channels] as kernels take it.
+
+    It is refused where `aligned` would copy, because kernels write to it, and where a page spans 2**31 elements, because places
+    within a page are numbers of 32 bits.
+    """
+    if pool.stride(-2) * pool.shape[-2] >= 2**31:
+        raise ValueError(f"{name}: expected pages that span less than 2**31 elements, got strides {list(pool.stride())}")
     view = _view(pool)
     if view is None:
         raise ValueError(

@@ -71,7 +71,8 @@ def _kvarn_expand_pages_kernel(
         scratch_ptr += head * stride_scratch_head
         ids_ptr = ids_of_row(table_ptr, indptr_ptr, row, stride_table, CSR)
         for i in range(first_page + column, last_page, columns):
-            record_ptr = pages_ptr + tl.load(ids_ptr + i).to(tl.int64) * stride_pages_page + head * stride_pages_head
+            page = tl.maximum(tl.load(ids_ptr + i), 0).to(tl.int64)
+            record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
             out_ptr = scratch_ptr + (slot + i) * stride_scratch_slot
             dequantize_block(
                 out_ptr, out_ptr + stride_scratch_half, record_ptr, half, block, part, parts,

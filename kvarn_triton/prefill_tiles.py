@@ -236,13 +236,13 @@ def _kvarn_prefill_attention_kernel(
     elif SINGLE:
         # There are as many programs without a tile as it takes to give each row that no sequence owns to one of them.
         free = (-1 - tile) * BLOCK_M + tl.arange(0, BLOCK_M)
-        token = free_token(cu_seqlens_ptr, batch, free // GROUP).to(tl.int64)
-        q_head = (head * GROUP + free % GROUP).to(tl.int64)
-        mask_m = token < total_tokens
+        free_place = free_token(cu_seqlens_ptr, batch, free // GROUP).to(tl.int64)
+        free_head = (head * GROUP + free % GROUP).to(tl.int64)
+        mask_f = free_place < total_tokens
         zeros = tl.zeros((BLOCK_M, V_CHANNELS), tl.float32)
-        store_rows(out_ptr, token * stride_out_token + q_head * stride_out_head, zeros, mask_m & (fill != 0), D_V)
+        store_rows(out_ptr, free_place * stride_out_token + free_head * stride_out_head, zeros, mask_f & (fill != 0), D_V)
         if RETURN_LSE:
-            tl.store(lse_ptr + token * num_q_heads + q_head, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask_m)
+            tl.store(lse_ptr + free_place * num_q_heads + free_head, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask_f)
 
 
 def launch_prefill_tiles(
@@ -292,12 +292,7 @@ def launch_prefill_tiles(
         seq_lens if lse is None else lse,
         out if partial is None else partial,
         seq_lens if partial_lse is None else partial_lse,
-        q,
-        new_k,
-        new_v,
-        cu_seqlens_q,
-        pages,
-        table,
+        q, new_k, new_v, cu_seqlens_q, pages, table,
         seq_lens if kv_indptr is None else kv_indptr,
         seq_lens,
         raw,
@@ -308,22 +303,11 @@ def launch_prefill_tiles(
         (head_dim**-0.5 if sm_scale is None else sm_scale) * LOG2E.value,
         (soft_cap or 0.0) * LOG2E.value,
         window or 0,
-        batch,
-        num_kv_heads,
-        num_splits,
-        tokens.start,
-        len(tokens),
-        int(fill),
-        sink_len,
-        num_sink_pages,
+        batch, num_kv_heads, num_splits, tokens.start, len(tokens), int(fill), sink_len, num_sink_pages,
         0 if raw_table is None else raw_table.shape[1] - num_sink_pages,
         split_size,
         table.shape[-1],
-        *q.stride()[:2],
-        *out.stride()[:2],
-        *new_k.stride()[:2],
-        *new_v.stride()[:2],
-        *pages.stride()[:2],
+        *q.stride()[:2], *out.stride()[:2], *new_k.stride()[:2], *new_v.stride()[:2], *pages.stride()[:2],
         0 if block_table is None else block_table.stride(0),
         *((0, 0, 0, 0) if raw_pages is None else raw_pages.stride()[:4]),
         0 if raw_table is None else raw_table.stride(0),
@@ -358,4 +342,4 @@ def launch_prefill_tiles(
         num_warps=config.num_warps,
         enable_fp_fusion=True,
         **config.options(),
-    )
+    )  # fmt: skip

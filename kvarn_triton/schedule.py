@@ -71,14 +71,14 @@ def row_units(rows, row, mask, UNITS: tl.constexpr):
     G: tl.constexpr = UNITS.page_size
     BLOCK_R: tl.constexpr = UNITS.raw_block
     seq_lens_ptr, num_quantized_ptr, sink_len, window = rows
-    seq_len = tl.load(seq_lens_ptr + row, mask, other=0)
+    seq_len = tl.maximum(tl.load(seq_lens_ptr + row, mask, other=0), 0)
     body = tl.maximum(seq_len - sink_len, 0)
     pages = tl.cdiv(body, G)
     zero = tl.zeros_like(body)
     sinks = zero
     tails = zero
     if UNITS.has_raw:
-        pages = tl.minimum(tl.load(num_quantized_ptr + row, mask, other=0), pages)
+        pages = tl.minimum(tl.maximum(tl.load(num_quantized_ptr + row, mask, other=0), 0), pages)
         sinks = tl.cdiv(tl.minimum(seq_len, sink_len), BLOCK_R)
         tails = tl.cdiv(tl.maximum(body - pages * G, 0), BLOCK_R)
     start = zero

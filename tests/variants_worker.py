@@ -14,10 +14,34 @@ import torch
 import variant_cases
 from triton.runtime.jit import JITFunction
 
+import kvarn_triton as kvarn
 from kvarn_triton import configs
-from kvarn_triton.inspection import compile_for
+from kvarn_triton.inspection import Compiled, compile_for
 
 SEEDS = 80
+MANY = 70_000
+"""More rows than the second and third axis of a grid can have programs."""
+
+
+def check_grids(kernels: list[Compiled]) -> None:
+    """Call everything for many rows and look at the grids."""
+    kernels.clear()
+    heads, ids = torch.zeros(MANY, 2, 64, dtype=torch.float16), torch.zeros(MANY, 1, dtype=torch.int32)
+    flat, layout = ids[:, 0].contiguous(), kvarn.PageLayout(64, 64, 4, 2)
+    pages = torch.zeros(layout.pages_shape(1, 1), dtype=torch.uint8)
+    raw_pages = torch.zeros(1, 2, 1, 64, 64, dtype=torch.float16)
+    for split_size in (None, 1):
+        kvarn.decode_attention(heads, pages, ids.expand(-1, 3).contiguous(), flat, layout, split_size=split_size)
+        ends = torch.arange(MANY + 1, dtype=torch.int32)
+        kvarn.prefill_attention(heads, pages, ids.expand(-1, 3).contiguous(), flat, ends, layout, split_size=split_size)
+    kvarn.commit_pages(raw_pages, pages, ids, ids, flat, flat, layout, max_new_pages=10**9)
+    kvarn.append_tokens(heads[:, :1], heads[:, :1], raw_pages, flat)
+    kvarn.store_pages(heads[:64, :1], heads[:64, :1], pages, flat, layout, token_starts=flat)
+    kvarn.merge_states(heads, heads[..., 0].float(), heads, heads[..., 0].float())
+    kvarn.hadamard(heads)
+    assert len({kernel.name for kernel in kernels}) >= 9
+    for kernel in kernels:
+        assert kernel.grid[0] < 2**31 and all(size < 2**16 for size in kernel.grid[1:]), kernel
 
 
 def main() -> None:
@@ -39,11 +63,12 @@ def main() -> None:
         guarded = False
 
     with (
-        compile_for("sm90"),
+        compile_for("sm90") as kernels,
         mock.patch.object(JITFunction, "_do_compile", record),
         mock.patch.object(configs, "num_multiprocessors", lambda device: 132),
     ):
         variant_cases.run(SEEDS, torch.device("cpu"), guard)
+        check_grids(kernels)
     assert len({name for name, _ in seen}) == 17, seen
     print("\n".join(new))
 

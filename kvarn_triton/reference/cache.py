@@ -153,13 +153,14 @@ def commit_pages(
     for b in range(committed_lens.shape[0]):
         page_ids = body_page_ids(block_table, kv_indptr, kv_indices, b)
         finished = max(int(committed_lens[b]) - sink_len, 0) // layout.page_size - keep_pages
-        first = int(num_quantized[b])
-        last = min(finished, first + max_new_pages, page_ids.shape[0])
+        first = count = int(num_quantized[b])
+        last = min(finished, first + max_new_pages, page_ids.shape[0]) if first >= 0 else first
         for j in range(first, last):
             page = int(page_ids[j])
             if page >= 0:
+                count += count == j  # up to the first page without an id
                 raw = raw_pages[int(raw_table[b, num_sink_pages + j % num_tail_slots])]
                 k, v = raw.to(working_dtype(raw.dtype)).unbind(0)
                 pages[page] = encode_records(k[..., : layout.head_dim], v[..., : layout.v_head_dim], layout, encoder)
         if advance:
-            num_quantized[b] = max(first, last)
+            num_quantized[b] = count
