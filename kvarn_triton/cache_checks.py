@@ -66,7 +66,7 @@ def check_attention(
 
     `batch` is the number of sequences that the call is for; None takes that of `seq_lens`.
     """
-    num_kv_heads = check_pages(pages, layout.page_bytes)
+    num_kv_heads = check_pages(pages, layout)
     device = pages.device
     check_tensor("q", q, [None, None, layout.head_dim], FLOATS, device=device)
     num_q_heads = q.shape[1]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .layout import PageLayout
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INDICES = (torch.int32, torch.int64)
@@ -85,10 +89,16 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
 
 
-def check_pages(pages: object, page_bytes: int) -> int:
-    """Check a tensor of pages against the bytes of a record and return its number of kv heads."""
-    check_tensor("pages", pages, [None, None, page_bytes], torch.uint8)
+def check_pages(pages: object, layout: PageLayout) -> int:
+    """Check a tensor of pages against the layout of a call and return its number of kv heads.
+
+    A pool from `PageLayout.empty_pages` knows the layout that it was made for.
+    """
+    check_tensor("pages", pages, [None, None, layout.page_bytes], torch.uint8)
     assert isinstance(pages, torch.Tensor)
+    made_for = getattr(pages, "kvarn_layout", layout)
+    if made_for is not layout and made_for != layout:
+        raise ValueError(f"layout: expected {made_for}, for which pages was made, got {layout}")
     check_aligned("pages", pages, 16)
     return pages.shape[1]
 

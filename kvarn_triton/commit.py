@@ -138,22 +138,32 @@ def _kvarn_advance_quantized_kernel(
     tl.store(num_quantized_ptr + row, count, mask)
 
 
-def _check_commit(
-    raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, sink_len, keep_pages, max_new_pages,
-    kv_indptr, kv_indices,
-) -> int:  # fmt: skip
-    """Check the arguments of `commit_pages` and return the number of sequences."""
-    num_kv_heads = check_pages(pages, layout.page_bytes)
+def check_completion(
+    raw_pages: torch.Tensor,
+    pages: torch.Tensor,
+    raw_table: torch.Tensor,
+    block_table: torch.Tensor | None,
+    lens: torch.Tensor,
+    num_quantized: torch.Tensor,
+    layout: PageLayout,
+    sink_len: int,
+    kv_indptr: torch.Tensor | None,
+    kv_indices: torch.Tensor | None,
+    name: str,
+) -> int:
+    """Check the arguments of calls that change which pages are quantized, lengths of that name among them.
+
+    Returns the number of sequences.
+    """
+    num_kv_heads = check_pages(pages, layout)
     check_raw_pages(raw_pages, num_kv_heads, pages.device)
     require(raw_pages.shape[3] == layout.page_size, "raw_pages.shape[3]", str(layout.page_size), raw_pages.shape[3])
     require(raw_pages.shape[4] == layout.raw_head_dim, "raw_pages.shape[4]", str(layout.raw_head_dim), raw_pages.shape[4])
     batch = check_body_tables(block_table, kv_indptr, kv_indices, None, pages.device)
     check_tensor("raw_table", raw_table, [batch, None], torch.int32, device=pages.device)
     check_raw_table(raw_table, sink_len, layout.page_size)
-    check_tensor("committed_lens", committed_lens, [batch], torch.int32, device=pages.device)
+    check_tensor(name, lens, [batch], torch.int32, device=pages.device)
     check_tensor("num_quantized", num_quantized, [batch], torch.int32, device=pages.device)
-    require(isinstance(keep_pages, int) and keep_pages >= 0, "keep_pages", "an integer of at least 0", keep_pages)
-    require(isinstance(max_new_pages, int) and max_new_pages >= 1, "max_new_pages", "an integer of at least 1", max_new_pages)
     return batch
 
 
@@ -206,10 +216,12 @@ def commit_pages(
         ValueError: for a wrong shape, dtype, device, stride or option, and for two forms of page ids, or none; nothing is
             written. Ids and lengths are not read to be checked.
     """
-    batch = _check_commit(
-        raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, sink_len, keep_pages, max_new_pages,
-        kv_indptr, kv_indices,
+    batch = check_completion(
+        raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, sink_len, kv_indptr, kv_indices,
+        "committed_lens",
     )  # fmt: skip
+    require(isinstance(keep_pages, int) and keep_pages >= 0, "keep_pages", "an integer of at least 0", keep_pages)
+    require(isinstance(max_new_pages, int) and max_new_pages >= 1, "max_new_pages", "an integer of at least 1", max_new_pages)
     raw_pages, pages = check_pool("raw_pages", raw_pages), aligned(pages)
     csr, max_pages = block_table is None, 0 if block_table is None else block_table.shape[1]
     num_kv_heads = pages.shape[1]

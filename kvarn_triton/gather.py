@@ -102,7 +102,7 @@ def dequantize_pages(
     Raises:
         ValueError: for a wrong shape, dtype, device or stride; nothing is written. Ids are not read to be checked.
     """
-    num_kv_heads = check_pages(pages, layout.page_bytes)
+    num_kv_heads = check_pages(pages, layout)
     check_tensor("page_ids", page_ids, [None], INDICES, device=pages.device)
     check_choice("dtype", dtype, FLOATS)
     num_pages = page_ids.shape[0]

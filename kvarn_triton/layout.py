@@ -187,6 +187,17 @@ class PageLayout:
         """Return the shape of the uint8 tensor that holds `num_pages` pages."""
         return (num_pages, num_kv_heads, self.page_bytes)
 
+    def empty_pages(self, num_pages: int, num_kv_heads: int, device: torch.device | str | None = None) -> torch.Tensor:
+        """Return memory for pages, uint8 [num_pages, num_kv_heads, page_bytes], not initialized, that is tied to this layout.
+
+        Functions of the package refuse the tensor with any other layout: records of two layouts can have the same size, and one
+        read as the other gives finite numbers that mean nothing. Views and copies of it, and tensors that were made in other
+        ways, are tied to none.
+        """
+        pages = torch.empty(self.pages_shape(num_pages, num_kv_heads), dtype=torch.uint8, device=device)
+        pages.kvarn_layout = self  # type: ignore[attr-defined]
+        return pages
+
     def fields(self, pages: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return views of every field of `pages`.
 

@@ -138,7 +138,7 @@ def store_pages(
     Raises:
         ValueError: for a wrong shape, dtype, device or stride; nothing is written. Ids and starts are not read to be checked.
     """
-    num_kv_heads = check_pages(pages, layout.page_bytes)
+    num_kv_heads = check_pages(pages, layout)
     check_tensor("page_ids", page_ids, [None], INDICES, device=pages.device)
     num_pages = page_ids.shape[0]
     check_tensor("k", k, [None, num_kv_heads, layout.head_dim], FLOATS, device=pages.device)

@@ -14,6 +14,7 @@ from . import configs
 from .append import append_tokens
 from .checks import FLOATS, check_choice, require
 from .commit import commit_pages
+from .cut import cut_back
 from .decode import decode_attention
 from .encoder import DEFAULT, Encoder
 from .gather import dequantize_pages
@@ -66,7 +67,7 @@ def warmup(
     scratch: torch.dtype | None = None,
     dequantize: torch.dtype | None = None,
 ) -> None:
-    """Compile, and load, every kernel that a server's steps launch for one model: decode, append, commit, store and merge.
+    """Compile, and load, every kernel that a server's steps launch for one model: decode, append, commit, store, cut and merge.
 
     Nothing depends on batch sizes, lengths, page counts, the size of the sink or of the window, nor on addresses and strides of
     tensors: one call serves them all. (Strides of 2**31 elements and more are numbers of 64 bits, which kernels of their own
@@ -138,6 +139,7 @@ def warmup(
     state, lse = (torch.zeros(1, n, dtype=d, device=device) for n, d in ((layout.v_head_dim, dtype), (1, torch.float32)))
     merge_states(state, lse[0], state, lse[0])
     block_table, indices = _body_tables(columns, csr)
+    cut_back(raw_pages, pages, columns, block_table, lens, lens, layout, **indices)
     commit_pages(raw_pages, pages, columns, block_table, lens, lens, layout, encoder=encoder, **indices)
 
 

@@ -53,6 +53,14 @@ def valid_arguments(device: torch.device) -> dict[str, dict]:
             "layout": LAYOUT,
             "sink_len": 16,
         },
+        "cut_back": {
+            **tables,
+            "pages": case.pages,
+            "block_table": case.block_table,
+            "new_lens": case.seq_lens - 100,
+            "layout": LAYOUT,
+            "sink_len": 16,
+        },
         "dequantize_pages": {"pages": case.pages, "page_ids": ids, "layout": LAYOUT, "out": (out, out.clone())},
         "decode_attention": {"q": case.q, **case.kwargs, "out": torch.empty_like(case.q), **options},
         "prefill_attention": {
@@ -228,6 +236,14 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("committed_lens", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
         ("keep_pages", set_to(-1), "keep_pages: expected an integer of at least 0, got -1"),
         ("max_new_pages", set_to(0), "max_new_pages: expected an integer of at least 1, got 0"),
+    ],
+    "cut_back": [
+        *PAGES,
+        *RAW,
+        *RAW_TABLE,
+        *BLOCK_TABLE,
+        ("new_lens", to(torch.int64), "expected dtype int32, got int64"),
+        ("new_lens", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
     ],
     "dequantize_pages": [
         *PAGES,

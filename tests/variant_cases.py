@@ -82,6 +82,7 @@ def warmed_calls(variants: Variants) -> dict[str, Callable[[], object]]:
     split = {"split_size": v.pick(1, 2, 16) if v.pick(0, 1) else None, "return_lse": bool(v.pick(0, 1))}
     committed = {name: tables[name] for name in ("raw_pages", "pages", "raw_table", "block_table", "num_quantized", "sink_len")}
     committed["committed_lens"] = tables["seq_lens"]
+    cut = {name: value for name, value in committed.items() if name != "committed_lens"} | {"new_lens": v.ints(batch, below=70)}
     out = {"out": v.floats(batch, heads, LAYOUT.v_head_dim)} if v.pick(0, 1) else {}
     tokens = v.pick(1, 2, 4, 5, 8, 17, 40) * batch
     chunk = {"q": v.floats(tokens, heads, LAYOUT.head_dim)}
@@ -108,6 +109,7 @@ def warmed_calls(variants: Variants) -> dict[str, Callable[[], object]]:
         "decode_attention": lambda: kvarn.decode_attention(v.floats(batch, heads, LAYOUT.head_dim), **tables, **out, **split),
         "prefill_attention": lambda: kvarn.prefill_attention(**tables | chunk, **split),
         "commit_pages": lambda: kvarn.commit_pages(**committed, layout=LAYOUT, encoder=QUICK),
+        "cut_back": lambda: kvarn.cut_back(**cut, layout=LAYOUT),
         "append_tokens": lambda: kvarn.append_tokens(k[:count], values[:count], tables["raw_pages"], slots),
         "store_pages": lambda: kvarn.store_pages(k, values, tables["pages"], page_ids, LAYOUT, encoder=QUICK, **starts),
         "dequantize_pages": lambda: kvarn.dequantize_pages(tables["pages"], page_ids, LAYOUT, **read),

@@ -69,7 +69,7 @@ def main() -> None:
     ):
         variant_cases.run(SEEDS, torch.device("cpu"), guard)
         check_grids(kernels)
-    assert len({name for name, _ in seen}) == 17, seen
+    assert len({name for name, _ in seen}) == 18, seen
     print("\n".join(new))
 
 

@@ -9,7 +9,7 @@ import torch
 
 from . import codec
 from .attention import decode_attention, gather_cache, merge_states, prefill_attention
-from .cache import append_tokens, commit_pages, dequantize_pages, raw_slots, store_pages
+from .cache import append_tokens, commit_pages, cut_back, dequantize_pages, raw_slots, store_pages
 from .codec import encode
 from .packing import pack, unpack
 
@@ -21,6 +21,7 @@ variance_normalize = torch.no_grad()(codec.variance_normalize)
 __all__ = [
     "append_tokens",
     "commit_pages",
+    "cut_back",
     "decode_attention",
     "dequantize",
     "dequantize_pages",

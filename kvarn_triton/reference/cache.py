@@ -164,3 +164,39 @@ def commit_pages(
                 pages[page] = encode_records(k[..., : layout.head_dim], v[..., : layout.v_head_dim], layout, encoder)
         if advance:
             num_quantized[b] = count
+
+
+def lower_counts(num_quantized: torch.Tensor, new_lens: torch.Tensor, layout: PageLayout, sink_len: int) -> None:
+    """Count no quantized page that is not whole in `new_lens` tokens; a page that was cut is raw."""
+    whole = (new_lens - sink_len).clamp_min(0) // layout.page_size
+    num_quantized.copy_(torch.minimum(num_quantized, whole.to(num_quantized.dtype)))
+
+
+@torch.no_grad()
+def cut_back(
+    raw_pages: torch.Tensor,
+    pages: torch.Tensor,
+    raw_table: torch.Tensor,
+    block_table: torch.Tensor | None,
+    new_lens: torch.Tensor,
+    num_quantized: torch.Tensor,
+    layout: PageLayout,
+    *,
+    sink_len: int = 0,
+    advance: bool = True,
+    kv_indptr: torch.Tensor | None = None,
+    kv_indices: torch.Tensor | None = None,
+) -> None:
+    """Cut sequences back, into quantized pages too; see `kvarn_triton.cut_back`."""
+    num_sink_pages = -(-sink_len // layout.page_size)
+    num_tail_slots = raw_table.shape[1] - num_sink_pages
+    for b in range(new_lens.shape[0]):
+        j, rest = divmod(max(int(new_lens[b]) - sink_len, 0), layout.page_size)
+        if j < int(num_quantized[b]) and rest:
+            page = int(body_page_ids(block_table, kv_indptr, kv_indices, b)[j])
+            raw_page = int(raw_table[b, num_sink_pages + j % num_tail_slots])
+            if page >= 0 and raw_page >= 0:
+                for half, tile in enumerate(decode_records(pages[page], layout)):
+                    raw_pages[raw_page, half, :, :, : tile.shape[-1]] = tile.to(raw_pages.dtype)
+    if advance:
+        lower_counts(num_quantized, new_lens, layout, sink_len)
