@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +12,14 @@ from .append import check_raw_pages, check_raw_table
 from .cache_checks import check_body_tables
 from .checks import check_pages, check_tensor
 from .layout import PageLayout
+
+
+class _Entry(NamedTuple):
+    """An entry of a table: what it is called, the id in it, and which page of its sequence that is."""
+
+    name: str
+    page: int
+    place: int
 
 
 def check_cache(
@@ -25,6 +34,7 @@ def check_cache(
     sink_len: int = 0,
     kv_indptr: torch.Tensor | None = None,
     kv_indices: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> None:
     """Read the tables and lengths of a cache back and raise for the first entry that is wrong: for development.
 
@@ -47,6 +57,7 @@ def check_cache(
         sink_len: tokens at the start of every sequence that stay raw.
         kv_indptr: int32 [batch + 1].
         kv_indices: int32 [n].
+        window: the largest window of a call; entries of pages before it are not looked at.
 
     Raises:
         ValueError: for the first wrong entry, by name and index, or a wrong shape, dtype, device or option. Nothing is written.
@@ -66,36 +77,39 @@ def check_cache(
         raw_ids, counts = raw_table.tolist(), num_quantized.tolist()
     ids, name = _page_ids(block_table, kv_indptr, kv_indices)
     num_sink_pages = -(-sink_len // size)
-    used: list[list[tuple[str, int]]] = []
-    tails: list[tuple[str, int]] = []
-    sinks: list[list[tuple[str, int]]] = []
+    used: list[_Entry] = []
+    sinks: list[_Entry] = []
+    tails: list[_Entry] = []
     for row, length in enumerate(lens):
         _expect(length >= 0, f"seq_lens[{row}]", "at least 0", length)
         if length == 0:
             continue
         body, count = max(length - sink_len, 0), counts[row]
+        start = 0 if window is None else max(length - window, 0)
+        first = max(start - sink_len, 0) // size
         if raw_pages is not None:
             slots = len(raw_ids[row]) - num_sink_pages
             least, most = max(-(-body // size) - slots, 0), body // size
             expected = f"from {least} to {most} at a length of {length} with {slots} tail slots"
             _expect(least <= count <= most, f"num_quantized[{row}]", expected, count)
-            tail_columns = [num_sink_pages + j % slots for j in range(count, -(-body // size))]
-            tails += [(f"raw_table[{row}, {column}]", raw_ids[row][column]) for column in tail_columns]
-            columns = range(-(-min(length, sink_len) // size))
-            sinks.append([(f"raw_table[{row}, {column}]", raw_ids[row][column]) for column in columns])
+            for j in range(max(count, first), -(-body // size)):
+                column = num_sink_pages + j % slots
+                tails.append(_Entry(f"raw_table[{row}, {column}]", raw_ids[row][column], j))
+            for j in range(start // size, -(-min(length, sink_len) // size)):
+                sinks.append(_Entry(f"raw_table[{row}, {j}]", raw_ids[row][j], j))
         _expect(count <= len(ids[row]), f"seq_lens[{row}]", f"no more pages than the {len(ids[row])} of its table", length)
-        used.append([(name(row, j), ids[row][j]) for j in range(count)])
-    for entry, page in (each for row_used in used for each in row_used):
-        _expect(0 <= page < pages.shape[0], entry, f"a page id from 0 to {pages.shape[0] - 1}", page)
-    for entry, page in [*(each for row_used in sinks for each in row_used), *tails]:
+        used += [_Entry(name(row, j), ids[row][j], j) for j in range(first, count)]
+    for entry in used:
+        _expect(0 <= entry.page < pages.shape[0], entry.name, f"a page id from 0 to {pages.shape[0] - 1}", entry.page)
+    for entry in sinks + tails:
         most = 0 if raw_pages is None else raw_pages.shape[0]
-        _expect(0 <= page < most, entry, f"a raw page id from 0 to {most - 1}", page)
+        _expect(0 <= entry.page < most, entry.name, f"a raw page id from 0 to {most - 1}", entry.page)
     _check_places(used)
     owners = _check_places(sinks)
-    for entry, page in tails:
-        _expect(page not in owners, entry, f"a raw page of its own, not that of {owners.get(page, (0, ''))[1]}", page)
-        owners[page] = (-1, entry)
-    _check_records(pages, [each for row_used in used for each in row_used], layout)
+    for entry in tails:
+        owner = owners.setdefault(entry.page, entry)
+        _expect(owner is entry, entry.name, f"a raw page of its own, not that of {owner.name}", entry.page)
+    _check_records(pages, used, layout)
 
 
 def _expect(condition: bool, name: str, expected: str, got: object) -> None:
@@ -118,21 +132,21 @@ def _page_ids(
     return rows, lambda row, j: f"kv_indices[{starts[row] + j}]"
 
 
-def _check_places(rows: list[list[tuple[str, int]]]) -> dict[int, tuple[int, str]]:
-    """Check that sequences share pages as prefixes only: an id is at one place, and once in a row. Returns who has an id."""
-    owners: dict[int, tuple[int, str]] = {}
-    for row in rows:
-        for j, (entry, page) in enumerate(row):
-            place, owner = owners.setdefault(page, (j, entry))
-            _expect(place == j, entry, f"a page that {owner}, another place of a sequence, does not have", page)
+def _check_places(entries: list[_Entry]) -> dict[int, _Entry]:
+    """Check that sequences share pages as prefixes only: at the same place, and so once in a row. Returns who has a page."""
+    owners: dict[int, _Entry] = {}
+    for entry in entries:
+        owner = owners.setdefault(entry.page, entry)
+        expected = f"a page that {owner.name}, another place of a sequence, does not have"
+        _expect(owner.place == entry.place, entry.name, expected, entry.page)
     return owners
 
 
-def _check_records(pages: torch.Tensor, used: list[tuple[str, int]], layout: PageLayout) -> None:
+def _check_records(pages: torch.Tensor, used: list[_Entry], layout: PageLayout) -> None:
     """Check what the format says of every record (`docs/page_format.md`)."""
     if not used or pages.shape[1] == 0:
         return
-    records = pages[torch.tensor([page for _, page in used], device=pages.device)]
+    records = pages[torch.tensor([entry.page for entry in used], device=pages.device)]
     fields = layout.fields(records)
     good = (records[..., layout.gains_offset + 8 :] == 0).all(-1)
     for name in ("k", "v"):
@@ -143,5 +157,5 @@ def _check_records(pages: torch.Tensor, used: list[tuple[str, int]], layout: Pag
     wrong = (~good).nonzero().tolist()
     if wrong:
         i, head = wrong[0]
-        entry, page = used[i]
-        raise ValueError(f"{entry}: expected a page written as {layout}, got page {page}, where head {head} has no such record")
+        got = f"page {used[i].page}, where head {head} has no such record"
+        raise ValueError(f"{used[i].name}: expected a page written as {layout}, got {got}")

@@ -39,6 +39,18 @@ def test_right_caches_pass(csr, device):
         check_cache(**plain, seq_lens=torch.tensor([256, 64, 0, 0], dtype=torch.int32, device=device))
 
 
+def test_pages_before_a_window(device):
+    """Their entries may be anything: a server frees them."""
+    arguments = cache(device)
+    arguments["block_table"][0, :3] = -1
+    arguments["raw_table"][0, :2] = -1
+    with pytest.raises(ValueError, match=r"^block_table\[0, 0\]"):
+        check_cache(**arguments)
+    check_cache(**arguments, window=406 - 80 - 64 * 3)
+    with pytest.raises(ValueError, match=r"^block_table\[0, 2\]"):
+        check_cache(**arguments, window=406 - 80 - 64 * 3 + 1)
+
+
 def put(name: str, place: int | tuple[int, ...], value: int):
     """Return a change of one entry."""
 
