@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -174,8 +175,10 @@ def _warm_decode(
         block_table, indices = _body_tables(columns, csr)
         raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": columns, "num_quantized": lens}
         for return_lse in (False, True):
-            for tables in (indices, indices | raw):
-                decode_attention(q, pages, block_table, lens, layout, return_lse=return_lse, **tables, **options)
+            for tables, split_size in itertools.product((indices, indices | raw), (None, 1)):
+                decode_attention(
+                    q, pages, block_table, lens, layout, return_lse=return_lse, split_size=split_size, **tables, **options
+                )  # fmt: skip
 
 
 def _warm_prefill(
@@ -196,7 +199,7 @@ def _warm_prefill(
     group = num_q_heads // pages.shape[1]
     for count in sorted({max(rows // group, 1) for rows in configs.TILE_ROWS} | {65}):
         q = torch.zeros(count, num_q_heads, layout.head_dim, dtype=dtype, device=pages.device)
-        for columns in (1, 2, 4096):
+        for columns, split_size in ((1, None), (2, None), (4096, None), (2, 1), (64, 1)):
             block_table, indices = _body_tables(torch.zeros(1, columns, dtype=torch.int32, device=pages.device), csr)
             raw_table = torch.zeros(1, 2, dtype=torch.int32, device=pages.device)
             raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": raw_table, "num_quantized": lens}
@@ -206,5 +209,6 @@ def _warm_prefill(
             for keys in given:
                 for return_lse in (False, True):
                     prefill_attention(
-                        q, pages, block_table, lens, ends, layout, return_lse=return_lse, **keys, **indices, **raw, **options
+                        q, pages, block_table, lens, ends, layout, return_lse=return_lse, split_size=split_size, **keys,
+                        **indices, **raw, **options,
                     )  # fmt: skip

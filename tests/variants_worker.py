@@ -44,6 +44,18 @@ def check_grids(kernels: list[Compiled]) -> None:
         assert kernel.grid[0] < 2**31 and all(size < 2**16 for size in kernel.grid[1:]), kernel
 
 
+def call_many_heads() -> None:
+    """Cut long tables into many runs where heads alone fill the GPU, so that a call without `split_size` has few."""
+    layout, ints = variant_cases.LAYOUT, {"dtype": torch.int32}
+    pages, q = torch.zeros(layout.pages_shape(1, 64), dtype=torch.uint8), torch.zeros(3, 64, 64, dtype=variant_cases.DTYPE)
+    raw_pages = torch.zeros(1, 2, 64, 64, 64, dtype=variant_cases.DTYPE)
+    raw = {"raw_pages": raw_pages, "raw_table": torch.zeros(1, 1, **ints), "num_quantized": torch.zeros(1, **ints)}
+    for split_size in (None, 1, 9):
+        table, ends = torch.zeros(1, 90, **ints), torch.zeros(2, **ints)
+        kvarn.prefill_attention(q, pages, table, raw["num_quantized"], ends, layout, split_size=split_size, **raw)
+        kvarn.decode_attention(q[:1], pages, table, raw["num_quantized"], layout, split_size=split_size, **raw)
+
+
 def main() -> None:
     """Print each kernel once for each key that is new."""
     seen: set[tuple[str, str]] = set()
@@ -67,6 +79,9 @@ def main() -> None:
         mock.patch.object(JITFunction, "_do_compile", record),
         mock.patch.object(configs, "num_multiprocessors", lambda device: 132),
     ):
+        kvarn.warmup(variant_cases.LAYOUT, 64, 64, torch.device("cpu"), **variant_cases.WARMUP)
+        with guard():
+            call_many_heads()
         variant_cases.run(SEEDS, torch.device("cpu"), guard)
         check_grids(kernels)
     assert len({name for name, _ in seen}) == 18, seen
