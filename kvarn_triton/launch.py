@@ -78,4 +78,4 @@ def check_pool(name: str, pool: torch.Tensor) -> torch.Tensor:
 
 def copy_back(memory: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Return `out`, with the values of what `aligned` made of it."""
-    return out if memory.data_ptr() == out.data_ptr() else out.detach().copy_(memory)
+    return out if memory is out or memory.data_ptr() == out.data_ptr() else out.detach().copy_(memory)
