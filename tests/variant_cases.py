@@ -20,12 +20,12 @@ WARMUP = {"dtype": DTYPE, "encoder": QUICK, "prefill": True, "scratch": SCRATCH,
 class Variants:
     """Draws tensors of given values and sizes whose addresses and strides differ from call to call."""
 
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.random, self.device = random.Random(seed), device
+    def __init__(self, seed: int, device: torch.device, most: int = 2**31) -> None:
+        self.random, self.device, self.most = random.Random(seed), device, most
 
     def pick(self, *choices: int) -> int:
-        """Return one of the choices."""
-        return self.random.choice(choices)
+        """Return one of the choices, or the most that this world has of anything."""
+        return min(self.random.choice(choices), self.most)
 
     def place(self, x: torch.Tensor, outer: tuple[int, ...] = (0, 1, 2, 8)) -> torch.Tensor:
         """Return a view with the values of `x`: somewhere in memory, with gaps of some elements between its rows."""
