@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvarn_triton import PageLayout, append_tokens, commit_pages, decode_attention, raw_slots, store_pages
+from kvarn_triton import PageLayout, append_tokens, check_cache, commit_pages, decode_attention, raw_slots, store_pages
 
 
 class PageAllocator:
@@ -78,7 +78,7 @@ class Server:
         self.num_sink_pages, self.num_tail_slots = -(-sink_len // layout.page_size), 1  # a step writes one token
         columns = self.num_sink_pages + self.num_tail_slots
         self.allocator, self.raw_allocator = PageAllocator(num_pages), PageAllocator(max_rows * columns)
-        self.pages = torch.empty(layout.pages_shape(num_pages, num_kv_heads), dtype=torch.uint8, device=device)
+        self.pages = layout.empty_pages(num_pages, num_kv_heads, device)  # refused with another layout
         raw_shape = (max_rows * columns, 2, num_kv_heads, layout.page_size, layout.head_dim)
         self.raw_pages = torch.empty(raw_shape, dtype=dtype, device=device)
         # Updated in place and never allocated anew: a captured graph of `step` would keep reading these very tensors.
@@ -152,17 +152,20 @@ class Server:
         self.seq_lens += self.active
         tables = self.raw_table, self.block_table, self.seq_lens, self.num_quantized
         commit_pages(self.raw_pages, self.pages, *tables, self.layout, sink_len=self.sink_len)
-        return decode_attention(
-            q,
-            self.pages,
-            self.block_table,
-            self.seq_lens,
-            self.layout,
-            raw_pages=self.raw_pages,
-            raw_table=self.raw_table,
-            num_quantized=self.num_quantized,
-            sink_len=self.sink_len,
-        )
+        return decode_attention(q, **self.cache())
+
+    def cache(self) -> dict:
+        """Return what attention reads: arguments of `decode_attention` and of `check_cache`."""
+        return {
+            "pages": self.pages,
+            "block_table": self.block_table,
+            "seq_lens": self.seq_lens,
+            "layout": self.layout,
+            "raw_pages": self.raw_pages,
+            "raw_table": self.raw_table,
+            "num_quantized": self.num_quantized,
+            "sink_len": self.sink_len,
+        }
 
     def finish(self, sequence: Sequence) -> None:
         """End a sequence. Pages that others share stay; its row becomes padding."""
@@ -174,7 +177,11 @@ class Server:
         self.free_rows.append(sequence.row)
 
     def report(self, event: str) -> None:
-        """Print what is in use, and what it would be with every page at 16 bits and shared the same way."""
+        """Print what is in use, and what it would be with every page at 16 bits and shared the same way.
+
+        `check_cache` reads the tables back: for development, not for a step that is served.
+        """
+        check_cache(**self.cache())
         num_tokens = sum(sequence.length for sequence in self.running)
         num_shared = sum(users > 1 for users in self.allocator.users)
         num_pages, num_raw = self.allocator.num_used, self.raw_allocator.num_used

@@ -4,6 +4,8 @@ from . import reference
 from .append import append_tokens, raw_slots
 from .balance import variance_normalize
 from .commit import commit_pages
+from .cut import cut_back
+from .debugging import check_cache
 from .decode import decode_attention
 from .encoder import DEFAULT, PUBLISHED, Encoder
 from .gather import dequantize_pages
@@ -31,7 +33,9 @@ __all__ = [
     "Encoder",
     "PageLayout",
     "append_tokens",
+    "check_cache",
     "commit_pages",
+    "cut_back",
     "decode_attention",
     "decode_workspace_size",
     "dequantize",

@@ -13,6 +13,7 @@ import triton.language as tl
 from . import configs, reference
 from .checks import FLOATS, INDICES, check_choice, check_tensor, require
 from .device import hadamard, to_half
+from .launch import aligned, check_pool, on
 from .layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, largest_power_of_two_divisor
 
 rotation_block = triton.constexpr_function(largest_power_of_two_divisor)
@@ -38,7 +39,7 @@ def _store_rotated(raw_pages_ptr, x, half, head, slots, strides, G: tl.constexpr
     tl.store(raw_pages_ptr + place[:, None] + offs_d, rotated.to(raw_pages_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "stride_slots"])
+@triton.jit(do_not_specialize=["num_tokens", "stride_slots"], do_not_specialize_on_alignment=["slots_ptr"])
 def _kvarn_append_tokens_kernel(
     raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, the larger head_dim]
     k_ptr,  # [num_tokens, num_kv_heads, head_dim]
@@ -111,14 +112,16 @@ def append_tokens(k: torch.Tensor, v: torch.Tensor, raw_pages: torch.Tensor, slo
     larger = max(head_dim, v_head_dim)
     require(raw_head_dim == larger, "raw_pages.shape[4]", f"{larger}, the larger head_dim of k and v", raw_head_dim)
     check_tensor("slots", slots, [k.shape[0]], INDICES, device=raw_pages.device, contiguous_dims=0)
+    raw_pages = check_pool("raw_pages", raw_pages)
     if not configs.on_device(raw_pages):
         reference.append_tokens(k, v, raw_pages, slots)
         return
     num_tokens = k.shape[0]
     if num_tokens == 0:
         return
+    k, v = aligned(k), aligned(v)
     block_r = min(configs.append_block(larger), triton.next_power_of_2(num_tokens))
-    _kvarn_append_tokens_kernel[(triton.cdiv(num_tokens, block_r), num_kv_heads, 2)](
+    on(raw_pages, _kvarn_append_tokens_kernel)[(triton.cdiv(num_tokens, block_r), num_kv_heads, 2)](
         raw_pages,
         k,
         v,

@@ -11,6 +11,7 @@ from .blocks import BLOCK_T, block_channels, channel_of, load_blocks, store_bloc
 from .checks import FLOATS, check_choice, check_tiles
 from .encode import apply_balance, balance, scale_blocks, tile_size
 from .encoder import DEFAULT, Encoder
+from .launch import aligned, on
 from .layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
 from .reference.codec import Per
 
@@ -73,9 +74,10 @@ def variance_normalize(
     balanced = torch.empty(tiles.shape, dtype=torch.float32, device=tiles.device)
     token_scale = balanced.new_empty(*lead, page_size)
     channel_scale = balanced.new_empty(*lead, head_dim)
+    tiles = aligned(tiles)
     num_tiles = tiles.numel() // (page_size * head_dim)
     if num_tiles:
-        _kvarn_variance_normalize_kernel[(num_tiles,)](
+        on(balanced, _kvarn_variance_normalize_kernel)[(num_tiles,)](
             balanced,
             token_scale,
             channel_scale,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import fma, log2
+from .device import CODEC, fma, log2
 from .reference import arithmetic
 
 BLOCK_T = tl.constexpr(arithmetic.BLOCK_TOKENS)
@@ -148,6 +148,7 @@ def load_blocks(
 
     Tokens are rotated by the Hadamard matrix in blocks of ROTATE channels (`reference.hadamard`).
     """
+    tl.static_assert(CODEC != "")  # makes all constants of the encoder a part of the kernel's hash
     BLOCK_C: tl.constexpr = block_channels(D)
     Q: tl.constexpr = D // BLOCK_C
     CHUNK: tl.constexpr = _chunk(G, D, tile_ptr.dtype.element_ty)

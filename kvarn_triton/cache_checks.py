@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 
 from .append import check_raw_table
@@ -64,7 +66,7 @@ def check_attention(
 
     `batch` is the number of sequences that the call is for; None takes that of `seq_lens`.
     """
-    num_kv_heads = check_pages(pages, layout.page_bytes)
+    num_kv_heads = check_pages(pages, layout)
     device = pages.device
     check_tensor("q", q, [None, None, layout.head_dim], FLOATS, device=device)
     num_q_heads = q.shape[1]
@@ -103,6 +105,21 @@ def _check_options(
         require(fits, "soft_cap", "None or a number above 0 (from 1e-30 to 1e30)", soft_cap)
     if sinks is not None:
         check_tensor("sinks", sinks, [num_q_heads], torch.float32, device=device)
+
+
+def check_call(sm_scale: object, split_size: object) -> float | None:
+    """Check the options that every attention call has beside what it attends to; return `sm_scale` as a Python number.
+
+    A tensor is refused as a scale, because reading its number would wait for the GPU.
+    """
+    if split_size is not None:
+        fits = isinstance(split_size, int) and not isinstance(split_size, bool) and split_size >= 1
+        require(fits, "split_size", "an integer of at least 1", split_size)
+    if sm_scale is None:
+        return None
+    if not isinstance(sm_scale, numbers.Real) or isinstance(sm_scale, bool) or not -1e30 <= float(sm_scale) <= 1e30:
+        raise ValueError(f"sm_scale: expected None or a finite number (up to 1e30), got {sm_scale!r}")
+    return float(sm_scale)
 
 
 def check_scratch(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .layout import PageLayout
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INDICES = (torch.int32, torch.int64)
@@ -68,8 +72,13 @@ def check_contiguous(name: str, tensor: torch.Tensor, dims: int) -> None:
 
 
 def check_aligned(name: str, tensor: torch.Tensor, num_bytes: int) -> None:
-    """Check that `tensor` starts at, and strides by, a multiple of `num_bytes`."""
+    """Check that `tensor` starts at, and strides by, a multiple of `num_bytes`, a power of two."""
     size = tensor.element_size()
+    union = tensor.data_ptr()
+    for stride in tensor.stride()[:-1]:
+        union |= stride * size
+    if not union & (num_bytes - 1) and tensor.stride(-1) == 1:
+        return
     strides = [stride * size for stride, length in zip(tensor.stride(), tensor.shape, strict=True) if length > 1]
     outer = strides[:-1] if strides and strides[-1] == size else strides
     if tensor.data_ptr() % num_bytes or any(stride % num_bytes for stride in outer):
@@ -85,10 +94,16 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
 
 
-def check_pages(pages: object, page_bytes: int) -> int:
-    """Check a tensor of pages against the bytes of a record and return its number of kv heads."""
-    check_tensor("pages", pages, [None, None, page_bytes], torch.uint8)
+def check_pages(pages: object, layout: PageLayout) -> int:
+    """Check a tensor of pages against the layout of a call and return its number of kv heads.
+
+    A pool from `PageLayout.empty_pages` knows the layout that it was made for.
+    """
+    check_tensor("pages", pages, [None, None, layout.page_bytes], torch.uint8)
     assert isinstance(pages, torch.Tensor)
+    made_for = getattr(pages, "kvarn_layout", layout)
+    if made_for is not layout and made_for != layout:
+        raise ValueError(f"layout: expected {made_for}, for which pages was made, got {layout}")
     check_aligned("pages", pages, 16)
     return pages.shape[1]
 

@@ -17,6 +17,7 @@ from .blocks import load_blocks
 from .cache_checks import check_body_tables
 from .checks import check_pages, check_tensor, require
 from .encoder import DEFAULT, Encoder
+from .launch import aligned, check_pool, on
 from .layout import PageLayout, fields_per_byte
 from .paging import ids_of_row, num_ids_of_row
 from .store import store_tile
@@ -34,9 +35,10 @@ _NOT_SPECIALIZED = [
     "stride_raw_table", "stride_table",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
+_ANY_ADDRESS = ["raw_table_ptr", "table_ptr", "kv_indptr_ptr", "committed_lens_ptr", "num_quantized_ptr"]
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def _kvarn_commit_pages_kernel(
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
     raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, raw_head_dim]
@@ -78,12 +80,12 @@ def _kvarn_commit_pages_kernel(
     max_pages = num_ids_of_row(kv_indptr_ptr, row, row >= 0, max_pages, CSR)
     last = _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G)
     page = tl.full((), -1, tl.int64)
-    if body < last:
+    if (body < last) & (first >= 0):
         page = tl.load(ids_of_row(table_ptr, kv_indptr_ptr, row, stride_table, CSR) + body).to(tl.int64)
     if page >= 0:
         column = num_sink_pages + body % num_tail_slots
-        raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column).to(tl.int64)
-        tile_ptr = raw_pages_ptr + raw_page * stride_raw_page + head * stride_raw_head
+        raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column)
+        tile_ptr = raw_pages_ptr + tl.maximum(raw_page, 0).to(tl.int64) * stride_raw_page + head * stride_raw_head
         record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
         if D == D_V:
             # Tiles of one size are loaded by the same code.
@@ -100,16 +102,21 @@ def _kvarn_commit_pages_kernel(
             store_tile(v_blocks, record_ptr, True, LAYOUT, V_FIELDS, ENCODER)
 
 
-@triton.jit(do_not_specialize=["batch", "max_new_pages", "max_pages", "sink_len", "keep_pages"])
+@triton.jit(
+    do_not_specialize=["batch", "max_new_pages", "max_pages", "sink_len", "keep_pages", "stride_table"],
+    do_not_specialize_on_alignment=["num_quantized_ptr", "committed_lens_ptr", "table_ptr", "kv_indptr_ptr"],
+)
 def _kvarn_advance_quantized_kernel(
     num_quantized_ptr,  # int32 [batch], updated in place
     committed_lens_ptr,  # int32 [batch]
+    table_ptr,  # int32 [batch, max_pages], or with CSR [n]
     kv_indptr_ptr,  # int32 [batch + 1]; unused if not CSR
     batch,
     max_new_pages,
     max_pages,
     sink_len,
     keep_pages,
+    stride_table,
     G: tl.constexpr,
     CSR: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -119,26 +126,44 @@ def _kvarn_advance_quantized_kernel(
     first = tl.load(num_quantized_ptr + row, mask, other=0)
     committed_len = tl.load(committed_lens_ptr + row, mask, other=0)
     max_pages = num_ids_of_row(kv_indptr_ptr, row, mask, max_pages, CSR)
-    last = _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G)
-    tl.store(num_quantized_ptr + row, tl.maximum(first, last), mask)
+    last = tl.where(first < 0, first, _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G))
+    place = row.to(tl.int64) * stride_table
+    if CSR:
+        place = tl.load(kv_indptr_ptr + row, mask, other=0).to(tl.int64)
+    count = first
+    for i in range(max_new_pages):  # the page after the last one that has been written
+        due = mask & (count == first + i) & (count < last)
+        page = tl.load(table_ptr + place + count, due, other=-1)
+        count += (page >= 0).to(tl.int32)
+    tl.store(num_quantized_ptr + row, count, mask)
 
 
-def _check_commit(
-    raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, sink_len, keep_pages, max_new_pages,
-    kv_indptr, kv_indices,
-) -> int:  # fmt: skip
-    """Check the arguments of `commit_pages` and return the number of sequences."""
-    num_kv_heads = check_pages(pages, layout.page_bytes)
+def check_completion(
+    raw_pages: torch.Tensor,
+    pages: torch.Tensor,
+    raw_table: torch.Tensor,
+    block_table: torch.Tensor | None,
+    lens: torch.Tensor,
+    num_quantized: torch.Tensor,
+    layout: PageLayout,
+    sink_len: int,
+    kv_indptr: torch.Tensor | None,
+    kv_indices: torch.Tensor | None,
+    name: str,
+) -> int:
+    """Check the arguments of calls that change which pages are quantized, lengths of that name among them.
+
+    Returns the number of sequences.
+    """
+    num_kv_heads = check_pages(pages, layout)
     check_raw_pages(raw_pages, num_kv_heads, pages.device)
     require(raw_pages.shape[3] == layout.page_size, "raw_pages.shape[3]", str(layout.page_size), raw_pages.shape[3])
     require(raw_pages.shape[4] == layout.raw_head_dim, "raw_pages.shape[4]", str(layout.raw_head_dim), raw_pages.shape[4])
     batch = check_body_tables(block_table, kv_indptr, kv_indices, None, pages.device)
     check_tensor("raw_table", raw_table, [batch, None], torch.int32, device=pages.device)
     check_raw_table(raw_table, sink_len, layout.page_size)
-    check_tensor("committed_lens", committed_lens, [batch], torch.int32, device=pages.device)
+    check_tensor(name, lens, [batch], torch.int32, device=pages.device)
     check_tensor("num_quantized", num_quantized, [batch], torch.int32, device=pages.device)
-    require(isinstance(keep_pages, int) and keep_pages >= 0, "keep_pages", "an integer of at least 0", keep_pages)
-    require(isinstance(max_new_pages, int) and max_new_pages >= 1, "max_new_pages", "an integer of at least 1", max_new_pages)
     return batch
 
 
@@ -172,7 +197,8 @@ def commit_pages(
         raw_table: int32 [batch, num_sink_pages + num_tail_slots]. A step of n tokens needs keep_pages + 1 +
             ceil((n - 1) / page_size) slots.
         block_table: int32 [batch, max_pages]; ids of pages that the sequence will need, set before they complete. A page with
-            an id below 0 is not written. None with `kv_indptr` and `kv_indices`.
+            an id below 0 is neither written nor counted, and no page after it is counted: it is due until it has an id, for as
+            long as the ring keeps its tokens. None with `kv_indptr` and `kv_indices`.
         committed_lens: int32 [batch], tokens that will not be rolled back; drafts don't count.
         num_quantized: int32 [batch], body pages in quantized form; updated in place.
         layout: the page format.
@@ -190,10 +216,13 @@ def commit_pages(
         ValueError: for a wrong shape, dtype, device, stride or option, and for two forms of page ids, or none; nothing is
             written. Ids and lengths are not read to be checked.
     """
-    batch = _check_commit(
-        raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, sink_len, keep_pages, max_new_pages,
-        kv_indptr, kv_indices,
+    batch = check_completion(
+        raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, sink_len, kv_indptr, kv_indices,
+        "committed_lens",
     )  # fmt: skip
+    require(isinstance(keep_pages, int) and keep_pages >= 0, "keep_pages", "an integer of at least 0", keep_pages)
+    require(isinstance(max_new_pages, int) and max_new_pages >= 1, "max_new_pages", "an integer of at least 1", max_new_pages)
+    raw_pages, pages = check_pool("raw_pages", raw_pages), aligned(pages)
     csr, max_pages = block_table is None, 0 if block_table is None else block_table.shape[1]
     num_kv_heads = pages.shape[1]
     if not configs.on_device(pages):
@@ -205,8 +234,11 @@ def commit_pages(
         return
     if batch == 0:
         return
+    ids = kv_indices if block_table is None else block_table
+    assert ids is not None
+    max_new_pages = min(max_new_pages, max(ids.shape[-1], 1))  # a larger grid would find nothing more to do
     num_sink_pages = -(-sink_len // layout.page_size)
-    _kvarn_commit_pages_kernel[(batch * max_new_pages * num_kv_heads * 2,)](
+    on(pages, _kvarn_commit_pages_kernel)[(batch * max_new_pages * num_kv_heads * 2,)](
         pages,
         raw_pages,
         raw_table,
@@ -236,15 +268,17 @@ def commit_pages(
     )
     if not advance:
         return
-    _kvarn_advance_quantized_kernel[(triton.cdiv(batch, 256),)](
+    on(pages, _kvarn_advance_quantized_kernel)[(triton.cdiv(batch, 256),)](
         num_quantized,
         committed_lens,
+        kv_indices if block_table is None else block_table,
         committed_lens if kv_indptr is None else kv_indptr,
         batch,
         max_new_pages,
         max_pages,
         sink_len,
         keep_pages,
+        0 if block_table is None else block_table.stride(0),
         G=layout.page_size,
         CSR=csr,
         BLOCK_B=256,

@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 
 from . import configs, reference
-from .cache_checks import check_attention
+from .cache_checks import check_attention, check_call
 from .checks import check_aligned, check_tensor, require
 from .decode_pieces import launch_decode_pieces
+from .launch import aligned, check_pool, copy_back
 from .layout import PageLayout
 from .merge import launch_merge_splits
 from .schedule import Units, Work
-from .workspace import most_units, num_partials
+from .workspace import most_units, num_partials, rows_per_round
 
 
 def decode_attention(
@@ -58,7 +59,7 @@ def decode_attention(
         sink_len: tokens at the start of every sequence that stay raw.
         kv_indptr: int32 [batch + 1], rising; where the page ids of each sequence begin in `kv_indices`, and the last one's end.
         kv_indices: int32 [n]; `kv_indices[kv_indptr[b] + j]` is the page id of body page j of sequence b.
-        sm_scale: factor of the scores; by default head_dim ** -0.5.
+        sm_scale: factor of the scores, a number and no tensor; by default head_dim ** -0.5.
         window: see only the last `window` tokens, the query's own among them: those at positions >= seq_len - window, of the
             raw ones at the start too. Pages without such a token are not read, nor are their ids. Any number from call to call.
         soft_cap: above 0; a score becomes soft_cap * tanh(score / soft_cap), after `sm_scale` and before the softmax.
@@ -89,14 +90,17 @@ def decode_attention(
     batch, num_q_heads, v_head_dim = *q.shape[:2], layout.v_head_dim
     tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
     config = configs.decode_config(layout, q.dtype, q.device, table)
-    if split_size is not None:
-        require(isinstance(split_size, int) and split_size >= 1, "split_size", "an integer of at least 1", split_size)
+    sm_scale = check_call(sm_scale, split_size)
+    if raw_pages is not None:
+        raw_pages = check_pool("raw_pages", raw_pages)
     page_ids = kv_indices if block_table is None else block_table
     assert page_ids is not None
     csr, max_pages = block_table is None, page_ids.shape[-1]
     max_raw_pages = 0 if raw_table is None else raw_table.shape[1]
     programs = configs.num_programs(q.device, config.programs_per_sm)
-    partials = num_partials(batch, num_tiles, layout, max_pages, max_raw_pages, csr, split_size or 0, programs)
+    sizes = num_tiles, layout, max_pages, max_raw_pages, csr, split_size or 0
+    round_rows = batch if split_size is None else rows_per_round(batch, *sizes, 4 * tile * (v_head_dim + 1))
+    partials = num_partials(round_rows, *sizes, programs)
     num_bytes = 4 * partials * tile * (v_head_dim + 1)
     if workspace is not None:
         check_tensor("workspace", workspace, [None], torch.uint8, device=q.device)
@@ -119,13 +123,23 @@ def decode_attention(
     if batch == 0 or num_q_heads == 0:
         return out if lse is None else (out, lse)
 
-    programs = min(programs, max(num_tiles * most_units(batch, layout, max_pages, max_raw_pages, csr), 1))
+    q, pages, memory = aligned(q), aligned(pages), aligned(out)
+    programs = min(programs, max(num_tiles * most_units(round_rows, layout, max_pages, max_raw_pages, csr), 1))
     few_programs = min(programs, configs.num_programs(q.device, config.few_programs_per_sm))
     units = Units(layout.page_size, configs.RAW_BLOCK, has_raw=raw_pages is not None, has_window=window is not None)
-    work = Work(seq_lens, num_quantized, sink_len, window, split_size or 0, programs, few_programs, units)
-    launch_decode_pieces(
-        partial, partial_lse, q, pages, block_table, layout, raw_pages, raw_table, kv_indptr, kv_indices, sm_scale, soft_cap,
-        work, config,
-    )  # fmt: skip
-    launch_merge_splits(out, lse, partial, partial_lse, sinks, num_kv_heads, layout, work, config.early_merge)
+    for first in range(0, batch, round_rows):
+        part: tuple[torch.Tensor | None, ...] = (memory, lse, q, seq_lens, num_quantized, block_table, raw_table)
+        indptr = kv_indptr
+        if round_rows < batch:
+            part = tuple(x if x is None else x[first : first + round_rows] for x in part)
+            indptr = kv_indptr if kv_indptr is None else kv_indptr[first : first + round_rows + 1]
+        part_out, part_lse, part_q, lens, counts, ids, raw_ids = part
+        assert part_out is not None and part_q is not None and lens is not None
+        work = Work(lens, counts, sink_len, window, split_size or 0, programs, few_programs, units)
+        launch_decode_pieces(
+            partial, partial_lse, part_q, pages, ids, layout, raw_pages, raw_ids, indptr, kv_indices, sm_scale, soft_cap, work,
+            config,
+        )  # fmt: skip
+        launch_merge_splits(part_out, part_lse, partial, partial_lse, sinks, num_kv_heads, layout, work, config.early_merge)
+    copy_back(memory, out)
     return out if lse is None else (out, lse)

@@ -16,6 +16,7 @@ from . import configs
 from .attend import attend_quantized
 from .attend_raw import attend_raw
 from .device import LOG2E
+from .launch import on
 from .layout import PageLayout, fields_per_byte
 from .paging import ids_of_row, load_page_id, prefetch
 from .query import load_query, rotate_query
@@ -26,9 +27,10 @@ _NOT_SPECIALIZED = [
     "stride_table", "stride_raw_table",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
+_ANY_ADDRESS = ["table_ptr", "kv_indptr_ptr", "seq_lens_ptr", "raw_table_ptr", "num_quantized_ptr"]
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def _kvarn_decode_attention_kernel(
     partial_ptr,  # float32 [num_partials, TILE, v_head_dim], rotated
     partial_lse_ptr,  # float32 [num_partials, TILE], base 2
@@ -112,7 +114,7 @@ def _kvarn_decode_attention_kernel(
             last_page = begins[1] + tl.minimum(last - num_sinks, num_paged)
             if UNITS.has_window:
                 last_page = tl.where(first_page < last_page, last_page, 0)  # no id is read where there is no page
-            q_row_ptr = q_ptr + row.to(tl.int64) * stride_q_batch + (head * GROUP + first_head) * stride_q_head
+            q_row_ptr = q_ptr + row.to(tl.int64) * stride_q_batch + (head * GROUP + first_head).to(tl.int64) * stride_q_head
             loaded = load_query(
                 q_row_ptr, stride_q_head, tl.minimum(GROUP - first_head, TILE), BLOCK_N, BLOCK_K, LAYOUT, K_FIELDS
             )
@@ -181,7 +183,7 @@ def launch_decode_pieces(
     has_raw = raw_pages is not None
     raw = raw_pages if raw_pages is not None else q
     num_sink_pages = -(-work.sink_len // layout.page_size)
-    _kvarn_decode_attention_kernel[(work.num_programs,)](
+    on(q, _kvarn_decode_attention_kernel)[(work.num_programs,)](
         partial,
         partial_lse,
         q,

@@ -11,7 +11,7 @@ import math
 import triton
 import triton.language as tl
 
-from .reference import codec
+from .reference import arithmetic, codec
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether Triton runs kernels in its interpreter; fixed when the kernels are decorated, that is, on import."""
@@ -25,6 +25,17 @@ RANGE_EPS = tl.constexpr(codec.RANGE_EPS)
 TILE_SCALE_MAX = tl.constexpr(codec.TILE_SCALE_MAX)
 EXPONENT_MAX = tl.constexpr(codec.EXPONENT_MAX)
 HALF_MAX = tl.constexpr(codec.HALF_MAX)
+CODEC = tl.constexpr(
+    repr(
+        sorted(
+            (name, x)
+            for name, x in (vars(arithmetic) | vars(codec)).items()
+            if name.isupper() and isinstance(x, (int, float, tuple, dict))
+        )
+    )
+)
+"""All constants of the encoder. Triton's cache on disk knows a kernel by its source and the constexprs that it names, not by
+what a `constexpr_function` reads elsewhere: kernels that encode name this one."""
 LOG2E = tl.constexpr(math.log2(math.e))
 """Scores are kept times this, because exp2 is what the hardware has."""
 ROUND_MAGIC = tl.constexpr(12582912.0)

@@ -15,6 +15,7 @@ import triton.language as tl
 from . import configs, reference
 from .checks import FLOATS, INDICES, check_choice, check_pages, check_tensor, require
 from .expand import ELEMENTS, dequantize_block, num_blocks, store_tokens
+from .launch import aligned, copy_back, on
 from .layout import PageLayout, fields_per_byte
 
 
@@ -26,7 +27,7 @@ def _store_zeros(out_ptr, part, parts, stride_token, G: tl.constexpr, BLOCK: tl.
         store_tokens(out_ptr, tl.zeros((ROWS, BLOCK), tl.float32), first + tl.arange(0, ROWS), stride_token)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "parts"])
+@triton.jit(do_not_specialize=["num_kv_heads", "parts"], do_not_specialize_on_alignment=["page_ids_ptr"])
 def _kvarn_dequantize_pages_kernel(
     k_ptr,  # [n, page_size, num_kv_heads, head_dim]
     v_ptr,  # [n, page_size, num_kv_heads, v_head_dim]
@@ -101,7 +102,7 @@ def dequantize_pages(
     Raises:
         ValueError: for a wrong shape, dtype, device or stride; nothing is written. Ids are not read to be checked.
     """
-    num_kv_heads = check_pages(pages, layout.page_bytes)
+    num_kv_heads = check_pages(pages, layout)
     check_tensor("page_ids", page_ids, [None], INDICES, device=pages.device)
     check_choice("dtype", dtype, FLOATS)
     num_pages = page_ids.shape[0]
@@ -118,20 +119,21 @@ def dequantize_pages(
         k, v = out
     if num_pages == 0 or num_kv_heads == 0:
         return k, v
+    pages, k_memory, v_memory = aligned(pages), aligned(k), aligned(v)
     num_warps, threads = configs.gather_threads(max(layout.block_size, layout.v_block_size), pages.device)
     programs = num_blocks(layout) * num_pages * 2 * num_kv_heads
     parts = configs.gather_parts(programs, pages.device)
-    _kvarn_dequantize_pages_kernel[(programs * parts,)](
-        k,
-        v,
+    on(pages, _kvarn_dequantize_pages_kernel)[(programs * parts,)](
+        k_memory,
+        v_memory,
         pages,
         page_ids,
         num_kv_heads,
         parts,
         pages.stride(0),
         pages.stride(1),
-        *k.stride()[:3],
-        *v.stride()[:3],
+        *k_memory.stride()[:3],
+        *v_memory.stride()[:3],
         LAYOUT=layout,
         K_FIELDS=fields_per_byte(layout.k_bits),
         V_FIELDS=fields_per_byte(layout.v_bits),
@@ -141,4 +143,4 @@ def dequantize_pages(
         num_warps=num_warps,
         enable_fp_fusion=False,
     )
-    return k, v
+    return copy_back(k_memory, k), copy_back(v_memory, v)

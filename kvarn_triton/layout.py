@@ -86,10 +86,17 @@ class PageLayout:
         """
         match = _PRESET.fullmatch(name) if isinstance(name, str) else None
         if match is None:
-            raise ValueError(f"name: expected k<bits>v<bits>_g<page_size>, such as k4v2_g128, got {name!r}")
+            sizes = f"bits {', '.join(map(str, SUPPORTED_BITS))}, page_size {', '.join(map(str, SUPPORTED_PAGE_SIZES))}"
+            raise ValueError(f"name: expected k<bits>v<bits>_g<page_size>, such as k4v2_g128, got {name!r} ({sizes})")
         k_bits, v_bits, page_size = map(int, match.groups())
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         return cls(head_dim=head_dim, page_size=page_size, k_bits=k_bits, v_bits=v_bits, v_head_dim=v_head_dim)
+
+    @property
+    def cache_key(self) -> str:
+        """What Triton's cache on disk knows a kernel's layout by: offsets and sizes too, which `repr` leaves out."""
+        derived = sorted(name for name, value in vars(type(self)).items() if isinstance(value, functools.cached_property))
+        return f"{self!r} {FORMAT_VERSION} {[getattr(self, name) for name in derived]}"
 
     @property
     def name(self) -> str:
@@ -179,6 +186,17 @@ class PageLayout:
     def pages_shape(self, num_pages: int, num_kv_heads: int) -> tuple[int, int, int]:
         """Return the shape of the uint8 tensor that holds `num_pages` pages."""
         return (num_pages, num_kv_heads, self.page_bytes)
+
+    def empty_pages(self, num_pages: int, num_kv_heads: int, device: torch.device | str | None = None) -> torch.Tensor:
+        """Return memory for pages, uint8 [num_pages, num_kv_heads, page_bytes], not initialized, that is tied to this layout.
+
+        Functions of the package refuse the tensor with any other layout: records of two layouts can have the same size, and one
+        read as the other gives finite numbers that mean nothing. Views and copies of it, and tensors that were made in other
+        ways, are tied to none.
+        """
+        pages = torch.empty(self.pages_shape(num_pages, num_kv_heads), dtype=torch.uint8, device=device)
+        pages.kvarn_layout = self  # type: ignore[attr-defined]
+        return pages
 
     def fields(self, pages: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return views of every field of `pages`.

@@ -1,8 +1,8 @@
 """Merge partial attention results: the pieces of one decode call, or two results over disjoint keys.
 
 `_kvarn_merge_splits_kernel`: one program merges the partial results of one query head, and its attention sink, and rotates the
-sum back. Grid: (query head, sequence). `_kvarn_merge_states_kernel`: one program merges a run of rows of two results. Grid:
-(run,).
+sum back. Grid: (program,), those of a sequence next to each other. `_kvarn_merge_states_kernel`: one program merges a run of
+rows of two results. Grid: (run,).
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from triton.language.extra.cuda import gdc_wait
 from . import configs, reference
 from .checks import FLOATS, check_tensor
 from .device import LOG2E, hadamard
+from .launch import aligned, on
 from .layout import PageLayout
 from .schedule import Work, piece_of_unit, plan, row_units, start_of_row
 
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_programs", "few_programs", "sink_len", "window", "split_size"])
+@triton.jit(
+    do_not_specialize=["num_tiles", "num_programs", "few_programs", "sink_len", "window", "split_size"],
+    do_not_specialize_on_alignment=["lse_ptr", "seq_lens_ptr", "num_quantized_ptr", "sinks_ptr"],
+)
 def _kvarn_merge_splits_kernel(
     out_ptr,  # [batch, num_q_heads, v_head_dim]
     lse_ptr,  # float32 [batch, num_q_heads], natural logarithm; unused if not RETURN_LSE
@@ -49,10 +53,12 @@ def _kvarn_merge_splits_kernel(
     RETURN_LSE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    q_head, row = tl.program_id(0), tl.program_id(1)
+    num_q_heads = num_tiles // triton.cdiv(GROUP, TILE) * GROUP
+    q_head, row = tl.program_id(0) % num_q_heads, tl.program_id(0) // num_q_heads
+    batch = tl.num_programs(0) // num_q_heads
     tile = q_head // GROUP * triton.cdiv(GROUP, TILE) + q_head % GROUP // TILE
     rows = (seq_lens_ptr, num_quantized_ptr, sink_len, window)
-    _, size, longer, split = plan(rows, tl.num_programs(1), num_tiles, num_programs, few_programs, split_size, UNITS)
+    _, size, longer, split = plan(rows, batch, num_tiles, num_programs, few_programs, split_size, UNITS)
     row_start = start_of_row(rows, row, num_tiles, split, UNITS)
     _, _, _, counts = row_units(rows, row, row >= 0, UNITS)
     units = counts[0] + counts[1] + counts[2]
@@ -87,11 +93,10 @@ def _kvarn_merge_splits_kernel(
         acc = acc * alpha[:, None] + tl.sum(partial * weights[:, None], axis=0)[None, :]
         m_i = m_new
     out = hadamard(acc / tl.where(l_i > 0, l_i, 1.0)[:, None], ROTATION)
-    out_row_ptr = out_ptr + row.to(tl.int64) * stride_out_batch + q_head * stride_out_head
+    out_row_ptr = out_ptr + row.to(tl.int64) * stride_out_batch + q_head.to(tl.int64) * stride_out_head
     tl.store(out_row_ptr + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask_d[None, :])
     if RETURN_LSE:
-        index = (row * tl.num_programs(0) + q_head).to(tl.int64)
-        tl.store(lse_ptr + index + tl.arange(0, 1), (m_i + tl.log2(l_i)) * LN2)
+        tl.store(lse_ptr + tl.program_id(0) + tl.arange(0, 1), (m_i + tl.log2(l_i)) * LN2)
 
 
 def launch_merge_splits(
@@ -110,7 +115,7 @@ def launch_merge_splits(
     block_d = triton.next_power_of_2(v_head_dim)
     tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
     block_s = configs.merge_block(work.num_programs, batch * num_tiles)
-    _kvarn_merge_splits_kernel[(num_q_heads, batch)](
+    on(out, _kvarn_merge_splits_kernel)[(num_q_heads * batch,)](
         out,
         partial_lse if lse is None else lse,
         partial,
@@ -142,7 +147,7 @@ def launch_merge_splits(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["lse_a_ptr", "lse_b_ptr"])
 def _kvarn_merge_states_kernel(
     out_ptr,  # [rows, v_head_dim]
     lse_ptr,  # float32 [rows], natural logarithm
@@ -200,11 +205,12 @@ def merge_states(
     check_tensor("lse_b", lse_b, out_a.shape[:-1], torch.float32, device=out_a.device, contiguous_dims=dims - 1)
     if not configs.on_device(out_a):
         return reference.merge_states(out_a, lse_a, out_b, lse_b)
+    out_a, out_b = aligned(out_a), aligned(out_b)
     out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
     num_rows, block_d = lse.numel(), triton.next_power_of_2(out_a.shape[-1])
     block_r = configs.row_block(block_d)
     if num_rows:
-        _kvarn_merge_states_kernel[(triton.cdiv(num_rows, block_r),)](
+        on(out, _kvarn_merge_states_kernel)[(triton.cdiv(num_rows, block_r),)](
             out,
             lse,
             out_a,

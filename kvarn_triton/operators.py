@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import append, commit, decode, gather, merge, prefill, rotation, store
+from . import append, commit, cut, decode, gather, merge, prefill, rotation, store
 from .encoder import Encoder
 from .layout import PageLayout
 from .tables import DecodeConfig, DecodeTable, Entry
@@ -135,6 +135,25 @@ _define(
     "bool advance, int iterations, bool equivariant, bool clip, int fits, str norm, Tensor? kv_indptr, "
     "Tensor? kv_indices) -> ()",
     _commit_pages,
+    _fake_nothing,
+)
+
+
+def _cut_back(
+    raw_pages, pages, raw_table, block_table, new_lens, num_quantized, layout, head_dim, v_head_dim, sink_len, advance,
+    kv_indptr, kv_indices,
+):  # fmt: skip
+    cut.cut_back(
+        raw_pages, pages, raw_table, block_table, new_lens, num_quantized, _layout(layout, head_dim, v_head_dim),
+        sink_len=sink_len, advance=advance, kv_indptr=kv_indptr, kv_indices=kv_indices,
+    )  # fmt: skip
+
+
+_define(
+    "cut_back(Tensor(a!) raw_pages, Tensor pages, Tensor raw_table, Tensor? block_table, Tensor new_lens, "
+    "Tensor(b!) num_quantized, str layout, int head_dim, int v_head_dim, int sink_len, bool advance, Tensor? kv_indptr, "
+    "Tensor? kv_indices) -> ()",
+    _cut_back,
     _fake_nothing,
 )
 

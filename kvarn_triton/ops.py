@@ -79,6 +79,27 @@ def commit_pages(
     )  # fmt: skip
 
 
+def cut_back(
+    raw_pages: torch.Tensor,
+    pages: torch.Tensor,
+    raw_table: torch.Tensor,
+    block_table: torch.Tensor | None,
+    new_lens: torch.Tensor,
+    num_quantized: torch.Tensor,
+    layout: PageLayout,
+    *,
+    sink_len: int = 0,
+    advance: bool = True,
+    kv_indptr: torch.Tensor | None = None,
+    kv_indices: torch.Tensor | None = None,
+) -> None:
+    """Cut sequences back, into quantized pages too; see `kvarn_triton.cut_back`."""
+    _OPS.cut_back.default(
+        raw_pages, pages, raw_table, block_table, new_lens, num_quantized, layout.name, layout.head_dim, layout.v_head_dim,
+        sink_len, advance, kv_indptr, kv_indices,
+    )  # fmt: skip
+
+
 def dequantize_pages(
     pages: torch.Tensor,
     page_ids: torch.Tensor,

@@ -14,6 +14,7 @@ from . import configs, reference
 from .blocks import BLOCK_T, join_last, lanes_of, load_blocks, rows_of
 from .checks import check_choice, check_tensor, check_tiles
 from .device import byte_of_item, field_of_item, item_of_field
+from .launch import aligned, on
 from .layout import (
     SUPPORTED_BITS,
     SUPPORTED_HEAD_DIMS,
@@ -230,10 +231,11 @@ def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
     if not configs.on_device(codes):
         return reference.pack(codes, bits, per=per)
     *lead, page_size, head_dim = codes.shape
+    codes = aligned(codes)
     packed = torch.empty(*lead, page_size * head_dim * bits // 8, dtype=torch.uint8, device=codes.device)
     tiles = codes.numel() // (page_size * head_dim)
     if tiles:
-        _kvarn_pack_kernel[(tiles,)](
+        on(packed, _kvarn_pack_kernel)[(tiles,)](
             packed,
             codes,
             G=page_size,
@@ -273,13 +275,14 @@ def unpack(packed: torch.Tensor, bits: int, page_size: int, head_dim: int, *, pe
     check_tensor("packed", packed, shape, torch.uint8, contiguous_dims=dims)
     if not configs.on_device(packed):
         return reference.unpack(packed, bits, page_size, head_dim, per=per)
+    packed = aligned(packed)
     codes = torch.empty(*packed.shape[:-1], page_size, head_dim, dtype=torch.uint8, device=packed.device)
     tiles = codes.numel() // (page_size * head_dim)
     keys = per == "channel"
     rows, items = (page_size, head_dim) if keys else (head_dim, page_size)
     block_i = triton.next_power_of_2(items)
     if tiles:
-        _kvarn_unpack_kernel[(tiles,)](
+        on(codes, _kvarn_unpack_kernel)[(tiles,)](
             codes,
             packed,
             ROWS=rows,

@@ -62,13 +62,15 @@ def body_seen(
     oldest = tl.maximum(shift + first_query - window + 1, -sink_len) if HAS_WINDOW else -sink_len
     quantized = tl.cdiv(tl.maximum(num_valid, 0), G)
     if HAS_RAW:
-        quantized = tl.minimum(tl.load(num_quantized_ptr + row), quantized)
+        quantized = tl.minimum(tl.maximum(tl.load(num_quantized_ptr + row), 0), quantized)
     return tl.maximum(oldest, 0) // G, quantized, num_valid, oldest, window
 
 
 @triton.jit
 def load_page_id(table_ptr, column, last, PTX: tl.constexpr):
     """Load the page id of a column, or of the last column before `last`; 0 if there is none, and nothing is read.
+
+    An id below 0 becomes 0: that of a page which exists.
 
     The loops over pages load an id one step before the copies that need it. Triton's pipeliner would make an asynchronous
     copy of a load of its own, and wait for each copy as soon as it is issued; it lets inline PTX alone, even where a loop has
@@ -77,11 +79,11 @@ def load_page_id(table_ptr, column, last, PTX: tl.constexpr):
     id_ptr = table_ptr + tl.minimum(column, last - 1)
     if PTX:
         page = tl.inline_asm_elementwise(
-            "{ .reg .pred some; setp.gt.s32 some, $2, 0; mov.b32 $0, 0; @some ld.global.b32 $0, [$1]; }",
+            "{ .reg .pred some; setp.gt.s32 some, $2, 0; mov.b32 $0, 0; @some ld.global.b32 $0, [$1]; max.s32 $0, $0, 0; }",
             "=&r,l,r", [id_ptr.to(tl.int64), last], tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        page = tl.load(id_ptr, last > 0, other=0)
+        page = tl.maximum(tl.load(id_ptr, last > 0, other=0), 0)
     return page
 
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 import torch
 
 from . import configs, reference
-from .cache_checks import check_attention, check_scratch
+from . import workspace as workspaces
+from .cache_checks import check_attention, check_call, check_scratch
 from .checks import check_aligned, check_tensor, require
+from .launch import aligned, check_pool, copy_back
 from .layout import PageLayout
 from .prefill_expand import launch_expand_pages
 from .prefill_merge import launch_merge_queries
 from .prefill_tiles import launch_prefill_tiles
+from .workspace import tokens_per_round
 
 MAX_PROGRAMS = 2**31 - 1
 """Most programs of a grid."""
@@ -35,7 +38,11 @@ def prefill_workspace_size(
     split_size: int | None = None,
     scratch: bool = False,
 ) -> int:
-    """Return how many bytes of workspace `prefill_attention` needs; 0 where pages are not split.
+    """Return how many bytes of workspace `prefill_attention` needs at most.
+
+    They suffice for every call with as many or fewer tokens, sequences, heads and columns, and grow with each of them. Without
+    `split_size` that is some partial results for each multiprocessor. With it, 256 MiB suffice for any number of tokens, which
+    are then computed in rounds; only partial results of a single token that are larger take more.
 
     Args:
         total_tokens: query tokens of all sequences.
@@ -49,10 +56,17 @@ def prefill_workspace_size(
         split_size: as given to `prefill_attention`.
         scratch: whether `prefill_attention` gets a `scratch`.
     """
-    group = num_q_heads // max(num_kv_heads, 1)
-    config = configs.prefill_config(layout, dtype, device, total_tokens, batch, group, split_size, scratch)
-    splits = _num_splits(total_tokens, batch, num_q_heads, num_kv_heads, max_pages, device, config, split_size)
-    return 0 if splits == 1 else 4 * splits * total_tokens * num_q_heads * (layout.v_head_dim + 1)
+    row_bytes = 4 * (layout.v_head_dim + 1)
+    if split_size is not None:
+        splits = -(-max_pages // split_size)
+        token_bytes = splits * num_q_heads * row_bytes
+        return min(total_tokens * token_bytes, max(workspaces.ROUND_BYTES, token_bytes)) if splits > 1 else 0
+    # Tiles times splits are no more than programs, and rows no more than those of all tiles.
+    rows = total_tokens * num_q_heads
+    sizes = [least for least in (1, *(most + 1 for most in configs.TILE_ROWS)) if least <= rows]
+    tiles = [configs.prefill_config(layout, dtype, device, least, 1, 1, None, scratch) for least in sizes]
+    programs = [configs.num_programs(device, config.programs_per_sm) * config.block_m for config in tiles]
+    return row_bytes * min(max(programs, default=0), max_pages * rows)
 
 
 def _num_splits(
@@ -113,7 +127,8 @@ def prefill_attention(
         block_table: int32 [batch, max_pages]; column j is the page id of body page j. None with `kv_indptr`.
         seq_lens: int32 [batch], tokens of each sequence, its query tokens included.
         cu_seqlens_q: int32 [batch + 1]; the query tokens of sequence b are those from cu_seqlens_q[b] to cu_seqlens_q[b + 1] of
-            `q`. What follows after cu_seqlens_q[batch] is padding: its output is not written.
+            `q`. Tokens before cu_seqlens_q[0] and from cu_seqlens_q[batch] on are no sequence's: padding, whose output is not
+            written if `out` is given, and zeros if not; their lse is -inf.
         layout: the page format.
         k: new keys like q, [total_tokens, num_kv_heads, head_dim], not rotated. None if they are in the cache.
         v: new values, like `k`, with v_head_dim.
@@ -125,7 +140,7 @@ def prefill_attention(
         kv_indptr: int32 [batch + 1], with `kv_indices` instead of `block_table`: body page j of sequence b is
             kv_indices[kv_indptr[b] + j].
         kv_indices: int32 [n], page ids.
-        sm_scale: factor of the scores; by default head_dim ** -0.5.
+        sm_scale: factor of the scores, a number and no tensor; by default head_dim ** -0.5.
         window: how many positions a query sees, its own included. Pages that no query of a sequence sees are not read.
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
         sinks: float32 [num_q_heads], a logit per query head that takes weight and has no value.
@@ -161,18 +176,24 @@ def prefill_attention(
     if k is not None and v is not None:
         check_tensor("k", k, [total_tokens, num_kv_heads, layout.head_dim], q.dtype, device=q.device)
         check_tensor("v", v, [total_tokens, num_kv_heads, v_head_dim], q.dtype, device=q.device)
-    if split_size is not None:
-        require(isinstance(split_size, int) and split_size >= 1, "split_size", "an integer of at least 1", split_size)
+    sm_scale = check_call(sm_scale, split_size)
+    if raw_pages is not None:
+        raw_pages = check_pool("raw_pages", raw_pages)
     table = block_table if block_table is not None else kv_indices
     assert table is not None
     if scratch is not None:
         check_scratch(scratch, q.dtype, table, num_kv_heads, layout)
+        scratch = check_pool("scratch", scratch)
     group = num_q_heads // max(num_kv_heads, 1)
     config = configs.prefill_config(layout, q.dtype, q.device, total_tokens, batch, group, split_size, scratch is not None)
     splits = _num_splits(total_tokens, batch, num_q_heads, num_kv_heads, table.shape[-1], q.device, config, split_size)
     most = MAX_PROGRAMS // max((-(-total_tokens * group // config.block_m) + batch) * num_kv_heads, 1)
     require(splits <= most, "split_size", f"one that cuts pages into at most {most} runs", split_size)
-    num_bytes = 0 if splits == 1 else 4 * splits * total_tokens * num_q_heads * (v_head_dim + 1)
+    token_bytes = 0 if splits == 1 else 4 * splits * num_q_heads * (v_head_dim + 1)
+    round_tokens = total_tokens
+    if split_size is not None:
+        round_tokens = tokens_per_round(total_tokens, token_bytes, config.block_m)
+    num_bytes = round_tokens * token_bytes
     if workspace is not None:
         check_tensor("workspace", workspace, [None], torch.uint8, device=q.device)
         check_aligned("workspace", workspace, 16)
@@ -183,28 +204,40 @@ def prefill_attention(
             num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr, kv_indices=kv_indices, sm_scale=sm_scale,
             window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
         )  # fmt: skip
+    fill = out is None
     if out is None:
         out = torch.empty(total_tokens, num_q_heads, v_head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(total_tokens, num_q_heads, dtype=torch.float32, device=q.device) if return_lse else None
     if workspace is None:
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
     if total_tokens == 0 or num_q_heads == 0 or batch == 0:
-        return out if lse is None else (out, lse)
-    partial, partial_lse = None, None
-    if splits > 1:
-        sums, shape = 4 * splits * total_tokens * num_q_heads * v_head_dim, (splits, total_tokens, num_q_heads)
-        partial = workspace[:sums].view(torch.float32).view(*shape, v_head_dim)
-        partial_lse = workspace[sums:num_bytes].view(torch.float32).view(shape)
+        if fill:
+            out.zero_()
+        return out if lse is None else (out, lse.fill_(-torch.inf))
+    q, pages, memory = aligned(q), aligned(pages), aligned(out)
+    if k is not None and v is not None:
+        k, v = aligned(k), aligned(v)
     if scratch is not None:
         launch_expand_pages(
             scratch, cu_seqlens_q, pages, block_table, kv_indptr, kv_indices, seq_lens, layout, num_quantized, sink_len, window,
             has_new=k is not None,
         )  # fmt: skip
-    launch_prefill_tiles(
-        out, lse, partial, partial_lse, q, k, v, cu_seqlens_q, pages, block_table, kv_indptr, kv_indices, seq_lens, layout,
-        raw_pages, raw_table, num_quantized, scratch, sink_len, sm_scale, window, soft_cap, sinks, splits, split_size or 0,
-        config,
-    )  # fmt: skip
-    if partial is not None and partial_lse is not None:
-        launch_merge_queries(out, lse, partial, partial_lse, cu_seqlens_q, sinks, layout, rotated=k is None)
+    for first in range(0, total_tokens, round_tokens):
+        tokens = range(first, min(first + round_tokens, total_tokens))
+        partial, partial_lse = None, None
+        if splits > 1:
+            shape = splits, len(tokens), num_q_heads
+            sums, end = (4 * splits * len(tokens) * num_q_heads * n for n in (v_head_dim, v_head_dim + 1))
+            partial = workspace[:sums].view(torch.float32).view(*shape, v_head_dim)
+            partial_lse = workspace[sums:end].view(torch.float32).view(shape)
+        launch_prefill_tiles(
+            memory, lse, partial, partial_lse, q, k, v, cu_seqlens_q, pages, block_table, kv_indptr, kv_indices, seq_lens,
+            layout, raw_pages, raw_table, num_quantized, scratch, sink_len, sm_scale, window, soft_cap, sinks, splits,
+            split_size or 0, config, tokens, fill,
+        )  # fmt: skip
+        if partial is not None and partial_lse is not None:
+            launch_merge_queries(
+                memory, lse, partial, partial_lse, cu_seqlens_q, sinks, layout, rotated=k is None, first_token=first, fill=fill
+            )
+    copy_back(memory, out)
     return out if lse is None else (out, lse)

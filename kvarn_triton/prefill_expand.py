@@ -13,11 +13,15 @@ import triton.language as tl
 
 from . import configs
 from .expand import dequantize_block, num_blocks
+from .launch import on
 from .layout import PageLayout, fields_per_byte
 from .paging import body_seen, first_slot, ids_of_row
 
 
-@triton.jit(do_not_specialize=["sink_len", "window", "num_kv_heads", "parts", "columns", "max_pages", "stride_table"])
+@triton.jit(
+    do_not_specialize=["sink_len", "window", "num_kv_heads", "parts", "columns", "max_pages", "stride_table"],
+    do_not_specialize_on_alignment=["table_ptr", "indptr_ptr", "seq_lens_ptr", "cu_seqlens_ptr", "num_quantized_ptr"],
+)
 def _kvarn_expand_pages_kernel(
     scratch_ptr,  # [num_slots, 2, num_kv_heads, page_size, raw_head_dim]
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
@@ -67,7 +71,8 @@ def _kvarn_expand_pages_kernel(
         scratch_ptr += head * stride_scratch_head
         ids_ptr = ids_of_row(table_ptr, indptr_ptr, row, stride_table, CSR)
         for i in range(first_page + column, last_page, columns):
-            record_ptr = pages_ptr + tl.load(ids_ptr + i).to(tl.int64) * stride_pages_page + head * stride_pages_head
+            page = tl.maximum(tl.load(ids_ptr + i), 0).to(tl.int64)
+            record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
             out_ptr = scratch_ptr + (slot + i) * stride_scratch_slot
             dequantize_block(
                 out_ptr, out_ptr + stride_scratch_half, record_ptr, half, block, part, parts,
@@ -100,7 +105,7 @@ def launch_expand_pages(
     if programs == 0:
         return
     parts = configs.gather_parts(programs, pages.device)
-    _kvarn_expand_pages_kernel[(programs * parts,)](
+    on(pages, _kvarn_expand_pages_kernel)[(programs * parts,)](
         scratch,
         pages,
         table,

@@ -12,11 +12,15 @@ from triton.language.extra.cuda import gdc_wait
 
 from . import configs
 from .device import LOG2E, hadamard
+from .launch import on
 from .layout import PageLayout
 from .merge import LN2
 
 
-@triton.jit(do_not_specialize=["batch", "num_splits", "total_rows"])
+@triton.jit(
+    do_not_specialize=["batch", "num_splits", "first_token", "total_rows", "fill"],
+    do_not_specialize_on_alignment=["lse_ptr", "cu_seqlens_ptr", "sinks_ptr"],
+)
 def _kvarn_merge_queries_kernel(
     out_ptr,  # [total_tokens, num_q_heads, v_head_dim]
     lse_ptr,  # float32 [total_tokens, num_q_heads], natural logarithm; unused if not RETURN_LSE
@@ -26,7 +30,9 @@ def _kvarn_merge_queries_kernel(
     sinks_ptr,  # float32 [num_q_heads]
     batch,
     num_splits,
-    total_rows,
+    first_token,  # of this launch
+    total_rows,  # of this launch
+    fill,  # whether rows of no sequence are zeroed; their log-sum-exp always is -inf
     stride_out_token,
     stride_out_head,
     D_V: tl.constexpr,
@@ -37,12 +43,15 @@ def _kvarn_merge_queries_kernel(
     RETURN_LSE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    token, q_head = tl.program_id(0), tl.program_id(1)
-    row = token.to(tl.int64) * tl.num_programs(1) + q_head
-    num_tokens = tl.load(cu_seqlens_ptr + batch)
+    q_head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + q_head
+    token = (first_token + tl.program_id(0)).to(tl.int64)
+    lse_row_ptr = lse_ptr + token * tl.num_programs(1) + q_head + tl.arange(0, 1)
+    out_row_ptr = out_ptr + token * stride_out_token + q_head * stride_out_head
+    owned = (token >= tl.load(cu_seqlens_ptr)) & (token < tl.load(cu_seqlens_ptr + batch))
     if EARLY:
         gdc_wait()
-    if token < num_tokens:
+    if owned:
         offs_d = tl.arange(0, BLOCK_D)
         mask_d = offs_d < D_V
         m_i = tl.full((1,), float("-inf"), tl.float32)
@@ -65,10 +74,15 @@ def _kvarn_merge_queries_kernel(
             acc = acc * alpha[:, None] + tl.sum(partial * weights[:, None], axis=0)[None, :]
             m_i = m_new
         out = hadamard(acc / tl.where(l_i > 0, l_i, 1.0)[:, None], ROTATION)
-        place = token.to(tl.int64) * stride_out_token + q_head * stride_out_head
-        tl.store(out_ptr + place + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask_d[None, :])
+        tl.store(out_row_ptr + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask_d[None, :])
         if RETURN_LSE:
-            tl.store(lse_ptr + row + tl.arange(0, 1), (m_i + tl.log2(l_i)) * LN2)
+            tl.store(lse_row_ptr, (m_i + tl.log2(l_i)) * LN2)
+    else:
+        offs_d = tl.arange(0, BLOCK_D)
+        zeros = tl.zeros((BLOCK_D,), out_ptr.dtype.element_ty)
+        tl.store(out_row_ptr + offs_d, zeros, (offs_d < D_V) & (fill != 0))
+        if RETURN_LSE:
+            tl.store(lse_row_ptr, tl.full((1,), float("-inf"), tl.float32))
 
 
 def launch_merge_queries(
@@ -80,13 +94,18 @@ def launch_merge_queries(
     sinks: torch.Tensor | None,
     layout: PageLayout,
     rotated: bool,
+    first_token: int,
+    fill: bool,
 ) -> None:
-    """Merge `partial` [num_splits, total_tokens, num_q_heads, v_head_dim] into `out` and `lse`; nothing is checked."""
-    num_splits, total_tokens, num_q_heads, v_head_dim = partial.shape
+    """Merge `partial` [num_splits, tokens, num_q_heads, v_head_dim], of tokens from `first_token` on, into `out` and `lse`.
+
+    Nothing is checked.
+    """
+    num_splits, num_tokens, num_q_heads, v_head_dim = partial.shape
     block_d = triton.next_power_of_2(v_head_dim)
     early = configs.launches_early(out.device)
     block_s = configs.MERGE_BLOCKS[0] if num_splits <= configs.MERGE_BLOCKS[0] else configs.MERGE_BLOCKS[1]
-    _kvarn_merge_queries_kernel[(total_tokens, num_q_heads)](
+    on(out, _kvarn_merge_queries_kernel)[(num_tokens, num_q_heads)](
         out,
         partial_lse if lse is None else lse,
         partial,
@@ -95,7 +114,9 @@ def launch_merge_queries(
         partial_lse if sinks is None else sinks,
         cu_seqlens_q.shape[0] - 1,
         num_splits,
-        total_tokens * num_q_heads,
+        first_token,
+        num_tokens * num_q_heads,
+        int(fill),
         out.stride(0),
         out.stride(1),
         D_V=v_head_dim,

@@ -18,20 +18,25 @@ from . import configs
 from .attend_many import attend_pages
 from .attend_tokens import attend_expanded, attend_new, attend_raw_units, num_raw_units
 from .device import LOG2E, hadamard, load_rows, store_rows
+from .launch import on
 from .layout import PageLayout, fields_per_byte
 from .merge import LN2
 from .paging import body_seen, first_slot, ids_of_row
 from .query import rotate_planes, rotate_rows, rows_of_planes
-from .schedule import find_tile, share_of_tile
+from .schedule import find_tile, free_token, share_of_tile
 
 _NOT_SPECIALIZED = [
     "batch", "num_kv_heads", "num_splits", "sink_len", "num_sink_pages", "num_tail_slots", "split_size", "window",
-    "stride_table", "stride_raw_table", "total_tokens", "max_pages",
+    "stride_table", "stride_raw_table", "first_token", "total_tokens", "fill", "max_pages",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
+_ANY_ADDRESS = [
+    "lse_ptr", "partial_lse_ptr", "cu_seqlens_ptr", "table_ptr", "indptr_ptr", "seq_lens_ptr", "raw_table_ptr",
+    "num_quantized_ptr", "sinks_ptr",
+]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def _kvarn_prefill_attention_kernel(
     out_ptr,  # [total_tokens, num_q_heads, v_head_dim]
     lse_ptr,  # float32 [total_tokens, num_q_heads], natural logarithm; unused if not RETURN_LSE
@@ -56,7 +61,9 @@ def _kvarn_prefill_attention_kernel(
     batch,
     num_kv_heads,
     num_splits,
-    total_tokens,
+    first_token,  # of this launch
+    total_tokens,  # of this launch
+    fill,  # whether rows of no sequence are zeroed, if SINGLE; their log-sum-exp always is -inf
     sink_len,
     num_sink_pages,
     num_tail_slots,
@@ -122,10 +129,11 @@ def _kvarn_prefill_attention_kernel(
     head = tl.program_id(0) % num_kv_heads
     split = tl.program_id(0) // num_kv_heads % num_splits
     num_q_heads = num_kv_heads * GROUP
-    row, tile = find_tile(cu_seqlens_ptr, tl.program_id(0) // num_kv_heads // num_splits, batch, GROUP, BLOCK_M)
+    tokens = (first_token, first_token + total_tokens)
+    row, tile = find_tile(cu_seqlens_ptr, tl.program_id(0) // num_kv_heads // num_splits, batch, tokens, GROUP, BLOCK_M)
     if row < batch:
-        first_token = tl.load(cu_seqlens_ptr + row)
-        num_tokens = tl.load(cu_seqlens_ptr + row + 1) - first_token
+        row_start = tl.load(cu_seqlens_ptr + row)
+        num_tokens = tl.load(cu_seqlens_ptr + row + 1) - row_start
         seq_len = tl.load(seq_lens_ptr + row)
         first_row = tile * BLOCK_M
         num_rows = tl.minimum(num_tokens * GROUP - first_row, BLOCK_M)
@@ -148,8 +156,8 @@ def _kvarn_prefill_attention_kernel(
 
         mask_m = offs_m < num_rows
         q_head = head * GROUP + (first_row + offs_m) % GROUP
-        token = (first_token + query).to(tl.int64)
-        q_place = token * stride_q_token + q_head * stride_q_head
+        token = (row_start + query).to(tl.int64)
+        q_place = token * stride_q_token + q_head.to(tl.int64) * stride_q_head
         if FORM == "registers":
             rotated, q_factor = rotate_planes(q_ptr, q_place, mask_m, LAYOUT, K_FIELDS, QUERY_OPERAND, OPERAND)
         else:
@@ -198,8 +206,8 @@ def _kvarn_prefill_attention_kernel(
             rows = load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS) if RELOAD else q
             acc, m_i, l_i = attend_new(
                 acc, m_i, l_i, rows.to(QUERY_OPERAND), qk_scale, soft_cap,
-                k_ptr + first_token.to(tl.int64) * stride_k_token + head * stride_k_head,
-                v_ptr + first_token.to(tl.int64) * stride_v_token + head * stride_v_head,
+                k_ptr + row_start.to(tl.int64) * stride_k_token + head.to(tl.int64) * stride_k_head,
+                v_ptr + row_start.to(tl.int64) * stride_v_token + head.to(tl.int64) * stride_v_head,
                 stride_k_token, stride_v_token,
                 tl.maximum(first_query - window + 1, 0) // BLOCK_R * BLOCK_R if HAS_WINDOW else 0,
                 last_query + 1, query, first_query, last_query, window,
@@ -216,14 +224,25 @@ def _kvarn_prefill_attention_kernel(
                 l_i = l_i * alpha + tl.exp2(logit - origin)
                 m_i = m_new
             acc = acc * (1.0 / tl.where(l_i > 0, l_i, 1.0))[:, None]
-            store_rows(out_ptr, token * stride_out_token + q_head * stride_out_head, acc, mask_m, D_V)
+            store_rows(out_ptr, token * stride_out_token + q_head.to(tl.int64) * stride_out_head, acc, mask_m, D_V)
             if RETURN_LSE:
                 tl.store(lse_ptr + token * num_q_heads + q_head, (m_i + tl.log2(l_i)) * LN2, mask_m)
         else:
             acc = acc * (1.0 / tl.where(l_i > 0, l_i, 1.0))[:, None]
-            place = (split * total_tokens.to(tl.int64) + token) * num_q_heads + q_head
+            mask_m = mask_m & (token >= tokens[0]) & (token < tokens[1])
+            place = (split * total_tokens.to(tl.int64) + token - tokens[0]) * num_q_heads + q_head
             store_rows(partial_ptr, place * D_V, acc, mask_m, D_V)
             tl.store(partial_lse_ptr + place, m_i + tl.log2(l_i), mask_m)
+    elif SINGLE:
+        # There are as many programs without a tile as it takes to give each row that no sequence owns to one of them.
+        free = (-1 - tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        free_place = free_token(cu_seqlens_ptr, batch, free // GROUP).to(tl.int64)
+        free_head = (head * GROUP + free % GROUP).to(tl.int64)
+        mask_f = free_place < total_tokens
+        zeros = tl.zeros((BLOCK_M, V_CHANNELS), tl.float32)
+        store_rows(out_ptr, free_place * stride_out_token + free_head * stride_out_head, zeros, mask_f & (fill != 0), D_V)
+        if RETURN_LSE:
+            tl.store(lse_ptr + free_place * num_q_heads + free_head, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask_f)
 
 
 def launch_prefill_tiles(
@@ -253,9 +272,11 @@ def launch_prefill_tiles(
     num_splits: int,
     split_size: int,
     config: configs.PrefillConfig,
+    tokens: range,
+    fill: bool,
 ) -> None:
-    """Attend with all tiles, to `partial` if there are several splits; nothing is checked."""
-    total_tokens, num_q_heads, head_dim = q.shape
+    """Attend with all tiles that have one of some tokens, to `partial` if there are several splits; nothing is checked."""
+    _, num_q_heads, head_dim = q.shape
     batch, num_kv_heads = seq_lens.shape[0], pages.shape[1]
     group = num_q_heads // num_kv_heads
     k_channels, v_channels = triton.next_power_of_2(head_dim), triton.next_power_of_2(layout.v_head_dim)
@@ -265,18 +286,13 @@ def launch_prefill_tiles(
     expanded = q if scratch is None else scratch
     new_k, new_v = (q if x is None else x for x in (k, v))
     num_sink_pages = -(-sink_len // layout.page_size)
-    tiles = triton.cdiv(total_tokens * group, config.block_m) + batch
-    _kvarn_prefill_attention_kernel[(tiles * num_kv_heads * num_splits,)](
+    tiles = triton.cdiv(len(tokens) * group, config.block_m) + batch + (tokens.start > 0)  # one may begin before them
+    on(q, _kvarn_prefill_attention_kernel)[(tiles * num_kv_heads * num_splits,)](
         out,
         seq_lens if lse is None else lse,
         out if partial is None else partial,
         seq_lens if partial_lse is None else partial_lse,
-        q,
-        new_k,
-        new_v,
-        cu_seqlens_q,
-        pages,
-        table,
+        q, new_k, new_v, cu_seqlens_q, pages, table,
         seq_lens if kv_indptr is None else kv_indptr,
         seq_lens,
         raw,
@@ -287,25 +303,11 @@ def launch_prefill_tiles(
         (head_dim**-0.5 if sm_scale is None else sm_scale) * LOG2E.value,
         (soft_cap or 0.0) * LOG2E.value,
         window or 0,
-        batch,
-        num_kv_heads,
-        num_splits,
-        total_tokens,
-        sink_len,
-        num_sink_pages,
+        batch, num_kv_heads, num_splits, tokens.start, len(tokens), int(fill), sink_len, num_sink_pages,
         0 if raw_table is None else raw_table.shape[1] - num_sink_pages,
         split_size,
         table.shape[-1],
-        q.stride(0),
-        q.stride(1),
-        out.stride(0),
-        out.stride(1),
-        new_k.stride(0),
-        new_k.stride(1),
-        new_v.stride(0),
-        new_v.stride(1),
-        pages.stride(0),
-        pages.stride(1),
+        *q.stride()[:2], *out.stride()[:2], *new_k.stride()[:2], *new_v.stride()[:2], *pages.stride()[:2],
         0 if block_table is None else block_table.stride(0),
         *((0, 0, 0, 0) if raw_pages is None else raw_pages.stride()[:4]),
         0 if raw_table is None else raw_table.stride(0),
@@ -340,4 +342,4 @@ def launch_prefill_tiles(
         num_warps=config.num_warps,
         enable_fp_fusion=True,
         **config.options(),
-    )
+    )  # fmt: skip

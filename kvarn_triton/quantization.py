@@ -11,6 +11,7 @@ from .blocks import BLOCK_T, block_channels, channel_of, load_blocks, store_bloc
 from .checks import FLOATS, check_choice, check_tensor, check_tiles
 from .encoder import DEFAULT, Encoder
 from .fit import quantize_blocks
+from .launch import aligned, on
 from .layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
 from .reference.codec import Per
 
@@ -99,9 +100,10 @@ def quantize(
     codes = torch.empty(tiles.shape, dtype=torch.uint8, device=tiles.device)
     scale = torch.empty(*lead, head_dim if per == "channel" else page_size, dtype=torch.float32, device=tiles.device)
     zero = torch.empty_like(scale)
+    tiles = aligned(tiles)
     num_tiles = tiles.numel() // (page_size * head_dim)
     if num_tiles:
-        _kvarn_quantize_kernel[(num_tiles,)](
+        on(codes, _kvarn_quantize_kernel)[(num_tiles,)](
             codes,
             scale,
             zero,
@@ -142,11 +144,12 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, 
     if not configs.on_device(codes):
         return reference.dequantize(codes, scale, zero, per=per)
     out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    codes, scale, zero = aligned(codes), aligned(scale), aligned(zero)
     num_tiles = codes.numel() // (page_size * head_dim)
     block_d = triton.next_power_of_2(head_dim)
     block_r = min(configs.row_block(block_d), page_size)
     if num_tiles:
-        _kvarn_dequantize_kernel[(num_tiles, page_size // block_r)](
+        on(out, _kvarn_dequantize_kernel)[(num_tiles, page_size // block_r)](
             out,
             codes,
             scale,

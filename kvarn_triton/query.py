@@ -61,7 +61,7 @@ def _load_plane(
     row = tl.arange(0, BLOCK_K // (4 * RUN) * BLOCK_N)[:, None]
     channel, mask = plane_channels(FIELD, LAYOUT, FIELDS, row // BLOCK_N * (4 * RUN) + tl.arange(0, 4 * RUN)[None, :])
     head = row % BLOCK_N
-    return tl.load(q_ptr + head * stride_q_head + channel, mask & (head < num_heads), other=0.0)
+    return tl.load(q_ptr + head.to(tl.int64) * stride_q_head + channel, mask & (head < num_heads), other=0.0)
 
 
 @triton.jit

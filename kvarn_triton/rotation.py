@@ -11,10 +11,11 @@ import triton.language as tl
 
 from . import configs, device, reference
 from .checks import FLOATS, check_choice, check_tensor, require
+from .launch import aligned, copy_back, on
 from .layout import SUPPORTED_HEAD_DIMS, largest_power_of_two_divisor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _kvarn_hadamard_kernel(
     out_ptr,  # [rows, head_dim]
     x_ptr,  # [rows, head_dim]
@@ -64,12 +65,12 @@ def hadamard(x: torch.Tensor, *, block_size: int | None = None, out: torch.Tenso
         return reference.hadamard(x, block_size=block, out=out)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rows = x.reshape(-1, head_dim)
-    result = out.view(-1, head_dim)
+    rows = aligned(x.reshape(-1, head_dim))
+    result = aligned(out.view(-1, head_dim))
     block_d = triton.next_power_of_2(head_dim)
     block_r = configs.row_block(block_d)
     if rows.shape[0]:
-        _kvarn_hadamard_kernel[(triton.cdiv(rows.shape[0], block_r),)](
+        on(x, _kvarn_hadamard_kernel)[(triton.cdiv(rows.shape[0], block_r),)](
             result,
             rows,
             rows.shape[0],
@@ -82,4 +83,5 @@ def hadamard(x: torch.Tensor, *, block_size: int | None = None, out: torch.Tenso
             num_warps=4,
             enable_fp_fusion=False,
         )
+        copy_back(result, out.view(-1, head_dim))
     return out

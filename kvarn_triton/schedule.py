@@ -71,14 +71,14 @@ def row_units(rows, row, mask, UNITS: tl.constexpr):
     G: tl.constexpr = UNITS.page_size
     BLOCK_R: tl.constexpr = UNITS.raw_block
     seq_lens_ptr, num_quantized_ptr, sink_len, window = rows
-    seq_len = tl.load(seq_lens_ptr + row, mask, other=0)
+    seq_len = tl.maximum(tl.load(seq_lens_ptr + row, mask, other=0), 0)
     body = tl.maximum(seq_len - sink_len, 0)
     pages = tl.cdiv(body, G)
     zero = tl.zeros_like(body)
     sinks = zero
     tails = zero
     if UNITS.has_raw:
-        pages = tl.minimum(tl.load(num_quantized_ptr + row, mask, other=0), pages)
+        pages = tl.minimum(tl.maximum(tl.load(num_quantized_ptr + row, mask, other=0), 0), pages)
         sinks = tl.cdiv(tl.minimum(seq_len, sink_len), BLOCK_R)
         tails = tl.cdiv(tl.maximum(body - pages * G, 0), BLOCK_R)
     start = zero
@@ -179,32 +179,48 @@ def start_of_row(rows, row, num_kv_heads, split_size, UNITS: tl.constexpr):
 
 
 @triton.jit
-def _tiles_of_block(cu_seqlens_ptr, first_row, batch, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return the tiles of query rows of BLOCK_B sequences."""
+def _tiles_of_block(cu_seqlens_ptr, first_row, batch, tokens, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return how many tiles of query rows of BLOCK_B sequences have a token from `tokens[0]` to `tokens[1]`."""
     row = first_row + tl.arange(0, BLOCK_B)
     start = tl.load(cu_seqlens_ptr + row, row < batch, other=0)
     end = tl.load(cu_seqlens_ptr + row + 1, row < batch, other=0)
-    return tl.cdiv((end - start) * GROUP, BLOCK_M)
+    first = tl.maximum(tokens[0] - start, 0)
+    last = tl.minimum(tokens[1], end) - start
+    return tl.where(first < last, tl.cdiv(last * GROUP, BLOCK_M) - first * GROUP // BLOCK_M, 0)
 
 
 @triton.jit
-def find_tile(cu_seqlens_ptr, index, batch, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return the sequence of the tile that has `index` tiles after it, `batch` if there is none, and its number within it."""
+def find_tile(cu_seqlens_ptr, index, batch, tokens, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return the sequence of the tile that has `index` tiles after it, `batch` if there is none, and its number within it.
+
+    Only tiles with a token from `tokens[0]` to `tokens[1]` count. Where there is none, the number is -1 for the first index
+    without a tile, and falls.
+    """
     total = 0
     for first_row in range(0, batch, BLOCK_B):
-        total += tl.sum(_tiles_of_block(cu_seqlens_ptr, first_row, batch, GROUP, BLOCK_M), axis=0)
+        total += tl.sum(_tiles_of_block(cu_seqlens_ptr, first_row, batch, tokens, GROUP, BLOCK_M), axis=0)
     tile = total - 1 - index
     row = 0
     row_start = 0
     before = 0
     for first_row in range(0, batch, BLOCK_B):
-        tiles = _tiles_of_block(cu_seqlens_ptr, first_row, batch, GROUP, BLOCK_M)
+        tiles = _tiles_of_block(cu_seqlens_ptr, first_row, batch, tokens, GROUP, BLOCK_M)
         ends = before + tl.cumsum(tiles, axis=0)
         passed = (ends <= tile) & (first_row + tl.arange(0, BLOCK_B) < batch)
         row += tl.sum(passed.to(tl.int32), axis=0)
         row_start = tl.maximum(row_start, tl.max(tl.where(passed, ends, 0), axis=0))
         before += tl.sum(tiles, axis=0)
-    return tl.where(tile < 0, batch, row), tile - row_start
+    row = tl.where(tile < 0, batch, row)
+    skipped = tl.maximum(tokens[0] - tl.load(cu_seqlens_ptr + row), 0) * GROUP // BLOCK_M
+    return row, tile - row_start + tl.where(tile < 0, 0, skipped)
+
+
+@triton.jit
+def free_token(cu_seqlens_ptr, batch, index):
+    """Return the query token before which there are `index` tokens of no sequence: before the first one, or after the last."""
+    first = tl.load(cu_seqlens_ptr)
+    end = tl.load(cu_seqlens_ptr + batch)
+    return index + tl.where(index < first, 0, end - first)
 
 
 @triton.jit

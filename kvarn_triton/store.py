@@ -17,6 +17,7 @@ from .checks import FLOATS, INDICES, check_pages, check_tensor
 from .device import join_halves
 from .encode import encode_blocks
 from .encoder import DEFAULT, Encoder
+from .launch import aligned, on
 from .layout import PageLayout, fields_per_byte
 from .packing import store_codes
 
@@ -60,7 +61,7 @@ def store_tile(
         store_codes(record_ptr + CODES, codes, G, D, LAYOUT.block_size, BITS, FIELDS, True)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads"])
+@triton.jit(do_not_specialize=["num_kv_heads"], do_not_specialize_on_alignment=["page_ids_ptr", "token_starts_ptr"])
 def _kvarn_store_pages_kernel(
     pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
     k_ptr,  # [num_tokens, num_kv_heads, head_dim]
@@ -137,7 +138,7 @@ def store_pages(
     Raises:
         ValueError: for a wrong shape, dtype, device or stride; nothing is written. Ids and starts are not read to be checked.
     """
-    num_kv_heads = check_pages(pages, layout.page_bytes)
+    num_kv_heads = check_pages(pages, layout)
     check_tensor("page_ids", page_ids, [None], INDICES, device=pages.device)
     num_pages = page_ids.shape[0]
     check_tensor("k", k, [None, num_kv_heads, layout.head_dim], FLOATS, device=pages.device)
@@ -152,7 +153,10 @@ def store_pages(
         return
     if num_pages == 0:
         return
-    _kvarn_store_pages_kernel[(num_pages * num_kv_heads * 2,)](
+    if token_starts is not None and token_starts.dtype != page_ids.dtype:
+        page_ids, token_starts = page_ids.long(), token_starts.long()  # two kernels are compiled, not four
+    pages, k, v = aligned(pages), aligned(k), aligned(v)
+    on(pages, _kvarn_store_pages_kernel)[(num_pages * num_kv_heads * 2,)](
         pages,
         k,
         v,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -14,9 +15,12 @@ from . import configs
 from .append import append_tokens
 from .checks import FLOATS, check_choice, require
 from .commit import commit_pages
+from .cut import cut_back
 from .decode import decode_attention
 from .encoder import DEFAULT, Encoder
+from .gather import dequantize_pages
 from .layout import PageLayout
+from .merge import merge_states
 from .prefill import prefill_attention
 from .store import store_pages
 from .tables import DecodeTable
@@ -62,11 +66,15 @@ def warmup(
     csr: bool = False,
     prefill: bool = False,
     scratch: torch.dtype | None = None,
+    dequantize: torch.dtype | None = None,
 ) -> None:
-    """Compile, and load, every kernel that a server's steps launch for one model: decode, append, commit and store.
+    """Compile, and load, every kernel that a server's steps launch for one model: decode, append, commit, store, cut and merge.
 
-    Nothing depends on batch sizes, lengths, page counts, the size of the sink or of the window: one call serves them all. Cost:
-    some seconds for each kernel that is not in Triton's cache on disk. Tensors of a few pages are allocated and dropped.
+    Nothing depends on batch sizes, lengths, page counts, the size of the sink or of the window, nor on addresses and strides of
+    tensors: one call serves them all. (Strides of 2**31 elements and more are numbers of 64 bits, which kernels of their own
+    take.) Activations and results whose address is no multiple of 16 bytes, or whose strides are none of 16 elements, are
+    copied; pools with such strides are refused. Cost: some seconds for each kernel that is not in Triton's cache on disk.
+    Tensors of a few pages are allocated and dropped.
 
     Four options, from `window` on, are one kind of attention call, which all layers of many models share. Where layers differ,
     as in models that have a window in every other layer, call it once for each kind: what they share is compiled once.
@@ -86,6 +94,7 @@ def warmup(
         csr: whether page ids come as `kv_indptr` and `kv_indices`.
         prefill: whether `prefill_attention` is called too, on raw pages of `raw_dtype`, with and without new keys and values.
         scratch: dtype of the `scratch` that some calls of `prefill_attention` get; None if none do.
+        dequantize: dtype of what `dequantize_pages` returns; None if it is not called.
 
     Raises:
         ValueError: for a wrong option.
@@ -96,6 +105,8 @@ def warmup(
     if scratch is not None:
         check_choice("scratch", scratch, (torch.float32,) if dtype == torch.float32 else (torch.float16, torch.bfloat16))
         require(prefill, "prefill", "True beside scratch", prefill)
+    if dequantize is not None:
+        check_choice("dequantize", dequantize, FLOATS)
     require(num_kv_heads >= 1 and num_q_heads % num_kv_heads == 0, "num_q_heads", "a multiple of num_kv_heads", num_q_heads)
     size = layout.page_size
     pages = torch.zeros(layout.pages_shape(2, num_kv_heads), dtype=torch.uint8, device=device)
@@ -123,7 +134,13 @@ def warmup(
         page_ids = torch.full((1,), -1, dtype=ids, device=device)
         store_pages(k, v, pages, page_ids, layout, encoder=encoder)
         store_pages(k, v, pages, page_ids, layout, token_starts=page_ids, encoder=encoder)
+        if dequantize is not None:
+            for rotated in (False, True):
+                dequantize_pages(pages, page_ids, layout, dtype=dequantize, rotated=rotated)
+    state, lse = (torch.zeros(1, n, dtype=d, device=device) for n, d in ((layout.v_head_dim, dtype), (1, torch.float32)))
+    merge_states(state, lse[0], state, lse[0])
     block_table, indices = _body_tables(columns, csr)
+    cut_back(raw_pages, pages, columns, block_table, lens, lens, layout, **indices)
     commit_pages(raw_pages, pages, columns, block_table, lens, lens, layout, encoder=encoder, **indices)
 
 
@@ -158,8 +175,10 @@ def _warm_decode(
         block_table, indices = _body_tables(columns, csr)
         raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": columns, "num_quantized": lens}
         for return_lse in (False, True):
-            for tables in (indices, indices | raw):
-                decode_attention(q, pages, block_table, lens, layout, return_lse=return_lse, **tables, **options)
+            for tables, split_size in itertools.product((indices, indices | raw), (None, 1)):
+                decode_attention(
+                    q, pages, block_table, lens, layout, return_lse=return_lse, split_size=split_size, **tables, **options
+                )  # fmt: skip
 
 
 def _warm_prefill(
@@ -180,7 +199,7 @@ def _warm_prefill(
     group = num_q_heads // pages.shape[1]
     for count in sorted({max(rows // group, 1) for rows in configs.TILE_ROWS} | {65}):
         q = torch.zeros(count, num_q_heads, layout.head_dim, dtype=dtype, device=pages.device)
-        for columns in (1, 2, 4096):
+        for columns, split_size in ((1, None), (2, None), (4096, None), (2, 1), (64, 1)):
             block_table, indices = _body_tables(torch.zeros(1, columns, dtype=torch.int32, device=pages.device), csr)
             raw_table = torch.zeros(1, 2, dtype=torch.int32, device=pages.device)
             raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": raw_table, "num_quantized": lens}
@@ -190,5 +209,6 @@ def _warm_prefill(
             for keys in given:
                 for return_lse in (False, True):
                     prefill_attention(
-                        q, pages, block_table, lens, ends, layout, return_lse=return_lse, **keys, **indices, **raw, **options
+                        q, pages, block_table, lens, ends, layout, return_lse=return_lse, split_size=split_size, **keys,
+                        **indices, **raw, **options,
                     )  # fmt: skip

@@ -7,6 +7,23 @@ import torch
 from . import configs
 from .layout import PageLayout
 
+ROUND_BYTES = 2**28
+"""Most memory for partial results of a call with `split_size`; what needs more is computed in rounds that use it again.
+
+The work of one round fills any GPU many times over. A round has at least one sequence (decode) or token (prefill).
+"""
+
+
+def tokens_per_round(total_tokens: int, token_bytes: int, block_m: int) -> int:
+    """Return how many query tokens with partial results of `token_bytes` bytes a round has; whole tiles if it can be.
+
+    A tile with tokens in two rounds is computed twice.
+    """
+    tokens = max(ROUND_BYTES // max(token_bytes, 1), 1)
+    if tokens >= total_tokens:
+        return total_tokens
+    return max(tokens - tokens % block_m, min(tokens, block_m))
+
 
 def most_units(batch: int, layout: PageLayout, max_pages: int, max_raw_pages: int, csr: bool) -> int:
     """Return how many units of work (`schedule`) one head of all sequences can have at most.
@@ -43,6 +60,41 @@ def num_partials(
     return batch * num_tiles + pieces
 
 
+def rows_per_round(
+    batch: int,
+    num_tiles: int,
+    layout: PageLayout,
+    max_pages: int,
+    max_raw_pages: int,
+    csr: bool,
+    split_size: int,
+    partial_bytes: int,
+) -> int:
+    """Return how many sequences a round of a call with `split_size` has, if a partial result takes `partial_bytes` bytes."""
+
+    def size(rows: int) -> int:
+        return partial_bytes * num_partials(rows, num_tiles, layout, max_pages, max_raw_pages, csr, split_size, 0)
+
+    return min(max((ROUND_BYTES - size(0)) // max(size(1) - size(0), 1), 1), batch)
+
+
+def _decode_bytes(
+    batch: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    layout: PageLayout,
+    max_pages: int,
+    max_raw_pages: int,
+    csr: bool,
+    split_size: int,
+    num_programs: int,
+) -> int:
+    """Return how many bytes partial results of some sequences take."""
+    tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
+    partials = num_partials(batch, num_tiles, layout, max_pages, max_raw_pages, csr, split_size, num_programs)
+    return 4 * partials * tile * (layout.v_head_dim + 1)
+
+
 def decode_workspace_size(
     batch: int,
     num_q_heads: int,
@@ -57,7 +109,11 @@ def decode_workspace_size(
     split_size: int | None = None,
     table: configs.DecodeTable | None = None,
 ) -> int:
-    """Return how many bytes of workspace `decode_attention` needs. Window, soft cap and sinks make no difference.
+    """Return how many bytes of workspace `decode_attention` needs at most. Window, soft cap and sinks make no difference.
+
+    They suffice for every call with as many or fewer sequences, heads, pages and raw pages, and grow with each of them. With
+    `split_size` 256 MiB suffice for any number of sequences, which are then computed in rounds; only a single sequence whose
+    partial results are larger takes more.
 
     Args:
         batch: sequences.
@@ -73,7 +129,9 @@ def decode_workspace_size(
         split_size: as given to `decode_attention`.
         table: as given to `decode_attention`.
     """
-    tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
     programs = configs.num_programs(device, configs.decode_config(layout, dtype, device, table).programs_per_sm)
-    partials = num_partials(batch, num_tiles, layout, max_pages, max_raw_pages, csr, split_size or 0, programs)
-    return 4 * partials * tile * (layout.v_head_dim + 1)
+    options = layout, max_pages, max_raw_pages, csr, split_size or 0, programs
+    # Heads are padded to whole tiles: fewer may take more.
+    heads = [(h * group, h) for h in range(1, num_kv_heads + 1) for group in range(1, num_q_heads // h + 1)]
+    size, least = (max((_decode_bytes(n, q, kv, *options) for q, kv in heads), default=0) for n in (batch, min(batch, 1)))
+    return size if split_size is None else min(size, max(ROUND_BYTES, least))

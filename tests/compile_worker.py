@@ -99,6 +99,8 @@ def small_functions(layout: PageLayout) -> None:
     kvarn.hadamard(tokens)
     kvarn.append_tokens(tokens, tokens, torch.zeros(4, 2, 2, layout.page_size, layout.head_dim).half(), torch.zeros(5).int())
     kvarn.dequantize_pages(pages, ids, layout)
+    raw_pages = torch.zeros(4, 2, 2, layout.page_size, layout.head_dim).half()
+    kvarn.cut_back(raw_pages, pages, ids[:, None], ids[:, None], ids, ids, layout)
     kvarn.merge_states(tokens, tokens[..., 0].float(), tokens, tokens[..., 0].float())
     kvarn.variance_normalize(tile, per="channel")
     codes, scale, zero = kvarn.quantize(tile, 3, per="channel")

@@ -53,6 +53,14 @@ def valid_arguments(device: torch.device) -> dict[str, dict]:
             "layout": LAYOUT,
             "sink_len": 16,
         },
+        "cut_back": {
+            **tables,
+            "pages": case.pages,
+            "block_table": case.block_table,
+            "new_lens": case.seq_lens - 100,
+            "layout": LAYOUT,
+            "sink_len": 16,
+        },
         "dequantize_pages": {"pages": case.pages, "page_ids": ids, "layout": LAYOUT, "out": (out, out.clone())},
         "decode_attention": {"q": case.q, **case.kwargs, "out": torch.empty_like(case.q), **options},
         "prefill_attention": {
@@ -146,6 +154,10 @@ BLOCK_TABLE = [
     ("kv_indptr", set_to(torch.zeros(3, dtype=torch.int32)), "expected None beside block_table, got 'Tensor'"),
     ("kv_indices", set_to([1, 2]), "expected None beside block_table, got 'list'"),
 ]
+SCALE = [
+    ("sm_scale", set_to(value), "sm_scale: expected None or a finite number .up to 1e30., got ")
+    for value in (torch.tensor(0.125), float("nan"), float("inf"), "0.125", True)
+]
 WRONG: dict[str, list[tuple[str, Callable, str]]] = {
     "hadamard": [
         ("x", *NOT_A_TENSOR),
@@ -225,6 +237,14 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("keep_pages", set_to(-1), "keep_pages: expected an integer of at least 0, got -1"),
         ("max_new_pages", set_to(0), "max_new_pages: expected an integer of at least 1, got 0"),
     ],
+    "cut_back": [
+        *PAGES,
+        *RAW,
+        *RAW_TABLE,
+        *BLOCK_TABLE,
+        ("new_lens", to(torch.int64), "expected dtype int32, got int64"),
+        ("new_lens", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
+    ],
     "dequantize_pages": [
         *PAGES,
         ("page_ids", to(torch.int16), "expected dtype int32 or int64, got int16"),
@@ -263,7 +283,9 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("sinks", to(torch.float16), "expected dtype float32, got float16"),
         ("sinks", lambda x: x[:5], r"expected shape \[6\], got \[5\]"),
         ("sinks", *GAPPED),
+        *SCALE,
         ("split_size", set_to(0), "split_size: expected an integer of at least 1, got 0"),
+        ("split_size", set_to(True), "split_size: expected an integer of at least 1, got True"),
         ("workspace", set_to(torch.zeros(8)), "expected dtype uint8, got float32"),
     ],
     "prefill_attention": [
@@ -285,7 +307,9 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("window", set_to(0), "window: expected None or an integer from 1 to 2147483647, got 0"),
         ("soft_cap", set_to(-1.0), "soft_cap: expected None or a number above 0 .*, got -1.0"),
         ("sinks", lambda x: x[:5], r"expected shape \[6\], got \[5\]"),
+        *SCALE,
         ("split_size", set_to(0), "split_size: expected an integer of at least 1, got 0"),
+        ("split_size", set_to(True), "split_size: expected an integer of at least 1, got True"),
         ("workspace", set_to(torch.zeros(8)), "expected dtype uint8, got float32"),
         ("scratch", to(torch.float32), "expected dtype float16 or bfloat16, got float32"),
         ("scratch", lambda x: x[:, :1], r"expected shape \[\*, 2, 2, 64, 64\], got \[.*, 1, 2, 64, 64\]"),

@@ -40,6 +40,7 @@ def calls() -> list[tuple]:
     many = q5, case.pages, case.block_table, lens, cu_seqlens, *NAMES, None, None, *raw
     fresh = q5, case.pages, None, lens, cu_seqlens, *NAMES, new, new, *raw, *options, *csr, 2
     tiles = torch.zeros(2, 3, 64, 2, 64).unbind(0)
+    cut = case.num_quantized.clone(), *NAMES, SINK, True
     commit = case.num_quantized.clone(), *NAMES, SINK, 0, 1, True, *ENCODER
     return [
         (OPS.hadamard.default, (q, None)),
@@ -50,6 +51,7 @@ def calls() -> list[tuple]:
         (OPS.store_pages.default, (k, v, case.pages, ids, *NAMES, 4, False, False, 0, "balance", starts)),
         (OPS.commit_pages.default, (case.raw_pages, case.pages, raw[1], case.block_table, committed, *commit, None, None)),
         (OPS.commit_pages.default, (case.raw_pages, case.pages, raw[1], None, committed, *commit, *csr)),
+        (OPS.cut_back.default, (case.raw_pages, case.pages, raw[1], None, lens - 60, *cut, *csr)),
         (OPS.dequantize_pages.default, (case.pages, case.block_table[0, :1], *NAMES, torch.bfloat16, True)),
         (OPS.dequantize_pages.into, (*tiles, case.pages, torch.tensor([-1, 1, -1]), *NAMES, torch.float16, False)),
         (OPS.decode_attention.default, plain),
@@ -82,6 +84,7 @@ def calls_with_other_values() -> list[tuple]:
         (OPS.append_tokens.default, (k[:2], v[:2], case.raw_pages, torch.tensor([5, -1]))),
         (OPS.store_pages.default, (k, v, case.pages, torch.tensor([1, 0]), *OTHER_NAMES, *ENCODER, None)),
         (OPS.commit_pages.default, (case.raw_pages, case.pages, *tables, *OTHER_NAMES, SINK, 0, 1, True, *ENCODER, None, None)),
+        (OPS.cut_back.default, (case.raw_pages, case.pages, *tables, *OTHER_NAMES, SINK, False, None, None)),
         (OPS.dequantize_pages.default, (case.pages, ids, *OTHER_NAMES, torch.float32, False)),
         (OPS.dequantize_pages.into, (*tiles, case.pages, ids, *OTHER_NAMES, torch.float32, False)),
         (OPS.decode_attention.lse, plain),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from helpers import ON_GPU
 
-from kvarn_triton import Encoder, PageLayout, reference
+from kvarn_triton import Encoder, PageLayout, check_cache, reference
 
 ROWS, MAX_PAGES, NUM_PAGES = 4, 4, 12
 """Batch rows, body pages of the longest sequence, and pages: too few for four such sequences."""
@@ -195,18 +195,19 @@ class Server:
         )
 
     def attend(self, q: torch.Tensor, lengths: dict[int, int]) -> torch.Tensor:
-        """Attend with q [ROWS, query heads, head_dim]."""
-        return self.api.decode_attention(
-            q,
-            self.pages,
-            self.block_table,
-            self._lens(lengths),
-            self.case.layout,
-            raw_pages=self.raw_pages,
-            raw_table=self.raw_table,
-            num_quantized=self.num_quantized,
-            sink_len=self.case.sink_len,
-        )
+        """Attend with q [ROWS, query heads, head_dim], after a look at what is attended to."""
+        cache = {
+            "pages": self.pages,
+            "block_table": self.block_table,
+            "seq_lens": self._lens(lengths),
+            "layout": self.case.layout,
+            "raw_pages": self.raw_pages,
+            "raw_table": self.raw_table,
+            "num_quantized": self.num_quantized,
+            "sink_len": self.case.sink_len,
+        }
+        check_cache(**cache)
+        return self.api.decode_attention(q, **cache)
 
 
 class Page(NamedTuple):

@@ -70,6 +70,7 @@ def test_compiles(target, compiled):
             "advance_quantized",
             "append_tokens",
             "commit_pages",
+            "cut_back",
             "decode_attention",
             "dequantize",
             "dequantize_pages",

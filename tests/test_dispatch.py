@@ -17,8 +17,10 @@ from kvarn_triton import reference
 
 PACKAGE = Path(kvarn.__file__).parent
 FUNCTIONS = [name for name in kvarn.__all__ if inspect.isfunction(getattr(kvarn, name))]
-WITHOUT_TWIN = {"decode_workspace_size", "load_table", "no_compilation", "prefill_workspace_size", "save_table", "warmup"}
-"""The reference needs no workspace and compiles nothing."""
+WITHOUT_TWIN = {
+    "check_cache", "decode_workspace_size", "load_table", "no_compilation", "prefill_workspace_size", "save_table", "warmup",
+}  # fmt: skip
+"""The reference needs no workspace and compiles nothing; a look at tables is the same everywhere."""
 
 
 def run_python(code: str) -> None:
@@ -51,6 +53,7 @@ assert kvarn.dequantize_pages(pages, torch.zeros(1, dtype=torch.int64), layout)[
 kvarn.append_tokens(k, k, case.raw_pages, torch.arange(64))
 tables = case.raw_table, case.block_table, case.seq_lens, case.num_quantized
 kvarn.commit_pages(case.raw_pages, case.pages, *tables, layout, sink_len=16)
+kvarn.cut_back(case.raw_pages, case.pages, *tables, layout, sink_len=16)
 tiles = kvarn.variance_normalize(kvarn.hadamard(torch.randn(2, 64, 64)), per="token")[0]
 codes, scale, zero = kvarn.quantize(tiles, 3, per="token")
 assert torch.equal(kvarn.unpack(kvarn.pack(codes, 3, per="token"), 3, 64, 64, per="token"), codes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy
 import pytest
 import torch
 from error_cases import WRONG, gapped, set_to, to, valid_arguments
@@ -168,6 +169,16 @@ def test_encoder(options, message):
     """Options of the encoder are checked when it is made."""
     with pytest.raises(ValueError, match=message):
         Encoder(**options)
+
+
+@pytest.mark.parametrize("function", ["decode_attention", "prefill_attention"])
+def test_numbers_as_scale(function, device):
+    """Numbers of numpy and integers are numbers."""
+    arguments = valid_arguments(device)[function]
+    call = getattr(kvarn, function)
+    expected = call(**arguments, sm_scale=0.125).clone()
+    assert torch.equal(call(**arguments, sm_scale=numpy.float32(0.125)), expected)
+    assert torch.equal(call(**arguments, sm_scale=numpy.int64(2)), call(**arguments, sm_scale=2.0).clone())
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs two kinds of device")

@@ -9,21 +9,48 @@ from pathlib import Path
 
 import pytest
 import torch
+import variant_cases
+from helpers import ON_GPU
 
-from kvarn_triton import PageLayout, warmup
+from kvarn_triton import PageLayout, no_compilation, warmup
 
 TESTS = Path(__file__).parent
 
 
-def test_no_compilation_after_warmup():
-    """One warm-up serves every batch, context, sink and split; another group is refused with the kernel's name."""
+def run_worker(name: str) -> str:
+    """Run a program without the interpreter and return what it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(TESTS / "warmup_worker.py")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, str(TESTS / name)], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "refused: _kvarn_decode_attention_kernel is not compiled" in result.stdout
-    assert result.stdout.endswith("ok\n")
+    return result.stdout
+
+
+def test_no_compilation_after_warmup():
+    """One warm-up serves every batch, context, sink and split; another group is refused with the kernel's name."""
+    output = run_worker("warmup_worker.py")
+    assert "refused: _kvarn_decode_attention_kernel is not compiled" in output
+    assert output.endswith("ok\n")
+
+
+def test_no_property_of_tensors_chooses_a_kernel():
+    """Addresses, strides, sizes of 1, batches, widths and lengths: every call takes a kernel that there is already (KF 30)."""
+    assert run_worker("variants_worker.py").split() == []
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_variants_without_compilation(device):
+    """The same calls run on a GPU, inside `no_compilation`."""
+    variant_cases.run(300, device, no_compilation)
+    torch.cuda.synchronize()
+
+
+def test_variants_of_addresses(device):
+    """The same calls are right to make: in the interpreter, without a warm-up."""
+    for seed in range(2):
+        for calls in (variant_cases.warmed_calls, variant_cases.other_calls):
+            for call in calls(variant_cases.Variants(seed, device, most=3)).values():
+                call()
 
 
 @pytest.mark.parametrize(

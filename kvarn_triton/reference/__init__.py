@@ -2,14 +2,23 @@
 
 Read `codec` first (what happens to one tile), then `packing` (its codes as bytes), `cache` (pages, tails) and `attention`.
 Each public function has the name, the arguments and the meaning of the kernel's launcher in `kvarn_triton`. Nothing here
-imports a kernel. `arithmetic` says in which order sums are added.
+imports a kernel. `arithmetic` says in which order sums are added. There are no gradients: results never require any, and pools
+never join a graph, whatever their arguments do.
 """
 
+import torch
+
+from . import codec
 from .arithmetic import ANY_ORDER, KERNEL_ORDER, Arithmetic
 from .attention import decode_attention, gather_cache, merge_states, prefill_attention
-from .cache import append_tokens, commit_pages, dequantize_pages, raw_slots, store_pages
-from .codec import dequantize, encode, hadamard, quantize, variance_normalize
+from .cache import append_tokens, commit_pages, cut_back, dequantize_pages, raw_slots, store_pages
+from .codec import encode
 from .packing import pack, unpack
+
+dequantize = torch.no_grad()(codec.dequantize)
+hadamard = torch.no_grad()(codec.hadamard)
+quantize = torch.no_grad()(codec.quantize)
+variance_normalize = torch.no_grad()(codec.variance_normalize)
 
 __all__ = [
     "ANY_ORDER",
@@ -17,6 +26,7 @@ __all__ = [
     "Arithmetic",
     "append_tokens",
     "commit_pages",
+    "cut_back",
     "decode_attention",
     "dequantize",
     "dequantize_pages",

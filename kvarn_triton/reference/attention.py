@@ -98,6 +98,7 @@ def attend(
     return torch.einsum("nhgt,htd->nhgd", weights.unflatten(1, (-1, group)), v).flatten(1, 2), lse
 
 
+@torch.no_grad()
 def prefill_attention(
     q: torch.Tensor,
     pages: torch.Tensor,
@@ -165,6 +166,7 @@ def prefill_attention(
     return (result, lse) if return_lse else result
 
 
+@torch.no_grad()
 def decode_attention(
     q: torch.Tensor,
     pages: torch.Tensor,
@@ -197,6 +199,7 @@ def decode_attention(
     )  # fmt: skip
 
 
+@torch.no_grad()
 def merge_states(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

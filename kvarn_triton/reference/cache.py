@@ -65,6 +65,7 @@ def body_page_ids(
     return kv_indices[int(kv_indptr[row]) : int(kv_indptr[row + 1])]
 
 
+@torch.no_grad()
 def store_pages(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -86,6 +87,7 @@ def store_pages(
     pages[page_ids[kept].long()] = encode_records(k_tiles, v_tiles, layout, encoder, arithmetic)
 
 
+@torch.no_grad()
 def dequantize_pages(
     pages: torch.Tensor,
     page_ids: torch.Tensor,
@@ -123,6 +125,7 @@ def raw_slots(positions: torch.Tensor, raw_table: torch.Tensor, *, sink_len: int
     return torch.where(positions < 0, -1, slots)
 
 
+@torch.no_grad()
 def append_tokens(k: torch.Tensor, v: torch.Tensor, raw_pages: torch.Tensor, slots: torch.Tensor) -> None:
     """Rotate tokens and write them into the raw pool; see `kvarn_triton.append_tokens`."""
     page_size = raw_pages.shape[3]
@@ -135,6 +138,7 @@ def append_tokens(k: torch.Tensor, v: torch.Tensor, raw_pages: torch.Tensor, slo
         raw_pages[page, half, :, offset, : x.shape[-1]] = rotated.to(raw_pages.dtype)
 
 
+@torch.no_grad()
 def commit_pages(
     raw_pages: torch.Tensor,
     pages: torch.Tensor,
@@ -159,15 +163,52 @@ def commit_pages(
     for b in range(committed_lens.shape[0]):
         page_ids = body_page_ids(block_table, kv_indptr, kv_indices, b)
         finished = max(int(committed_lens[b]) - sink_len, 0) // layout.page_size - keep_pages
-        first = int(num_quantized[b])
-        last = min(finished, first + max_new_pages, page_ids.shape[0])
+        first = count = int(num_quantized[b])
+        last = min(finished, first + max_new_pages, page_ids.shape[0]) if first >= 0 else first
         for j in range(first, last):
             page = int(page_ids[j])
             if page >= 0:
+                count += count == j  # up to the first page without an id
                 raw = raw_pages[int(raw_table[b, num_sink_pages + j % num_tail_slots])]
                 k, v = raw.to(working_dtype(raw.dtype)).unbind(0)
                 pages[page] = encode_records(
                     k[..., : layout.head_dim], v[..., : layout.v_head_dim], layout, encoder, arithmetic
                 )
         if advance:
-            num_quantized[b] = max(first, last)
+            num_quantized[b] = count
+
+
+def lower_counts(num_quantized: torch.Tensor, new_lens: torch.Tensor, layout: PageLayout, sink_len: int) -> None:
+    """Count no quantized page that is not whole in `new_lens` tokens; a page that was cut is raw."""
+    whole = (new_lens - sink_len).clamp_min(0) // layout.page_size
+    num_quantized.copy_(torch.minimum(num_quantized, whole.to(num_quantized.dtype)))
+
+
+@torch.no_grad()
+def cut_back(
+    raw_pages: torch.Tensor,
+    pages: torch.Tensor,
+    raw_table: torch.Tensor,
+    block_table: torch.Tensor | None,
+    new_lens: torch.Tensor,
+    num_quantized: torch.Tensor,
+    layout: PageLayout,
+    *,
+    sink_len: int = 0,
+    advance: bool = True,
+    kv_indptr: torch.Tensor | None = None,
+    kv_indices: torch.Tensor | None = None,
+) -> None:
+    """Cut sequences back, into quantized pages too; see `kvarn_triton.cut_back`."""
+    num_sink_pages = -(-sink_len // layout.page_size)
+    num_tail_slots = raw_table.shape[1] - num_sink_pages
+    for b in range(new_lens.shape[0]):
+        j, rest = divmod(max(int(new_lens[b]) - sink_len, 0), layout.page_size)
+        if j < int(num_quantized[b]) and rest:
+            page = int(body_page_ids(block_table, kv_indptr, kv_indices, b)[j])
+            raw_page = int(raw_table[b, num_sink_pages + j % num_tail_slots])
+            if page >= 0 and raw_page >= 0:
+                for half, tile in enumerate(decode_records(pages[page], layout)):
+                    raw_pages[raw_page, half, :, :, : tile.shape[-1]] = tile.to(raw_pages.dtype)
+    if advance:
+        lower_counts(num_quantized, new_lens, layout, sink_len)

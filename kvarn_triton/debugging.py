@@ -1,0 +1,161 @@
+"""For development: look at the tables and lengths of a cache, which no other call reads, and name what is wrong."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .append import check_raw_pages, check_raw_table
+from .cache_checks import check_body_tables
+from .checks import check_pages, check_tensor
+from .layout import PageLayout
+
+
+class _Entry(NamedTuple):
+    """An entry of a table: what it is called, the id in it, and which page of its sequence that is."""
+
+    name: str
+    page: int
+    place: int
+
+
+def check_cache(
+    pages: torch.Tensor,
+    block_table: torch.Tensor | None,
+    seq_lens: torch.Tensor,
+    layout: PageLayout,
+    *,
+    raw_pages: torch.Tensor | None = None,
+    raw_table: torch.Tensor | None = None,
+    num_quantized: torch.Tensor | None = None,
+    sink_len: int = 0,
+    kv_indptr: torch.Tensor | None = None,
+    kv_indices: torch.Tensor | None = None,
+    window: int | None = None,
+) -> None:
+    """Read the tables and lengths of a cache back and raise for the first entry that is wrong: for development.
+
+    It waits for the GPU and copies to the host: call it between steps, not in them. It looks, in this order, for what is out of
+    range, stale or shared by mistake: lengths and counts (below 0; beyond the table; pages counted that are not full; more
+    unquantized pages than the ring has slots, as when `commit_pages` was forgotten), ids of every page that attention would
+    read (out of range; twice in one sequence; in two sequences at different places; a tail of one sequence that another one has
+    too), and the records of those pages (never written, or written with other offsets). What it can't see: a page that belongs
+    to somebody else by now, raw tokens that were not appended, and layouts of the same offsets (`PageLayout.empty_pages` ties
+    a pool to its layout).
+
+    Args:
+        pages: uint8 [num_pages, num_kv_heads, page_bytes].
+        block_table: int32 [batch, max_pages]; None with `kv_indptr` and `kv_indices`.
+        seq_lens: int32 [batch]; rows of length 0 are not looked at.
+        layout: the page format.
+        raw_pages: as given to `decode_attention`, like all that follow.
+        raw_table: int32 [batch, num_sink_pages + num_tail_slots].
+        num_quantized: int32 [batch].
+        sink_len: tokens at the start of every sequence that stay raw.
+        kv_indptr: int32 [batch + 1].
+        kv_indices: int32 [n].
+        window: the largest window of a call; entries of pages before it are not looked at.
+
+    Raises:
+        ValueError: for the first wrong entry, by name and index, or a wrong shape, dtype, device or option. Nothing is written.
+    """
+    num_kv_heads = check_pages(pages, layout)
+    batch = check_body_tables(block_table, kv_indptr, kv_indices, None, pages.device)
+    check_tensor("seq_lens", seq_lens, [batch], torch.int32, device=pages.device)
+    lens, size = seq_lens.tolist(), layout.page_size
+    counts = [-(-max(length - sink_len, 0) // size) for length in lens]
+    raw_ids: list[list[int]] = []
+    if raw_pages is not None:
+        check_raw_pages(raw_pages, num_kv_heads, pages.device)
+        check_tensor("raw_table", raw_table, [batch, None], torch.int32, device=pages.device)
+        check_tensor("num_quantized", num_quantized, [batch], torch.int32, device=pages.device)
+        assert raw_table is not None and num_quantized is not None
+        check_raw_table(raw_table, sink_len, size)
+        raw_ids, counts = raw_table.tolist(), num_quantized.tolist()
+    ids, name = _page_ids(block_table, kv_indptr, kv_indices)
+    num_sink_pages = -(-sink_len // size)
+    used: list[_Entry] = []
+    sinks: list[_Entry] = []
+    tails: list[_Entry] = []
+    for row, length in enumerate(lens):
+        _expect(length >= 0, f"seq_lens[{row}]", "at least 0", length)
+        if length == 0:
+            continue
+        body, count = max(length - sink_len, 0), counts[row]
+        start = 0 if window is None else max(length - window, 0)
+        first = max(start - sink_len, 0) // size
+        if raw_pages is not None:
+            slots = len(raw_ids[row]) - num_sink_pages
+            least, most = max(-(-body // size) - slots, 0), body // size
+            expected = f"from {least} to {most} at a length of {length} with {slots} tail slots"
+            _expect(least <= count <= most, f"num_quantized[{row}]", expected, count)
+            for j in range(max(count, first), -(-body // size)):
+                column = num_sink_pages + j % slots
+                tails.append(_Entry(f"raw_table[{row}, {column}]", raw_ids[row][column], j))
+            for j in range(start // size, -(-min(length, sink_len) // size)):
+                sinks.append(_Entry(f"raw_table[{row}, {j}]", raw_ids[row][j], j))
+        _expect(count <= len(ids[row]), f"seq_lens[{row}]", f"no more pages than the {len(ids[row])} of its table", length)
+        used += [_Entry(name(row, j), ids[row][j], j) for j in range(first, count)]
+    for entry in used:
+        _expect(0 <= entry.page < pages.shape[0], entry.name, f"a page id from 0 to {pages.shape[0] - 1}", entry.page)
+    for entry in sinks + tails:
+        most = 0 if raw_pages is None else raw_pages.shape[0]
+        _expect(0 <= entry.page < most, entry.name, f"a raw page id from 0 to {most - 1}", entry.page)
+    _check_places(used)
+    owners = _check_places(sinks)
+    for entry in tails:
+        owner = owners.setdefault(entry.page, entry)
+        _expect(owner is entry, entry.name, f"a raw page of its own, not that of {owner.name}", entry.page)
+    _check_records(pages, used, layout)
+
+
+def _expect(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def _page_ids(
+    block_table: torch.Tensor | None, kv_indptr: torch.Tensor | None, kv_indices: torch.Tensor | None
+) -> tuple[list[list[int]], Callable[[int, int], str]]:
+    """Return the ids of every row, and what an entry is called."""
+    if block_table is not None:
+        return block_table.tolist(), lambda row, j: f"block_table[{row}, {j}]"
+    assert kv_indptr is not None and kv_indices is not None
+    starts, indices = kv_indptr.tolist(), kv_indices.tolist()
+    for row, (start, end) in enumerate(itertools.pairwise(starts)):
+        _expect(0 <= start <= len(indices), f"kv_indptr[{row}]", f"from 0 to {len(indices)}", start)
+        _expect(start <= end <= len(indices), f"kv_indptr[{row + 1}]", f"from {start} to {len(indices)}", end)
+    rows = [indices[start:end] for start, end in itertools.pairwise(starts)]
+    return rows, lambda row, j: f"kv_indices[{starts[row] + j}]"
+
+
+def _check_places(entries: list[_Entry]) -> dict[int, _Entry]:
+    """Check that sequences share pages as prefixes only: at the same place, and so once in a row. Returns who has a page."""
+    owners: dict[int, _Entry] = {}
+    for entry in entries:
+        owner = owners.setdefault(entry.page, entry)
+        expected = f"a page that {owner.name}, another place of a sequence, does not have"
+        _expect(owner.place == entry.place, entry.name, expected, entry.page)
+    return owners
+
+
+def _check_records(pages: torch.Tensor, used: list[_Entry], layout: PageLayout) -> None:
+    """Check what the format says of every record (`docs/page_format.md`)."""
+    if not used or pages.shape[1] == 0:
+        return
+    records = pages[torch.tensor([entry.page for entry in used], device=pages.device)]
+    fields = layout.fields(records)
+    good = (records[..., layout.gains_offset + 8 :] == 0).all(-1)
+    for name in ("k", "v"):
+        gain, norm = fields[f"{name}_gain"][..., 0], fields[f"{name}_norm"].float()
+        good &= (gain > 0) & gain.isfinite() & (torch.frexp(gain).mantissa == 0.5)
+        good &= (norm >= 0).all(-1) & (norm.amax(-1) >= 0.5) & (norm.amax(-1) <= 1)
+        good &= fields[f"{name}_scale"].isfinite().all(-1) & fields[f"{name}_zero"].isfinite().all(-1)
+    wrong = (~good).nonzero().tolist()
+    if wrong:
+        i, head = wrong[0]
+        got = f"page {used[i].page}, where head {head} has no such record"
+        raise ValueError(f"{used[i].name}: expected a page written as {layout}, got {got}")

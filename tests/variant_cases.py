@@ -1,0 +1,152 @@
+"""Calls of every function with tensors of many sizes, addresses and strides, none of which may choose another kernel."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+
+import kvarn_triton as kvarn
+
+LAYOUT = kvarn.PageLayout(head_dim=64, page_size=64, k_bits=4, v_bits=2)
+HEADS, GROUP, NUM_PAGES, NUM_RAW = 2, 4, 9, 7
+DTYPE, SCRATCH = torch.float16, torch.bfloat16
+QUICK = kvarn.Encoder(iterations=0, clip=False, fits=0, norm="balance")
+"""The encoder that takes the least time to compile."""
+WARMUP = {"dtype": DTYPE, "encoder": QUICK, "prefill": True, "scratch": SCRATCH, "dequantize": torch.float32}
+
+
+class Variants:
+    """Draws tensors of given values and sizes whose addresses and strides differ from call to call."""
+
+    def __init__(self, seed: int, device: torch.device, most: int = 2**31) -> None:
+        self.random, self.device, self.most = random.Random(seed), device, most
+
+    def pick(self, *choices: int) -> int:
+        """Return one of the choices, or the most that this world has of anything."""
+        return min(self.random.choice(choices), self.most)
+
+    def place(self, x: torch.Tensor, outer: tuple[int, ...] = (0, 1, 2, 8)) -> torch.Tensor:
+        """Return a view with the values of `x`: somewhere in memory, with gaps of some elements between its rows."""
+        x = x.to(self.device)
+        first, gap = self.pick(0, 0, 1, 3, 4, 8), self.pick(0, *outer)
+        sizes = list(x.shape)
+        memory = torch.zeros(*sizes[:-1], sizes[-1] + gap, dtype=x.dtype, device=self.device)
+        memory = torch.cat((memory.new_zeros(first), memory.flatten()))[first:].view(memory.shape)
+        view = memory[..., : sizes[-1]]
+        for dim, size in enumerate(sizes[:-1]):
+            if size == 1 and self.pick(0, 1):  # any stride is right where there is nothing to step to
+                strides = list(view.stride())
+                strides[dim] = self.pick(0, 1, 5, 16)
+                view = view.as_strided(view.shape, strides, view.storage_offset())
+        return view.copy_(x)
+
+    def ints(self, *shape: int, below: int = 1, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        """Return integers from 0 on."""
+        return self.place(
+            torch.tensor([self.random.randrange(below) for _ in range(torch.Size(shape).numel())]).view(shape).to(dtype)
+        )
+
+    def floats(self, *shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+        """Return numbers of activations."""
+        return self.place(torch.ones(shape, dtype=dtype))
+
+    def pool(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return a pool, whose address and strides are multiples of 16."""
+        memory = torch.zeros(shape[0] + 1, shape[1] + self.pick(0, 1), *shape[2:], dtype=dtype, device=self.device)
+        return memory[self.pick(0, 1) :, : shape[1]][: shape[0]]
+
+
+def caches(variants: Variants, batch: int) -> dict:
+    """Return the arguments of attention that say where a cache is: of two forms, with and without raw pages."""
+    v, size = variants, LAYOUT.page_size
+    columns = v.pick(1, 2, 5, 16, 17)
+    lengths = v.ints(batch, below=columns * size + 1)
+    tables = {"pages": v.pool(*LAYOUT.pages_shape(NUM_PAGES, HEADS), dtype=torch.uint8), "seq_lens": lengths, "layout": LAYOUT}
+    tables["block_table"] = v.ints(batch, columns, below=NUM_PAGES)
+    sink_len = v.pick(0, 1, 16, 64, 100)
+    tables |= {
+        "raw_pages": v.pool(NUM_RAW, 2, HEADS, size, LAYOUT.raw_head_dim, dtype=DTYPE),
+        "raw_table": v.ints(batch, -(-sink_len // size) + v.pick(1, 2, 15), below=NUM_RAW),
+        "num_quantized": v.place(((lengths.cpu() - sink_len).clamp(min=0) // size).int()),
+        "sink_len": sink_len,
+    }
+    return tables
+
+
+def warmed_calls(variants: Variants) -> dict[str, Callable[[], object]]:
+    """Return calls of what `warmup` compiles."""
+    v, batch = variants, variants.pick(1, 2, 3, 16, 33)
+    tables, size, heads = caches(v, batch), LAYOUT.page_size, HEADS * GROUP
+    split = {"split_size": v.pick(1, 2, 16) if v.pick(0, 1) else None, "return_lse": bool(v.pick(0, 1))}
+    committed = {name: tables[name] for name in ("raw_pages", "pages", "raw_table", "block_table", "num_quantized", "sink_len")}
+    committed["committed_lens"] = tables["seq_lens"]
+    cut = {name: value for name, value in committed.items() if name != "committed_lens"} | {"new_lens": v.ints(batch, below=70)}
+    out = {"out": v.floats(batch, heads, LAYOUT.v_head_dim)} if v.pick(0, 1) else {}
+    tokens = v.pick(1, 2, 4, 5, 8, 17, 40) * batch
+    chunk = {"q": v.floats(tokens, heads, LAYOUT.head_dim)}
+    chunk["cu_seqlens_q"] = v.place((torch.arange(batch + 1) * (tokens // batch)).int())
+    chunk["seq_lens"] = v.place(tables["seq_lens"].cpu() + tokens // batch)
+    if v.pick(0, 1):
+        chunk |= {"k": v.floats(tokens, HEADS, LAYOUT.head_dim), "v": v.floats(tokens, HEADS, LAYOUT.v_head_dim)}
+    else:
+        chunk["seq_lens"] = tables["seq_lens"]
+    if v.pick(0, 1):
+        slots = tables["block_table"].numel()
+        chunk["scratch"] = v.pool(slots, 2, HEADS, size, LAYOUT.raw_head_dim, dtype=SCRATCH)
+    if v.pick(0, 1):
+        chunk["out"] = v.floats(tokens, heads, LAYOUT.v_head_dim)
+    count, ids = v.pick(1, 2, 7, 16, 65), (torch.int32, torch.int64)
+    k, values = v.floats(count * size, HEADS, LAYOUT.head_dim), v.floats(count * size, HEADS, LAYOUT.v_head_dim)
+    page_ids = v.ints(count, below=NUM_PAGES, dtype=ids[v.pick(0, 1)])
+    starts = {"token_starts": v.ints(count, below=size, dtype=ids[v.pick(0, 1)])} if v.pick(0, 1) else {}
+    slots = v.ints(count, below=NUM_RAW * size, dtype=ids[v.pick(0, 1)])
+    results = v.floats(count, 64, HEADS, LAYOUT.head_dim, dtype=torch.float32)
+    read = {"dtype": torch.float32, "rotated": bool(v.pick(0, 1)), "out": (results, v.place(results.cpu()))}
+    state, lse = v.floats(count, heads, 64).contiguous(), torch.zeros(count, heads, device=v.device)
+    return {
+        "decode_attention": lambda: kvarn.decode_attention(v.floats(batch, heads, LAYOUT.head_dim), **tables, **out, **split),
+        "prefill_attention": lambda: kvarn.prefill_attention(**tables | chunk, **split),
+        "commit_pages": lambda: kvarn.commit_pages(**committed, layout=LAYOUT, encoder=QUICK),
+        "cut_back": lambda: kvarn.cut_back(**cut, layout=LAYOUT),
+        "append_tokens": lambda: kvarn.append_tokens(k[:count], values[:count], tables["raw_pages"], slots),
+        "store_pages": lambda: kvarn.store_pages(k, values, tables["pages"], page_ids, LAYOUT, encoder=QUICK, **starts),
+        "dequantize_pages": lambda: kvarn.dequantize_pages(tables["pages"], page_ids, LAYOUT, **read),
+        "merge_states": lambda: kvarn.merge_states(state, lse, state, lse),
+    }
+
+
+def other_calls(variants: Variants) -> dict[str, Callable[[], object]]:
+    """Return calls of what `warmup` leaves out: the first call of each compiles what all others use."""
+    v, count = variants, variants.pick(1, 2, 3, 16, 33)
+
+    def flat(x: torch.Tensor) -> torch.Tensor:
+        """Return contiguous values of `x` at some address."""
+        first = v.pick(0, 0, 1, 4)
+        memory = torch.zeros(x.numel() + first, dtype=x.dtype, device=v.device)
+        return memory[first:].view(x.shape).copy_(x)
+
+    tile, codes = flat(torch.ones(count, 64, 64)), flat(torch.zeros(count, 64, 64, dtype=torch.uint8))
+    scale, packed = flat(torch.ones(count, 64)), flat(torch.zeros(count, 2048, dtype=torch.uint8))
+    rows = v.floats(count, 64)
+    return {
+        "hadamard": lambda: kvarn.hadamard(rows, out=flat(torch.zeros(count, 64, dtype=DTYPE))),
+        "variance_normalize": lambda: kvarn.variance_normalize(tile, per="token", encoder=QUICK),
+        "quantize": lambda: kvarn.quantize(tile, 4, per="token", encoder=QUICK),
+        "dequantize": lambda: kvarn.dequantize(codes, scale, scale, per="token"),
+        "pack": lambda: kvarn.pack(codes, 4, per="token"),
+        "unpack": lambda: kvarn.unpack(packed, 4, 64, 64, per="token"),
+    }
+
+
+def run(seeds: int, device: torch.device, guard: Callable) -> None:
+    """Warm up, call everything else once, then call all variants inside `guard`."""
+    kvarn.warmup(LAYOUT, HEADS * GROUP, HEADS, device, **WARMUP)
+    for call in other_calls(Variants(0, device)).values():
+        call()
+    with guard():
+        for seed in range(seeds):
+            for calls in (warmed_calls, other_calls):
+                for call in calls(Variants(seed, device)).values():
+                    call()
