@@ -21,6 +21,16 @@ from .schedule import Work, piece_of_unit, plan, row_units, start_of_row
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+@triton.jit
+def with_sink(out, lse, logit):
+    """Return results `out` [rows, channels] and `lse` [rows] with one more token each, of this logit and no value; base 2."""
+    top = tl.maximum(lse, logit)
+    origin = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2(lse - origin)
+    total = weight + tl.exp2(logit - origin)
+    return out * (weight / tl.where(total > 0, total, 1.0))[:, None], top + tl.log2(total)
+
+
 @triton.jit(do_not_specialize=["num_tiles", "num_programs", "few_programs", "sink_len", "window", "split_size"])
 def _kvarn_merge_splits_kernel(
     out_ptr,  # [batch, num_q_heads, v_head_dim]
@@ -109,7 +119,7 @@ def launch_merge_splits(
     batch, num_q_heads, v_head_dim = out.shape
     block_d = triton.next_power_of_2(v_head_dim)
     tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
-    block_s = configs.merge_block(work.num_programs, batch * num_tiles)
+    block_s = configs.merge_block(work.num_programs, batch * num_tiles, work.split_size)
     _kvarn_merge_splits_kernel[(num_q_heads, batch)](
         out,
         partial_lse if lse is None else lse,

@@ -206,5 +206,5 @@ def prefill_attention(
         config,
     )  # fmt: skip
     if partial is not None and partial_lse is not None:
-        launch_merge_queries(out, lse, partial, partial_lse, cu_seqlens_q, sinks, layout, rotated=k is None)
+        launch_merge_queries(out, lse, partial, partial_lse, cu_seqlens_q, sinks, layout, k is None, split_size or 0)
     return out if lse is None else (out, lse)

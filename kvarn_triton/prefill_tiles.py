@@ -19,7 +19,7 @@ from .attend_many import attend_pages
 from .attend_tokens import attend_expanded, attend_new, attend_raw_units, num_raw_units
 from .device import LOG2E, hadamard, load_rows, store_rows
 from .layout import PageLayout, fields_per_byte
-from .merge import LN2
+from .merge import LN2, with_sink
 from .paging import body_seen, first_slot, ids_of_row
 from .query import rotate_planes, rotate_rows, rows_of_planes
 from .schedule import find_tile, share_of_tile
@@ -192,7 +192,7 @@ def _kvarn_prefill_attention_kernel(
                     first_page, last_page, num_valid, shift + query, shift + first_query, shift + last_query, window,
                     LAYOUT, BLOCK_T, BLOCK_D, K_FIELDS, V_FIELDS, OPERAND, FORM, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
                 )  # fmt: skip
-        if (SINGLE or HAS_NEW) and (not HAS_SCRATCH or num_valid > -sink_len):
+        if HAS_NEW and (not HAS_SCRATCH or num_valid > -sink_len):
             acc = hadamard(acc, LAYOUT.v_block_size)
         if HAS_NEW and split == 0:
             rows = load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS) if RELOAD else q
@@ -206,24 +206,21 @@ def _kvarn_prefill_attention_kernel(
                 D, D_V, BLOCK_R, HAS_WINDOW, HAS_CAP, TOKEN_STAGES,
             )  # fmt: skip
 
+        acc = acc * (1.0 / tl.where(l_i > 0, l_i, 1.0))[:, None]
+        lse = m_i + tl.log2(l_i)
         if SINGLE:
+            # The operations of a merge of one run, so that the bits are the same where the table has room for more.
             if HAS_SINKS:
-                logit = tl.load(sinks_ptr + q_head) * LOG2E
-                m_new = tl.maximum(m_i, logit)
-                origin = tl.where(m_new == float("-inf"), 0.0, m_new)
-                alpha = tl.exp2(m_i - origin)
-                acc = acc * alpha[:, None]
-                l_i = l_i * alpha + tl.exp2(logit - origin)
-                m_i = m_new
-            acc = acc * (1.0 / tl.where(l_i > 0, l_i, 1.0))[:, None]
+                acc, lse = with_sink(acc, lse, tl.load(sinks_ptr + q_head) * LOG2E)
+            if not HAS_NEW:
+                acc = hadamard(acc, LAYOUT.v_block_size)
             store_rows(out_ptr, token * stride_out_token + q_head * stride_out_head, acc, mask_m, D_V)
             if RETURN_LSE:
-                tl.store(lse_ptr + token * num_q_heads + q_head, (m_i + tl.log2(l_i)) * LN2, mask_m)
+                tl.store(lse_ptr + token * num_q_heads + q_head, lse * LN2, mask_m)
         else:
-            acc = acc * (1.0 / tl.where(l_i > 0, l_i, 1.0))[:, None]
             place = (split * total_tokens.to(tl.int64) + token) * num_q_heads + q_head
             store_rows(partial_ptr, place * D_V, acc, mask_m, D_V)
-            tl.store(partial_lse_ptr + place, m_i + tl.log2(l_i), mask_m)
+            tl.store(partial_lse_ptr + place, lse, mask_m)
 
 
 def launch_prefill_tiles(

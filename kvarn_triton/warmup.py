@@ -151,7 +151,10 @@ def _warm_decode(
     batches: dict[int, int] = {}
     for batch in (2**i for i in range(programs.bit_length() + 1)):
         batches.setdefault(configs.merge_block(programs, batch * num_tiles), batch)
-    for batch in batches.values():
+    calls: list[tuple[int, int | None]] = [(batch, None) for batch in batches.values()]
+    if configs.INVARIANT_MERGE_BLOCK not in batches:
+        calls.append((1, 1))
+    for batch, split_size in calls:
         q = torch.zeros(batch, num_q_heads, layout.head_dim, dtype=dtype, device=device)
         columns = torch.zeros(batch, -(-programs // (batch * num_tiles)), dtype=torch.int32, device=device)
         lens = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -159,7 +162,9 @@ def _warm_decode(
         raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": columns, "num_quantized": lens}
         for return_lse in (False, True):
             for tables in (indices, indices | raw):
-                decode_attention(q, pages, block_table, lens, layout, return_lse=return_lse, **tables, **options)
+                decode_attention(
+                    q, pages, block_table, lens, layout, return_lse=return_lse, split_size=split_size, **tables, **options
+                )  # fmt: skip
 
 
 def _warm_prefill(
@@ -180,7 +185,7 @@ def _warm_prefill(
     group = num_q_heads // pages.shape[1]
     for count in sorted({max(rows // group, 1) for rows in configs.TILE_ROWS} | {65}):
         q = torch.zeros(count, num_q_heads, layout.head_dim, dtype=dtype, device=pages.device)
-        for columns in (1, 2, 4096):
+        for columns, split_size in ((1, None), (2, None), (4096, None), (2, 1)):
             block_table, indices = _body_tables(torch.zeros(1, columns, dtype=torch.int32, device=pages.device), csr)
             raw_table = torch.zeros(1, 2, dtype=torch.int32, device=pages.device)
             raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": raw_table, "num_quantized": lens}
@@ -190,5 +195,6 @@ def _warm_prefill(
             for keys in given:
                 for return_lse in (False, True):
                     prefill_attention(
-                        q, pages, block_table, lens, ends, layout, return_lse=return_lse, **keys, **indices, **raw, **options
+                        q, pages, block_table, lens, ends, layout, return_lse=return_lse, split_size=split_size,
+                        **keys, **indices, **raw, **options,
                     )  # fmt: skip
