@@ -29,7 +29,6 @@ from .operands import (
 from .paging import load_page_id
 from .query import plane_channels
 
-
 LEAST_PRODUCT = tl.constexpr(2.0**-100)
 """Stands for the largest product of a weight and a scale where it is smaller, or zero: one divides by it."""
 

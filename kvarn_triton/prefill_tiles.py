@@ -201,7 +201,7 @@ def _kvarn_prefill_attention_kernel(
                 k_ptr + first_token.to(tl.int64) * stride_k_token + head * stride_k_head,
                 v_ptr + first_token.to(tl.int64) * stride_v_token + head * stride_v_head,
                 stride_k_token, stride_v_token,
-                tl.maximum(first_query - window + 1, 0) // BLOCK_R * BLOCK_R if HAS_WINDOW else 0,
+                tl.maximum(first_query - window + 1, 0) if HAS_WINDOW else 0,
                 last_query + 1, query, first_query, last_query, window,
                 D, D_V, BLOCK_R, HAS_WINDOW, HAS_CAP, TOKEN_STAGES,
             )  # fmt: skip
