@@ -151,8 +151,8 @@ def rotate_rows(q, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.const
     """Rotate query rows [rows, channels] of many tokens, in OPERAND, channels field by field (`channel_in_order`).
 
     Returns them and one factor of their scores: they are scaled so that the largest finite number of all rows is QUERY_MAX.
-    PRODUCT: the tensor cores rotate, and leave rows in the registers from which they meet keys. That is a single product: of two
-    with one matrix ptxas 12.8 loses the descriptor of the second (sm90).
+    PRODUCT: the tensor cores rotate, and leave rows in the registers from which they meet keys. That is a single product: of
+    two with one matrix ptxas 12.8 loses the descriptor of the second (sm90).
     """
     ROWS: tl.constexpr = q.shape[0]
     COLS: tl.constexpr = q.shape[1]
