@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skip(reason="the encoder doesn't promise this yet")
 @pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("half", [0, 1], ids=["key", "value"])
 def test_what_is_read_back(half, number, encoder, bits, device):
-    """The token of that number is not finite, and what else is finite is right; kernel and reference agree on which numbers are.
+    """The token of that number is not finite; what is finite is right; kernel and reference agree on which numbers are.
 
     The other half of the page and the other head are not touched.
     """
