@@ -8,8 +8,6 @@ a channel multiplies the sum of a page. The tensor cores multiply integer codes 
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
@@ -31,11 +29,8 @@ from .operands import (
 from .paging import load_page_id
 from .query import plane_channels
 
-
-@triton.constexpr_function
-def _log2_unit(bits, operand):
-    """Return the logarithm of what weights are multiplied by, so that they fill their digits with the largest `scale`."""
-    return math.log2(DIGITS_MAX.value * (2**bits - 1) * 0.5) if operand == tl.int8 else 0.0
+LEAST_PRODUCT = tl.constexpr(2.0**-100)
+"""Stands for the largest product of a weight and a scale where it is smaller, or zero: one divides by it."""
 
 
 @triton.jit
@@ -138,6 +133,7 @@ def add_quantized_values(
     m_i,
     l_i,
     scores,
+    params,
     record_ptr,
     LAYOUT: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -145,10 +141,11 @@ def add_quantized_values(
     OPERAND: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Return (acc, m_i, l_i) advanced by the values of a record with these scores, BLOCK_D channels to a product.
+    """Return (acc, m_i, l_i) advanced by the values of a record with these scores and `params`, BLOCK_D channels to a product.
 
-    At least one score of each head is finite. Weights are relative to the largest of the page, so that their integers use
-    all bits whatever came before, and carry the factor 2**`_log2_unit`.
+    At least one score of each head is finite. With integers, what is rounded is the product of a weight and its token's scale,
+    relative to the largest of the page: all bits are used whatever came before, and a token of large magnitude and little
+    weight takes none from the others.
     """
     BITS: tl.constexpr = LAYOUT.v_bits
     G: tl.constexpr = LAYOUT.page_size
@@ -158,14 +155,18 @@ def add_quantized_values(
     CHANNELS: tl.constexpr = acc.shape[1]
     PARTS: tl.constexpr = CHANNELS // BLOCK_D
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + 1 + tl.arange(0, 1))
-    params_ptr = (record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32))
-    scale, zero = split_halves(tl.load(params_ptr + tl.arange(0, G)))
+    scale, zero = split_halves(params)
     scale = scale.to(tl.float32)
     zero = _shifted_zero(zero, scale, BITS)
 
     m_page = tl.max(scores, axis=1)
-    weights = tl.exp2(scores - (m_page - _log2_unit(BITS, OPERAND))[:, None])
-    operands = split_planes(two_terms(weights * scale[None, :], OPERAND, PTX), FIELDS)
+    weights = tl.exp2(scores - m_page[:, None])
+    products = weights * scale[None, :]
+    unit = tl.full(m_page.shape, 1.0, tl.float32)
+    if sum_dtype(OPERAND) == tl.int32:
+        unit = tl.maximum(tl.max(products, axis=1), LEAST_PRODUCT) * (1.0 / DIGITS_MAX)
+        products = products * (1.0 / unit)[:, None]
+    operands = split_planes(two_terms(products, OPERAND, PTX), FIELDS)
     total = tl.sum(weights, axis=1)
     offset = tl.sum(weights * zero[None, :], axis=1)
 
@@ -192,9 +193,9 @@ def add_quantized_values(
         norm = tl.load(norm_ptr + channel, channel < D, other=0.0)
     m_new = tl.maximum(m_i, m_page)
     alpha = tl.exp2(m_i - m_new)
-    beta = tl.exp2(m_page - m_new) * 2.0 ** -_log2_unit(BITS, OPERAND)
+    beta = tl.exp2(m_page - m_new)
     page_factor = beta * gain
-    update = join_planes(sums) * page_factor[:, None] + (offset * page_factor)[:, None]
+    update = join_planes(sums) * (page_factor * unit)[:, None] + (offset * page_factor)[:, None]
     acc = acc * alpha[:, None] + update * norm.to(tl.float32)[None, :]
     return acc, m_new, l_i * alpha + total * beta
 
@@ -266,6 +267,7 @@ def attend_quantized(
         scores = quantized_scores(record_ptr, planes, q_factor, LAYOUT, BLOCK_T, K_FIELDS, OPERAND, PTX)
         if HAS_CAP:
             scores = capped(scores, cap)
+        params = tl.load((record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32)) + tl.arange(0, G))
         at_edge = (i + 1) * G > num_valid
         if HAS_WINDOW:
             at_edge |= i * G < first_visible
@@ -274,5 +276,8 @@ def attend_quantized(
             if HAS_WINDOW:
                 valid &= i * G + tl.arange(0, G) >= first_visible
             scores = tl.where(valid[None, :], scores, float("-inf"))
-        acc, m_i, l_i = add_quantized_values(acc, m_i, l_i, scores, record_ptr, LAYOUT, BLOCK_D, V_FIELDS, OPERAND, PTX)
+            params = tl.where(valid, params, 0)  # a token that isn't seen may be of any magnitude, or not a number
+        acc, m_i, l_i = add_quantized_values(
+            acc, m_i, l_i, scores, params, record_ptr, LAYOUT, BLOCK_D, V_FIELDS, OPERAND, PTX
+        )  # fmt: skip
     return acc, m_i, l_i

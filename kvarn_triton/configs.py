@@ -307,8 +307,14 @@ MERGE_BLOCKS = (8, 32, 128)
 """Partial results that a merging program may look at together."""
 
 
-def merge_block(num_programs: int, num_heads: int) -> int:
+INVARIANT_MERGE_BLOCK = MERGE_BLOCKS[1]
+"""The same in the batch-invariant mode, where the order of sums may follow from nothing outside of a sequence."""
+
+
+def merge_block(num_programs: int, num_heads: int, split_size: int = 0) -> int:
     """Return how many partial results of a head are looked at together, if `num_programs` programs attend to `num_heads`."""
+    if split_size:
+        return INVARIANT_MERGE_BLOCK
     expected = num_programs // max(num_heads, 1) + 2
     return next((block for block in MERGE_BLOCKS if block >= expected), MERGE_BLOCKS[-1])
 

@@ -25,15 +25,8 @@ RANGE_EPS = tl.constexpr(codec.RANGE_EPS)
 TILE_SCALE_MAX = tl.constexpr(codec.TILE_SCALE_MAX)
 EXPONENT_MAX = tl.constexpr(codec.EXPONENT_MAX)
 HALF_MAX = tl.constexpr(codec.HALF_MAX)
-CODEC = tl.constexpr(
-    repr(
-        sorted(
-            (name, x)
-            for name, x in (vars(arithmetic) | vars(codec)).items()
-            if name.isupper() and isinstance(x, (int, float, tuple, dict))
-        )
-    )
-)
+_CONSTANTS = {name: x for name, x in (vars(arithmetic) | vars(codec)).items() if name.isupper()}
+CODEC = tl.constexpr(repr(sorted((name, x) for name, x in _CONSTANTS.items() if isinstance(x, (int, float, tuple, dict)))))
 """All constants of the encoder. Triton's cache on disk knows a kernel by its source and the constexprs that it names, not by
 what a `constexpr_function` reads elsewhere: kernels that encode name this one."""
 LOG2E = tl.constexpr(math.log2(math.e))

@@ -22,6 +22,19 @@ from .schedule import Work, piece_of_unit, plan, row_units, start_of_row
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+@triton.jit
+def with_sink(out, lse, logit):
+    """Return results `out` [rows, channels] and `lse` [rows] with one more token each, of this logit and no value; base 2.
+
+    A logit of infinity takes all weight; one of -infinity none. Of the two equal numbers one can be infinite, hence `where`.
+    """
+    top = tl.maximum(lse, logit)
+    weight = tl.where(lse == top, 1.0, tl.exp2(lse - top))
+    total = weight + tl.where((logit == top) & (logit > float("-inf")), 1.0, tl.exp2(logit - top))
+    total = tl.where(top == float("-inf"), 1.0, total)
+    return out * (weight / total)[:, None], top + tl.log2(total)
+
+
 @triton.jit(
     do_not_specialize=["num_tiles", "num_programs", "few_programs", "sink_len", "window", "split_size"],
     do_not_specialize_on_alignment=["lse_ptr", "seq_lens_ptr", "num_quantized_ptr", "sinks_ptr"],
@@ -76,9 +89,9 @@ def _kvarn_merge_splits_kernel(
     m_i = tl.full((1,), float("-inf"), tl.float32)
     l_i = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, BLOCK_D), tl.float32)
+    logit = m_i
     if HAS_SINKS:
-        m_i = tl.load(sinks_ptr + q_head + tl.arange(0, 1)) * LOG2E
-        l_i += 1.0  # of weight 0 if the logit is -inf
+        logit = tl.load(sinks_ptr + q_head + tl.arange(0, 1)) * LOG2E
     if EARLY:
         gdc_wait()
     for start in range(0, num_parts, BLOCK_S):
@@ -92,11 +105,15 @@ def _kvarn_merge_splits_kernel(
         l_i = l_i * alpha + tl.sum(weights, axis=0)
         acc = acc * alpha[:, None] + tl.sum(partial * weights[:, None], axis=0)[None, :]
         m_i = m_new
-    out = hadamard(acc / tl.where(l_i > 0, l_i, 1.0)[:, None], ROTATION)
+    out = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
+    merged_lse = m_i + tl.log2(l_i)
+    if HAS_SINKS:
+        out, merged_lse = with_sink(out, merged_lse, logit)
+    out = hadamard(out, ROTATION)
     out_row_ptr = out_ptr + row.to(tl.int64) * stride_out_batch + q_head.to(tl.int64) * stride_out_head
     tl.store(out_row_ptr + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask_d[None, :])
     if RETURN_LSE:
-        tl.store(lse_ptr + tl.program_id(0) + tl.arange(0, 1), (m_i + tl.log2(l_i)) * LN2)
+        tl.store(lse_ptr + tl.program_id(0) + tl.arange(0, 1), merged_lse * LN2)
 
 
 def launch_merge_splits(
@@ -114,7 +131,7 @@ def launch_merge_splits(
     batch, num_q_heads, v_head_dim = out.shape
     block_d = triton.next_power_of_2(v_head_dim)
     tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
-    block_s = configs.merge_block(work.num_programs, batch * num_tiles)
+    block_s = configs.merge_block(work.num_programs, batch * num_tiles, work.split_size)
     on(out, _kvarn_merge_splits_kernel)[(num_q_heads * batch,)](
         out,
         partial_lse if lse is None else lse,
@@ -168,15 +185,16 @@ def _kvarn_merge_states_kernel(
     lse_a = tl.load(lse_a_ptr + rows, mask_r, other=float("-inf"))
     lse_b = tl.load(lse_b_ptr + rows, mask_r, other=float("-inf"))
     top = tl.maximum(lse_a, lse_b)
-    origin = tl.where(top == float("-inf"), 0.0, top)
-    weight_a = tl.exp(lse_a - origin)
-    weight_b = tl.exp(lse_b - origin)
+    some = top > float("-inf")
+    # Equal numbers are compared because both may be infinite.
+    weight_a = tl.where((lse_a == top) & some, 1.0, tl.exp(lse_a - tl.where(some, top, 0.0)))
+    weight_b = tl.where((lse_b == top) & some, 1.0, tl.exp(lse_b - tl.where(some, top, 0.0)))
     total = weight_a + weight_b
     part_a = tl.load(out_a_ptr + place, mask & (weight_a > 0)[:, None], other=0.0).to(tl.float32)
     part_b = tl.load(out_b_ptr + place, mask & (weight_b > 0)[:, None], other=0.0).to(tl.float32)
-    merged = (part_a * weight_a[:, None] + part_b * weight_b[:, None]) / tl.where(total > 0, total, 1.0)[:, None]
+    merged = (part_a * weight_a[:, None] + part_b * weight_b[:, None]) / tl.where(total == 0, 1.0, total)[:, None]
     tl.store(out_ptr + place, merged.to(out_ptr.dtype.element_ty), mask)
-    tl.store(lse_ptr + rows, tl.log(total) + origin, mask_r)
+    tl.store(lse_ptr + rows, tl.log(total) + top, mask_r)
 
 
 def merge_states(

@@ -237,7 +237,17 @@ def prefill_attention(
         )  # fmt: skip
         if partial is not None and partial_lse is not None:
             launch_merge_queries(
-                memory, lse, partial, partial_lse, cu_seqlens_q, sinks, layout, rotated=k is None, first_token=first, fill=fill
+                memory,
+                lse,
+                partial,
+                partial_lse,
+                cu_seqlens_q,
+                sinks,
+                layout,
+                rotated=k is None,
+                first_token=first,
+                fill=fill,
+                split_size=split_size or 0,
             )
     copy_back(memory, out)
     return out if lse is None else (out, lse)

@@ -14,7 +14,7 @@ from . import configs
 from .device import LOG2E, hadamard
 from .launch import on
 from .layout import PageLayout
-from .merge import LN2
+from .merge import LN2, with_sink
 
 
 @triton.jit(
@@ -57,9 +57,6 @@ def _kvarn_merge_queries_kernel(
         m_i = tl.full((1,), float("-inf"), tl.float32)
         l_i = tl.zeros((1,), tl.float32)
         acc = tl.zeros((1, BLOCK_D), tl.float32)
-        if HAS_SINKS:
-            m_i = tl.load(sinks_ptr + q_head + tl.arange(0, 1)) * LOG2E
-            l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
         for start in range(0, num_splits, BLOCK_S):
             split = start + tl.arange(0, BLOCK_S)
             mask = split < num_splits
@@ -73,10 +70,14 @@ def _kvarn_merge_queries_kernel(
             l_i = l_i * alpha + tl.sum(weights, axis=0)
             acc = acc * alpha[:, None] + tl.sum(partial * weights[:, None], axis=0)[None, :]
             m_i = m_new
-        out = hadamard(acc / tl.where(l_i > 0, l_i, 1.0)[:, None], ROTATION)
+        out = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
+        merged_lse = m_i + tl.log2(l_i)
+        if HAS_SINKS:
+            out, merged_lse = with_sink(out, merged_lse, tl.load(sinks_ptr + q_head + tl.arange(0, 1)) * LOG2E)
+        out = hadamard(out, ROTATION)
         tl.store(out_row_ptr + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask_d[None, :])
         if RETURN_LSE:
-            tl.store(lse_row_ptr, (m_i + tl.log2(l_i)) * LN2)
+            tl.store(lse_row_ptr, merged_lse * LN2)
     else:
         offs_d = tl.arange(0, BLOCK_D)
         zeros = tl.zeros((BLOCK_D,), out_ptr.dtype.element_ty)
@@ -96,6 +97,7 @@ def launch_merge_queries(
     rotated: bool,
     first_token: int,
     fill: bool,
+    split_size: int,
 ) -> None:
     """Merge `partial` [num_splits, tokens, num_q_heads, v_head_dim], of tokens from `first_token` on, into `out` and `lse`.
 
@@ -105,6 +107,8 @@ def launch_merge_queries(
     block_d = triton.next_power_of_2(v_head_dim)
     early = configs.launches_early(out.device)
     block_s = configs.MERGE_BLOCKS[0] if num_splits <= configs.MERGE_BLOCKS[0] else configs.MERGE_BLOCKS[1]
+    if split_size:
+        block_s = configs.INVARIANT_MERGE_BLOCK
     on(out, _kvarn_merge_queries_kernel)[(num_tokens, num_q_heads)](
         out,
         partial_lse if lse is None else lse,

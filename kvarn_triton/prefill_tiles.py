@@ -20,7 +20,7 @@ from .attend_tokens import attend_expanded, attend_new, attend_raw_units, num_ra
 from .device import LOG2E, hadamard, load_rows, store_rows
 from .launch import on
 from .layout import PageLayout, fields_per_byte
-from .merge import LN2
+from .merge import LN2, with_sink
 from .paging import body_seen, first_slot, ids_of_row
 from .query import rotate_planes, rotate_rows, rows_of_planes
 from .schedule import find_tile, free_token, share_of_tile
@@ -200,7 +200,7 @@ def _kvarn_prefill_attention_kernel(
                     first_page, last_page, num_valid, shift + query, shift + first_query, shift + last_query, window,
                     LAYOUT, BLOCK_T, BLOCK_D, K_FIELDS, V_FIELDS, OPERAND, FORM, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
                 )  # fmt: skip
-        if (SINGLE or HAS_NEW) and (not HAS_SCRATCH or num_valid > -sink_len):
+        if HAS_NEW and (not HAS_SCRATCH or num_valid > -sink_len):
             acc = hadamard(acc, LAYOUT.v_block_size)
         if HAS_NEW and split == 0:
             rows = load_rows(q_ptr, q_place, mask_m, D, K_CHANNELS) if RELOAD else q
@@ -209,30 +209,27 @@ def _kvarn_prefill_attention_kernel(
                 k_ptr + row_start.to(tl.int64) * stride_k_token + head.to(tl.int64) * stride_k_head,
                 v_ptr + row_start.to(tl.int64) * stride_v_token + head.to(tl.int64) * stride_v_head,
                 stride_k_token, stride_v_token,
-                tl.maximum(first_query - window + 1, 0) // BLOCK_R * BLOCK_R if HAS_WINDOW else 0,
+                tl.maximum(first_query - window + 1, 0) if HAS_WINDOW else 0,
                 last_query + 1, query, first_query, last_query, window,
                 D, D_V, BLOCK_R, HAS_WINDOW, HAS_CAP, TOKEN_STAGES,
             )  # fmt: skip
 
+        acc = acc * (1.0 / tl.where(l_i > 0, l_i, 1.0))[:, None]
+        lse = m_i + tl.log2(l_i)
         if SINGLE:
+            # The operations of a merge of one run, so that the bits are the same where the table has room for more.
             if HAS_SINKS:
-                logit = tl.load(sinks_ptr + q_head) * LOG2E
-                m_new = tl.maximum(m_i, logit)
-                origin = tl.where(m_new == float("-inf"), 0.0, m_new)
-                alpha = tl.exp2(m_i - origin)
-                acc = acc * alpha[:, None]
-                l_i = l_i * alpha + tl.exp2(logit - origin)
-                m_i = m_new
-            acc = acc * (1.0 / tl.where(l_i > 0, l_i, 1.0))[:, None]
+                acc, lse = with_sink(acc, lse, tl.load(sinks_ptr + q_head) * LOG2E)
+            if not HAS_NEW:
+                acc = hadamard(acc, LAYOUT.v_block_size)
             store_rows(out_ptr, token * stride_out_token + q_head.to(tl.int64) * stride_out_head, acc, mask_m, D_V)
             if RETURN_LSE:
-                tl.store(lse_ptr + token * num_q_heads + q_head, (m_i + tl.log2(l_i)) * LN2, mask_m)
+                tl.store(lse_ptr + token * num_q_heads + q_head, lse * LN2, mask_m)
         else:
-            acc = acc * (1.0 / tl.where(l_i > 0, l_i, 1.0))[:, None]
             mask_m = mask_m & (token >= tokens[0]) & (token < tokens[1])
             place = (split * total_tokens.to(tl.int64) + token - tokens[0]) * num_q_heads + q_head
             store_rows(partial_ptr, place * D_V, acc, mask_m, D_V)
-            tl.store(partial_lse_ptr + place, m_i + tl.log2(l_i), mask_m)
+            tl.store(partial_lse_ptr + place, lse, mask_m)
     elif SINGLE:
         # There are as many programs without a tile as it takes to give each row that no sequence owns to one of them.
         free = (-1 - tile) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -140,11 +140,18 @@ def _hadamard_of_blocks(SIZE: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.const
 
 
 @triton.jit
+def _finite_size(x):
+    """Return magnitudes, 0 where a number is not finite: a bad row must not take the scale that it shares from the others."""
+    size = tl.abs(x)
+    return tl.where(size < float("inf"), size, 0.0)
+
+
+@triton.jit
 def rotate_rows(q, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.constexpr, PRODUCT: tl.constexpr):
     """Rotate query rows [rows, channels] of many tokens, in OPERAND, channels field by field (`channel_in_order`).
 
-    Returns them and one factor of their scores: they are scaled so that the largest number of all rows is QUERY_MAX. PRODUCT:
-    the tensor cores rotate, and leave rows in the registers from which they meet keys. That is a single product: of
+    Returns them and one factor of their scores: they are scaled so that the largest finite number of all rows is QUERY_MAX.
+    PRODUCT: the tensor cores rotate, and leave rows in the registers from which they meet keys. That is a single product: of
     two with one matrix ptxas 12.8 loses the descriptor of the second (sm90).
     """
     ROWS: tl.constexpr = q.shape[0]
@@ -154,7 +161,7 @@ def rotate_rows(q, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.const
         rotated = tl.dot(q, _hadamard_of_blocks(COLS, BLOCK, q.dtype), input_precision="ieee") * (BLOCK**-0.5)
     else:
         rotated = hadamard(q.to(tl.float32), BLOCK)
-    factor = QUERY_MAX / tl.maximum(tl.max(tl.abs(rotated)), LEAST_QUERY)
+    factor = QUERY_MAX / tl.maximum(tl.max(_finite_size(rotated)), LEAST_QUERY)
     scaled = (rotated * factor).to(OPERAND)
     if FIELDS > 1:
         scaled = tl.permute(tl.reshape(scaled, (ROWS, COLS // BLOCK, FIELDS, BLOCK // FIELDS)), (0, 2, 1, 3))
@@ -191,9 +198,9 @@ def rotate_planes(
         planes = planes + (tl.dot(lower, matrix, input_precision="ieee"),)
         planes = planes + (tl.dot(upper, matrix, input_precision="ieee"),)
     planes = _sums_of_planes(planes)
-    largest = tl.abs(planes[0])
+    largest = _finite_size(planes[0])
     for p in tl.static_range(1, 2 * FIELDS):
-        largest = tl.maximum(largest, tl.abs(planes[p]))
+        largest = tl.maximum(largest, _finite_size(planes[p]))
     factor = QUERY_MAX / tl.maximum(tl.max(largest) * (LAYOUT.block_size**-0.5), LEAST_QUERY)
     scaled = ()
     for p in tl.static_range(2 * FIELDS):

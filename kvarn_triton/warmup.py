@@ -168,7 +168,10 @@ def _warm_decode(
     batches: dict[int, int] = {}
     for batch in (2**i for i in range(programs.bit_length() + 1)):
         batches.setdefault(configs.merge_block(programs, batch * num_tiles), batch)
-    for batch in batches.values():
+    calls: list[tuple[int, int | None]] = [(batch, None) for batch in batches.values()]
+    if configs.INVARIANT_MERGE_BLOCK not in batches:
+        calls.append((1, 1))
+    for batch, split_size in calls:
         q = torch.zeros(batch, num_q_heads, layout.head_dim, dtype=dtype, device=device)
         columns = torch.zeros(batch, -(-programs // (batch * num_tiles)), dtype=torch.int32, device=device)
         lens = torch.zeros(batch, dtype=torch.int32, device=device)

@@ -156,3 +156,28 @@ def test_refusals(device):
         ops.dequantize_pages(case.pages, case.block_table[0], LAYOUT, out=[])
     with pytest.raises(ValueError, match="q: expected shape"):
         ops.decode_attention(torch.zeros(1, 8, 80, device=device).half(), **case.kwargs)
+
+
+def test_options_change_results(device):
+    """Options that show in what comes out: the bits of the launcher with the same options, not those with other ones."""
+    k, v = (torch.randn(64, 1, 64, generator=torch.Generator().manual_seed(seed)).to(device) for seed in (0, 1))
+    ids = torch.zeros(1, dtype=torch.int32, device=device)
+    stored = [torch.zeros(LAYOUT.pages_shape(1, 1), dtype=torch.uint8, device=device) for _ in range(3)]
+    ops.store_pages(k, v, stored[0], ids, LAYOUT, encoder=ENCODER)
+    kvarn.store_pages(k, v, stored[1], ids, LAYOUT, encoder=ENCODER)
+    kvarn.store_pages(k, v, stored[2], ids, LAYOUT)
+    assert torch.equal(stored[0], stored[1]) and not torch.equal(stored[0], stored[2])
+
+    pages, lens = stored[0], torch.tensor([60], dtype=torch.int32, device=device)
+    ends, q = torch.tensor([0, 3], dtype=torch.int32, device=device), k[:3].half()
+    sinks = torch.zeros(1, device=device)
+    calls = [("dequantize_pages", (pages, ids, LAYOUT), option) for option in ({"rotated": True}, {"dtype": torch.float32})]
+    for option in ({"sm_scale": 0.5}, {"window": 7}, {"soft_cap": 0.5}, {"sinks": sinks}):
+        calls.append(("prefill_attention", (q, pages, ids[None], lens, ends, LAYOUT), option))
+        calls.append(("decode_attention", (q[:1], pages, ids[None], lens, LAYOUT), option))
+    for name, arguments, option in calls:
+        results = [call(*arguments, **given) for call, given in ((getattr(ops, name), option), (getattr(kvarn, name), option))]
+        plain = getattr(kvarn, name)(*arguments)
+        first, second, other = (x[0] if isinstance(x, tuple) else x for x in (*results, plain))
+        assert torch.equal(first, second), (name, option)
+        assert first.dtype != other.dtype or not torch.equal(first, other), (name, option)

@@ -95,7 +95,11 @@ def attend(
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(lse.dtype))
     weights = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None])
-    return torch.einsum("nhgt,htd->nhgd", weights.unflatten(1, (-1, group)), v).flatten(1, 2), lse
+    # What a query doesn't see has no weight, whatever it is: infinity times zero is not a number.
+    bad = ~v.isfinite()
+    out = torch.einsum("nhgt,htd->nhgd", weights.unflatten(1, (-1, group)), torch.where(bad, 0.0, v))
+    touched = torch.einsum("nt,htd->nhd", visible.to(v.dtype), bad.to(v.dtype)) > 0
+    return torch.where(touched[:, :, None], math.nan, out).flatten(1, 2), lse
 
 
 @torch.no_grad()
@@ -207,10 +211,12 @@ def merge_states(
     dtype = working_dtype(out_a.dtype)
     lse_a, lse_b = lse_a.to(dtype), lse_b.to(dtype)
     top = torch.maximum(lse_a, lse_b)
-    top = torch.where(top == -math.inf, 0.0, top)
-    weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
+    some = top > -math.inf
+    # Equal numbers are compared because both may be infinite.
+    origin = torch.where(top == -math.inf, 0.0, top)
+    weight_a, weight_b = (torch.where((x == top) & some, 1.0, torch.exp(x - origin)) for x in (lse_a, lse_b))
     total = weight_a + weight_b
     parts = torch.where(weight_a[..., None] > 0, out_a.to(dtype) * weight_a[..., None], 0.0)
     parts = parts + torch.where(weight_b[..., None] > 0, out_b.to(dtype) * weight_b[..., None], 0.0)
-    merged = parts / torch.where(total > 0, total, 1.0)[..., None]
+    merged = parts / torch.where(total == 0, 1.0, total)[..., None]
     return merged.to(out_a.dtype), (torch.log(total) + top).float()
