@@ -56,13 +56,13 @@ def changed(value: object) -> object:
 
 def main() -> None:
     """Change each constant of the encoder, and each derived number of a layout, one at a time."""
-    from kvarn_triton import Encoder, PageLayout
+    from kvarn_triton import PageLayout
     from kvarn_triton.reference import codec
 
     results = {"": hashes()}
     assert hashes() == results[""]  # importing anew changes nothing by itself
     for name, value in list(vars(codec).items()):
-        if not name.isupper() or isinstance(value, Encoder):
+        if not name.isupper() or not isinstance(value, (int, float, tuple, dict)):
             continue
         with mock.patch.object(codec, name, changed(value)):
             results[f"codec.{name}"] = hashes()

@@ -8,8 +8,6 @@ from helpers import draw
 
 from kvarn_triton import DEFAULT, PUBLISHED, PageLayout, dequantize_pages, reference, store_pages
 
-pytestmark = pytest.mark.skip(reason="the encoder doesn't promise this yet")
-
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("encoder", [DEFAULT, PUBLISHED])

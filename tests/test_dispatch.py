@@ -82,9 +82,12 @@ def test_import_touches_no_gpu():
 
 @pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - WITHOUT_TWIN))
 def test_reference_twin(name):
-    """Every public function has a twin in the reference with the same parameters and defaults."""
+    """Every public function has a twin in the reference with the same parameters and defaults.
+
+    Twins that encode also take the order of sums, which is no choice of a kernel.
+    """
     own = inspect.signature(getattr(kvarn, name)).parameters.values()
-    twin = inspect.signature(getattr(reference, name)).parameters.values()
+    twin = [p for p in inspect.signature(getattr(reference, name)).parameters.values() if p.name != "arithmetic"]
     assert [(p.name, p.kind, p.default) for p in own] == [(p.name, p.kind, p.default) for p in twin]
 
 
