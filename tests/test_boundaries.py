@@ -141,3 +141,18 @@ def test_mean_code_of_folded_weights(bits, device):
     arguments["q"] *= 0.01  # weights are almost equal: all of them count
     exact = reference.prefill_attention(**arguments | {"q": arguments["q"].double()})
     assert relative_error(called("folded", arguments), exact) < 4e-4
+
+
+def test_the_last_of_many_runs_weighs_most(device):
+    """What a merge summed before is scaled down when a later step finds a larger score; a last run may be short."""
+    arguments = prefill_case(LAYOUT, [34 * 64], [1], group=1, num_tail_slots=1, device=device)
+    k, v = draw(64, 1, 64, seed=8), draw(64, 1, 64, seed=9)
+    k += 0.5 * arguments["q"].float().cpu()  # scores larger by 4
+    pages = arguments["pages"].cpu()
+    reference.store_pages(k, v, pages, arguments["block_table"][0, 33:].cpu(), LAYOUT)
+    arguments["pages"] = pages.to(device)
+    exact = reference.prefill_attention(**arguments | {"q": arguments["q"].double()})
+    for split_size in (1, 33):
+        assert_rows(prefill_attention(**arguments, split_size=split_size), exact)
+    del arguments["cu_seqlens_q"]
+    assert_rows(decode_attention(**arguments, split_size=1), exact)
