@@ -14,7 +14,7 @@ from helpers import ON_GPU, draw
 from prefill_cases import new_scratch, prefill_case
 
 from kvarn_triton import PageLayout, configs, decode_attention, prefill_attention, reference
-from kvarn_triton.testing import cache_case
+from kvarn_triton.testing import cache_case, relative_error
 
 LAYOUT = PageLayout(64, 64, 8, 8)
 AROUND = [62, 63, 64, 65, 66]
@@ -131,3 +131,28 @@ def test_stride_of_halves(device):
     arguments = case.kwargs | {"q": case.q, "cu_seqlens_q": torch.cat((lens - 1, lens))}
     expected = prefill_attention(**arguments)
     assert torch.equal(prefill_attention(**arguments | {"raw_pages": apart}), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_mean_code_of_folded_weights(bits, device):
+    """What rounding folded weights leaves over is taken back, times the mean code: without that the error is 5e-4 and more."""
+    layout = PageLayout(64, 64, bits, bits)
+    arguments = prefill_case(layout, [192], [8], num_tail_slots=1, device=device)
+    arguments["q"] *= 0.01  # weights are almost equal: all of them count
+    exact = reference.prefill_attention(**arguments | {"q": arguments["q"].double()})
+    assert relative_error(called("folded", arguments), exact) < 4e-4
+
+
+def test_the_last_of_many_runs_weighs_most(device):
+    """What a merge summed before is scaled down when a later step finds a larger score; a last run may be short."""
+    arguments = prefill_case(LAYOUT, [34 * 64], [1], group=1, num_tail_slots=1, device=device)
+    k, v = draw(64, 1, 64, seed=8), draw(64, 1, 64, seed=9)
+    k += 0.5 * arguments["q"].float().cpu()  # scores larger by 4
+    pages = arguments["pages"].cpu()
+    reference.store_pages(k, v, pages, arguments["block_table"][0, 33:].cpu(), LAYOUT)
+    arguments["pages"] = pages.to(device)
+    exact = reference.prefill_attention(**arguments | {"q": arguments["q"].double()})
+    for split_size in (1, 33):
+        assert_rows(prefill_attention(**arguments, split_size=split_size), exact)
+    del arguments["cu_seqlens_q"]
+    assert_rows(decode_attention(**arguments, split_size=1), exact)
