@@ -20,7 +20,7 @@ from .tables import DecodeConfig, DecodeTable, load_table, save_table
 from .warmup import CompilationError, no_compilation, warmup
 from .workspace import decode_workspace_size
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DEFAULT",

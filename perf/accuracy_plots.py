@@ -63,6 +63,33 @@ def draw_accuracy(plt: Any, rows: Sequence[Row]) -> Any:
     return figure
 
 
+def draw_real(plt: Any, rows: Sequence[Row]) -> Any:
+    """Draw what the sweep `real` says: nats of codes and of passages, and KL, over bits; one line a method."""
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["bits"] != "16"))
+    exact = next(row for row in rows if row["bits"] == "16")
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5.5))
+    pictures = (
+        ("code_nats", "codes in a context: nats a digit", "linear"),
+        ("passage_nats", "passages of a context: nats a token", "linear"),
+        ("kl_generated", "KL to 16 bits on generated text, nats", "log"),
+    )
+    for axis, (key, label, scale) in zip(axes, pictures, strict=True):
+        for i, method in enumerate(methods):
+            found = sorted((row["bits_per_number"], row[key], row["bits"]) for row in rows if row["method"] == method)
+            style = {"linewidth": 2.5, "color": "black"} if method == "default" else {"color": plt.get_cmap("tab10")(i)}
+            axis.plot([x for x, _, _ in found], [y for _, y, _ in found], marker="o", label=method, **style)
+            if method == "default":
+                for x, y, bits in found:
+                    axis.annotate(bits, (x, y), fontsize=7, textcoords="offset points", xytext=(3, -10))
+        if key in exact:
+            axis.axhline(exact[key], color="gray", linestyle="--", label="16 bits")
+        axis.set(xlabel="bits per number, scales included", ylabel=label, yscale=scale)
+    for axis in axes[:2]:
+        axis.set_ylim(top=max(row["code_nats"] for row in rows if not row["method"].startswith("RTN")) * 1.2)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the rows of several files as one picture."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accuracy_plots import draw_accuracy
+from accuracy_plots import draw_accuracy, draw_real
 from common import SWEEPS, Row, title
 
 
@@ -69,8 +69,10 @@ def draw(path: str, info: Row, results: dict[str, list[Row]], sections: Row) -> 
         figure = _draw_error(plt, results["error"])
     elif results.get("accuracy") or results.get("encoders"):
         figure = draw_accuracy(plt, results.get("accuracy") or results["encoders"])
+    elif results.get("real"):
+        figure = draw_real(plt, results["real"])
     else:
-        raise SystemExit("perf/sweep.py: --plot draws the decode, the error or the accuracy sweep, and none has rows")
+        raise SystemExit("perf/sweep.py: --plot draws the decode, the error, the accuracy or the real sweep, and none has rows")
     figure.suptitle(title(info), fontsize=8)
     figure.tight_layout(rect=(0, 0 if timed else 0.14, 1, 0.97))
     figure.savefig(path, dpi=150)
