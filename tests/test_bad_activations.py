@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import draw
+from helpers import ON_GPU, draw
 
 from kvarn_triton import DEFAULT, PUBLISHED, PageLayout, dequantize_pages, reference, store_pages
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8] if ON_GPU else [2, 4])
 @pytest.mark.parametrize("encoder", [DEFAULT, PUBLISHED])
-@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("number", [torch.inf, torch.nan] + ([-torch.inf] if ON_GPU else []))
 @pytest.mark.parametrize("half", [0, 1], ids=["key", "value"])
 def test_what_is_read_back(half, number, encoder, bits, device):
     """The token of that number is not finite; what is finite is right; kernel and reference agree on which numbers are.

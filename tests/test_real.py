@@ -133,7 +133,7 @@ def test_answers_are_those_of_one_pass(model, sources):
         tokens = torch.tensor([context.tokens + question.prompt + question.answer])
         log_p = model(tokens)[0, -len(question.answer) - 1 : -1].log_softmax(-1)
         expected = -log_p.gather(1, torch.tensor(question.answer)[:, None]).mean()
-        torch.testing.assert_close(nats[i], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(nats[i], expected, rtol=2e-5, atol=2e-5)
         assert right[i] == (log_p.argmax(-1) == torch.tensor(question.answer)).all()
 
 
