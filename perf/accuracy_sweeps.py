@@ -57,6 +57,7 @@ def methods(bits: str, page_size: int, head_dim: int) -> list[Codec]:
         kv_codecs.unrotated(layout, PUBLISHED, "KVarN without rotation"),
         kv_codecs.kvarn(layout, PUBLISHED, "KVarN as published"),
         kv_codecs.kvarn(layout, Encoder(), "default"),
+        variants.codec(layout, variants.LENGTHS[k], variants.LENGTHS[v], "least error, lengths kept"),
     ]
 
 
