@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from kvarn_triton import Encoder, decode_attention, reference
+from kvarn_triton import DEFAULT, Encoder, decode_attention, reference
 from kvarn_triton.layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, PageLayout
 from kvarn_triton.testing import CacheCase, attention_in, relative_error
 
@@ -135,3 +135,16 @@ def encoder_id(encoder: Encoder) -> str:
     """Return a short name of an encoder for test ids."""
     words = [f"i{encoder.iterations}", f"f{encoder.fits}", encoder.norm]
     return "-".join(words + [name for name in ("equivariant", "clip") if getattr(encoder, name)])
+
+
+def dequantized(tile: torch.Tensor, bits: int, per: str, encoder: Encoder = DEFAULT) -> torch.Tensor:
+    """Encode a tile, round the fields to float16 as a record does, and decode it in float64."""
+    codes, scale, zero, norm, gain = reference.encode(tile, bits, per=per, encoder=encoder)
+    scale, zero, norm = (field.half().double() for field in (scale, zero, norm))
+    norm = norm * gain
+    return reference.dequantize(codes, scale, zero, per=per) * norm.unsqueeze(-1 if per == "channel" else -2)
+
+
+def tile_error(tile: torch.Tensor, bits: int, per: str, encoder: Encoder = DEFAULT) -> float:
+    """Return the relative error of quantizing a tile."""
+    return relative_error(dequantized(tile, bits, per, encoder), tile)
