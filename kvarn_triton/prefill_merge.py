@@ -81,7 +81,7 @@ def _kvarn_merge_queries_kernel(
     else:
         offs_d = tl.arange(0, BLOCK_D)
         zeros = tl.zeros((BLOCK_D,), out_ptr.dtype.element_ty)
-        tl.store(out_row_ptr + offs_d, zeros, (offs_d < D_V) & (fill != 0))
+        tl.store(out_row_ptr + offs_d, zeros, (offs_d < D_V) & (tl.zeros_like(offs_d) + fill != 0))
         if RETURN_LSE:
             tl.store(lse_row_ptr, tl.full((1,), float("-inf"), tl.float32))
 

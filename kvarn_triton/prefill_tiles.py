@@ -237,7 +237,13 @@ def _kvarn_prefill_attention_kernel(
         free_head = (head * GROUP + free % GROUP).to(tl.int64)
         mask_f = free_place < total_tokens
         zeros = tl.zeros((BLOCK_M, V_CHANNELS), tl.float32)
-        store_rows(out_ptr, free_place * stride_out_token + free_head * stride_out_head, zeros, mask_f & (fill != 0), D_V)
+        store_rows(
+            out_ptr,
+            free_place * stride_out_token + free_head * stride_out_head,
+            zeros,
+            mask_f & (tl.zeros_like(free) + fill != 0),
+            D_V,
+        )
         if RETURN_LSE:
             tl.store(lse_ptr + free_place * num_q_heads + free_head, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask_f)
 
