@@ -51,7 +51,7 @@ def _kvarn_variance_normalize_kernel(
 def variance_normalize(
     tiles: torch.Tensor, *, per: Per, encoder: Encoder = DEFAULT
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Balance tiles so that all tokens and all channels have about the same standard deviation (paper, algorithm 1).
+    """Balance tiles so that all tokens and all channels have about the same standard deviation.
 
     Args:
         tiles: float16, bfloat16 or float32 [..., page_size, head_dim], contiguous, of sizes that `PageLayout` supports.

@@ -1,4 +1,4 @@
-"""From a balanced tile to codes: ranges, least squares, and norms that keep lengths (`reference.codec.quantize`).
+"""From a balanced tile to codes: ranges, least squares, unbiased rows, and norms of lengths (`reference.codec.quantize`).
 
 Rows are channels if PER_CHANNEL (keys), else tokens; scale and zero are vectors of rows (`blocks`).
 """
