@@ -1,24 +1,24 @@
 """Low-bit KV-cache kernels in Triton: the KVarN method (arXiv 2606.03458) from activations to attention output."""
 
 from . import reference
-from .append import append_tokens, raw_slots
-from .balance import variance_normalize
-from .commit import commit_pages
-from .cut import cut_back
+from .attention.decode import decode_attention
+from .attention.merge import merge_states
+from .attention.prefill import prefill_attention, prefill_workspace_size
+from .attention.workspace import decode_workspace_size
 from .debugging import check_cache
-from .decode import decode_attention
 from .encoder import DEFAULT, PUBLISHED, Encoder
-from .gather import dequantize_pages
 from .layout import FORMAT_VERSION, PRESETS, PageLayout
-from .merge import merge_states
-from .packing import pack, unpack
-from .prefill import prefill_attention, prefill_workspace_size
-from .quantization import dequantize, quantize
-from .rotation import hadamard
-from .store import store_pages
+from .pages.append import append_tokens, raw_slots
+from .pages.balance import variance_normalize
+from .pages.commit import commit_pages
+from .pages.cut import cut_back
+from .pages.dequantize import dequantize_pages
+from .pages.packing import pack, unpack
+from .pages.quantization import dequantize, quantize
+from .pages.rotation import hadamard
+from .pages.store import store_pages
 from .tables import DecodeConfig, DecodeTable, load_table, save_table
 from .warmup import CompilationError, no_compilation, warmup
-from .workspace import decode_workspace_size
 
 __version__ = "0.2.0"
 

@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from .device import INTERPRETED
+from . import gpu
 from .layout import PageLayout, fields_per_byte
 from .reference.arithmetic import BLOCK_TOKENS, block_channels
 from .tables import DecodeConfig, DecodeTable, builtin_table
-
-
-def on_device(tensor: torch.Tensor) -> bool:
-    """Return whether kernels run for this tensor: on a GPU, or anywhere in Triton's interpreter."""
-    return tensor.is_cuda or INTERPRETED
-
-
-def uses_ptx() -> bool:
-    """Return whether kernels may contain inline PTX: on NVIDIA GPUs, not on AMD's and not in the interpreter."""
-    return torch.version.hip is None and not INTERPRETED
+from .tile.dequantize import RUN
 
 
 def block_warps(head_dim: int, device: torch.device) -> int:
     """Return the warps of a program that holds a tile in registers: a thread for each number of a block (`blocks`)."""
     threads = BLOCK_TOKENS * block_channels(head_dim)
-    wavefront = 64 if (arch_of(device) or "").startswith("gfx9") else 32
-    return threads // wavefront
-
-
-GATHER_RUN = 8
-"""Neighbouring channels that a thread of `dequantize_pages` writes: 16 bytes of 16-bit numbers."""
+    return threads // gpu.wavefront(device)
 
 
 def gather_threads(block_size: int, device: torch.device) -> tuple[int, int]:
     """Return the warps and threads of a program that dequantizes blocks of `block_size` channels: enough to write a token."""
-    wavefront = 64 if (arch_of(device) or "").startswith("gfx9") else 32
-    num_warps = max(block_size // GATHER_RUN // wavefront, 1)
+    wavefront = gpu.wavefront(device)
+    num_warps = max(block_size // RUN.value // wavefront, 1)
     return num_warps, num_warps * wavefront
 
 
 def gather_parts(programs: int, device: torch.device) -> int:
     """Return among how many programs to divide each of `programs`, so that 16 run on a multiprocessor: at most 16."""
-    return min(max(num_programs(device, 16) // programs, 1), 16)
+    return min(max(gpu.num_programs(device, 16) // programs, 1), 16)
 
 
 def expand_columns(programs: int, max_pages: int, device: torch.device) -> int:
@@ -53,13 +38,13 @@ def expand_columns(programs: int, max_pages: int, device: torch.device) -> int:
 
     Tables may be far wider than sequences are long; programs that find nothing to do cost time too.
     """
-    return min(max(num_programs(device, 64) // max(programs, 1), 64), max_pages)
+    return min(max(gpu.num_programs(device, 64) // max(programs, 1), 64), max_pages)
 
 
 def encode_options(layout: PageLayout, device: torch.device) -> dict[str, int]:
     """Return the launch options of kernels that encode pages: the warps of the larger tile, which fills their registers."""
     options = {"num_warps": block_warps(layout.raw_head_dim, device)}
-    if uses_ptx():
+    if gpu.uses_ptx():
         options["maxnreg"] = 128  # two programs per multiprocessor: one waits at a barrier while the other computes
     return options
 
@@ -74,9 +59,8 @@ def decode_config(
     if dtype == torch.float32:
         # Products of float32 run on the scalar units, and a step of more tokens would spill their operands.
         return DecodeConfig(4, num_stages=1, block_t=32, block_d=64, programs_per_sm=2, few_programs_per_sm=2)
-    arch = arch_of(device)
-    config = (builtin_table(arch) if table is None else table).find(layout.raw_head_dim)
-    available = _multiprocessor_bytes(device, arch)
+    config = (builtin_table(gpu.arch_of(device)) if table is None else table).find(layout.raw_head_dim)
+    available = gpu.multiprocessor_bytes(device)
     num_stages, programs = config.num_stages, config.programs_per_sm
     while num_stages > 2 and programs * _shared_bytes(layout, num_stages) > available:
         num_stages -= 1
@@ -111,7 +95,7 @@ class PrefillConfig:
 
     def options(self) -> dict[str, int]:
         """Return launch options: on NVIDIA GPUs as many registers as let `programs_per_sm` programs run side by side."""
-        if not uses_ptx():
+        if not gpu.uses_ptx():
             return {}
         return {"maxnreg": min(65536 // (32 * self.num_warps * self.programs_per_sm) // 8 * 8, 255)}
 
@@ -174,7 +158,7 @@ def _register_config(layout: PageLayout, dtype: torch.dtype, device: torch.devic
         num_stages = min(num_stages, 2)  # shared memory of a third page would be missing in the L1 cache, for spilled registers
     raw_bytes = max(num_stages - 1, 1) * block_r * 4 * channels
     shared = max(_shared_bytes(larger, num_stages), raw_bytes) + 2 * block_m * (channels + layout.page_size)
-    programs = max(min(programs, _multiprocessor_bytes(device, arch_of(device)) // shared), 1)
+    programs = max(min(programs, gpu.multiprocessor_bytes(device) // shared), 1)
     return PrefillConfig(block_m, num_warps, layout.page_size, block_r, num_stages, programs, block_d, "registers")
 
 
@@ -183,8 +167,8 @@ def prefill_form(device: torch.device, rows: int | None) -> str:
 
     `rows` are those of a sequence and kv head, None in the batch-invariant mode.
     """
-    arch = arch_of(device)
-    if arch is not None and not arch.startswith("sm"):
+    known = gpu.gpu_of(device)
+    if known is not None and not known.nvidia:
         return "folded"
     few = rows is not None and rows <= TILE_ROWS[1]
     return "registers" if few or not holds_dequantized_pages(device) else "dequantized"
@@ -200,7 +184,7 @@ def _scratch_config(layout: PageLayout, dtype: torch.dtype, device: torch.device
     channels = triton.next_power_of_2(layout.raw_head_dim)
     if dtype == torch.float32:
         return PrefillConfig(16, 4, RAW_BLOCK, RAW_BLOCK, num_stages=1 if channels > 256 else 2)
-    tokens = _multiprocessor_bytes(device, arch_of(device)) // (5 * 4 * channels)
+    tokens = gpu.multiprocessor_bytes(device) // (5 * 4 * channels)
     block_t = min(max(1 << (tokens.bit_length() - 1), RAW_BLOCK), 64)
     block_m, num_warps = 128, 8
     if channels > 256:
@@ -212,33 +196,19 @@ def _scratch_config(layout: PageLayout, dtype: torch.dtype, device: torch.device
 
 def holds_dequantized_pages(device: torch.device) -> bool:
     """Return whether a program has room for a page of 16-bit numbers beside what it was made of, as in the interpreter."""
-    arch = arch_of(device)
-    return arch is None or (arch.startswith("sm") and _multiprocessor_bytes(device, arch) >= 200 * _KIB)
+    known = gpu.gpu_of(device)
+    return known is None or (known.nvidia and gpu.multiprocessor_bytes(device) >= 200 * _KIB)
 
 
 def _holds_little(device: torch.device) -> bool:
     """Return whether a page of 512 channels fits into shared memory, but not with queries and new tokens beside it."""
-    arch = arch_of(device)
-    return arch is not None and arch.startswith("sm") and _multiprocessor_bytes(device, arch) <= 100 * _KIB
+    known = gpu.gpu_of(device)
+    return known is not None and known.nvidia and gpu.multiprocessor_bytes(device) <= 100 * _KIB
 
 
-PROGRAM_BYTES = 56 * 1024
-"""Largest page that a decode program keeps in shared memory; larger ones go through it tile by tile."""
 _KIB = 1024
-MULTIPROCESSOR_BYTES = {
-    "sm80": 164 * _KIB, "sm86": 100 * _KIB, "sm89": 100 * _KIB, "sm90": 228 * _KIB, "sm100": 228 * _KIB, "sm120": 100 * _KIB,
-    "gfx942": 64 * _KIB, "gfx950": 160 * _KIB,
-}  # fmt: skip
-"""Shared memory of a multiprocessor (compute unit), for GPUs that are not here."""
-
-
-@functools.lru_cache
-def _multiprocessor_bytes(device: torch.device, arch: str | None) -> int:
-    """Return the shared memory of a multiprocessor: what the device says, else what is known of the architecture."""
-    known = MULTIPROCESSOR_BYTES.get(arch or "", min(MULTIPROCESSOR_BYTES.values()))
-    if device.type != "cuda":
-        return known
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_multiprocessor", 0) or known
+PROGRAM_BYTES = 56 * _KIB
+"""Largest page that a decode program keeps in shared memory; larger ones go through it tile by tile."""
 
 
 def _padded_channels(layout: PageLayout) -> tuple[int, int]:
@@ -260,34 +230,6 @@ def _shared_bytes(layout: PageLayout, num_stages: int) -> int:
     raw = 2 * RAW_BLOCK * sum(_padded_channels(layout))
     page = _page_shared_bytes(layout) if num_stages > 1 else 16 * _KIB
     return max(page, raw) * max(num_stages - 1, 1) + _KIB
-
-
-@functools.lru_cache
-def arch_of(device: torch.device) -> str | None:
-    """Return the architecture of a GPU, such as sm90 or gfx942; None for a CPU."""
-    if device.type != "cuda":
-        return None
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
-
-
-def launches_early(device: torch.device) -> bool:
-    """Return whether a kernel can start while the one before it ends (programmatic dependent launch): sm90 and later."""
-    arch = arch_of(device)
-    return arch is not None and arch.startswith("sm") and int(arch[2:]) >= 90
-
-
-@functools.lru_cache
-def num_multiprocessors(device: torch.device) -> int:
-    """Return how many multiprocessors a GPU has; 2 in the interpreter, where more programs only cost time."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-def num_programs(device: torch.device, programs_per_sm: int) -> int:
-    """Return how many programs a GPU runs at once if a multiprocessor runs `programs_per_sm`."""
-    return num_multiprocessors(device) * programs_per_sm
 
 
 RAW_BLOCK = 16
@@ -339,5 +281,5 @@ def operand(q_dtype: torch.dtype, dtype: torch.dtype) -> tl.dtype:
     if q_dtype == torch.float32 or dtype == torch.float32:
         return tl.float32
     if dtype == torch.bfloat16:
-        return tl.float32 if INTERPRETED else tl.bfloat16
+        return tl.float32 if gpu.INTERPRETED else tl.bfloat16
     return tl.float16

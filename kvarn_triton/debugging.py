@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .append import check_raw_pages, check_raw_table
-from .cache_checks import check_body_tables
+from .cache import check_body_tables, check_raw_pages, check_raw_table
 from .checks import check_pages, check_tensor
 from .layout import PageLayout
 

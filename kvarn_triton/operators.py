@@ -12,9 +12,11 @@ from collections.abc import Callable
 
 import torch
 
-from . import append, commit, cut, decode, gather, merge, prefill, rotation, store
+from .attention import decode, merge, prefill
 from .encoder import Encoder
 from .layout import PageLayout
+from .pages import append, commit, cut, rotation, store
+from .pages import dequantize as gather
 from .tables import DecodeConfig, DecodeTable, Entry
 
 _LIBRARY = torch.library.Library("kvarn_triton", "DEF")

@@ -11,18 +11,18 @@ from unittest import mock
 import torch
 from triton.runtime.jit import JITFunction
 
-from . import configs
-from .append import append_tokens
+from . import configs, gpu
+from .attention.decode import decode_attention
+from .attention.merge import merge_states
+from .attention.prefill import prefill_attention
 from .checks import FLOATS, check_choice, require
-from .commit import commit_pages
-from .cut import cut_back
-from .decode import decode_attention
 from .encoder import DEFAULT, Encoder
-from .gather import dequantize_pages
 from .layout import PageLayout
-from .merge import merge_states
-from .prefill import prefill_attention
-from .store import store_pages
+from .pages.append import append_tokens
+from .pages.commit import commit_pages
+from .pages.cut import cut_back
+from .pages.dequantize import dequantize_pages
+from .pages.store import store_pages
 from .tables import DecodeTable
 
 
@@ -110,7 +110,7 @@ def warmup(
     require(num_kv_heads >= 1 and num_q_heads % num_kv_heads == 0, "num_q_heads", "a multiple of num_kv_heads", num_q_heads)
     size = layout.page_size
     pages = torch.zeros(layout.pages_shape(2, num_kv_heads), dtype=torch.uint8, device=device)
-    if not configs.on_device(pages):
+    if not gpu.on_device(pages):
         return
     raw_pages = torch.zeros(2, 2, num_kv_heads, size, layout.raw_head_dim, dtype=raw_dtype, device=device)
     k, v = (torch.zeros(size, num_kv_heads, d, dtype=dtype, device=device) for d in (layout.head_dim, layout.v_head_dim))
@@ -163,7 +163,7 @@ def _warm_decode(
 ) -> None:
     """Compile decode attention, and its merge for every number of partial results that are looked at together."""
     device, num_kv_heads = pages.device, pages.shape[1]
-    programs = configs.num_programs(device, configs.decode_config(layout, dtype, device, options["table"]).programs_per_sm)
+    programs = gpu.num_programs(device, configs.decode_config(layout, dtype, device, options["table"]).programs_per_sm)
     num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)[1]
     batches: dict[int, int] = {}
     for batch in (2**i for i in range(programs.bit_length() + 1)):

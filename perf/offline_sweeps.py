@@ -15,7 +15,9 @@ from cases import DISTRIBUTIONS, SHAPES, build_cache, draw_tiles, relative_error
 from common import DEFAULT_PRESETS, Options, Row, progress, say, sweep
 
 import kvarn_triton as kvarn
-from kvarn_triton import DEFAULT, PRESETS, PUBLISHED, Encoder, PageLayout, inspection, reference
+from kvarn_triton import DEFAULT, PRESETS, PUBLISHED, Encoder, PageLayout, reference
+from kvarn_triton.gpu import GPUS
+from kvarn_triton.testing import compiler
 
 HEAD_DIMS = (64, 128, 256)
 MAIN_TARGET, MAIN_PRESET = "sm90", "k4v2_g128"
@@ -144,7 +146,7 @@ def compile_kernels(options: Options) -> Iterator[Row]:
 
     By default all presets for one architecture and one preset for the others. Architectures compile in parallel.
     """
-    targets = options.targets or (MAIN_TARGET, *(target for target in inspection.TARGETS if target != MAIN_TARGET))
+    targets = options.targets or (MAIN_TARGET, *(target for target in compiler.TARGETS if target != MAIN_TARGET))
     if options.quick and not options.targets:
         targets = (MAIN_TARGET,)
     tasks = []
@@ -165,7 +167,7 @@ def compile_target(target: str, presets: tuple[str, ...]) -> list[Row]:
     for name, preset, trips, call in kernel_calls(presets):
         fields: Row = {"target": target, "preset": preset}
         try:
-            with inspection.compile_for(target) as compiled:
+            with compiler.compile_for(target) as compiled:
                 call()
             counted = [fields | _counts(kernel, trips) for kernel in compiled]
         except Exception as failure:  # a kernel that doesn't compile is a result
@@ -176,9 +178,9 @@ def compile_target(target: str, presets: tuple[str, ...]) -> list[Row]:
     return rows
 
 
-def _counts(kernel: inspection.Compiled, trips: int | None) -> Row:
+def _counts(kernel: compiler.Compiled, trips: int | None) -> Row:
     """Return what the compiler made of a kernel; `trips` of its largest loop do the work of one page."""
-    used = inspection.resources(kernel)
+    used = compiler.resources(kernel)
     loop = used.product_loop if "decode" in kernel.name else used.loops[0] if used.loops else None
     per_page = None
     if loop is not None and trips and "merge" not in kernel.name:
@@ -193,7 +195,7 @@ def _counts(kernel: inspection.Compiled, trips: int | None) -> Row:
         "largest_loop": loop.total() if loop is not None else None,
         "loop_per_page": per_page,
         "opcodes": dict(loop) if loop is not None else None,
-        "status": "ok" if used.shared <= inspection.SHARED_MEMORY_LIMIT[kernel.target] else "FAIL: too much shared memory",
+        "status": "ok" if used.shared <= GPUS[kernel.target].program_bytes else "FAIL: too much shared memory",
     }
 
 

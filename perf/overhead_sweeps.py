@@ -10,7 +10,9 @@ from unittest import mock
 import torch
 from common import Options, Row, progress, sweep
 
-from kvarn_triton import PageLayout, append, decode, ops
+from kvarn_triton import PageLayout, ops
+from kvarn_triton.attention import decode
+from kvarn_triton.pages import append
 from kvarn_triton.testing import cache_case
 
 CALLS = 2000

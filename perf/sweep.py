@@ -64,9 +64,9 @@ def register_sweeps() -> None:
 
 def interpreted() -> bool:
     """Return whether kernels run in Triton's interpreter in this process; that is fixed when they are imported."""
-    from kvarn_triton import configs
+    from kvarn_triton import gpu
 
-    return bool(configs.INTERPRETED)
+    return bool(gpu.INTERPRETED)
 
 
 def parse_point(text: str) -> tuple[int, int]:
@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     from cases import SHAPES
     from lm import CONFIGS
 
-    from kvarn_triton import inspection
+    from kvarn_triton.testing import compiler
 
     shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     add = shared.add_argument
@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     add("--preset", action="append", type=parse_preset, metavar="NAME", help="such as k4v2_g128; may be repeated")
     add("--shape", action="append", choices=list(SHAPES), metavar="MODEL", help=f"one of {', '.join(SHAPES)}; may be repeated")
     add("--point", action="append", type=parse_point, metavar="BxN", help="batch and context, such as 8x32K; may be repeated")
-    targets = list(inspection.TARGETS)
+    targets = list(compiler.TARGETS)
     add(
         "--target",
         action="append",

@@ -21,8 +21,9 @@ from common import Options, Row, environment, progress, sweep
 from gate import ERROR_RATIO
 
 import kvarn_triton as kvarn
-from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, configs, inspection
+from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, gpu
 from kvarn_triton.tables import Entry
+from kvarn_triton.testing import compiler
 
 HEAD_DIMS = (64, 128, 256, 512)
 PRESET = "k4v2_g128"
@@ -87,12 +88,12 @@ def estimate(arch: str, head_dim: int, config: DecodeConfig) -> Estimate | None:
     """Compile a candidate and estimate the cycles that a multiprocessor needs for a page; None if it doesn't compile."""
     table = DecodeTable(arch, (Entry(head_dim, config, "candidate"),))
     try:
-        with inspection.compile_for(arch) as kernels:
+        with compiler.compile_for(arch) as kernels:
             call_for(head_dim, table)
     except Exception:  # a compiler that gives up on a candidate leaves the others
         return None
-    used = inspection.resources(kernels[0])
-    programs = inspection.programs_per_multiprocessor(used, arch)
+    used = compiler.resources(kernels[0])
+    programs = compiler.programs_per_multiprocessor(used, arch)
     if programs < 1:
         return None
     loop = used.product_loop
@@ -186,8 +187,8 @@ def measured(
 )
 def tune(options: Options) -> Iterator[Row]:
     """Search every size; with --table, write the entries."""
-    here = configs.arch_of(torch.device("cuda")) if torch.cuda.is_available() else None
-    archs = options.targets or ((here,) if here else tuple(inspection.TARGETS))
+    here = gpu.arch_of(torch.device("cuda")) if torch.cuda.is_available() else None
+    archs = options.targets or ((here,) if here else tuple(compiler.TARGETS))
     work = [(arch, head_dim) for arch in archs for head_dim in (HEAD_DIMS[:2] if options.quick else HEAD_DIMS)]
     entries: dict[str, list[Entry]] = {}
     pool = concurrent.futures.ProcessPoolExecutor(

@@ -23,7 +23,7 @@ def hashes() -> dict[str, str]:
         del sys.modules[name]
     sys.modules.pop("kvarn_triton", None)
     import kvarn_triton as kvarn
-    from kvarn_triton.inspection import compile_for
+    from kvarn_triton.testing.compiler import compile_for
 
     found = {}
 

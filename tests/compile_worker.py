@@ -13,7 +13,7 @@ import triton
 
 import kvarn_triton as kvarn
 from kvarn_triton import DEFAULT, PageLayout
-from kvarn_triton.inspection import Compiled, compile_for, resources
+from kvarn_triton.testing.compiler import Compiled, compile_for, resources
 
 MAIN = PageLayout(head_dim=128, page_size=128, k_bits=4, v_bits=2)
 OTHER_VALUES = PageLayout(head_dim=192, page_size=128, k_bits=4, v_bits=2, v_head_dim=128)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import kvarn_triton as kvarn
-from kvarn_triton import configs, ops
+from kvarn_triton import gpu, ops
 from kvarn_triton.testing import cache_case
 
 LAYOUT = kvarn.PageLayout(64, 64, 4, 2)
@@ -96,7 +96,7 @@ def calls_with_other_values() -> list[tuple]:
 
 def check_registration() -> None:
     """Run PyTorch's own checks: schema against what is written, fake against real results, compilation against eager."""
-    assert not configs.INTERPRETED
+    assert not gpu.INTERPRETED
     checked = set()
     for operator, arguments in calls():
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvarn_triton import PUBLISHED, Encoder, PageLayout, configs
+from kvarn_triton import PUBLISHED, Encoder, PageLayout, gpu
 from kvarn_triton.testing import relative_error
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "perf"))
@@ -27,7 +27,7 @@ PAGES = {"page_size": 16, "sink_len": 8, "dtype": torch.float64}
 @pytest.fixture(autouse=True)
 def without_kernels(monkeypatch) -> None:
     """Have the reference quantize, as it does on CPU tensors: kernels have their own tests."""
-    monkeypatch.setattr(configs, "on_device", lambda tensor: tensor.is_cuda)
+    monkeypatch.setattr(gpu, "on_device", lambda tensor: tensor.is_cuda)
 
 
 @pytest.fixture(scope="module")

@@ -56,8 +56,8 @@ def names_read(function: ast.FunctionDef) -> set[str]:
 def test_constexpr_functions_read_what_is_hashed():
     """They read constexprs, other functions and Triton; of modules of the package only the encoder's constants (`CODEC`)."""
     seen = 0
-    for path in sorted(PACKAGE.glob("*.py")):
-        module = importlib.import_module(f"kvarn_triton.{path.stem}")
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = importlib.import_module(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and any("constexpr_function" in ast.unparse(d) for d in node.decorator_list):
                 seen += 1

@@ -31,8 +31,8 @@ from kvarn_triton import (
     unpack,
     variance_normalize,
 )
-from kvarn_triton.device import fma
 from kvarn_triton.layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
+from kvarn_triton.tile.arithmetic import fma
 
 SHAPES = list(itertools.product(SUPPORTED_PAGE_SIZES, SUPPORTED_HEAD_DIMS))
 # Each shape with one number of bits and one `per`; on a GPU with all of them.

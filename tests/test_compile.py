@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import triton
 
-from kvarn_triton.inspection import SHARED_MEMORY_LIMIT, TARGETS, overwritten_operands, reads_of_unset_registers
+from kvarn_triton.gpu import GPUS
+from kvarn_triton.testing.compiler import TARGETS, overwritten_operands, reads_of_unset_registers
 
 TESTS = Path(__file__).parent
 
@@ -92,7 +93,7 @@ def test_compiles(target, compiled):
         )
     }
     for kernel in kernels:
-        assert kernel["shared"] <= SHARED_MEMORY_LIMIT[target], kernel
+        assert kernel["shared"] <= GPUS[target].program_bytes, kernel
         assert not kernel["unset"] and not kernel["overwritten"], kernel
         assert kernel["starts_early"] == kernel["waits"], kernel
         if kernel["kernel"] == "_kvarn_merge_queries_kernel":

@@ -17,10 +17,10 @@ from kvarn_triton import (
     DecodeConfig,
     DecodeTable,
     PageLayout,
-    configs,
     decode_attention,
     decode_workspace_size,
     dequantize_pages,
+    gpu,
     merge_states,
     reference,
 )
@@ -135,7 +135,7 @@ def test_page_ids_of_the_table_only(last, device):
     """A loop loads an id ahead, and one even if it has no step: never from outside of the table."""
     memory = torch.tensor([-7, -7, -7, -7, 10, 11, 12, 13, -7, -7, -7, -7], dtype=torch.int32, device=device)
     out = torch.empty(6, dtype=torch.int32, device=device)
-    _page_id_kernel[(6,)](out, memory[4:], last, PTX=configs.uses_ptx())
+    _page_id_kernel[(6,)](out, memory[4:], last, PTX=gpu.uses_ptx())
     assert out.tolist() == ([10 + min(column, last - 1) for column in range(6)] if last > 0 else [0] * 6)
 
 

@@ -11,10 +11,10 @@ import triton.language as tl
 from helpers import assert_same_bits, check, draw, layout_id
 
 from kvarn_triton import PageLayout, decode_attention, decode_workspace_size, merge_states, reference
-from kvarn_triton.attend import capped
-from kvarn_triton.schedule import Units, row_units
+from kvarn_triton.attention.folded import capped
+from kvarn_triton.attention.schedule import Units, row_units
+from kvarn_triton.attention.workspace import num_partials
 from kvarn_triton.testing import CacheCase, cache_case, relative_error
-from kvarn_triton.workspace import num_partials
 
 LAYOUT = PageLayout(64, 64, 4, 2)
 OTHER_VALUES = PageLayout(64, 64, 4, 2, v_head_dim=96)

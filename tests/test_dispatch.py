@@ -34,10 +34,10 @@ def run_python(code: str) -> None:
 CPU_CALLS = """
 import torch
 import kvarn_triton as kvarn
-from kvarn_triton import PageLayout, configs, reference
+from kvarn_triton import PageLayout, gpu, reference
 from kvarn_triton.testing import cache_case
 
-assert not configs.INTERPRETED
+assert not gpu.INTERPRETED
 from triton.runtime.jit import JITFunction
 def refuse(*args, **kwargs):
     raise AssertionError("a kernel was launched for CPU tensors")
@@ -99,20 +99,45 @@ def test_public_names_are_documented():
             assert inspect.getdoc(value), name
 
 
+FLOORS = (
+    ("checks", "encoder", "layout"),
+    ("reference",),
+    ("cache", "debugging", "gpu", "launch", "paging", "tables"),
+    ("tile",),
+    ("configs",),
+    ("pages",),
+    ("attention",),
+    ("ops", "operators", "testing", "warmup"),
+)
+"""Which parts of the package stand on which: each imports from floors below it, and from its own."""
+
+
 def imports_of(path: Path) -> set[str]:
-    """Return the modules of the package that a file imports, as written."""
+    """Return the parts of the package that a file imports: a folder, or a file that is in none."""
+    folders = path.relative_to(PACKAGE).parts[:-1]
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            names |= {node.module} if node.module else {alias.name for alias in node.names}
+            inside = folders[: len(folders) - (node.level - 1)]
+            modules = [node.module] if node.module else [alias.name for alias in node.names]
+            names |= {inside[0] if inside else module.split(".")[0] for module in modules}
     return names
 
 
-def test_reference_imports_no_kernel():
-    """The reference depends on the layout and the encoder's options alone."""
-    for path in (PACKAGE / "reference").glob("*.py"):
-        assert imports_of(path) <= {"attention", "cache", "codec", "encoder", "layout", "packing", "arithmetic"}, path
-        assert "triton" not in path.read_text().replace("kvarn_triton", ""), path
+def test_imports_go_one_way():
+    """No part of the package imports from a floor above its own; the reference imports no kernel."""
+    floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        found.add(part)
+        above = {name for name in imports_of(path) if floor_of[name] > floor_of[part]}
+        assert not above, f"{path.relative_to(PACKAGE)} imports {above}"
+        if part == "reference":
+            assert "triton" not in path.read_text().replace("kvarn_triton", ""), path
+    assert found == floor_of.keys()
 
 
 def test_no_environment_variables():

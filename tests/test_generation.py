@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ON_GPU
 
-from kvarn_triton import PageLayout, configs
+from kvarn_triton import PageLayout, gpu
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "perf"))
 import lm
@@ -52,7 +52,7 @@ def compare(model: lm.TinyLM, layout: PageLayout, lengths: list[int], num_tokens
 @pytest.mark.parametrize("name", NEAR_TIE)
 def test_long_continuation(name, model, device, monkeypatch):
     """100 tokens for two prompts, over a page boundary each: the kernels on a GPU, the reference without one."""
-    monkeypatch.setattr(configs, "on_device", lambda tensor: tensor.is_cuda)
+    monkeypatch.setattr(gpu, "on_device", lambda tensor: tensor.is_cuda)
     compare(model, PageLayout.from_name(name, head_dim=64), [150, 85], 100, device)
 
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from prefill_cases import SMALL, new_scratch, prefill_case
 
-from kvarn_triton import configs, decode_attention, decode_workspace_size, prefill_attention, prefill_workspace_size
+from kvarn_triton import configs, decode_attention, decode_workspace_size, gpu, prefill_attention, prefill_workspace_size
 
 SINK_LEN, SLOTS, GROUP = 20, 3, 2
 FORMS = ("decode", "dequantized", "registers", "folded", "scratch")
@@ -107,7 +107,7 @@ def result_of_row(row: dict, form: str, around: Surroundings, options: dict) -> 
     table = arguments["kv_indices"] if csr else arguments["block_table"]
     batch, heads, device = len(arguments["seq_lens"]), q.shape[1], q.device
     with (
-        mock.patch.object(configs, "num_multiprocessors", lambda device: around.multiprocessors),
+        mock.patch.object(gpu, "num_multiprocessors", lambda device: around.multiprocessors),
         mock.patch.object(configs, "prefill_form", lambda device, rows: form),
     ):
         shared = {"split_size": options["split_size"], "dtype": q.dtype}

@@ -19,6 +19,7 @@ from kvarn_triton import (
     configs,
     decode_attention,
     dequantize_pages,
+    gpu,
     merge_states,
     prefill_attention,
     prefill_workspace_size,
@@ -276,7 +277,7 @@ def test_launch_parameters(monkeypatch):
     assert config(4, layout=PageLayout(head_dim=256)) == few
     monkeypatch.setattr(configs, "holds_dequantized_pages", lambda device: False)
     assert config(4) == few and config(2048) == config(4, 8) == more
-    monkeypatch.setattr(configs, "arch_of", lambda device: "gfx942")
+    monkeypatch.setattr(gpu, "arch_of", lambda device: "gfx942")
     assert config(4) == config(2048) == config(4, 8) == folded
 
 

@@ -10,7 +10,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from kvarn_triton import configs  # noqa: E402
+from kvarn_triton import gpu  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "perf"))
 import kv_codecs  # noqa: E402
@@ -35,7 +35,7 @@ class Letters:
 @pytest.fixture(autouse=True)
 def without_kernels(monkeypatch) -> None:
     """Have the reference quantize, as it does on CPU tensors: kernels have their own tests."""
-    monkeypatch.setattr(configs, "on_device", lambda tensor: tensor.is_cuda)
+    monkeypatch.setattr(gpu, "on_device", lambda tensor: tensor.is_cuda)
 
 
 def tiny(**options) -> torch.nn.Module:

@@ -10,7 +10,7 @@ import torch
 from helpers import LSE_ERROR, ON_GPU, assert_same_bits
 from prefill_cases import SMALL, prefill_case
 
-import kvarn_triton.workspace
+import kvarn_triton.attention.workspace
 from kvarn_triton import (
     PageLayout,
     decode_attention,
@@ -74,7 +74,7 @@ def test_rounds_of_tokens(device, monkeypatch):
     pages = arguments["block_table"].shape[1]
     token_bytes = 4 * pages * 3 * 65
     for tokens in (64, 20, 7, 1) if ON_GPU else (20, 7):
-        monkeypatch.setattr(kvarn_triton.workspace, "ROUND_BYTES", tokens * token_bytes)
+        monkeypatch.setattr(kvarn_triton.attention.workspace, "ROUND_BYTES", tokens * token_bytes)
         size = prefill_workspace_size(53, 3, 3, 1, SMALL, pages, device, split_size=1)
         assert size == min(tokens, 53) * token_bytes
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
@@ -93,7 +93,7 @@ def test_rounds_of_sequences(csr, device, monkeypatch):
         indptr = torch.arange(6, dtype=torch.int32, device=device) * columns
         arguments |= {"block_table": None, "kv_indptr": indptr, "kv_indices": case.block_table.flatten()}
     expected, expected_lse = decode_attention(**arguments)
-    monkeypatch.setattr(kvarn_triton.workspace, "ROUND_BYTES", 2**16)
+    monkeypatch.setattr(kvarn_triton.attention.workspace, "ROUND_BYTES", 2**16)
     columns = len(arguments["kv_indices"]) if csr else columns
     options = {"max_raw_pages": case.raw_table.shape[1], "csr": csr, "split_size": 1}
     size = decode_workspace_size(5, 4, 2, SMALL, columns, device, **options)
@@ -137,8 +137,8 @@ def needed(function: str, sizes: dict, device: torch.device) -> int:
 @pytest.mark.parametrize("function", ["decode", "prefill"])
 def test_sizes_are_bounds(function, device, monkeypatch):
     """A workspace suffices for every smaller step, and no argument that grows makes it smaller (KF 26)."""
-    monkeypatch.setattr(kvarn_triton.workspace, "ROUND_BYTES", 2**18)
-    monkeypatch.setattr(kvarn_triton.configs, "num_multiprocessors", lambda device: 7)
+    monkeypatch.setattr(kvarn_triton.attention.workspace, "ROUND_BYTES", 2**18)
+    monkeypatch.setattr(kvarn_triton.gpu, "num_multiprocessors", lambda device: 7)
     rng, layout = random.Random(5), PageLayout(64, 64, 4, 2)
     size_of = {"decode": decode_workspace_size, "prefill": prefill_workspace_size}[function]
     names = {"batch": 40, "num_q_heads": 24, "num_kv_heads": 4, "max_pages": 40}

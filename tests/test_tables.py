@@ -7,10 +7,20 @@ import json
 import pytest
 import torch
 
-from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, configs, decode_attention, load_table, reference, save_table
-from kvarn_triton.inspection import TARGETS
+from kvarn_triton import (
+    DecodeConfig,
+    DecodeTable,
+    PageLayout,
+    configs,
+    decode_attention,
+    gpu,
+    load_table,
+    reference,
+    save_table,
+)
 from kvarn_triton.tables import Entry, builtin_table
 from kvarn_triton.testing import cache_case, relative_error
+from kvarn_triton.testing.compiler import TARGETS
 
 
 def table(arch: str = "sm90") -> DecodeTable:
@@ -96,7 +106,7 @@ def test_unknown_architectures(arch, known):
 )
 def test_pages_in_shared_memory(arch, name, head_dim, num_stages, programs, monkeypatch):
     """As many pages as fit for all programs of a multiprocessor, then as many programs as fit with one."""
-    monkeypatch.setattr(configs, "arch_of", lambda device: arch)
+    monkeypatch.setattr(gpu, "arch_of", lambda device: arch)
     layout = PageLayout.from_name(name, head_dim=head_dim)
     config = configs.decode_config(layout, torch.float16, torch.device("cpu"))
     assert (config.num_stages, config.programs_per_sm) == (num_stages, programs)
@@ -112,7 +122,7 @@ def test_parameters_of_different_head_dims(head_dim, v_head_dim, monkeypatch):
     for tokens in (4, 4096):
         arguments = torch.float16, device, tokens, 1, 4, None
         assert configs.prefill_config(layout, *arguments) == configs.prefill_config(larger, *arguments)
-    monkeypatch.setattr(configs, "arch_of", lambda device: "sm90")
+    monkeypatch.setattr(gpu, "arch_of", lambda device: "sm90")
     config = configs.decode_config(layout, torch.float16, device)
     assert config.programs_per_sm >= configs.decode_config(larger, torch.float16, device).programs_per_sm
     # One of 256 channels and one of 64 make a page of 41 KB, those of 192 are padded: 49 KB. Two of 256 are too much.

@@ -15,8 +15,8 @@ import variant_cases
 from triton.runtime.jit import JITFunction
 
 import kvarn_triton as kvarn
-from kvarn_triton import configs
-from kvarn_triton.inspection import Compiled, compile_for
+from kvarn_triton import gpu
+from kvarn_triton.testing.compiler import Compiled, compile_for
 
 SEEDS = 80
 MANY = 70_000
@@ -77,7 +77,7 @@ def main() -> None:
     with (
         compile_for("sm90") as kernels,
         mock.patch.object(JITFunction, "_do_compile", record),
-        mock.patch.object(configs, "num_multiprocessors", lambda device: 132),
+        mock.patch.object(gpu, "num_multiprocessors", lambda device: 132),
     ):
         kvarn.warmup(variant_cases.LAYOUT, 64, 64, torch.device("cpu"), **variant_cases.WARMUP)
         with guard():

@@ -10,7 +10,7 @@ import itertools
 import torch
 
 import kvarn_triton as kvarn
-from kvarn_triton.inspection import compile_for
+from kvarn_triton.testing.compiler import compile_for
 from kvarn_triton.warmup import CompilationError
 
 LAYOUT = kvarn.PageLayout(head_dim=64, page_size=64, k_bits=4, v_bits=2)

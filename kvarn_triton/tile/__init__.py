@@ -1,0 +1,1 @@
+"""One tile of a page in registers: what programs of several kernels do with it. No launches."""
