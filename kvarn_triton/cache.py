@@ -1,15 +1,113 @@
-"""Checks of the arguments that say where a cache is and what is seen of it, shared by attention and page completion."""
+"""What a call is about: a cache and what a query sees of it. Each is one object, made and checked once per call."""
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .checks import FLOATS, check_choice, check_pages, check_tensor, require
+from .checks import FLOATS, check_aligned, check_choice, check_pages, check_tensor, require
+from .launch import Pages, Tokens, aligned, as_pages, as_tokens, check_pool
 from .layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, PageLayout
 
 INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """Where the keys and values of sequences are: arguments of the same names of every call over a cache.
+
+    `seq_lens` are the lengths that the call goes by, whatever it calls them.
+    """
+
+    layout: PageLayout
+    pages: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor | None
+    kv_indptr: torch.Tensor | None
+    kv_indices: torch.Tensor | None
+    raw_pages: torch.Tensor | None
+    raw_table: torch.Tensor | None
+    num_quantized: torch.Tensor | None
+    sink_len: int
+
+    @property
+    def batch(self) -> int:
+        """How many sequences there are."""
+        return self.seq_lens.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """How many key/value heads there are."""
+        return self.pages.shape[1]
+
+    @property
+    def csr(self) -> bool:
+        """Whether page ids come as `kv_indptr` and `kv_indices`."""
+        return self.block_table is None
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """The page ids: a block table [batch, max_pages], or those of all sequences [n]."""
+        ids = self.kv_indices if self.block_table is None else self.block_table
+        assert ids is not None
+        return ids
+
+    @property
+    def max_pages(self) -> int:
+        """Columns of the block table, or the number of `kv_indices`, which bounds the pages of all sequences together."""
+        return self.ids.shape[-1]
+
+    @property
+    def num_sink_pages(self) -> int:
+        """Columns of the raw table for sinks."""
+        return -(-self.sink_len // self.layout.page_size)
+
+    @property
+    def max_raw_pages(self) -> int:
+        """Columns of the raw table; 0 without one."""
+        return 0 if self.raw_table is None else self.raw_table.shape[1]
+
+    def rows(self, first: int, last: int) -> Cache:
+        """Return the cache of sequences `first` to `last` alone."""
+        ends = {"kv_indptr": last + 1}
+        names = ("seq_lens", "block_table", "kv_indptr", "raw_table", "num_quantized")
+        tensors = ((name, getattr(self, name)) for name in names)
+        parts: dict[str, Any] = {name: x if x is None else x[first : ends.get(name, last)] for name, x in tensors}
+        return dataclasses.replace(self, **parts)
+
+    def tables(self) -> dict[str, Any]:
+        """Return the arguments of kernels that say where the pages of sequences are, by name."""
+        return {
+            "table_ptr": self.ids,
+            "indptr_ptr": self.kv_indptr,
+            "seq_lens_ptr": self.seq_lens,
+            "num_quantized_ptr": self.num_quantized,
+            "sink_len": self.sink_len,
+            "stride_table": 0 if self.block_table is None else self.block_table.stride(0),
+        }
+
+    def raw_tables(self) -> dict[str, Any]:
+        """Return the arguments of kernels that say where raw pages are, by name."""
+        return {
+            "raw": self.raw,
+            "raw_table_ptr": self.raw_table,
+            "num_tail_slots": self.max_raw_pages - self.num_sink_pages,
+            "stride_raw_table": 0 if self.raw_table is None else self.raw_table.stride(0),
+        }
+
+    @property
+    def quantized(self) -> Pages:
+        """The quantized pages as an argument of kernels."""
+        return as_pages(self.pages)
+
+    @property
+    def raw(self) -> Tokens | None:
+        """The raw pages as an argument of kernels."""
+        return as_tokens(self.raw_pages)
 
 
 def check_raw_pages(raw_pages: object, num_kv_heads: int | None = None, device: torch.device | None = None) -> None:
@@ -60,59 +158,70 @@ def check_body_tables(
     return kv_indptr.shape[0] - 1
 
 
-def check_attention(
-    q: torch.Tensor,
-    batch: int | None,
-    pages: torch.Tensor,
-    block_table: torch.Tensor | None,
-    seq_lens: torch.Tensor,
-    layout: PageLayout,
-    *,
-    raw_pages: torch.Tensor | None,
-    raw_table: torch.Tensor | None,
-    num_quantized: torch.Tensor | None,
-    sink_len: int,
-    kv_indptr: torch.Tensor | None,
-    kv_indices: torch.Tensor | None,
-    window: int | None,
-    soft_cap: float | None,
-    sinks: torch.Tensor | None,
-    out: torch.Tensor | None,
-) -> int:
-    """Check what attention calls over a cache have in common, and return the number of kv heads.
+def checked_for_attention(cache: Cache, batch: int | None) -> Cache:
+    """Check the cache of an attention call for `batch` sequences, None for any number; return it as kernels take it."""
+    layout, device = cache.layout, cache.pages.device if isinstance(cache.pages, torch.Tensor) else None
+    num_kv_heads = check_pages(cache.pages, layout)
+    check_tensor("seq_lens", cache.seq_lens, [batch], torch.int32, device=device)
+    batch = cache.batch
+    check_body_tables(cache.block_table, cache.kv_indptr, cache.kv_indices, batch, cache.pages.device)
+    if cache.raw_pages is None:
+        if cache.raw_table is not None or cache.num_quantized is not None or cache.sink_len:
+            raise ValueError("raw_pages: expected a tensor beside raw_table, num_quantized or sink_len, got None")
+        return dataclasses.replace(cache, pages=aligned(cache.pages))
+    raw_shape = [None, 2, num_kv_heads, layout.page_size, layout.raw_head_dim]
+    check_tensor("raw_pages", cache.raw_pages, raw_shape, FLOATS, device=device)
+    check_tensor("raw_table", cache.raw_table, [batch, None], torch.int32, device=device)
+    assert cache.raw_table is not None
+    check_raw_table(cache.raw_table, cache.sink_len, layout.page_size)
+    check_tensor("num_quantized", cache.num_quantized, [batch], torch.int32, device=device)
+    return dataclasses.replace(cache, pages=aligned(cache.pages), raw_pages=check_pool("raw_pages", cache.raw_pages))
 
-    `batch` is the number of sequences that the call is for; None takes that of `seq_lens`.
+
+def checked_for_completion(cache: Cache, lens_name: str) -> Cache:
+    """Check the cache of a call that changes which pages are quantized, whose lengths have a name of their own.
+
+    Returns it as kernels take it.
     """
-    num_kv_heads = check_pages(pages, layout)
-    device = pages.device
+    layout, raw_pages = cache.layout, cache.raw_pages
+    num_kv_heads = check_pages(cache.pages, layout)
+    device = cache.pages.device
+    check_raw_pages(raw_pages, num_kv_heads, device)
+    assert raw_pages is not None
+    require(raw_pages.shape[3] == layout.page_size, "raw_pages.shape[3]", str(layout.page_size), raw_pages.shape[3])
+    require(raw_pages.shape[4] == layout.raw_head_dim, "raw_pages.shape[4]", str(layout.raw_head_dim), raw_pages.shape[4])
+    batch = check_body_tables(cache.block_table, cache.kv_indptr, cache.kv_indices, None, device)
+    check_tensor("raw_table", cache.raw_table, [batch, None], torch.int32, device=device)
+    assert cache.raw_table is not None
+    check_raw_table(cache.raw_table, cache.sink_len, layout.page_size)
+    check_tensor(lens_name, cache.seq_lens, [batch], torch.int32, device=device)
+    check_tensor("num_quantized", cache.num_quantized, [batch], torch.int32, device=device)
+    return dataclasses.replace(cache, pages=aligned(cache.pages), raw_pages=check_pool("raw_pages", raw_pages))
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """What queries see of the keys before them, and how scores become weights: arguments of the same names."""
+
+    sm_scale: float | None
+    window: int | None
+    soft_cap: float | None
+    sinks: torch.Tensor | None
+
+
+def check_queries(q: torch.Tensor, cache: Cache, mask: Mask, out: torch.Tensor | None) -> Mask:
+    """Check the queries of an attention call, what they see and where results go.
+
+    Returns the mask with `sm_scale` as a Python number. A tensor is refused as a scale, because reading its number would wait
+    for the GPU.
+    """
+    layout, device, num_kv_heads = cache.layout, cache.pages.device, cache.num_kv_heads
     check_tensor("q", q, [None, None, layout.head_dim], FLOATS, device=device)
     num_q_heads = q.shape[1]
     group = num_q_heads // max(num_kv_heads, 1)
     if group * num_kv_heads != num_q_heads or group < 1:
         raise ValueError(f"q: expected a multiple of the {num_kv_heads} kv heads of pages as query heads, got {num_q_heads}")
-    check_tensor("seq_lens", seq_lens, [batch], torch.int32, device=device)
-    batch = seq_lens.shape[0]
-    check_body_tables(block_table, kv_indptr, kv_indices, batch, device)
-    if raw_pages is None:
-        if raw_table is not None or num_quantized is not None or sink_len:
-            raise ValueError("raw_pages: expected a tensor beside raw_table, num_quantized or sink_len, got None")
-    else:
-        raw_shape = [None, 2, num_kv_heads, layout.page_size, layout.raw_head_dim]
-        check_tensor("raw_pages", raw_pages, raw_shape, FLOATS, device=device)
-        check_tensor("raw_table", raw_table, [batch, None], torch.int32, device=device)
-        assert raw_table is not None
-        check_raw_table(raw_table, sink_len, layout.page_size)
-        check_tensor("num_quantized", num_quantized, [batch], torch.int32, device=device)
-    _check_options(num_q_heads, window, soft_cap, sinks, device)
-    if out is not None:
-        check_tensor("out", out, [*q.shape[:2], layout.v_head_dim], q.dtype, device=device)
-    return num_kv_heads
-
-
-def _check_options(
-    num_q_heads: int, window: int | None, soft_cap: float | None, sinks: torch.Tensor | None, device: torch.device
-) -> None:
-    """Check what changes the weights of tokens."""
+    window, soft_cap, sm_scale = mask.window, mask.soft_cap, mask.sm_scale
     if window is not None:
         fits = isinstance(window, int) and not isinstance(window, bool) and 1 <= window <= INT32_MAX
         require(fits, "window", f"None or an integer from 1 to {INT32_MAX}", window)
@@ -120,32 +229,37 @@ def _check_options(
         # Times log2(e), and one over it, are float32 numbers that are neither 0 nor infinite.
         fits = isinstance(soft_cap, (int, float)) and not isinstance(soft_cap, bool) and 1e-30 <= soft_cap <= 1e30
         require(fits, "soft_cap", "None or a number above 0 (from 1e-30 to 1e30)", soft_cap)
-    if sinks is not None:
-        check_tensor("sinks", sinks, [num_q_heads], torch.float32, device=device)
+    if mask.sinks is not None:
+        check_tensor("sinks", mask.sinks, [num_q_heads], torch.float32, device=device)
+    if out is not None:
+        check_tensor("out", out, [*q.shape[:2], layout.v_head_dim], q.dtype, device=device)
+    if sm_scale is None:
+        return mask
+    if not isinstance(sm_scale, numbers.Real) or isinstance(sm_scale, bool) or not -1e30 <= float(sm_scale) <= 1e30:
+        raise ValueError(f"sm_scale: expected None or a finite number (up to 1e30), got {sm_scale!r}")
+    return dataclasses.replace(mask, sm_scale=float(sm_scale))
 
 
-def check_call(sm_scale: object, split_size: object) -> float | None:
-    """Check the options that every attention call has beside what it attends to; return `sm_scale` as a Python number.
-
-    A tensor is refused as a scale, because reading its number would wait for the GPU.
-    """
+def check_split_size(split_size: object) -> None:
+    """Check the batch-invariant mode's option."""
     if split_size is not None:
         fits = isinstance(split_size, int) and not isinstance(split_size, bool) and split_size >= 1
         require(fits, "split_size", "an integer of at least 1", split_size)
-    if sm_scale is None:
-        return None
-    if not isinstance(sm_scale, numbers.Real) or isinstance(sm_scale, bool) or not -1e30 <= float(sm_scale) <= 1e30:
-        raise ValueError(f"sm_scale: expected None or a finite number (up to 1e30), got {sm_scale!r}")
-    return float(sm_scale)
 
 
-def check_scratch(
-    scratch: torch.Tensor, dtype: torch.dtype, table: torch.Tensor, num_kv_heads: int, layout: PageLayout
-) -> None:
-    """Check memory for the dequantized pages of a table, for queries of `dtype`."""
+def check_workspace(workspace: torch.Tensor, num_bytes: int, device: torch.device) -> None:
+    """Check memory for partial results."""
+    check_tensor("workspace", workspace, [None], torch.uint8, device=device)
+    check_aligned("workspace", workspace, 16)
+    require(workspace.numel() >= num_bytes, "workspace", f"at least {num_bytes} bytes", workspace.numel())
+
+
+def check_scratch(scratch: torch.Tensor, dtype: torch.dtype, cache: Cache) -> None:
+    """Check memory for the dequantized pages of a cache, for queries of `dtype`."""
     accepted = (torch.float32,) if dtype == torch.float32 else (torch.float16, torch.bfloat16)
-    shape = [None, 2, num_kv_heads, layout.page_size, layout.raw_head_dim]
+    layout, table = cache.layout, cache.ids
+    shape = [None, 2, cache.num_kv_heads, layout.page_size, layout.raw_head_dim]
     check_tensor("scratch", scratch, shape, accepted, device=table.device)
     if scratch.shape[0] < table.numel():
-        entries = f"{table.numel()} entries of {'block_table' if table.dim() == 2 else 'kv_indices'}"
+        entries = f"{table.numel()} entries of {'kv_indices' if cache.csr else 'block_table'}"
         raise ValueError(f"scratch: expected a slot for each of the {entries}, got {scratch.shape[0]}")

@@ -4,14 +4,59 @@ Triton compiles a kernel anew for a pointer that is no multiple of 16 bytes, and
 Pointers of tables and lengths, and integers that may change, are exempt in each kernel (`do_not_specialize_on_alignment`,
 `do_not_specialize`): their loads are of single numbers. All other tensors come through `aligned`, so that their address and
 strides are multiples of 16, which loads of whole rows are made for. What remains is 64-bit: strides of 2**31 elements and more.
+
+A tensor of rows or pages comes with its strides, as one argument: `Rows`, `Pages`, `Tokens`; None stands for one that is not
+there, and a kernel knows when it is compiled. Tables and lengths are arguments of their own, because exemptions don't reach
+into tuples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+
+class Rows(NamedTuple):
+    """Rows of tokens and heads [tokens, heads, channels]: queries, results, keys or values."""
+
+    ptr: torch.Tensor
+    stride_token: int
+    stride_head: int
+
+
+class Pages(NamedTuple):
+    """Quantized pages: uint8 [num_pages, num_kv_heads, page_bytes]."""
+
+    ptr: torch.Tensor
+    stride_page: int
+    stride_head: int
+
+
+class Tokens(NamedTuple):
+    """Pages of tokens that are not quantized [num_pages, 2, num_kv_heads, page_size, channels]: raw pages, scratch memory."""
+
+    ptr: torch.Tensor
+    stride_page: int
+    stride_half: int
+    stride_head: int
+    stride_token: int
+
+
+def as_rows(x: torch.Tensor) -> Rows:
+    """Return rows [tokens, heads, channels] as an argument of a kernel."""
+    return Rows(x, x.stride(0), x.stride(1))
+
+
+def as_pages(pages: torch.Tensor) -> Pages:
+    """Return quantized pages as an argument of a kernel."""
+    return Pages(pages, pages.stride(0), pages.stride(1))
+
+
+def as_tokens(pages: torch.Tensor | None) -> Tokens | None:
+    """Return pages of tokens as an argument of a kernel; None stays None."""
+    return None if pages is None else Tokens(pages, *pages.stride()[:4])
 
 
 class _OnDevice:

@@ -2,68 +2,69 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def ids_of_row(table_ptr, indptr_ptr, row, stride_table, CSR: tl.constexpr):
-    """Return where the page ids of a row begin: in a block table, or in the indices of a CSR table."""
-    if CSR:
-        row_ptr = table_ptr + tl.load(indptr_ptr + row)
-    else:
+def ids_of_row(table_ptr, indptr_ptr, row, stride_table):
+    """Return where the page ids of a row begin: in a block table, or with `indptr_ptr` in the indices of a CSR table."""
+    if indptr_ptr is None:
         row_ptr = table_ptr + row.to(tl.int64) * stride_table
+    else:
+        row_ptr = table_ptr + tl.load(indptr_ptr + row)
     return row_ptr
 
 
 @triton.jit
-def first_slot(indptr_ptr, row, max_pages, CSR: tl.constexpr):
+def first_slot(indptr_ptr, row, max_pages):
     """Return the slot of scratch memory for body page 0 of a row; those of the pages after it follow."""
-    slot = row.to(tl.int64) * max_pages
-    if CSR:
+    if indptr_ptr is None:
+        slot = row.to(tl.int64) * max_pages
+    else:
         slot = tl.load(indptr_ptr + row).to(tl.int64)
     return slot
 
 
 @triton.jit
-def num_ids_of_row(indptr_ptr, row, mask, max_pages, CSR: tl.constexpr):
+def num_ids_of_row(indptr_ptr, row, mask, max_pages):
     """Return how many page ids a row has, or each of several rows."""
-    count = max_pages
-    if CSR:
+    if indptr_ptr is None:
+        count = max_pages
+    else:
         count = tl.load(indptr_ptr + row + 1, mask, other=0) - tl.load(indptr_ptr + row, mask, other=0)
     return count
 
 
-@triton.jit
-def body_seen(
-    row,
-    seq_len,
-    num_tokens,
-    first_query,
-    last_query,
-    num_quantized_ptr,
-    sink_len,
-    window,
-    G: tl.constexpr,
-    HAS_RAW: tl.constexpr,
-    HAS_NEW: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-):
-    """Return what queries `first_query` to `last_query` of the `num_tokens` last tokens of a row see of its body.
+class Seen(NamedTuple):
+    """What queries see of the body of a sequence. Positions are those within the body; the sink has negative ones."""
 
-    That is: the first page, where quantized pages end, where the seen part of the cache ends, the oldest position, the window,
-    which is no larger than the sequence. Positions are those within the body; the sink has negative ones.
+    first_page: tl.tensor
+    quantized: tl.tensor  # pages; raw ones follow
+    num_valid: tl.tensor  # where the seen part of the cache ends
+    oldest: tl.tensor  # position
+
+
+@triton.jit
+def seen_by(queries, row, seq_len, num_quantized_ptr, sink_len, window, PAGE_SIZE: tl.constexpr, NEW: tl.constexpr):
+    """Return what queries see of the cached body of a row: `queries` are (first, last) of its last tokens, and their number.
+
+    A window is no larger than the sequence. NEW: the keys of those tokens are not in the cache.
     """
-    # A larger window shows no more, and could overflow what it is subtracted from.
-    window = tl.minimum(window, tl.maximum(seq_len, 1))
+    first_query, last_query, num_tokens = queries
     shift = seq_len - num_tokens - sink_len
-    cached = tl.maximum(seq_len - num_tokens, 0) if HAS_NEW else seq_len
+    cached = tl.maximum(seq_len - num_tokens, 0) if NEW else seq_len
     num_valid = tl.minimum(cached - sink_len, shift + last_query + 1)
-    oldest = tl.maximum(shift + first_query - window + 1, -sink_len) if HAS_WINDOW else -sink_len
-    quantized = tl.cdiv(tl.maximum(num_valid, 0), G)
-    if HAS_RAW:
+    if window is None:
+        oldest = -sink_len
+    else:
+        oldest = tl.maximum(shift + first_query - window + 1, -sink_len)
+    quantized = tl.cdiv(tl.maximum(num_valid, 0), PAGE_SIZE)
+    if num_quantized_ptr is not None:
         quantized = tl.minimum(tl.maximum(tl.load(num_quantized_ptr + row), 0), quantized)
-    return tl.maximum(oldest, 0) // G, quantized, num_valid, oldest, window
+    return Seen(tl.maximum(oldest, 0) // PAGE_SIZE, quantized, num_valid, oldest)
 
 
 @triton.jit

@@ -11,9 +11,9 @@ import triton.language as tl
 from helpers import assert_same_bits, check, draw, layout_id
 
 from kvarn_triton import PageLayout, decode_attention, decode_workspace_size, merge_states, reference
-from kvarn_triton.attention.folded import capped
 from kvarn_triton.attention.schedule import Units, row_units
-from kvarn_triton.attention.workspace import num_partials
+from kvarn_triton.attention.softmax import capped
+from kvarn_triton.attention.workspace import MostWork, num_partials
 from kvarn_triton.testing import CacheCase, cache_case, relative_error
 
 LAYOUT = PageLayout(64, 64, 4, 2)
@@ -248,5 +248,6 @@ def test_partial_results_of_csr_rows():
             pages = torch.randint(0, 20, (6,), generator=random)
             raw = max_raw_pages * 4
             pieces = int((-(-(pages + raw) // split_size)).sum())
-            room = num_partials(6, 2, LAYOUT, int(pages.sum()), max_raw_pages, True, split_size, 4)
+            most = MostWork(LAYOUT, int(pages.sum()), max_raw_pages, True, split_size)
+            room = num_partials(6, 2, most, 4)
             assert 2 * (6 + pieces) <= room <= 2 * (6 + pieces + 6 + int(pages.sum()) // split_size)

@@ -1,22 +1,23 @@
 """Paged split-K decode attention over sink, quantized and tail pages in one call.
 
-The first kernel attends to pieces of the work (`decode_pieces`), the second merges the partial results and undoes the rotation
+The first kernel attends to pieces of the work (`decode_kernel`), the second merges the partial results and undoes the rotation
 (`merge`). Both follow one plan (`schedule`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from .. import configs, gpu, reference
-from ..cache import check_attention, check_call
-from ..checks import check_aligned, check_tensor, require
-from ..launch import aligned, check_pool, copy_back
+from ..cache import Cache, Mask, check_queries, check_split_size, check_workspace, checked_for_attention
+from ..launch import aligned, copy_back
 from ..layout import PageLayout
 from .decode_kernel import launch_decode_pieces
 from .merge import launch_merge_splits
 from .schedule import Units, Work
-from .workspace import most_units, num_partials, rows_per_round
+from .workspace import MostWork, most_units, num_partials, rows_per_round
 
 
 def decode_attention(
@@ -82,64 +83,58 @@ def decode_attention(
         ValueError: for a wrong shape, dtype, device, stride or option, and for two forms of page ids, or none; nothing is
             written. Ids and lengths are not read to be checked.
     """
-    num_kv_heads = check_attention(
-        q, q.shape[0] if isinstance(q, torch.Tensor) and q.dim() else None, pages, block_table, seq_lens, layout,
-        raw_pages=raw_pages, raw_table=raw_table, num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr,
-        kv_indices=kv_indices, window=window, soft_cap=soft_cap, sinks=sinks, out=out,
+    cache = Cache(
+        layout, pages, seq_lens, block_table, kv_indptr, kv_indices, raw_pages, raw_table, num_quantized, sink_len
     )  # fmt: skip
-    batch, num_q_heads, v_head_dim = *q.shape[:2], layout.v_head_dim
-    tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
+    cache = checked_for_attention(cache, q.shape[0] if isinstance(q, torch.Tensor) and q.dim() else None)
+    mask = check_queries(q, cache, Mask(sm_scale, window, soft_cap, sinks), out)
+    check_split_size(split_size)
     config = configs.decode_config(layout, q.dtype, q.device, table)
-    sm_scale = check_call(sm_scale, split_size)
-    if raw_pages is not None:
-        raw_pages = check_pool("raw_pages", raw_pages)
-    page_ids = kv_indices if block_table is None else block_table
-    assert page_ids is not None
-    csr, max_pages = block_table is None, page_ids.shape[-1]
-    max_raw_pages = 0 if raw_table is None else raw_table.shape[1]
-    programs = gpu.num_programs(q.device, config.programs_per_sm)
-    sizes = num_tiles, layout, max_pages, max_raw_pages, csr, split_size or 0
-    round_rows = batch if split_size is None else rows_per_round(batch, *sizes, 4 * tile * (v_head_dim + 1))
-    partials = num_partials(round_rows, *sizes, programs)
-    num_bytes = 4 * partials * tile * (v_head_dim + 1)
+    work, round_rows, num_bytes = _plan_work(q, cache, window, split_size or 0, config)
     if workspace is not None:
-        check_tensor("workspace", workspace, [None], torch.uint8, device=q.device)
-        check_aligned("workspace", workspace, 16)
-        require(workspace.numel() >= num_bytes, "workspace", f"at least {num_bytes} bytes", workspace.numel())
+        check_workspace(workspace, num_bytes, q.device)
     if not gpu.on_device(q):
         return reference.decode_attention(
-            q, pages, block_table, seq_lens, layout, raw_pages=raw_pages, raw_table=raw_table,
-            num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr, kv_indices=kv_indices, sm_scale=sm_scale,
-            window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
+            q, pages, block_table, seq_lens, layout, raw_pages=cache.raw_pages, raw_table=raw_table,
+            num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr, kv_indices=kv_indices,
+            sm_scale=mask.sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
         )  # fmt: skip
+    batch, num_q_heads = q.shape[:2]
     if out is None:
-        out = torch.empty(batch, num_q_heads, v_head_dim, dtype=q.dtype, device=q.device)
+        out = torch.empty(batch, num_q_heads, layout.v_head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, num_q_heads, dtype=torch.float32, device=q.device) if return_lse else None
     if workspace is None:
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
-    partial_bytes = 4 * partials * tile * v_head_dim
-    partial = workspace[:partial_bytes].view(torch.float32).view(partials, tile, v_head_dim)
-    partial_lse = workspace[partial_bytes:num_bytes].view(torch.float32).view(partials, tile)
     if batch == 0 or num_q_heads == 0:
         return out if lse is None else (out, lse)
-
-    q, pages, memory = aligned(q), aligned(pages), aligned(out)
-    programs = min(programs, max(num_tiles * most_units(round_rows, layout, max_pages, max_raw_pages, csr), 1))
-    few_programs = min(programs, gpu.num_programs(q.device, config.few_programs_per_sm))
-    units = Units(layout.page_size, configs.RAW_BLOCK, has_raw=raw_pages is not None, has_window=window is not None)
+    tile = configs.head_tiles(num_q_heads, cache.num_kv_heads)[0]
+    partials = num_bytes // (4 * tile * (layout.v_head_dim + 1))
+    sums, ends = workspace[:num_bytes].view(torch.float32).split([partials * tile * layout.v_head_dim, partials * tile])
+    partial, partial_lse = sums.view(partials, tile, layout.v_head_dim), ends.view(partials, tile)
+    q, memory = aligned(q), aligned(out)
     for first in range(0, batch, round_rows):
-        part: tuple[torch.Tensor | None, ...] = (memory, lse, q, seq_lens, num_quantized, block_table, raw_table)
-        indptr = kv_indptr
-        if round_rows < batch:
-            part = tuple(x if x is None else x[first : first + round_rows] for x in part)
-            indptr = kv_indptr if kv_indptr is None else kv_indptr[first : first + round_rows + 1]
-        part_out, part_lse, part_q, lens, counts, ids, raw_ids = part
-        assert part_out is not None and part_q is not None and lens is not None
-        work = Work(lens, counts, sink_len, window, split_size or 0, programs, few_programs, units)
-        launch_decode_pieces(
-            partial, partial_lse, part_q, pages, ids, layout, raw_pages, raw_ids, indptr, kv_indices, sm_scale, soft_cap, work,
-            config,
-        )  # fmt: skip
-        launch_merge_splits(part_out, part_lse, partial, partial_lse, sinks, num_kv_heads, layout, work, config.early_merge)
+        rows = slice(first, min(first + round_rows, batch))
+        part = work if round_rows == batch else dataclasses.replace(work, cache=work.cache.rows(rows.start, rows.stop))
+        launch_decode_pieces(partial, partial_lse, q[rows], mask, part, config)
+        part_lse = None if lse is None else lse[rows]
+        launch_merge_splits(memory[rows], part_lse, partial, partial_lse, sinks, part, config.early_merge)
     copy_back(memory, out)
     return out if lse is None else (out, lse)
+
+
+def _plan_work(
+    q: torch.Tensor, cache: Cache, window: int | None, split_size: int, config: configs.DecodeConfig
+) -> tuple[Work, int, int]:
+    """Return how the work of a call is cut, how many sequences a round has, and how many bytes its partial results take."""
+    layout, num_q_heads = cache.layout, q.shape[1]
+    tile, num_tiles = configs.head_tiles(num_q_heads, cache.num_kv_heads)
+    most = MostWork(layout, cache.max_pages, cache.max_raw_pages, cache.csr, split_size)
+    programs = gpu.num_programs(q.device, config.programs_per_sm)
+    partial_bytes = 4 * tile * (layout.v_head_dim + 1)
+    round_rows = rows_per_round(cache.batch, num_tiles, most, partial_bytes) if split_size else cache.batch
+    num_bytes = num_partials(round_rows, num_tiles, most, programs) * partial_bytes
+    programs = min(programs, max(num_tiles * most_units(round_rows, most), 1))
+    few_programs = min(programs, gpu.num_programs(q.device, config.few_programs_per_sm))
+    has_raw = cache.raw_pages is not None
+    units = Units(layout.page_size, configs.RAW_BLOCK, has_raw=has_raw, has_window=window is not None)
+    return Work(cache, window, split_size, programs, few_programs, units), round_rows, num_bytes

@@ -7,88 +7,91 @@ the start of the next. Grid: (program,), as many as the GPU holds. Bytes moved: 
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .. import configs, gpu
-from ..launch import on
+from ..cache import Mask
+from ..launch import as_rows, on
 from ..layout import PageLayout, fields_per_byte
 from ..paging import ids_of_row, load_page_id, prefetch
 from ..tile.arithmetic import LOG2E
-from .folded import attend_quantized
+from .pages import Records, attend_pages_once
 from .query import load_query, rotate_query
-from .raw import attend_raw
-from .schedule import Work, find_row, plan, row_units, start_of_piece
+from .schedule import Units, Work, find_row, plan, row_units, start_of_piece
+from .softmax import log_sum_exp, new_state
+from .tokens import Runs, attend_raw_once, of_head
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """What the kernel is compiled for."""
+
+    group: int  # query heads of a kv head
+    tile: int  # query heads of a tile
+    block_n: int  # the same, padded
+    block_k: int  # bytes of a key, padded to a power of two of at least 32
+    channels: int  # of a value, padded to a power of two
+    block_t: int  # quantized tokens of one product
+    block_d: int  # channels of one product with values
+    units: Units
+    k_fields: int
+    v_fields: int
+    operand: tl.dtype
+    query_operand: tl.dtype
+    raw_operand: tl.dtype
+    ptx: bool
+    num_stages: int
+    early_merge: bool
+
 
 _NOT_SPECIALIZED = [
-    "batch", "num_tiles", "sink_len", "num_sink_pages", "num_tail_slots", "window", "split_size", "few_programs",
-    "stride_table", "stride_raw_table",
+    "batch", "num_tiles", "sink_len", "num_tail_slots", "window", "split_size", "few_programs", "stride_table",
+    "stride_raw_table",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
-_ANY_ADDRESS = ["table_ptr", "kv_indptr_ptr", "seq_lens_ptr", "raw_table_ptr", "num_quantized_ptr"]
+_ANY_ADDRESS = ["table_ptr", "indptr_ptr", "seq_lens_ptr", "raw_table_ptr", "num_quantized_ptr"]
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def _kvarn_decode_attention_kernel(
-    partial_ptr,  # float32 [num_partials, TILE, v_head_dim], rotated
-    partial_lse_ptr,  # float32 [num_partials, TILE], base 2
-    q_ptr,  # [batch, num_q_heads, head_dim]
-    pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
+    partial_ptr,  # float32 [num_partials, tile, v_head_dim], rotated
+    partial_lse_ptr,  # float32 [num_partials, tile], base 2
+    q,  # Rows [batch, num_q_heads, head_dim]
+    pages,  # Pages
+    raw,  # Tokens, or None
     table_ptr,  # int32 [batch, max_pages], or with CSR [n]
-    kv_indptr_ptr,  # int32 [batch + 1]; unused if not CSR
+    indptr_ptr,  # int32 [batch + 1], None if not CSR
     seq_lens_ptr,  # int32 [batch]
-    raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, raw_head_dim]
-    raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots]
-    num_quantized_ptr,  # int32 [batch]
+    raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots], None without raw pages
+    num_quantized_ptr,  # int32 [batch], None without raw pages
     qk_scale,  # sm_scale * log2(e)
-    cap,  # soft cap of the scores, times log2(e); unused if not HAS_CAP
+    cap,  # soft cap of the scores, times log2(e), or None
     batch,
-    num_tiles,  # of query heads: num_kv_heads * ceil(GROUP / TILE)
+    num_tiles,  # of query heads: num_kv_heads * ceil(group / tile)
     sink_len,
-    num_sink_pages,
     num_tail_slots,
     window,
     split_size,
     few_programs,
-    stride_q_batch,
-    stride_q_head,
-    stride_pages_page,
-    stride_pages_head,
     stride_table,
-    stride_raw_page,
-    stride_raw_half,
-    stride_raw_head,
-    stride_raw_token,
     stride_raw_table,
     LAYOUT: tl.constexpr,
-    GROUP: tl.constexpr,  # query heads of a kv head
-    TILE: tl.constexpr,  # query heads of a tile
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # bytes of a key, padded to a power of two of at least 32
-    CHANNELS: tl.constexpr,  # channels of a value, padded to a power of two
-    BLOCK_T: tl.constexpr,  # quantized tokens of one product
-    BLOCK_D: tl.constexpr,  # channels of one product with values
-    UNITS: tl.constexpr,
-    CSR: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    K_FIELDS: tl.constexpr,
-    V_FIELDS: tl.constexpr,
-    OPERAND: tl.constexpr,
-    QUERY_OPERAND: tl.constexpr,
-    RAW_OPERAND: tl.constexpr,
-    PTX: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    EARLY_MERGE: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
     num_programs = tl.num_programs(0)
-    if EARLY_MERGE:
+    if PLAN.early_merge:
         gdc_launch_dependents()
+    UNITS: tl.constexpr = PLAN.units
     rows = (seq_lens_ptr, num_quantized_ptr, sink_len, window)
     pieces, size, longer, split = plan(rows, batch, num_tiles, num_programs, few_programs, split_size, UNITS)
     align = tl.maximum(split, 1)
-    TILES: tl.constexpr = triton.cdiv(GROUP, TILE)
+    TILES: tl.constexpr = triton.cdiv(PLAN.group, PLAN.tile)
     for piece in range(tl.program_id(0), pieces, num_programs):
         unit = start_of_piece(piece, size, longer)
         end = start_of_piece(piece + 1, size, longer)
@@ -100,7 +103,7 @@ def _kvarn_decode_attention_kernel(
             aligned_units = tl.cdiv(units_of_row, align) * align
             tile = (unit - row_start) // aligned_units
             head = tile // TILES
-            first_head = tile % TILES * TILE
+            first_head = tile % TILES * PLAN.tile
             first = (unit - row_start) % aligned_units
             last = tl.minimum(first + end - unit, units_of_row)
 
@@ -108,131 +111,109 @@ def _kvarn_decode_attention_kernel(
             part = row * num_tiles + tile + piece
             next_unit = row_start + (tile + 1) * aligned_units
 
-            pages_row_ptr = pages_ptr + head.to(tl.int64) * stride_pages_head
-            table_row_ptr = ids_of_row(table_ptr, kv_indptr_ptr, row, stride_table, CSR)
+            records = Records(
+                pages.ptr + head.to(tl.int64) * pages.stride_head,
+                ids_of_row(table_ptr, indptr_ptr, row, stride_table),
+                pages.stride_page,
+            )
             first_page = begins[1] + tl.maximum(first - num_sinks, 0)
             last_page = begins[1] + tl.minimum(last - num_sinks, num_paged)
-            if UNITS.has_window:
+            if PLAN.units.has_window:
                 last_page = tl.where(first_page < last_page, last_page, 0)  # no id is read where there is no page
-            q_row_ptr = q_ptr + row.to(tl.int64) * stride_q_batch + (head * GROUP + first_head).to(tl.int64) * stride_q_head
-            loaded = load_query(
-                q_row_ptr, stride_q_head, tl.minimum(GROUP - first_head, TILE), BLOCK_N, BLOCK_K, LAYOUT, K_FIELDS
-            )
+            q_row_ptr = q.ptr + row.to(tl.int64) * q.stride_token
+            q_row_ptr += (head * PLAN.group + first_head).to(tl.int64) * q.stride_head
+            num_heads = tl.minimum(PLAN.group - first_head, PLAN.tile)
+            loaded = load_query(q_row_ptr, q.stride_head, num_heads, LAYOUT, PLAN)
             page = tl.zeros((), tl.int32)
             if first_page < last_page:
-                page = load_page_id(table_row_ptr, first_page, last_page, PTX)
-                prefetch(pages_row_ptr + page.to(tl.int64) * stride_pages_page, LAYOUT.page_bytes, "L2", PTX)
-            planes, q_factor = rotate_query(loaded, BLOCK_N, BLOCK_K, LAYOUT, K_FIELDS, QUERY_OPERAND)
+                page = load_page_id(records.ids_ptr, first_page, last_page, PLAN.ptx)
+                prefetch(records.ptr + page.to(tl.int64) * pages.stride_page, LAYOUT.page_bytes, "L2", PLAN.ptx)
+            planes, q_factor = rotate_query(loaded, LAYOUT, PLAN)
             q_factor = q_factor * qk_scale
-            m_i = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-            l_i = tl.zeros((BLOCK_N,), tl.float32)
-            acc = tl.zeros((BLOCK_N, CHANNELS), tl.float32)
-            body_visible = (start - sink_len, seq_len - sink_len)
-            acc, m_i, l_i = attend_quantized(
-                acc, m_i, l_i, planes, q_factor,
-                pages_row_ptr, table_row_ptr, stride_pages_page, page, first_page, last_page, body_visible, cap,
-                LAYOUT, BLOCK_T, BLOCK_D, K_FIELDS, V_FIELDS, OPERAND, PTX, NUM_STAGES, UNITS.has_window, HAS_CAP,
+            seen = (start - sink_len, seq_len - sink_len)
+            state = attend_pages_once(
+                new_state(PLAN.block_n, PLAN.channels), planes, q_factor, cap, records, page, (first_page, last_page), seen,
+                LAYOUT, PLAN,
             )  # fmt: skip
-            if UNITS.has_raw:
+            if raw is not None:
                 first_tail = tl.maximum(first - num_sinks - num_paged, 0)
-                acc, m_i, l_i = attend_raw(
-                    acc, m_i, l_i, planes, q_factor,
-                    raw_pages_ptr + head.to(tl.int64) * stride_raw_head, raw_table_ptr + row.to(tl.int64) * stride_raw_table,
-                    stride_raw_page, stride_raw_half, stride_raw_token,
+                runs = Runs(
                     begins[0] + first, tl.maximum(tl.minimum(last, num_sinks) - first, 0),
                     begins[2] + first_tail, tl.maximum(last - num_sinks - num_paged - first_tail, 0),
-                    (begins[1] + num_paged) * LAYOUT.page_size, num_sink_pages, num_tail_slots,
-                    (start, tl.minimum(seq_len, sink_len)), body_visible, cap,
-                    LAYOUT, UNITS.raw_block, K_FIELDS, RAW_OPERAND, PTX, NUM_STAGES, UNITS.has_window, HAS_CAP,
+                    (begins[1] + num_paged) * LAYOUT.page_size, tl.cdiv(sink_len, LAYOUT.page_size), num_tail_slots,
+                )  # fmt: skip
+                state = attend_raw_once(
+                    state, planes, q_factor, cap,
+                    of_head(raw, head),
+                    raw_table_ptr + row.to(tl.int64) * stride_raw_table, runs,
+                    (start, tl.minimum(seq_len, sink_len)), seen, LAYOUT, PLAN,
                 )  # fmt: skip
 
-            offs_n = tl.arange(0, BLOCK_N)
-            offs_d = tl.arange(0, CHANNELS)
-            mask_n = offs_n < TILE
-            place = part.to(tl.int64) * TILE + offs_n
-            tl.store(partial_lse_ptr + place, m_i + tl.log2(l_i), mask_n)
+            offs_n = tl.arange(0, PLAN.block_n)
+            offs_d = tl.arange(0, PLAN.channels)
+            mask_n = offs_n < PLAN.tile
+            place = part.to(tl.int64) * PLAN.tile + offs_n
+            tl.store(partial_lse_ptr + place, log_sum_exp(state), mask_n)
             mask = mask_n[:, None] & (offs_d < LAYOUT.v_head_dim)[None, :]
-            tl.store(partial_ptr + place[:, None] * LAYOUT.v_head_dim + offs_d[None, :], acc * (1.0 / l_i)[:, None], mask)
+            out = state.acc * (1.0 / state.l)[:, None]
+            tl.store(partial_ptr + place[:, None] * LAYOUT.v_head_dim + offs_d[None, :], out, mask)
             unit = next_unit
 
 
-def launch_decode_pieces(
-    partial: torch.Tensor,
-    partial_lse: torch.Tensor,
-    q: torch.Tensor,
-    pages: torch.Tensor,
-    block_table: torch.Tensor | None,
+@functools.lru_cache
+def _plan(
     layout: PageLayout,
-    raw_pages: torch.Tensor | None,
-    raw_table: torch.Tensor | None,
-    kv_indptr: torch.Tensor | None,
-    kv_indices: torch.Tensor | None,
-    sm_scale: float | None,
-    soft_cap: float | None,
-    work: Work,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    group: int,
+    units: Units,
+    ptx: bool,
     config: configs.DecodeConfig,
+) -> DecodePlan:
+    """Return what the kernel is compiled for; `dtypes` are those of queries and of raw pages."""
+    k_fields, channels = fields_per_byte(layout.k_bits), triton.next_power_of_2(layout.v_head_dim)
+    return DecodePlan(
+        group=group,
+        tile=configs.head_tiles(group, 1)[0],
+        block_n=configs.HEAD_TILE,
+        block_k=max(triton.next_power_of_2(layout.head_dim) // k_fields, 32),
+        channels=channels,
+        block_t=config.block_t,
+        block_d=min(config.block_d, channels),
+        units=units,
+        k_fields=k_fields,
+        v_fields=fields_per_byte(layout.v_bits),
+        operand=tl.float32 if dtypes[0] == torch.float32 else tl.int8,
+        query_operand=configs.operand(dtypes[0], dtypes[0]),
+        raw_operand=configs.operand(*dtypes),
+        ptx=ptx,
+        num_stages=config.num_stages,
+        early_merge=config.early_merge,
+    )
+
+
+def launch_decode_pieces(
+    partial: torch.Tensor, partial_lse: torch.Tensor, q: torch.Tensor, mask: Mask, work: Work, config: configs.DecodeConfig
 ) -> None:
     """Attend to the pieces of a decode call; nothing is checked."""
-    batch, num_q_heads, head_dim = q.shape
-    num_kv_heads = pages.shape[1]
-    tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
-    k_fields, v_fields = fields_per_byte(layout.k_bits), fields_per_byte(layout.v_bits)
-    channels = triton.next_power_of_2(layout.v_head_dim)
-    table = kv_indices if block_table is None else block_table
-    assert table is not None
-    has_raw = raw_pages is not None
-    raw = raw_pages if raw_pages is not None else q
-    num_sink_pages = -(-work.sink_len // layout.page_size)
+    cache, num_q_heads = work.cache, q.shape[1]
+    layout, raw_dtype = cache.layout, q.dtype if cache.raw_pages is None else cache.raw_pages.dtype
+    scale = layout.head_dim**-0.5 if mask.sm_scale is None else mask.sm_scale
     on(q, _kvarn_decode_attention_kernel)[(work.num_programs,)](
         partial,
         partial_lse,
-        q,
-        pages,
-        table,
-        work.seq_lens if kv_indptr is None else kv_indptr,
-        work.seq_lens,
-        raw,
-        table if raw_table is None else raw_table,
-        work.seq_lens if work.num_quantized is None else work.num_quantized,
-        (head_dim**-0.5 if sm_scale is None else sm_scale) * LOG2E.value,
-        (soft_cap or 0.0) * LOG2E.value,
-        batch,
-        num_tiles,
-        work.sink_len,
-        num_sink_pages,
-        0 if raw_table is None else raw_table.shape[1] - num_sink_pages,
-        work.window or 0,
-        work.split_size,
-        work.few_programs,
-        q.stride(0),
-        q.stride(1),
-        pages.stride(0),
-        pages.stride(1),
-        0 if block_table is None else block_table.stride(0),
-        raw.stride(0) if has_raw else 0,
-        raw.stride(1) if has_raw else 0,
-        raw.stride(2) if has_raw else 0,
-        raw.stride(3) if has_raw else 0,
-        0 if raw_table is None else raw_table.stride(0),
+        as_rows(q),
+        cache.quantized,
+        **cache.tables(),
+        **cache.raw_tables(),
+        qk_scale=scale * LOG2E.value,
+        cap=None if mask.soft_cap is None else mask.soft_cap * LOG2E.value,
+        batch=cache.batch,
+        num_tiles=configs.head_tiles(num_q_heads, cache.num_kv_heads)[1],
+        window=work.window or 0,
+        split_size=work.split_size,
+        few_programs=work.few_programs,
         LAYOUT=layout,
-        GROUP=num_q_heads // num_kv_heads,
-        TILE=tile,
-        BLOCK_N=configs.HEAD_TILE,
-        BLOCK_K=max(triton.next_power_of_2(head_dim) // k_fields, 32),
-        CHANNELS=channels,
-        BLOCK_T=config.block_t,
-        BLOCK_D=min(config.block_d, channels),
-        UNITS=work.units,
-        CSR=block_table is None,
-        HAS_CAP=soft_cap is not None,
-        K_FIELDS=k_fields,
-        V_FIELDS=v_fields,
-        OPERAND=tl.float32 if q.dtype == torch.float32 else tl.int8,
-        QUERY_OPERAND=configs.operand(q.dtype, q.dtype),
-        RAW_OPERAND=configs.operand(q.dtype, raw.dtype),
-        PTX=gpu.uses_ptx(),
-        NUM_STAGES=config.num_stages,
-        EARLY_MERGE=config.early_merge,
+        PLAN=_plan(layout, (q.dtype, raw_dtype), num_q_heads // cache.num_kv_heads, work.units, gpu.uses_ptx(), config),
         num_warps=config.num_warps,
         enable_fp_fusion=True,
         **config.options(),

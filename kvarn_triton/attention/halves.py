@@ -1,7 +1,7 @@
-"""Attention of up to 16 query rows to a quantized page as it is: what lies between `attend` and `attend_many`.
+"""Attention of up to 16 query rows to a quantized page as it is, in numbers of 16 bits, or 32: between the other forms.
 
-As in `attend` nothing is dequantized: scales are folded into queries and weights, zeros are one number per row. As in
-`attend_many` numbers are rounded to 16 bits once, so that the rows of a product are 16 queries, not 8 in two terms. Codes are
+As in `digits` nothing is dequantized: scales are folded into queries and weights, zeros are one number per row. As in
+`dequantized` numbers are rounded to 16 bits once, so that the rows of a product are 16 queries, not 8 in two terms. Codes are
 multiplied as float16 numbers below the normal range: the bits of a code are the number code * 2**-24, exactly.
 
 Codes are above 0, so rounding a folded number by r would move a score by r times a mean code of half the largest one. That
@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from ..tile.arithmetic import split_halves
-from .folded import load_bytes, load_high
-from .operands import join_planes, split_planes, unsigned_codes, unsigned_codes_ptx
+from .operands import join_planes, load_bytes, load_high, split_planes, unsigned_codes, unsigned_codes_ptx
 from .query import plane_channels
+from .softmax import State, factors_of_part
 
 CODE_UNIT = tl.constexpr(2.0**24)
 LARGEST = tl.constexpr(16384.0)
@@ -62,19 +62,14 @@ def _half_codes(packed, high, FIELD: tl.constexpr, BITS: tl.constexpr, OPERAND: 
 
 
 @triton.jit
-def folded_scores(
-    record_ptr,
-    planes,
-    q_factor,
-    LAYOUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    FIELDS: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """Return the scores [rows, page_size] of the tokens of a record, BLOCK_T of them to a product."""
+def half_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+    """Return the scores [rows, page_size] of the tokens of a record, PLAN.block_t of them to a product."""
     BITS: tl.constexpr = LAYOUT.k_bits
+    FIELDS: tl.constexpr = PLAN.k_fields
+    OPERAND: tl.constexpr = PLAN.operand
+    PTX: tl.constexpr = PLAN.ptx
     G: tl.constexpr = LAYOUT.page_size
+    BLOCK_T: tl.constexpr = PLAN.block_t
     BYTES: tl.constexpr = LAYOUT.head_dim // FIELDS
     BLOCK_K: tl.constexpr = planes[0].shape[1]
     codes_ptr = (record_ptr + LAYOUT.k_codes_offset).to(tl.pointer_type(tl.int8))
@@ -112,27 +107,20 @@ def folded_scores(
 
 
 @triton.jit
-def add_folded_values(
-    acc,
-    m_i,
-    l_i,
-    scores,
-    record_ptr,
-    LAYOUT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FIELDS: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """Return (acc, m_i, l_i) advanced by the values of a record with these scores.
+def add_half_values(state, scores, record_ptr, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+    """Return the state advanced by the values of a record with these scores.
 
     Weights are relative to the largest of the page and row, so that folded ones use the range of 16 bits whatever came before.
     """
     BITS: tl.constexpr = LAYOUT.v_bits
+    FIELDS: tl.constexpr = PLAN.v_fields
+    OPERAND: tl.constexpr = PLAN.operand
+    PTX: tl.constexpr = PLAN.ptx
     G: tl.constexpr = LAYOUT.page_size
     D: tl.constexpr = LAYOUT.v_head_dim
     BYTES: tl.constexpr = G // FIELDS
-    CHANNELS: tl.constexpr = acc.shape[1]
+    BLOCK_D: tl.constexpr = PLAN.block_d
+    CHANNELS: tl.constexpr = state.acc.shape[1]
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + 1 + tl.arange(0, 1))
     params_ptr = (record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32))
     scale, zero = split_halves(tl.load(params_ptr + tl.arange(0, G)))
@@ -155,7 +143,7 @@ def add_folded_values(
         high = packed
         if BITS == 3:
             high = load_high(codes_ptr + D * BYTES, row, BYTES, BYTES, D, PTX)
-        product = tl.zeros((acc.shape[0], BLOCK_D), tl.float32)
+        product = tl.zeros((state.acc.shape[0], BLOCK_D), tl.float32)
         for f in tl.static_range(FIELDS):
             codes = _half_codes(packed, high, f, BITS, OPERAND, PTX)
             product = tl.dot(operands[f], codes, product, input_precision="ieee")
@@ -163,10 +151,8 @@ def add_folded_values(
 
     channel = tl.arange(0, CHANNELS)
     norm = tl.load((record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + channel, channel < D, other=0.0)
-    m_new = tl.maximum(m_i, m_page)
-    alpha = tl.exp2(m_i - m_new)
-    beta = tl.exp2(m_page - m_new)
+    alpha, beta, m = factors_of_part(state, m_page)
     page_factor = beta * gain * (1.0 / LARGEST)
     update = join_planes(products) * (page_factor * CODE_UNIT)[:, None] + (offset * page_factor)[:, None]
-    acc = acc * alpha[:, None] + update * norm.to(tl.float32)[None, :]
-    return acc, m_new, l_i * alpha + total * beta
+    acc = state.acc * alpha[:, None] + update * norm.to(tl.float32)[None, :]
+    return State(acc, m, state.l * alpha + total * beta)

@@ -1,11 +1,13 @@
-"""Merge partial attention results: the pieces of one decode call, or two results over disjoint keys.
+"""Merge partial attention results: the pieces of one call, or two results over disjoint keys.
 
-`_kvarn_merge_splits_kernel`: one program merges the partial results of one query head, and its attention sink, and rotates the
-sum back. Grid: (program,), those of a sequence next to each other. `_kvarn_merge_states_kernel`: one program merges a run of
-rows of two results. Grid: (run,).
+`_kvarn_merge_splits_kernel` (decode) and `_kvarn_merge_queries_kernel` (prefill): one program merges the partial results of one
+query head, and its attention sink, and rotates the sum back. Grid: (program,), those of a sequence next to each other, and
+(token, query head). `_kvarn_merge_states_kernel`: one program merges a run of rows of two results. Grid: (run,).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,25 +16,67 @@ from triton.language.extra.cuda import gdc_wait
 
 from .. import configs, gpu, reference
 from ..checks import FLOATS, check_tensor
-from ..launch import aligned, on
-from ..layout import PageLayout
+from ..launch import aligned, as_rows, on
 from ..tile.arithmetic import LOG2E, hadamard
-from .schedule import Work, piece_of_unit, plan, row_units, start_of_row
+from .schedule import Tiles, Units, Work, piece_of_unit, plan, row_units, start_of_row
+from .softmax import with_sink
 
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
-def with_sink(out, lse, logit):
-    """Return results `out` [rows, channels] and `lse` [rows] with one more token each, of this logit and no value; base 2.
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge is compiled for."""
 
-    A logit of infinity takes all weight; one of -infinity none. Of the two equal numbers one can be infinite, hence `where`.
-    """
-    top = tl.maximum(lse, logit)
-    weight = tl.where(lse == top, 1.0, tl.exp2(lse - top))
-    total = weight + tl.where((logit == top) & (logit > float("-inf")), 1.0, tl.exp2(logit - top))
-    total = tl.where(top == float("-inf"), 1.0, total)
-    return out * (weight / total)[:, None], top + tl.log2(total)
+    v_head_dim: int
+    rotation: int  # block of the rotation that is undone; 1: none
+    block_d: int  # channels, padded
+    block_s: int  # partial results that are looked at together
+    early: bool  # whether the kernel starts before the one that it waits for ends
+    empty: bool  # whether a partial result may be one of no key
+    group: int = 1  # query heads of a kv head
+    tile: int = 1  # query heads of a tile
+    units: Units | None = None
+
+
+@triton.jit
+def _merged(partial_ptr, partial_lse_ptr, count, stride, PLAN: tl.constexpr):
+    """Return the merged result [1, channels] and log-sum-exp [1], base 2, of `count` results `stride` rows apart."""
+    BLOCK_D: tl.constexpr = PLAN.block_d
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < PLAN.v_head_dim
+    m_i = tl.full((1,), float("-inf"), tl.float32)
+    l_i = tl.zeros((1,), tl.float32)
+    acc = tl.zeros((1, BLOCK_D), tl.float32)
+    for start in range(0, count, PLAN.block_s):
+        part = start + tl.arange(0, PLAN.block_s)
+        mask = part < count
+        place = part.to(tl.int64) * stride
+        lse = tl.load(partial_lse_ptr + place, mask, other=float("-inf"))
+        some = mask
+        if PLAN.empty:
+            some = lse > float("-inf")
+        partial = tl.load(partial_ptr + place[:, None] * PLAN.v_head_dim + offs_d, some[:, None] & mask_d, other=0.0)
+        m_new = tl.maximum(m_i, tl.max(lse, axis=0))
+        origin = m_new
+        if PLAN.empty:
+            origin = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weights = tl.exp2(lse - origin)
+        alpha = tl.exp2(m_i - origin)
+        l_i = l_i * alpha + tl.sum(weights, axis=0)
+        acc = acc * alpha[:, None] + tl.sum(partial * weights[:, None], axis=0)[None, :]
+        m_i = m_new
+    return acc / tl.where(l_i > 0, l_i, 1.0)[:, None], m_i + tl.log2(l_i)
+
+
+@triton.jit
+def _store_result(out_ptr, lse_ptr, out, lse, PLAN: tl.constexpr):
+    """Rotate a result [1, channels] back and store it, and its log-sum-exp if there is memory for it."""
+    offs_d = tl.arange(0, PLAN.block_d)[None, :]
+    out = hadamard(out, PLAN.rotation)
+    tl.store(out_ptr + offs_d, out.to(out_ptr.dtype.element_ty), offs_d < PLAN.v_head_dim)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + tl.arange(0, 1), lse * LN2)
 
 
 @triton.jit(
@@ -40,36 +84,28 @@ def with_sink(out, lse, logit):
     do_not_specialize_on_alignment=["lse_ptr", "seq_lens_ptr", "num_quantized_ptr", "sinks_ptr"],
 )
 def _kvarn_merge_splits_kernel(
-    out_ptr,  # [batch, num_q_heads, v_head_dim]
-    lse_ptr,  # float32 [batch, num_q_heads], natural logarithm; unused if not RETURN_LSE
-    partial_ptr,  # float32 [num_partials, TILE, v_head_dim], rotated
-    partial_lse_ptr,  # float32 [num_partials, TILE], base 2
+    out,  # Rows [batch, num_q_heads, v_head_dim]
+    lse_ptr,  # float32 [batch, num_q_heads], natural logarithm, or None
+    partial_ptr,  # float32 [num_partials, tile, v_head_dim], rotated
+    partial_lse_ptr,  # float32 [num_partials, tile], base 2
     seq_lens_ptr,  # int32 [batch]
-    num_quantized_ptr,  # int32 [batch]
-    sinks_ptr,  # float32 [num_q_heads], natural logarithm; unused if not HAS_SINKS
+    num_quantized_ptr,  # int32 [batch], or None
+    sinks_ptr,  # float32 [num_q_heads], natural logarithm, or None
     num_tiles,  # of query heads
     num_programs,
     few_programs,
     sink_len,
     window,
     split_size,
-    stride_out_batch,
-    stride_out_head,
-    D_V: tl.constexpr,
-    ROTATION: tl.constexpr,
-    GROUP: tl.constexpr,  # query heads of a kv head
-    TILE: tl.constexpr,  # query heads of a tile
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    UNITS: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    RETURN_LSE: tl.constexpr,
-    EARLY: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
+    GROUP: tl.constexpr = PLAN.group
+    TILE: tl.constexpr = PLAN.tile
     num_q_heads = num_tiles // triton.cdiv(GROUP, TILE) * GROUP
     q_head, row = tl.program_id(0) % num_q_heads, tl.program_id(0) // num_q_heads
     batch = tl.num_programs(0) // num_q_heads
     tile = q_head // GROUP * triton.cdiv(GROUP, TILE) + q_head % GROUP // TILE
+    UNITS: tl.constexpr = PLAN.units
     rows = (seq_lens_ptr, num_quantized_ptr, sink_len, window)
     _, size, longer, split = plan(rows, batch, num_tiles, num_programs, few_programs, split_size, UNITS)
     row_start = start_of_row(rows, row, num_tiles, split, UNITS)
@@ -81,39 +117,18 @@ def _kvarn_merge_splits_kernel(
     last_piece = piece_of_unit(first_unit + units - 1, size, longer)
     num_parts = tl.where(units > 0, last_piece - first_piece + 1, 0)
     place = (row * num_tiles + tile + first_piece).to(tl.int64) * TILE + q_head % GROUP % TILE
-    partial_ptr += place * D_V
-    partial_lse_ptr += place
-
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D_V
-    m_i = tl.full((1,), float("-inf"), tl.float32)
-    l_i = tl.zeros((1,), tl.float32)
-    acc = tl.zeros((1, BLOCK_D), tl.float32)
-    logit = m_i
-    if HAS_SINKS:
+    if sinks_ptr is not None:
         logit = tl.load(sinks_ptr + q_head + tl.arange(0, 1)) * LOG2E
-    if EARLY:
+    if PLAN.early:
         gdc_wait()
-    for start in range(0, num_parts, BLOCK_S):
-        part = start + tl.arange(0, BLOCK_S)
-        mask = part < num_parts
-        lse = tl.load(partial_lse_ptr + part * TILE, mask, other=float("-inf"))
-        partial = tl.load(partial_ptr + part[:, None] * (TILE * D_V) + offs_d, mask[:, None] & mask_d, other=0.0)
-        m_new = tl.maximum(m_i, tl.max(lse, axis=0))
-        weights = tl.exp2(lse - m_new)
-        alpha = tl.exp2(m_i - m_new)
-        l_i = l_i * alpha + tl.sum(weights, axis=0)
-        acc = acc * alpha[:, None] + tl.sum(partial * weights[:, None], axis=0)[None, :]
-        m_i = m_new
-    out = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
-    merged_lse = m_i + tl.log2(l_i)
-    if HAS_SINKS:
-        out, merged_lse = with_sink(out, merged_lse, logit)
-    out = hadamard(out, ROTATION)
-    out_row_ptr = out_ptr + row.to(tl.int64) * stride_out_batch + q_head.to(tl.int64) * stride_out_head
-    tl.store(out_row_ptr + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask_d[None, :])
-    if RETURN_LSE:
-        tl.store(lse_ptr + tl.program_id(0) + tl.arange(0, 1), merged_lse * LN2)
+    result, lse = _merged(partial_ptr + place * PLAN.v_head_dim, partial_lse_ptr + place, num_parts, TILE, PLAN)
+    if sinks_ptr is not None:
+        result, lse = with_sink(result, lse, logit)
+    out_row_ptr = out.ptr + row.to(tl.int64) * out.stride_token + q_head.to(tl.int64) * out.stride_head
+    lse_row_ptr = lse_ptr
+    if lse_ptr is not None:
+        lse_row_ptr = lse_ptr + tl.program_id(0)
+    _store_result(out_row_ptr, lse_row_ptr, result, lse, PLAN)
 
 
 def launch_merge_splits(
@@ -122,42 +137,111 @@ def launch_merge_splits(
     partial: torch.Tensor,
     partial_lse: torch.Tensor,
     sinks: torch.Tensor | None,
-    num_kv_heads: int,
-    layout: PageLayout,
     work: Work,
     early: bool,
 ) -> None:
     """Merge the partial results of a decode call, and the logits of its sinks, into `out` and `lse`; nothing is checked."""
     batch, num_q_heads, v_head_dim = out.shape
+    cache = work.cache
+    tile, num_tiles = configs.head_tiles(num_q_heads, cache.num_kv_heads)
     block_d = triton.next_power_of_2(v_head_dim)
-    tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
     block_s = configs.merge_block(work.num_programs, batch * num_tiles, work.split_size)
+    group = num_q_heads // cache.num_kv_heads
     on(out, _kvarn_merge_splits_kernel)[(num_q_heads * batch,)](
-        out,
-        partial_lse if lse is None else lse,
+        as_rows(out),
+        lse,
         partial,
         partial_lse,
-        work.seq_lens,
-        work.seq_lens if work.num_quantized is None else work.num_quantized,
-        partial_lse if sinks is None else sinks,
+        cache.seq_lens,
+        cache.num_quantized,
+        sinks,
         num_tiles,
         work.num_programs,
         work.few_programs,
-        work.sink_len,
+        cache.sink_len,
         work.window or 0,
         work.split_size,
-        out.stride(0),
-        out.stride(1),
-        D_V=v_head_dim,
-        ROTATION=layout.v_block_size,
-        GROUP=num_q_heads // num_kv_heads,
-        TILE=tile,
-        BLOCK_D=block_d,
-        BLOCK_S=block_s,
-        UNITS=work.units,
-        HAS_SINKS=sinks is not None,
-        RETURN_LSE=lse is not None,
-        EARLY=early,
+        PLAN=MergePlan(v_head_dim, cache.layout.v_block_size, block_d, block_s, early, False, group, tile, work.units),
+        num_warps=configs.merge_warps(block_s, block_d),
+        enable_fp_fusion=True,
+        **({"launch_pdl": True} if early else {}),
+    )
+
+
+@triton.jit(
+    do_not_specialize=["batch", "num_splits", "first_token", "total_rows", "fill"],
+    do_not_specialize_on_alignment=["lse_ptr", "cu_seqlens_ptr", "sinks_ptr"],
+)
+def _kvarn_merge_queries_kernel(
+    out,  # Rows [total_tokens, num_q_heads, v_head_dim]
+    lse_ptr,  # float32 [total_tokens, num_q_heads], natural logarithm, or None
+    partial_ptr,  # float32 [num_splits, total_tokens, num_q_heads, v_head_dim]
+    partial_lse_ptr,  # float32 [num_splits, total_tokens, num_q_heads], base 2
+    cu_seqlens_ptr,  # int32 [batch + 1]
+    sinks_ptr,  # float32 [num_q_heads], natural logarithm, or None
+    batch,
+    num_splits,
+    first_token,  # of this launch
+    total_rows,  # of this launch
+    fill,  # whether rows of no sequence are zeroed; their log-sum-exp always is -inf
+    PLAN: tl.constexpr,
+):
+    q_head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + q_head
+    token = (first_token + tl.program_id(0)).to(tl.int64)
+    lse_row_ptr = lse_ptr
+    if lse_ptr is not None:
+        lse_row_ptr = lse_ptr + token * tl.num_programs(1) + q_head
+    out_row_ptr = out.ptr + token * out.stride_token + q_head * out.stride_head
+    owned = (token >= tl.load(cu_seqlens_ptr)) & (token < tl.load(cu_seqlens_ptr + batch))
+    if PLAN.early:
+        gdc_wait()
+    if owned:
+        result, lse = _merged(partial_ptr + row * PLAN.v_head_dim, partial_lse_ptr + row, num_splits, total_rows, PLAN)
+        if sinks_ptr is not None:
+            result, lse = with_sink(result, lse, tl.load(sinks_ptr + q_head + tl.arange(0, 1)) * LOG2E)
+        _store_result(out_row_ptr, lse_row_ptr, result, lse, PLAN)
+    else:
+        BLOCK_D: tl.constexpr = PLAN.block_d
+        offs_d = tl.arange(0, BLOCK_D)
+        zeros = tl.zeros((BLOCK_D,), out.ptr.dtype.element_ty)
+        tl.store(out_row_ptr + offs_d, zeros, (offs_d < PLAN.v_head_dim) & (tl.zeros_like(offs_d) + fill != 0))
+        if lse_ptr is not None:
+            tl.store(lse_row_ptr + tl.arange(0, 1), tl.full((1,), float("-inf"), tl.float32))
+
+
+def launch_merge_queries(
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    sinks: torch.Tensor | None,
+    tiles: Tiles,
+    rotation: int,
+) -> None:
+    """Merge `partial` [num_splits, tokens, num_q_heads, v_head_dim] of a launch's tiles into `out` and `lse`.
+
+    Results are rotated back in blocks of `rotation` channels. Nothing is checked.
+    """
+    num_splits, num_tokens, num_q_heads, v_head_dim = partial.shape
+    block_d = triton.next_power_of_2(v_head_dim)
+    early = gpu.launches_early(out.device)
+    block_s = configs.MERGE_BLOCKS[0] if num_splits <= configs.MERGE_BLOCKS[0] else configs.MERGE_BLOCKS[1]
+    if tiles.split_size:
+        block_s = configs.INVARIANT_MERGE_BLOCK
+    on(out, _kvarn_merge_queries_kernel)[(num_tokens, num_q_heads)](
+        as_rows(out),
+        lse,
+        partial,
+        partial_lse,
+        tiles.cu_seqlens_q,
+        sinks,
+        tiles.cache.batch,
+        num_splits,
+        tiles.tokens.start,
+        num_tokens * num_q_heads,
+        int(tiles.fill),
+        PLAN=MergePlan(v_head_dim, rotation, block_d, block_s, early, True),
         num_warps=configs.merge_warps(block_s, block_d),
         enable_fp_fusion=True,
         **({"launch_pdl": True} if early else {}),

@@ -197,3 +197,26 @@ def high_bits(lower, upper, PTX: tl.constexpr):
     else:
         bits = ((lower & MASK) | ((upper >> 4) & MASK)).to(lower.dtype)
     return bits
+
+
+@triton.jit
+def load_bytes(rows_ptr, row, BYTES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ALL_ROWS: tl.constexpr):
+    """Load BYTES bytes of each row, padded to BLOCK, as int8 [BLOCK, rows]; rows from ROWS on are zero."""
+    byte = tl.arange(0, BLOCK)[:, None]
+    place = row[None, :] * BYTES + byte
+    if BYTES == BLOCK and ALL_ROWS:
+        packed = tl.load(rows_ptr + place)
+    else:
+        packed = tl.load(rows_ptr + place, (byte < BYTES) & (row < ROWS)[None, :], other=0)
+    return packed
+
+
+@triton.jit
+def load_high(rows_ptr, row, BYTES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr):
+    """Load the high bits of 3-bit codes for rows of BYTES bytes as int8 [BLOCK, rows]: bit f belongs to field f."""
+    byte = tl.arange(0, BLOCK)[:, None]
+    place = row[None, :] * (BYTES // 2) + byte
+    mask = (row < ROWS)[None, :]
+    lower = tl.load(rows_ptr + place, (byte < BYTES // 2) & mask, other=0)
+    upper = tl.load(rows_ptr + place - BYTES // 2, (byte >= BYTES // 2) & (byte < BYTES) & mask, other=0)
+    return high_bits(lower, upper, PTX)

@@ -1,24 +1,27 @@
 """Attention of several query tokens per sequence: chunked prefill, verification of drafts, first chunks.
 
-The first kernel attends with tiles of query rows (`prefill_tiles`); each page is decoded once for all rows of a tile. Where
+The first kernel attends with tiles of query rows (`prefill_kernel`); each page is decoded once for all rows of a tile. Where
 there are fewer tiles than the GPU holds programs, the pages of a tile are split among several programs, and the second kernel
-merges their results (`prefill_merge`). With scratch memory a launch before decodes each page once (`prefill_expand`), and tiles
+merges their results (`merge`). With scratch memory a launch before decodes each page once (`pages.expand`), and tiles
 attend to numbers in 16 bits.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from .. import configs, gpu, reference
-from ..cache import check_attention, check_call, check_scratch
-from ..checks import check_aligned, check_tensor, require
-from ..launch import aligned, check_pool, copy_back
+from ..cache import Cache, Mask, check_queries, check_scratch, check_split_size, check_workspace, checked_for_attention
+from ..checks import check_tensor, require
+from ..launch import Rows, aligned, as_rows, check_pool, copy_back
 from ..layout import PageLayout
 from ..pages.expand import launch_expand_pages
 from . import workspace as workspaces
-from .merge_queries import launch_merge_queries
+from .merge import launch_merge_queries
 from .prefill_kernel import launch_prefill_tiles
+from .schedule import Tiles
 from .workspace import tokens_per_round
 
 MAX_PROGRAMS = 2**31 - 1
@@ -67,25 +70,6 @@ def prefill_workspace_size(
     tiles = [configs.prefill_config(layout, dtype, device, least, 1, 1, None, scratch) for least in sizes]
     programs = [gpu.num_programs(device, config.programs_per_sm) * config.block_m for config in tiles]
     return row_bytes * min(max(programs, default=0), max_pages * rows)
-
-
-def _num_splits(
-    total_tokens: int,
-    batch: int,
-    num_q_heads: int,
-    num_kv_heads: int,
-    max_pages: int,
-    device: torch.device,
-    config: configs.PrefillConfig,
-    split_size: int | None,
-) -> int:
-    """Return among how many programs the pages of a tile are split."""
-    if split_size is not None:
-        return max(-(-max_pages // split_size), 1)
-    rows = -(-total_tokens // max(batch, 1)) * (num_q_heads // max(num_kv_heads, 1))
-    tiles = batch * -(-rows // config.block_m) * num_kv_heads
-    programs = gpu.num_programs(device, config.programs_per_sm)
-    return max(min(programs // max(tiles, 1), max_pages), 1)
 
 
 def prefill_attention(
@@ -164,90 +148,108 @@ def prefill_attention(
     Raises:
         ValueError: for a wrong shape, dtype, device or stride; nothing is written. Ids and lengths are not read to be checked.
     """
-    num_kv_heads = check_attention(
-        q, None, pages, block_table, seq_lens, layout,
-        raw_pages=raw_pages, raw_table=raw_table, num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr,
-        kv_indices=kv_indices, window=window, soft_cap=soft_cap, sinks=sinks, out=out,
+    cache = Cache(
+        layout, pages, seq_lens, block_table, kv_indptr, kv_indices, raw_pages, raw_table, num_quantized, sink_len
     )  # fmt: skip
-    total_tokens, num_q_heads, v_head_dim = *q.shape[:2], layout.v_head_dim
-    batch = seq_lens.shape[0]
-    check_tensor("cu_seqlens_q", cu_seqlens_q, [batch + 1], torch.int32, device=q.device)
-    require((k is None) == (v is None), "v", "a tensor beside k, and None without it", None if v is None else "a tensor")
-    if k is not None and v is not None:
-        check_tensor("k", k, [total_tokens, num_kv_heads, layout.head_dim], q.dtype, device=q.device)
-        check_tensor("v", v, [total_tokens, num_kv_heads, v_head_dim], q.dtype, device=q.device)
-    sm_scale = check_call(sm_scale, split_size)
-    if raw_pages is not None:
-        raw_pages = check_pool("raw_pages", raw_pages)
-    table = block_table if block_table is not None else kv_indices
-    assert table is not None
+    cache = checked_for_attention(cache, None)
+    mask = check_queries(q, cache, Mask(sm_scale, window, soft_cap, sinks), out)
+    _check_new(q, k, v, cu_seqlens_q, cache)
+    check_split_size(split_size)
     if scratch is not None:
-        check_scratch(scratch, q.dtype, table, num_kv_heads, layout)
+        check_scratch(scratch, q.dtype, cache)
         scratch = check_pool("scratch", scratch)
-    group = num_q_heads // max(num_kv_heads, 1)
-    config = configs.prefill_config(layout, q.dtype, q.device, total_tokens, batch, group, split_size, scratch is not None)
-    splits = _num_splits(total_tokens, batch, num_q_heads, num_kv_heads, table.shape[-1], q.device, config, split_size)
-    most = MAX_PROGRAMS // max((-(-total_tokens * group // config.block_m) + batch) * num_kv_heads, 1)
-    require(splits <= most, "split_size", f"one that cuts pages into at most {most} runs", split_size)
-    token_bytes = 0 if splits == 1 else 4 * splits * num_q_heads * (v_head_dim + 1)
-    round_tokens = total_tokens
-    if split_size is not None:
-        round_tokens = tokens_per_round(total_tokens, token_bytes, config.block_m)
-    num_bytes = round_tokens * token_bytes
+    tiles = _plan_tiles(q, cu_seqlens_q, cache, split_size, scratch is not None, fill=out is None)
+    total_tokens, num_q_heads = q.shape[:2]
+    num_bytes = 0 if tiles.num_splits == 1 else len(tiles.tokens) * _token_bytes(tiles.num_splits, num_q_heads, layout)
     if workspace is not None:
-        check_tensor("workspace", workspace, [None], torch.uint8, device=q.device)
-        check_aligned("workspace", workspace, 16)
-        require(workspace.numel() >= num_bytes, "workspace", f"at least {num_bytes} bytes", workspace.numel())
+        check_workspace(workspace, num_bytes, q.device)
     if not gpu.on_device(q):
         return reference.prefill_attention(
-            q, pages, block_table, seq_lens, cu_seqlens_q, layout, k=k, v=v, raw_pages=raw_pages, raw_table=raw_table,
-            num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr, kv_indices=kv_indices, sm_scale=sm_scale,
-            window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
+            q, pages, block_table, seq_lens, cu_seqlens_q, layout, k=k, v=v, raw_pages=cache.raw_pages, raw_table=raw_table,
+            num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr, kv_indices=kv_indices,
+            sm_scale=mask.sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
         )  # fmt: skip
-    fill = out is None
     if out is None:
-        out = torch.empty(total_tokens, num_q_heads, v_head_dim, dtype=q.dtype, device=q.device)
+        out = torch.empty(total_tokens, num_q_heads, layout.v_head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(total_tokens, num_q_heads, dtype=torch.float32, device=q.device) if return_lse else None
     if workspace is None:
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
-    if total_tokens == 0 or num_q_heads == 0 or batch == 0:
-        if fill:
+    if total_tokens == 0 or num_q_heads == 0 or cache.batch == 0:
+        if tiles.fill:
             out.zero_()
         return out if lse is None else (out, lse.fill_(-torch.inf))
-    q, pages, memory = aligned(q), aligned(pages), aligned(out)
-    if k is not None and v is not None:
-        k, v = aligned(k), aligned(v)
+    q, memory = aligned(q), aligned(out)
+    new = None if k is None or v is None else (as_rows(aligned(k)), as_rows(aligned(v)))
     if scratch is not None:
-        launch_expand_pages(
-            scratch, cu_seqlens_q, pages, block_table, kv_indptr, kv_indices, seq_lens, layout, num_quantized, sink_len, window,
-            has_new=k is not None,
-        )  # fmt: skip
-    for first in range(0, total_tokens, round_tokens):
-        tokens = range(first, min(first + round_tokens, total_tokens))
-        partial, partial_lse = None, None
-        if splits > 1:
-            shape = splits, len(tokens), num_q_heads
-            sums, end = (4 * splits * len(tokens) * num_q_heads * n for n in (v_head_dim, v_head_dim + 1))
-            partial = workspace[:sums].view(torch.float32).view(*shape, v_head_dim)
-            partial_lse = workspace[sums:end].view(torch.float32).view(shape)
-        launch_prefill_tiles(
-            memory, lse, partial, partial_lse, q, k, v, cu_seqlens_q, pages, block_table, kv_indptr, kv_indices, seq_lens,
-            layout, raw_pages, raw_table, num_quantized, scratch, sink_len, sm_scale, window, soft_cap, sinks, splits,
-            split_size or 0, config, tokens, fill,
-        )  # fmt: skip
-        if partial is not None and partial_lse is not None:
-            launch_merge_queries(
-                memory,
-                lse,
-                partial,
-                partial_lse,
-                cu_seqlens_q,
-                sinks,
-                layout,
-                rotated=k is None,
-                first_token=first,
-                fill=fill,
-                split_size=split_size or 0,
-            )
+        launch_expand_pages(scratch, cu_seqlens_q, cache, window, has_new=k is not None)
+    _attend((memory, lse), q, new, scratch, mask, tiles, workspace[:num_bytes])
     copy_back(memory, out)
     return out if lse is None else (out, lse)
+
+
+def _check_new(
+    q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, cu_seqlens_q: torch.Tensor, cache: Cache
+) -> None:
+    """Check which query tokens are whose, and their keys and values."""
+    layout, device = cache.layout, q.device
+    check_tensor("cu_seqlens_q", cu_seqlens_q, [cache.batch + 1], torch.int32, device=device)
+    require((k is None) == (v is None), "v", "a tensor beside k, and None without it", None if v is None else "a tensor")
+    if k is not None and v is not None:
+        check_tensor("k", k, [q.shape[0], cache.num_kv_heads, layout.head_dim], q.dtype, device=device)
+        check_tensor("v", v, [q.shape[0], cache.num_kv_heads, layout.v_head_dim], q.dtype, device=device)
+
+
+def _plan_tiles(
+    q: torch.Tensor, cu_seqlens_q: torch.Tensor, cache: Cache, split_size: int | None, scratch: bool, fill: bool
+) -> Tiles:
+    """Return how the work of a call is cut: the tiles of its first round, which has as many tokens as the others at least."""
+    total_tokens, num_q_heads = q.shape[:2]
+    num_kv_heads, layout = cache.num_kv_heads, cache.layout
+    group = num_q_heads // max(num_kv_heads, 1)
+    config = configs.prefill_config(layout, q.dtype, q.device, total_tokens, cache.batch, group, split_size, scratch)
+    if split_size is not None:
+        splits = max(-(-cache.max_pages // split_size), 1)
+    else:
+        rows = -(-total_tokens // max(cache.batch, 1)) * group
+        count = cache.batch * -(-rows // config.block_m) * num_kv_heads
+        programs = gpu.num_programs(q.device, config.programs_per_sm)
+        splits = max(min(programs // max(count, 1), cache.max_pages), 1)
+    most = MAX_PROGRAMS // max((-(-total_tokens * group // config.block_m) + cache.batch) * num_kv_heads, 1)
+    require(splits <= most, "split_size", f"one that cuts pages into at most {most} runs", split_size)
+    round_tokens = total_tokens
+    if split_size is not None and splits > 1:
+        round_tokens = tokens_per_round(total_tokens, _token_bytes(splits, num_q_heads, layout), config.block_m)
+    return Tiles(cache, cu_seqlens_q, range(round_tokens), splits, split_size or 0, fill, config)
+
+
+def _token_bytes(num_splits: int, num_q_heads: int, layout: PageLayout) -> int:
+    """Return how many bytes the partial results of a token take."""
+    return 4 * num_splits * num_q_heads * (layout.v_head_dim + 1)
+
+
+def _attend(
+    results: tuple[torch.Tensor, torch.Tensor | None],
+    q: torch.Tensor,
+    new: tuple[Rows, Rows] | None,
+    scratch: torch.Tensor | None,
+    mask: Mask,
+    tiles: Tiles,
+    workspace: torch.Tensor,
+) -> None:
+    """Attend, in rounds of `tiles.tokens`, and merge what several programs have computed of a tile."""
+    out, lse = results
+    layout, num_splits, num_q_heads = tiles.cache.layout, tiles.num_splits, q.shape[1]
+    if num_splits == 1:
+        launch_prefill_tiles(as_rows(out), lse, q, new, scratch, mask, tiles)
+        return
+    rotation = layout.v_block_size if new is None else 1
+    memory = workspace.view(torch.float32)
+    for first in range(0, q.shape[0], len(tiles.tokens)):
+        tokens = range(first, min(first + len(tiles.tokens), q.shape[0]))
+        part = dataclasses.replace(tiles, tokens=tokens)
+        shape = num_splits, len(tokens), num_q_heads
+        rows = num_splits * len(tokens) * num_q_heads
+        partial = memory[: rows * layout.v_head_dim].view(*shape, layout.v_head_dim)
+        partial_lse = memory[rows * layout.v_head_dim : rows * (layout.v_head_dim + 1)].view(shape)
+        launch_prefill_tiles(as_rows(partial[0]), partial_lse, q, new, scratch, mask, part)
+        launch_merge_queries(out, lse, partial, partial_lse, mask.sinks, part, rotation)

@@ -26,14 +26,26 @@ def plane_channels(FIELD: tl.constexpr, LAYOUT: tl.constexpr, FIELDS: tl.constex
 
 
 @triton.jit
-def _hadamard_matrix(SIZE: tl.constexpr, dtype: tl.constexpr):
-    """Return the unnormalized Hadamard matrix of 4 * RUN bytes, block-diagonal in SIZE of them, columns spread."""
-    row = tl.arange(0, 4 * RUN)[:, None]
-    column = spread_columns(tl.arange(0, 4 * RUN))[None, :]
-    odd = row & column & (SIZE - 1)
-    odd = (0x6996 >> ((odd ^ (odd >> 4)) & 15)) & 1
-    entry = tl.where(odd == 1, -1.0, 1.0)
-    return tl.where(row // SIZE == column // SIZE, entry, 0.0).to(dtype)
+def channel_in_order(index, BLOCK_K: tl.constexpr, LAYOUT: tl.constexpr, FIELDS: tl.constexpr):
+    """Return the channels in the order of query and key operands, field by field, and which are not padding.
+
+    They are those of `item_of_field`, written so that the compiler sees neighbours that lie side by side.
+    """
+    RUN: tl.constexpr = LAYOUT.block_size // FIELDS
+    channel = index // RUN % (BLOCK_K // RUN) * LAYOUT.block_size + index // BLOCK_K * RUN + index % RUN
+    return channel, index % BLOCK_K < LAYOUT.head_dim // FIELDS
+
+
+@triton.jit
+def _hadamard_matrix(row, column, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """Return entries of the unnormalized Hadamard matrix, block-diagonal in BLOCK channels.
+
+    An entry is negative where the number of bits that row and column have in common is odd. 0x6996 has the parity of four bits
+    at their place; BLOCK is at most 256, so that the bits are two times four.
+    """
+    common = row & column & (BLOCK - 1)
+    odd = (0x6996 >> ((common ^ (common >> 4)) & 15)) & 1
+    return tl.where(row // BLOCK == column // BLOCK, tl.where(odd == 1, -1.0, 1.0), 0.0).to(dtype)
 
 
 @triton.jit
@@ -47,61 +59,44 @@ def _butterfly(x, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _load_plane(
-    q_ptr,
-    stride_q_head,
-    num_heads,
-    FIELD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    FIELDS: tl.constexpr,
-):
+def _load_plane(q_ptr, stride_q_head, num_heads, FIELD: tl.constexpr, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
     """Load a plane as [groups of bytes * heads, 4 * RUN]."""
-    row = tl.arange(0, BLOCK_K // (4 * RUN) * BLOCK_N)[:, None]
-    channel, mask = plane_channels(FIELD, LAYOUT, FIELDS, row // BLOCK_N * (4 * RUN) + tl.arange(0, 4 * RUN)[None, :])
-    head = row % BLOCK_N
+    row = tl.arange(0, PLAN.block_k // (4 * RUN) * PLAN.block_n)[:, None]
+    byte = row // PLAN.block_n * (4 * RUN) + tl.arange(0, 4 * RUN)[None, :]
+    channel, mask = plane_channels(FIELD, LAYOUT, PLAN.k_fields, byte)
+    head = row % PLAN.block_n
     return tl.load(q_ptr + head.to(tl.int64) * stride_q_head + channel, mask & (head < num_heads), other=0.0)
 
 
 @triton.jit
-def load_query(
-    q_ptr,
-    stride_q_head,
-    num_heads,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    FIELDS: tl.constexpr,
-):
+def load_query(q_ptr, stride_q_head, num_heads, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
     """Load the planes of `num_heads` queries of one kv head, for `rotate_query`."""
+    FIELDS: tl.constexpr = PLAN.k_fields
     loaded = ()
     for f in tl.static_range(FIELDS):
-        loaded = loaded + (_load_plane(q_ptr, stride_q_head, num_heads, f, BLOCK_N, BLOCK_K, LAYOUT, FIELDS),)
+        loaded = loaded + (_load_plane(q_ptr, stride_q_head, num_heads, f, LAYOUT, PLAN),)
     return loaded
 
 
 @triton.jit
-def rotate_query(
-    loaded,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    FIELDS: tl.constexpr,
-    QUERY_OPERAND: tl.constexpr,
-):
+def rotate_query(loaded, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
     """Rotate what `load_query` loaded.
 
-    Returns planes float32 [BLOCK_N, BLOCK_K] and a factor of their scores [BLOCK_N]. Each head is scaled so that its largest
+    Returns planes float32 [block_n, block_k] and a factor of their scores [block_n]. Each head is scaled so that its largest
     number times the largest `scale` of keys stays within DIGITS_MAX, and plane f is divided by `field_factor`.
     """
+    FIELDS: tl.constexpr = PLAN.k_fields
+    BLOCK_N: tl.constexpr = PLAN.block_n
+    BLOCK_K: tl.constexpr = PLAN.block_k
+    OPERAND: tl.constexpr = PLAN.query_operand
     SIZE: tl.constexpr = LAYOUT.block_size // FIELDS
     GROUPS: tl.constexpr = BLOCK_K // (4 * RUN)
     LEVELS: tl.constexpr = 2**LAYOUT.k_bits - 1
-    matrix = _hadamard_matrix(min(SIZE, 4 * RUN), QUERY_OPERAND)
+    byte = tl.arange(0, 4 * RUN)
+    matrix = _hadamard_matrix(byte[:, None], spread_columns(byte)[None, :], min(SIZE, 4 * RUN), OPERAND)
     planes = ()
     for f in tl.static_range(FIELDS):
-        product = tl.dot(loaded[f].to(QUERY_OPERAND), matrix, input_precision="ieee")
+        product = tl.dot(loaded[f].to(OPERAND), matrix, input_precision="ieee")
         product = tl.permute(tl.reshape(product, (GROUPS, BLOCK_N, RUN // 2, 4, 2)), (1, 0, 3, 2, 4))
         plane = tl.reshape(product, (BLOCK_N, BLOCK_K))
         for i in tl.static_range(log2(max(SIZE // (4 * RUN), 1))):
@@ -131,12 +126,9 @@ def raw_query(planes, LAYOUT: tl.constexpr, FIELDS: tl.constexpr, OPERAND: tl.co
 
 @triton.jit
 def _hadamard_of_blocks(SIZE: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
-    """Return the unnormalized Hadamard matrix of BLOCK channels, block-diagonal in SIZE of them."""
-    row = tl.arange(0, SIZE)[:, None]
-    column = tl.arange(0, SIZE)[None, :]
-    odd = row & column & (BLOCK - 1)
-    odd = (0x6996 >> ((odd ^ (odd >> 4)) & 15)) & 1
-    return tl.where(row // BLOCK == column // BLOCK, tl.where(odd == 1, -1.0, 1.0), 0.0).to(dtype)
+    """Return the unnormalized Hadamard matrix of SIZE channels, block-diagonal in BLOCK of them."""
+    channel = tl.arange(0, SIZE)
+    return _hadamard_matrix(channel[:, None], channel[None, :], BLOCK, dtype)
 
 
 @triton.jit

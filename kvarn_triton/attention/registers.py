@@ -1,6 +1,6 @@
 """Attention of 16 or 32 query rows to a quantized page that is dequantized in registers: what few rows of prefill attention do.
 
-Query rows are rows of the products, as in `attend_many`. Their right operands, keys and values, never leave the threads that
+Query rows are rows of the products, as in `dequantized`. Their right operands, keys and values, never leave the threads that
 load their codes: a product of so few rows takes its operands from registers. No number of a page is stored to shared memory.
 Warps share them, each making those of a part of the tokens and then of the channels: what goes through shared memory is queries
 and weights.
@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from ..tile.arithmetic import item_of_field, split_halves
-from .folded import advance_softmax
 from .operands import LEAST_PLANE, high_bits, join_planes, split_planes
+from .softmax import State, advance
 
 
 @triton.jit
@@ -167,22 +167,16 @@ def _norms_in_order(norm_ptr, LAYOUT: tl.constexpr, FIELDS: tl.constexpr):
 
 
 @triton.jit
-def register_scores(
-    record_ptr,
-    planes,
-    q_factor,
-    LAYOUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    FIELDS: tl.constexpr,
-    V_FIELDS: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """Return the scores [rows, page_size] of a record, tokens in the order of `token_in_order`, BLOCK_T to a product.
+def register_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+    """Return the scores [rows, page_size] of a record, tokens in the order of `token_in_order`, PLAN.block_t to a product.
 
     `planes` are those of `query.rotate_planes`.
     """
     BITS: tl.constexpr = LAYOUT.k_bits
+    FIELDS: tl.constexpr = PLAN.k_fields
+    PTX: tl.constexpr = PLAN.ptx
     G: tl.constexpr = LAYOUT.page_size
+    BLOCK_T: tl.constexpr = PLAN.block_t
     WORDS: tl.constexpr = LAYOUT.head_dim // FIELDS // 2
     BLOCK_K: tl.constexpr = planes[0].shape[1]
     codes_ptr = record_ptr + LAYOUT.k_codes_offset
@@ -196,42 +190,35 @@ def register_scores(
         params = params + _load_params(params_ptr, pair, f, WORDS, BITS, PTX)
     products = ()
     for part in tl.static_range(G // BLOCK_T):
-        token = token_in_order(part * BLOCK_T + tl.arange(0, BLOCK_T), LAYOUT, V_FIELDS)
+        token = token_in_order(part * BLOCK_T + tl.arange(0, BLOCK_T), LAYOUT, PLAN.v_fields)
         words, high = _load_words(codes_ptr, token, WORDS, BLOCK_K, G, BITS, PTX)
         product = tl.zeros((planes[0].shape[0], BLOCK_T), tl.float32)
         for plane in tl.static_range(2 * FIELDS):
             numbers = _numbers(words, high, params[plane][0], params[plane][1], plane // 2, plane % 2, BITS, PTX)
             product = tl.dot(planes[plane], numbers, product, input_precision="ieee")
         products = products + (product,)
-    norm = _norms_in_order(record_ptr + LAYOUT.k_norm_offset, LAYOUT, V_FIELDS).to(tl.float32) * factor
+    norm = _norms_in_order(record_ptr + LAYOUT.k_norm_offset, LAYOUT, PLAN.v_fields).to(tl.float32) * factor
     return join_planes(products) * norm[None, :]
 
 
 @triton.jit
-def add_register_values(
-    acc,
-    m_i,
-    l_i,
-    scores,
-    record_ptr,
-    LAYOUT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FIELDS: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """Return (acc, m_i, l_i) advanced by the values of a record with the scores of `register_scores`, BLOCK_D channels at once.
+def add_register_values(state, scores, record_ptr, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+    """Return the state advanced by the values of a record with the scores of `register_scores`, PLAN.block_d channels at once.
 
     Nothing has to be done about gains: sums are multiplied by those of a page in float32.
     """
     BITS: tl.constexpr = LAYOUT.v_bits
+    FIELDS: tl.constexpr = PLAN.v_fields
+    PTX: tl.constexpr = PLAN.ptx
     D: tl.constexpr = LAYOUT.v_head_dim
     WORDS: tl.constexpr = LAYOUT.page_size // FIELDS // 2
     BLOCK_W: tl.constexpr = max(WORDS, LEAST_PLANE)
-    CHANNELS: tl.constexpr = acc.shape[1]
+    BLOCK_D: tl.constexpr = PLAN.block_d
+    CHANNELS: tl.constexpr = state.acc.shape[1]
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + 1)
-    weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
+    weights, alpha, m, l_sum = advance(state, scores, False)
     operands = split_planes(weights.to(tl.float16), 2 * FIELDS)
-    acc = acc * alpha[:, None]
+    acc = state.acc * alpha[:, None]
 
     codes_ptr = record_ptr + LAYOUT.v_codes_offset
     params_ptr = record_ptr + LAYOUT.v_params_offset
@@ -251,4 +238,4 @@ def add_register_values(
     channel = tl.arange(0, CHANNELS)
     norm = tl.load((record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + channel, channel < D, other=0.0)
     norm = norm.to(tl.float32) * (gain * (1.0 / _unit(BITS)))
-    return acc + join_planes(products) * norm[None, :], m_i, l_i
+    return State(acc + join_planes(products) * norm[None, :], m, l_sum)

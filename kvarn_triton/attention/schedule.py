@@ -21,11 +21,14 @@ along the line, so no number occurs twice.
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+
+from ..cache import Cache
+from ..configs import PrefillConfig
 
 BLOCK_B = tl.constexpr(128)
 """Sequences whose lengths are looked at together."""
@@ -37,7 +40,7 @@ TRIES = tl.constexpr(3)
 """Sizes of pieces that are tried, from an equal share on, before heads share pieces."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Units:
     """What units are: the constants that kernels are compiled for."""
 
@@ -47,18 +50,29 @@ class Units:
     has_window: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Work:
     """Which tokens a decode call attends to, and how that is cut: what both of its kernels have to agree on."""
 
-    seq_lens: torch.Tensor
-    num_quantized: torch.Tensor | None
-    sink_len: int
+    cache: Cache
     window: int | None
     split_size: int  # 0: balanced
     num_programs: int
     few_programs: int
     units: Units
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Which query rows a launch is for, and among how many programs the work of each tile is shared."""
+
+    cache: Cache
+    cu_seqlens_q: torch.Tensor
+    tokens: range
+    num_splits: int
+    split_size: int  # 0: equal shares
+    fill: bool  # whether rows of no sequence are zeroed; their log-sum-exp always is -inf
+    config: PrefillConfig
 
 
 @triton.jit
@@ -225,7 +239,7 @@ def free_token(cu_seqlens_ptr, batch, index):
 
 @triton.jit
 def share_of_tile(split, num_splits, split_size, num_raw, first_page, last_page):
-    """Return the share of program `split` of the `num_splits` of a tile: its first and last raw unit, its first and last page.
+    """Return the share of program `split` of the `num_splits` of a tile: (first, last) of its raw units and of its pages.
 
     The line of a tile is num_raw units of RAW_UNIT raw tokens, then its pages. Programs share it equally; in the
     batch-invariant mode (split_size > 0) they have split_size pages each, and the first has all raw units.
@@ -241,4 +255,4 @@ def share_of_tile(split, num_splits, split_size, num_raw, first_page, last_page)
         first_raw = tl.where(split == 0, 0, num_raw)
         last_raw = num_raw
     last_page = tl.minimum(first_page + first + size, last_page)
-    return first_raw, last_raw, first_page + tl.maximum(first, 0), last_page
+    return (first_raw, last_raw), (first_page + tl.maximum(first, 0), last_page)

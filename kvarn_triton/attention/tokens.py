@@ -1,17 +1,105 @@
-"""Attention of many queries to tokens in 16 bits: of sinks and tails, of dequantized pages, and new ones outside of the cache.
-
-What one program does with a tile of query rows; masks and softmax are those of `attend_many`.
-"""
+"""The loops over tokens in 16 bits: of sinks and tails, of dequantized pages, and new ones outside of the cache."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+from ..launch import Tokens
 from ..paging import load_page_id
-from .folded import advance_softmax, capped
-from .pages import channel_in_order, visible
+from .operands import sum_of_terms, two_terms
+from .query import channel_in_order, plane_channels, raw_query
 from .schedule import RAW_UNIT
+from .softmax import State, advance, capped
+
+
+@triton.jit
+def of_head(tokens, head):
+    """Return the pages of tokens of one kv head."""
+    ptr = tokens.ptr + head.to(tl.int64) * tokens.stride_head
+    return Tokens(ptr, tokens.stride_page, tokens.stride_half, tokens.stride_head, tokens.stride_token)
+
+
+class Runs(NamedTuple):
+    """Runs of raw tokens: num_sinks of the sink from run first_sink on, then num_tails of the tail from run first_tail on."""
+
+    first_sink: tl.tensor
+    num_sinks: tl.tensor
+    first_tail: tl.tensor
+    num_tails: tl.tensor
+    tail_token: tl.tensor  # of the body, at which the tail starts
+    num_sink_pages: tl.tensor
+    num_tail_slots: tl.tensor
+
+
+@triton.jit
+def _run(i, runs, G: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Return the first token of run i, in the sink or in the body, and its page's column in the raw table."""
+    in_sink = i < runs.num_sinks
+    in_tail = runs.tail_token + (runs.first_tail + i - runs.num_sinks) * BLOCK_R
+    start = tl.where(in_sink, (runs.first_sink + i) * BLOCK_R, in_tail)
+    return start, tl.where(in_sink, start // G, runs.num_sink_pages + start // G % tl.maximum(runs.num_tail_slots, 1))
+
+
+@triton.jit
+def attend_raw_once(
+    state,
+    planes,
+    q_factor,
+    cap,
+    raw,
+    table_ptr,
+    runs,
+    sink_seen,
+    body_seen,
+    LAYOUT: tl.constexpr,
+    PLAN: tl.constexpr,
+):
+    """Advance the state of one query token by runs of PLAN.units.raw_block raw tokens of one kv head.
+
+    Query heads are rows, in two terms each (`operands`). sink_seen and body_seen say from which token on, and up to which,
+    those of the sink and of the body are seen, at least one in every run; without a window from the first token on.
+    """
+    G: tl.constexpr = LAYOUT.page_size
+    BLOCK_R: tl.constexpr = PLAN.units.raw_block
+    FIELDS: tl.constexpr = PLAN.k_fields
+    OPERAND: tl.constexpr = PLAN.raw_operand
+    terms, unit = raw_query(planes, LAYOUT, FIELDS, OPERAND)
+    q_factor = q_factor * unit
+    byte = tl.arange(0, planes[0].shape[1])
+    offs_d = tl.arange(0, state.acc.shape[1])
+    count = runs.num_sinks + runs.num_tails
+    num_columns = runs.num_sink_pages + runs.num_tail_slots
+    start, column = _run(0, runs, G, BLOCK_R)
+    page = tl.zeros((), tl.int32)
+    if count > 0:
+        page = load_page_id(table_ptr, column, num_columns, PLAN.ptx)
+    for i in tl.range(0, count, num_stages=PLAN.num_stages):
+        in_sink = i < runs.num_sinks
+        page_ptr = raw.ptr + page.to(tl.int64) * raw.stride_page
+        next_start, column = _run(i + 1, runs, G, BLOCK_R)
+        page = load_page_id(table_ptr, column, num_columns, PLAN.ptx)
+        offs_t = tl.arange(0, BLOCK_R)
+        valid = start + offs_t < tl.where(in_sink, sink_seen[1], body_seen[1])
+        if PLAN.units.has_window:
+            valid &= start + offs_t >= tl.where(in_sink, sink_seen[0], body_seen[0])
+        place = (start % G + offs_t) * raw.stride_token
+        product = tl.zeros((terms[0].shape[0], BLOCK_R), tl.float32)
+        for f in tl.static_range(FIELDS):
+            channel, mask = plane_channels(f, LAYOUT, FIELDS, byte)
+            keys = tl.load(page_ptr + place[None, :] + channel[:, None], valid[None, :] & mask[:, None], other=0.0)
+            product = tl.dot(terms[f], keys.to(OPERAND), product, input_precision="ieee")
+        scores = capped(sum_of_terms(product) * q_factor[:, None], cap)
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        weights, alpha, m, l_sum = advance(state, scores, True)
+        mask = valid[:, None] & (offs_d < LAYOUT.v_head_dim)[None, :]
+        values = tl.load(page_ptr + raw.stride_half + place[:, None] + offs_d[None, :], mask, other=0.0)
+        product = tl.dot(two_terms(weights, OPERAND, False), values.to(OPERAND), input_precision="ieee")
+        state = State(state.acc * alpha[:, None] + sum_of_terms(product), m, l_sum)
+        start = next_start
+    return state
 
 
 @triton.jit
@@ -22,257 +110,208 @@ def num_raw_units(first, last):
 
 @triton.jit
 def attend_raw_units(
-    acc,
-    m_i,
-    l_i,
+    state,
     q,
     q_factor,
-    soft_cap,
-    raw_pages_ptr,
+    cap,
+    raw,
     table_ptr,
-    stride_page,
-    stride_half,
-    stride_token,
-    first_unit,
-    last_unit,
-    sink,
-    tail,
-    sink_len,
-    num_sink_pages,
-    num_tail_slots,
-    position,
+    columns,
+    share,
+    spans,
+    positions,
     window,
     LAYOUT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    K_FIELDS: tl.constexpr,
-    OPERAND: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    PTX: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
-    """Advance (acc, m_i, l_i) by raw units first_unit to last_unit of one kv head: those of the sink, then those of the tail.
+    """Advance the state of a tile of queries by raw units share[0] to share[1] of one kv head: of the sink, then of the tail.
 
-    `sink` and `tail` are the tokens that some query sees, (first, last), counted from the start of the sequence and of the
-    body. `position` [rows] are those of the queries within the body.
+    `columns` of the raw table are those of sinks and those of the tail. `spans` of both are the tokens that some query sees,
+    (first, last), counted from the start of the sequence and of the body; `positions` [rows] of the queries are counted so too.
     """
     before = 0
     for part in tl.static_range(2):
-        first, last = tail if part else sink
+        first, last = spans[part]
         units = num_raw_units(first, last)
-        first_of_part = tl.minimum(tl.maximum(first_unit - before, 0), units)
-        last_of_part = tl.minimum(last_unit - before, units)
+        first_of_part = tl.minimum(tl.maximum(share[0] - before, 0), units)
+        last_of_part = tl.minimum(share[1] - before, units)
         end = tl.where(first_of_part < last_of_part, tl.minimum(first + last_of_part * RAW_UNIT, last), 0)
-        acc, m_i, l_i = _attend_raw_run(
-            acc, m_i, l_i, q, q_factor, soft_cap, raw_pages_ptr, table_ptr, stride_page, stride_half, stride_token,
-            first + first_of_part * RAW_UNIT, end, num_sink_pages * part,
-            tl.maximum(num_tail_slots if part else num_sink_pages, 1), position + sink_len * (1 - part), window,
-            LAYOUT, BLOCK_R, K_FIELDS, OPERAND, HAS_WINDOW, HAS_CAP, PTX, NUM_STAGES,
+        state = _attend_raw_run(
+            state, q, q_factor, cap, raw, table_ptr, (columns[0] * part, tl.maximum(columns[part], 1)),
+            (first + first_of_part * RAW_UNIT, end), positions[part], window, LAYOUT, PLAN,
         )  # fmt: skip
         before += units
-    return acc, m_i, l_i
+    return state
 
 
 @triton.jit
 def _attend_raw_run(
-    acc,
-    m_i,
-    l_i,
+    state,
     q,
     q_factor,
-    soft_cap,
-    raw_pages_ptr,
+    cap,
+    raw,
     table_ptr,
-    stride_page,
-    stride_half,
-    stride_token,
-    first,
-    last,
-    first_column,
-    num_columns,
+    columns,
+    span,
     position,
     window,
     LAYOUT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    K_FIELDS: tl.constexpr,
-    OPERAND: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    PTX: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
-    """Advance (acc, m_i, l_i) by raw tokens `first` to `last` of one kv head.
+    """Advance the state by raw tokens span[0] to span[1] of one kv head.
 
-    Token t is in page t // page_size of the sink or of the body, whose id is in column first_column + page % num_columns of
-    the raw table. `position` [rows] counts as tokens do.
+    Token t is in page t // page_size of the sink or of the body, whose id is in column columns[0] + page % columns[1] of the
+    raw table. `position` [rows] counts as tokens do.
     """
     G: tl.constexpr = LAYOUT.page_size
-    D_V: tl.constexpr = LAYOUT.v_head_dim
-    channel, mask_c = channel_in_order(tl.arange(0, q.shape[1]), q.shape[1] // K_FIELDS, LAYOUT, K_FIELDS)
-    offs_d = tl.arange(0, acc.shape[1])
+    BLOCK_R: tl.constexpr = PLAN.block_r
+    OPERAND: tl.constexpr = PLAN.raw_operand
+    first_column, num_columns = columns
+    first, last = span
+    channel, mask_c = channel_in_order(tl.arange(0, q.shape[1]), q.shape[1] // PLAN.k_fields, LAYOUT, PLAN.k_fields)
+    offs_d = tl.arange(0, state.acc.shape[1])
     offs_t = tl.arange(0, BLOCK_R)
-    for start in tl.range(first // BLOCK_R * BLOCK_R, last, BLOCK_R, num_stages=NUM_STAGES):
-        page = load_page_id(table_ptr, first_column + start // G % num_columns, first_column + num_columns, PTX)
-        page_ptr = raw_pages_ptr + page.to(tl.int64) * stride_page
+    for start in tl.range(first // BLOCK_R * BLOCK_R, last, BLOCK_R, num_stages=PLAN.token_stages):
+        page = load_page_id(table_ptr, first_column + start // G % num_columns, first_column + num_columns, PLAN.ptx)
+        page_ptr = raw.ptr + page.to(tl.int64) * raw.stride_page
         token = start + offs_t
         valid = (token >= first) & (token < last)
-        place = (start % G + offs_t) * stride_token
-        keys = tl.load(page_ptr + place[None, :] + channel[:, None], valid[None, :] & mask_c[:, None], other=0.0)
-        scores = tl.dot(q.to(OPERAND), keys.to(OPERAND), input_precision="ieee") * q_factor
-        if HAS_CAP:
-            scores = capped(scores, soft_cap)
-        scores = tl.where(visible(position, token, window, HAS_WINDOW) & valid[None, :], scores, float("-inf"))
-        weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
-        mask = valid[:, None] & (offs_d < D_V)[None, :]
-        values = tl.load(page_ptr + stride_half + place[:, None] + offs_d[None, :], mask, other=0.0)
-        acc = tl.dot(weights.to(OPERAND), values.to(OPERAND), acc * alpha[:, None], input_precision="ieee")
-    return acc, m_i, l_i
+        place = (start % G + offs_t) * raw.stride_token
+        state = _attend_step(
+            state, q, q_factor, cap,
+            (page_ptr + place[None, :] + channel[:, None], page_ptr + raw.stride_half + place[:, None] + offs_d[None, :]),
+            (valid[None, :] & mask_c[:, None], valid[:, None] & (offs_d < LAYOUT.v_head_dim)[None, :]),
+            token, valid, True, position, position, window, OPERAND,
+        )  # fmt: skip
+    return state
 
 
 @triton.jit
 def _attend_step(
-    acc,
-    m_i,
-    l_i,
+    state,
     q,
     q_factor,
-    soft_cap,
-    k_ptrs,
-    v_ptrs,
-    k_mask,
-    v_mask,
+    cap,
+    ptrs,
+    masks,
     token,
-    last,
+    valid,
     hidden,
+    newest,
     position,
     window,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):
-    """Advance (acc, m_i, l_i) by tokens whose keys are at k_ptrs [channels, tokens] and values at v_ptrs [tokens, channels].
+    """Advance the state by tokens whose keys are at ptrs[0] [channels, tokens] and values at ptrs[1] [tokens, channels].
 
-    Masks of loads may be None. Only where `hidden` some query may not see some token, or some token is not before `last`.
+    Masks of loads, and `valid`, may be None. Only where `hidden` some token may be newer than `newest` [rows], too old for the
+    window of a query at `position` [rows], or not valid.
     """
-    keys = tl.load(k_ptrs, k_mask, other=None if k_mask is None else 0.0)
-    scores = tl.dot(q, keys.to(q.dtype), input_precision="ieee") * q_factor
-    if HAS_CAP:
-        scores = capped(scores, soft_cap)
+    k_mask, v_mask = masks
+    keys = tl.load(ptrs[0], k_mask, other=None if k_mask is None else 0.0)
+    scores = capped(tl.dot(q.to(OPERAND), keys.to(OPERAND), input_precision="ieee") * q_factor, cap)
     if hidden:
-        seen = token[None, :] <= tl.minimum(position, last - 1)[:, None]
-        if HAS_WINDOW:
+        seen = token[None, :] <= newest[:, None]
+        if valid is not None:
+            seen = seen & valid[None, :]
+        if window is not None:
             seen = seen & (token[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
-    weights, alpha, m_i, l_i = advance_softmax(scores, m_i, l_i)
-    values = tl.load(v_ptrs, v_mask, other=None if v_mask is None else 0.0)
-    acc = tl.dot(weights.to(q.dtype), values.to(q.dtype), acc * alpha[:, None], input_precision="ieee")
-    return acc, m_i, l_i
+    weights, alpha, m, l_sum = advance(state, scores, False)
+    values = tl.load(ptrs[1], v_mask, other=None if v_mask is None else 0.0)
+    acc = tl.dot(weights.to(OPERAND), values.to(OPERAND), state.acc * alpha[:, None], input_precision="ieee")
+    return State(acc, m, l_sum)
 
 
 @triton.jit
-def attend_expanded(
-    acc,
-    m_i,
-    l_i,
+def attend_scratch(
+    state,
     q,
     q_factor,
-    soft_cap,
-    scratch_ptr,
+    cap,
+    scratch,
     slot,
-    stride_slot,
-    stride_half,
-    stride_token,
-    first_page,
-    last_page,
+    span,
     num_valid,
-    position,
-    first_position,
-    last_position,
+    queries,
     window,
     LAYOUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    OPERAND: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
-    """Advance (acc, m_i, l_i) by body pages first_page to last_page of one kv head, dequantized: page 0 is in slot `slot`.
+    """Advance the state of a tile of queries by body pages span[0] to span[1], dequantized: page 0 is in slot `slot`.
 
-    The first num_valid tokens of the body count. `position` [rows] are those of the queries within the body, from
-    first_position to last_position. Channels of `q` are in order.
+    The arguments are those of `pages.attend_pages`. Channels of `q` are in order.
     """
     G: tl.constexpr = LAYOUT.page_size
-    offs_k = tl.arange(0, q.shape[1])
-    offs_v = tl.arange(0, acc.shape[1])
+    BLOCK_T: tl.constexpr = PLAN.block_t
+    position, first_position, last_position = queries
+    offs_k = tl.arange(0, q.shape[1])[:, None]
+    offs_v = tl.arange(0, state.acc.shape[1])[None, :]
     offs_t = tl.arange(0, BLOCK_T)
     k_mask: tl.constexpr = None
     v_mask: tl.constexpr = None
     if q.shape[1] != LAYOUT.head_dim:
-        k_mask = (offs_k < LAYOUT.head_dim)[:, None]
-    if acc.shape[1] != LAYOUT.v_head_dim:
-        v_mask = (offs_v < LAYOUT.v_head_dim)[None, :]
+        k_mask = offs_k < LAYOUT.head_dim
+    if state.acc.shape[1] != LAYOUT.v_head_dim:
+        v_mask = offs_v < LAYOUT.v_head_dim
+    newest = tl.minimum(position, num_valid - 1)
+    OPERAND: tl.constexpr = PLAN.scratch_operand
     q = q.to(OPERAND)
-    for start in tl.range(first_page * G, tl.minimum(last_page * G, num_valid), BLOCK_T, num_stages=NUM_STAGES):
-        page_ptr = scratch_ptr + (slot + start // G) * stride_slot
-        place = (start % G + offs_t) * stride_token
+    for start in tl.range(span[0] * G, tl.minimum(span[1] * G, num_valid), BLOCK_T, num_stages=PLAN.token_stages):
+        page_ptr = scratch.ptr + (slot + start // G) * scratch.stride_page
+        place = (start % G + offs_t) * scratch.stride_token
         hidden = start + BLOCK_T > tl.minimum(num_valid, first_position + 1)
-        if HAS_WINDOW:
+        if window is not None:
             hidden = hidden | (start <= last_position - window)
-        acc, m_i, l_i = _attend_step(
-            acc, m_i, l_i, q, q_factor, soft_cap,
-            page_ptr + place[None, :] + offs_k[:, None], page_ptr + stride_half + place[:, None] + offs_v[None, :],
-            k_mask, v_mask, start + offs_t, num_valid, hidden, position, window, HAS_WINDOW, HAS_CAP,
+        state = _attend_step(
+            state, q, q_factor, cap,
+            (page_ptr + place[None, :] + offs_k, page_ptr + scratch.stride_half + place[:, None] + offs_v), (k_mask, v_mask),
+            start + offs_t, None, hidden, newest, position, window, OPERAND,
         )  # fmt: skip
-    return acc, m_i, l_i
+    return state
 
 
 @triton.jit
 def attend_new(
-    acc,
-    m_i,
-    l_i,
+    state,
     q,
     qk_scale,
-    soft_cap,
-    k_ptr,
-    v_ptr,
-    stride_k_token,
-    stride_v_token,
-    first,
-    last,
-    position,
-    first_position,
-    last_position,
+    cap,
+    k,
+    v,
+    span,
+    queries,
     window,
-    D: tl.constexpr,
-    D_V: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
-    """Advance (acc, m_i, l_i) by new tokens `first` to `last` of one sequence and kv head, neither rotated nor in the cache.
+    """Advance the state of a tile of queries by new tokens span[0] to span[1] of one sequence and kv head.
 
-    `q` [rows, channels] is not rotated either. `position` [rows], from first_position to last_position, counts new tokens.
+    Neither they nor `q` [rows, channels] are rotated. `queries` are as in `pages.attend_pages`, but count new tokens.
     """
-    offs_k = tl.arange(0, q.shape[1])
-    offs_v = tl.arange(0, acc.shape[1])
+    BLOCK_R: tl.constexpr = PLAN.block_r
+    position, first_position, last_position = queries
+    offs_k = tl.arange(0, q.shape[1])[:, None]
+    offs_v = tl.arange(0, state.acc.shape[1])[None, :]
     offs_t = tl.arange(0, BLOCK_R)
     k_mask: tl.constexpr = None
     v_mask: tl.constexpr = None
-    if q.shape[1] != D:
-        k_mask = (offs_k < D)[:, None]
-    if acc.shape[1] != D_V:
-        v_mask = (offs_v < D_V)[None, :]
-    for start in tl.range(first, last, BLOCK_R, num_stages=NUM_STAGES):
+    if q.shape[1] != LAYOUT.head_dim:
+        k_mask = offs_k < LAYOUT.head_dim
+    if state.acc.shape[1] != LAYOUT.v_head_dim:
+        v_mask = offs_v < LAYOUT.v_head_dim
+    first, last = span
+    newest = tl.minimum(position, last - 1)
+    for start in tl.range(first, last, BLOCK_R, num_stages=PLAN.token_stages):
         # Past the last token that some query sees, it is loaded again.
         place = tl.minimum(start + offs_t, last - 1).to(tl.int64)
-        k_ptrs = k_ptr + place[None, :] * stride_k_token + offs_k[:, None]
-        v_ptrs = v_ptr + place[:, None] * stride_v_token + offs_v[None, :]
         hidden = start + BLOCK_R > tl.minimum(last, first_position + 1)
-        if HAS_WINDOW:
+        if window is not None:
             hidden = hidden | (start <= last_position - window)
-        acc, m_i, l_i = _attend_step(
-            acc, m_i, l_i, q, qk_scale, soft_cap, k_ptrs, v_ptrs, k_mask, v_mask,
-            start + offs_t, last, hidden, position, window, HAS_WINDOW, HAS_CAP,
+        state = _attend_step(
+            state, q, qk_scale, cap,
+            (k.ptr + place[None, :] * k.stride_token + offs_k, v.ptr + place[:, None] * v.stride_token + offs_v),
+            (k_mask, v_mask), start + offs_t, None, hidden, newest, position, window, q.dtype,
         )  # fmt: skip
-    return acc, m_i, l_i
+    return state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from .. import configs, gpu
@@ -25,74 +27,44 @@ def tokens_per_round(total_tokens: int, token_bytes: int, block_m: int) -> int:
     return max(tokens - tokens % block_m, min(tokens, block_m))
 
 
-def most_units(batch: int, layout: PageLayout, max_pages: int, max_raw_pages: int, csr: bool) -> int:
-    """Return how many units of work (`schedule`) one head of all sequences can have at most.
+@dataclass(frozen=True)
+class MostWork:
+    """What bounds the work of a decode call, whatever the lengths are."""
 
-    `max_pages` and `csr` as for `decode_workspace_size`.
-    """
-    pages = max_pages if csr else batch * max_pages
-    return pages + batch * max_raw_pages * (layout.page_size // configs.RAW_BLOCK)
+    layout: PageLayout
+    max_pages: int  # of a sequence; if csr of all sequences together
+    max_raw_pages: int
+    csr: bool
+    split_size: int  # units of a piece; 0: balanced
+
+    @property
+    def raw_units(self) -> int:
+        """Units of work (`schedule`) of the raw tokens of a sequence."""
+        return self.max_raw_pages * (self.layout.page_size // configs.RAW_BLOCK)
 
 
-def _most_pieces(batch: int, layout: PageLayout, max_pages: int, max_raw_pages: int, csr: bool, split_size: int) -> int:
+def most_units(batch: int, most: MostWork) -> int:
+    """Return how many units of work (`schedule`) one head of all sequences can have at most."""
+    return (1 if most.csr else batch) * most.max_pages + batch * most.raw_units
+
+
+def _most_pieces(batch: int, most: MostWork) -> int:
     """Return into how many pieces of split_size units one head of all sequences can be cut at most."""
-    raw = max_raw_pages * (layout.page_size // configs.RAW_BLOCK)
-    if not csr:
-        return batch * -(-(max_pages + raw) // split_size)
+    if not most.csr:
+        return batch * -(-(most.max_pages + most.raw_units) // most.split_size)
     # p pages and the raw runs of one sequence: at most floor(p / split_size) pieces, those of the runs alone, and one more.
-    return max_pages // split_size + batch * (-(-raw // split_size) + 1)
+    return most.max_pages // most.split_size + batch * (-(-most.raw_units // most.split_size) + 1)
 
 
-def num_partials(
-    batch: int,
-    num_tiles: int,
-    layout: PageLayout,
-    max_pages: int,
-    max_raw_pages: int,
-    csr: bool,
-    split_size: int,
-    num_programs: int,
-) -> int:
+def num_partials(batch: int, num_tiles: int, most: MostWork, num_programs: int) -> int:
     """Return how many partial results the tiles of all sequences can have at most: one per tile, plus one per piece."""
-    pieces = num_programs
-    if split_size:
-        pieces = num_tiles * _most_pieces(batch, layout, max_pages, max_raw_pages, csr, split_size)
-    return batch * num_tiles + pieces
+    return batch * num_tiles + (num_tiles * _most_pieces(batch, most) if most.split_size else num_programs)
 
 
-def rows_per_round(
-    batch: int,
-    num_tiles: int,
-    layout: PageLayout,
-    max_pages: int,
-    max_raw_pages: int,
-    csr: bool,
-    split_size: int,
-    partial_bytes: int,
-) -> int:
+def rows_per_round(batch: int, num_tiles: int, most: MostWork, partial_bytes: int) -> int:
     """Return how many sequences a round of a call with `split_size` has, if a partial result takes `partial_bytes` bytes."""
-
-    def size(rows: int) -> int:
-        return partial_bytes * num_partials(rows, num_tiles, layout, max_pages, max_raw_pages, csr, split_size, 0)
-
-    return min(max((ROUND_BYTES - size(0)) // max(size(1) - size(0), 1), 1), batch)
-
-
-def _decode_bytes(
-    batch: int,
-    num_q_heads: int,
-    num_kv_heads: int,
-    layout: PageLayout,
-    max_pages: int,
-    max_raw_pages: int,
-    csr: bool,
-    split_size: int,
-    num_programs: int,
-) -> int:
-    """Return how many bytes partial results of some sequences take."""
-    tile, num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)
-    partials = num_partials(batch, num_tiles, layout, max_pages, max_raw_pages, csr, split_size, num_programs)
-    return 4 * partials * tile * (layout.v_head_dim + 1)
+    none, one = (partial_bytes * num_partials(rows, num_tiles, most, 0) for rows in (0, 1))
+    return min(max((ROUND_BYTES - none) // max(one - none, 1), 1), batch)
 
 
 def decode_workspace_size(
@@ -130,8 +102,13 @@ def decode_workspace_size(
         table: as given to `decode_attention`.
     """
     programs = gpu.num_programs(device, configs.decode_config(layout, dtype, device, table).programs_per_sm)
-    options = layout, max_pages, max_raw_pages, csr, split_size or 0, programs
+    most = MostWork(layout, max_pages, max_raw_pages, csr, split_size or 0)
+
+    def size(rows: int, heads: int, group: int) -> int:
+        tile, tiles = configs.head_tiles(heads * group, heads)
+        return 4 * num_partials(rows, tiles, most, programs) * tile * (layout.v_head_dim + 1)
+
     # Heads are padded to whole tiles: fewer may take more.
-    heads = [(h * group, h) for h in range(1, num_kv_heads + 1) for group in range(1, num_q_heads // h + 1)]
-    size, least = (max((_decode_bytes(n, q, kv, *options) for q, kv in heads), default=0) for n in (batch, min(batch, 1)))
-    return size if split_size is None else min(size, max(ROUND_BYTES, least))
+    heads = [(h, group) for h in range(1, num_kv_heads + 1) for group in range(1, num_q_heads // h + 1)]
+    whole, least = (max((size(rows, *each) for each in heads), default=0) for rows in (batch, min(batch, 1)))
+    return whole if split_size is None else min(whole, max(ROUND_BYTES, least))

@@ -13,7 +13,7 @@ import triton.language as tl
 from .. import configs, gpu, reference
 from ..cache import check_raw_pages, check_raw_table
 from ..checks import FLOATS, INDICES, check_choice, check_tensor, require
-from ..launch import aligned, check_pool, on
+from ..launch import aligned, as_rows, as_tokens, check_pool, on
 from ..layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, largest_power_of_two_divisor
 from ..tile.arithmetic import hadamard, to_half
 
@@ -21,40 +21,32 @@ rotation_block = triton.constexpr_function(largest_power_of_two_divisor)
 
 
 @triton.jit
-def _load_rows(x_ptr, tokens, head, slots, stride_token, stride_head, D: tl.constexpr):
+def _load_rows(rows, tokens, head, slots, D: tl.constexpr):
     """Load the activations [tokens, channels] of one head, those that have a slot."""
     offs_d = tl.arange(0, triton.next_power_of_2(D))[None, :]
-    place = (tokens * stride_token + head * stride_head)[:, None] + offs_d
-    return tl.load(x_ptr + place, (slots >= 0)[:, None] & (offs_d < D), other=0.0).to(tl.float32)
+    place = (tokens * rows.stride_token + head * rows.stride_head)[:, None] + offs_d
+    return tl.load(rows.ptr + place, (slots >= 0)[:, None] & (offs_d < D), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_rotated(raw_pages_ptr, x, half, head, slots, strides, G: tl.constexpr, D: tl.constexpr):
+def _store_rotated(raw, x, half, head, slots, G: tl.constexpr, D: tl.constexpr):
     """Rotate activations [tokens, channels] of one head and store them to their slots, where they have one."""
     offs_d = tl.arange(0, x.shape[1])[None, :]
     rotated = hadamard(x, rotation_block(D))
-    if raw_pages_ptr.dtype.element_ty == tl.float16:
+    if raw.ptr.dtype.element_ty == tl.float16:
         rotated = to_half(rotated)
-    place = slots // G * strides[0] + half * strides[1] + head * strides[2] + slots % G * strides[3]
+    place = slots // G * raw.stride_page + half * raw.stride_half + head * raw.stride_head + slots % G * raw.stride_token
     mask = (slots >= 0)[:, None] & (offs_d < D)
-    tl.store(raw_pages_ptr + place[:, None] + offs_d, rotated.to(raw_pages_ptr.dtype.element_ty), mask)
+    tl.store(raw.ptr + place[:, None] + offs_d, rotated.to(raw.ptr.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "stride_slots"], do_not_specialize_on_alignment=["slots_ptr"])
 def _kvarn_append_tokens_kernel(
-    raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, the larger head_dim]
-    k_ptr,  # [num_tokens, num_kv_heads, head_dim]
-    v_ptr,  # [num_tokens, num_kv_heads, v_head_dim]
+    raw,  # Tokens
+    k,  # Rows [num_tokens, num_kv_heads, head_dim]
+    v,  # Rows [num_tokens, num_kv_heads, v_head_dim]
     slots_ptr,  # [num_tokens]
     num_tokens,
-    stride_raw_page,
-    stride_raw_half,
-    stride_raw_head,
-    stride_raw_token,
-    stride_k_token,
-    stride_k_head,
-    stride_v_token,
-    stride_v_head,
     stride_slots,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -64,20 +56,17 @@ def _kvarn_append_tokens_kernel(
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     head, half = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     slots = tl.load(slots_ptr + tokens * stride_slots, tokens < num_tokens, other=-1).to(tl.int64)
-    strides = (stride_raw_page, stride_raw_half, stride_raw_head, stride_raw_token)
     if D == D_V:
         # Rows of one size are rotated by the same code.
         if half == 0:
-            x = _load_rows(k_ptr, tokens, head, slots, stride_k_token, stride_k_head, D)
+            x = _load_rows(k, tokens, head, slots, D)
         else:
-            x = _load_rows(v_ptr, tokens, head, slots, stride_v_token, stride_v_head, D)
-        _store_rotated(raw_pages_ptr, x, half, head, slots, strides, G, D)
+            x = _load_rows(v, tokens, head, slots, D)
+        _store_rotated(raw, x, half, head, slots, G, D)
     elif half == 0:
-        k = _load_rows(k_ptr, tokens, head, slots, stride_k_token, stride_k_head, D)
-        _store_rotated(raw_pages_ptr, k, half, head, slots, strides, G, D)
+        _store_rotated(raw, _load_rows(k, tokens, head, slots, D), half, head, slots, G, D)
     else:
-        v = _load_rows(v_ptr, tokens, head, slots, stride_v_token, stride_v_head, D_V)
-        _store_rotated(raw_pages_ptr, v, half, head, slots, strides, G, D_V)
+        _store_rotated(raw, _load_rows(v, tokens, head, slots, D_V), half, head, slots, G, D_V)
 
 
 def append_tokens(k: torch.Tensor, v: torch.Tensor, raw_pages: torch.Tensor, slots: torch.Tensor) -> None:
@@ -112,19 +101,13 @@ def append_tokens(k: torch.Tensor, v: torch.Tensor, raw_pages: torch.Tensor, slo
     num_tokens = k.shape[0]
     if num_tokens == 0:
         return
-    k, v = aligned(k), aligned(v)
     block_r = min(configs.append_block(larger), triton.next_power_of_2(num_tokens))
     on(raw_pages, _kvarn_append_tokens_kernel)[(triton.cdiv(num_tokens, block_r), num_kv_heads, 2)](
-        raw_pages,
-        k,
-        v,
+        as_tokens(raw_pages),
+        as_rows(aligned(k)),
+        as_rows(aligned(v)),
         slots,
         num_tokens,
-        *raw_pages.stride()[:4],
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
         slots.stride(0),
         G=page_size,
         D=head_dim,

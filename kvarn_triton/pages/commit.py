@@ -12,14 +12,13 @@ import triton
 import triton.language as tl
 
 from .. import configs, gpu, reference
-from ..cache import check_body_tables
-from ..checks import check_pages, check_tensor, require
+from ..cache import Cache, checked_for_completion
+from ..checks import require
 from ..encoder import DEFAULT, Encoder
-from ..launch import aligned, check_pool, on
+from ..launch import on
 from ..layout import PageLayout, fields_per_byte
 from ..paging import ids_of_row, num_ids_of_row
 from ..tile.blocks import load_blocks
-from .append import check_raw_pages, check_raw_table
 from .store import store_tile
 
 
@@ -31,39 +30,31 @@ def _last_due(committed_len, num_quantized, sink_len, keep_pages, max_new_pages,
 
 
 _NOT_SPECIALIZED = [
-    "num_kv_heads", "max_new_pages", "max_pages", "sink_len", "num_sink_pages", "num_tail_slots", "keep_pages",
-    "stride_raw_table", "stride_table",
+    "num_kv_heads", "max_new_pages", "max_pages", "sink_len", "num_tail_slots", "keep_pages", "stride_raw_table",
+    "stride_table",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
-_ANY_ADDRESS = ["raw_table_ptr", "table_ptr", "kv_indptr_ptr", "committed_lens_ptr", "num_quantized_ptr"]
+_ANY_ADDRESS = ["raw_table_ptr", "table_ptr", "indptr_ptr", "seq_lens_ptr", "num_quantized_ptr"]
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def _kvarn_commit_pages_kernel(
-    pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
-    raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, raw_head_dim]
-    raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots]
+    pages,  # Pages
+    raw,  # Tokens
     table_ptr,  # int32 [batch, max_pages], or with CSR [n]
-    kv_indptr_ptr,  # int32 [batch + 1]; unused if not CSR
-    committed_lens_ptr,  # int32 [batch]
+    indptr_ptr,  # int32 [batch + 1], None if not CSR
+    seq_lens_ptr,  # int32 [batch], the committed lengths
+    raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots]
     num_quantized_ptr,  # int32 [batch]
     num_kv_heads,
     max_new_pages,
     max_pages,
     sink_len,
-    num_sink_pages,
     num_tail_slots,
     keep_pages,
-    stride_pages_page,
-    stride_pages_head,
-    stride_raw_page,
-    stride_raw_half,
-    stride_raw_head,
-    stride_raw_token,
-    stride_raw_table,
     stride_table,
+    stride_raw_table,
     LAYOUT: tl.constexpr,
-    CSR: tl.constexpr,
     K_FIELDS: tl.constexpr,
     V_FIELDS: tl.constexpr,
     ENCODER: tl.constexpr,
@@ -76,41 +67,42 @@ def _kvarn_commit_pages_kernel(
     row = tile // (2 * num_kv_heads * max_new_pages)
     first = tl.load(num_quantized_ptr + row)
     body = first + tile // (2 * num_kv_heads) % max_new_pages
-    committed_len = tl.load(committed_lens_ptr + row)
-    max_pages = num_ids_of_row(kv_indptr_ptr, row, row >= 0, max_pages, CSR)
+    committed_len = tl.load(seq_lens_ptr + row)
+    max_pages = num_ids_of_row(indptr_ptr, row, row >= 0, max_pages)
     last = _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G)
     page = tl.full((), -1, tl.int64)
     if (body < last) & (first >= 0):
-        page = tl.load(ids_of_row(table_ptr, kv_indptr_ptr, row, stride_table, CSR) + body).to(tl.int64)
+        page = tl.load(ids_of_row(table_ptr, indptr_ptr, row, stride_table) + body).to(tl.int64)
     if page >= 0:
-        column = num_sink_pages + body % num_tail_slots
+        column = tl.cdiv(sink_len, G) + body % num_tail_slots
         raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column)
-        tile_ptr = raw_pages_ptr + tl.maximum(raw_page, 0).to(tl.int64) * stride_raw_page + head * stride_raw_head
-        record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
+        tile_ptr = raw.ptr + tl.maximum(raw_page, 0).to(tl.int64) * raw.stride_page + head * raw.stride_head
+        record_ptr = pages.ptr + page * pages.stride_page + head * pages.stride_head
+        stride_token = raw.stride_token.to(tl.int64)
         if D == D_V:
             # Tiles of one size are loaded by the same code.
-            blocks = load_blocks(tile_ptr + tile % 2 * stride_raw_half, stride_raw_token.to(tl.int64), G, D)
+            blocks = load_blocks(tile_ptr + tile % 2 * raw.stride_half, stride_token, G, D)
             if tile % 2 == 0:
                 store_tile(blocks, record_ptr, False, LAYOUT, K_FIELDS, ENCODER)
             else:
                 store_tile(blocks, record_ptr, True, LAYOUT, V_FIELDS, ENCODER)
         elif tile % 2 == 0:
-            k_blocks = load_blocks(tile_ptr, stride_raw_token.to(tl.int64), G, D)
+            k_blocks = load_blocks(tile_ptr, stride_token, G, D)
             store_tile(k_blocks, record_ptr, False, LAYOUT, K_FIELDS, ENCODER)
         else:
-            v_blocks = load_blocks(tile_ptr + stride_raw_half, stride_raw_token.to(tl.int64), G, D_V)
+            v_blocks = load_blocks(tile_ptr + raw.stride_half, stride_token, G, D_V)
             store_tile(v_blocks, record_ptr, True, LAYOUT, V_FIELDS, ENCODER)
 
 
 @triton.jit(
     do_not_specialize=["batch", "max_new_pages", "max_pages", "sink_len", "keep_pages", "stride_table"],
-    do_not_specialize_on_alignment=["num_quantized_ptr", "committed_lens_ptr", "table_ptr", "kv_indptr_ptr"],
+    do_not_specialize_on_alignment=["num_quantized_ptr", "seq_lens_ptr", "table_ptr", "indptr_ptr"],
 )
 def _kvarn_advance_quantized_kernel(
-    num_quantized_ptr,  # int32 [batch], updated in place
-    committed_lens_ptr,  # int32 [batch]
     table_ptr,  # int32 [batch, max_pages], or with CSR [n]
-    kv_indptr_ptr,  # int32 [batch + 1]; unused if not CSR
+    indptr_ptr,  # int32 [batch + 1], None if not CSR
+    seq_lens_ptr,  # int32 [batch], the committed lengths
+    num_quantized_ptr,  # int32 [batch], updated in place
     batch,
     max_new_pages,
     max_pages,
@@ -118,53 +110,24 @@ def _kvarn_advance_quantized_kernel(
     keep_pages,
     stride_table,
     G: tl.constexpr,
-    CSR: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    ROWS_AT_ONCE: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    row = tl.program_id(0) * ROWS_AT_ONCE + tl.arange(0, ROWS_AT_ONCE)
     mask = row < batch
     first = tl.load(num_quantized_ptr + row, mask, other=0)
-    committed_len = tl.load(committed_lens_ptr + row, mask, other=0)
-    max_pages = num_ids_of_row(kv_indptr_ptr, row, mask, max_pages, CSR)
+    committed_len = tl.load(seq_lens_ptr + row, mask, other=0)
+    max_pages = num_ids_of_row(indptr_ptr, row, mask, max_pages)
     last = tl.where(first < 0, first, _last_due(committed_len, first, sink_len, keep_pages, max_new_pages, max_pages, G))
-    place = row.to(tl.int64) * stride_table
-    if CSR:
-        place = tl.load(kv_indptr_ptr + row, mask, other=0).to(tl.int64)
+    if indptr_ptr is None:
+        place = row.to(tl.int64) * stride_table
+    else:
+        place = tl.load(indptr_ptr + row, mask, other=0).to(tl.int64)
     count = first
     for i in range(max_new_pages):  # the page after the last one that has been written
         due = mask & (count == first + i) & (count < last)
         page = tl.load(table_ptr + place + count, due, other=-1)
         count += (page >= 0).to(tl.int32)
     tl.store(num_quantized_ptr + row, count, mask)
-
-
-def check_completion(
-    raw_pages: torch.Tensor,
-    pages: torch.Tensor,
-    raw_table: torch.Tensor,
-    block_table: torch.Tensor | None,
-    lens: torch.Tensor,
-    num_quantized: torch.Tensor,
-    layout: PageLayout,
-    sink_len: int,
-    kv_indptr: torch.Tensor | None,
-    kv_indices: torch.Tensor | None,
-    name: str,
-) -> int:
-    """Check the arguments of calls that change which pages are quantized, lengths of that name among them.
-
-    Returns the number of sequences.
-    """
-    num_kv_heads = check_pages(pages, layout)
-    check_raw_pages(raw_pages, num_kv_heads, pages.device)
-    require(raw_pages.shape[3] == layout.page_size, "raw_pages.shape[3]", str(layout.page_size), raw_pages.shape[3])
-    require(raw_pages.shape[4] == layout.raw_head_dim, "raw_pages.shape[4]", str(layout.raw_head_dim), raw_pages.shape[4])
-    batch = check_body_tables(block_table, kv_indptr, kv_indices, None, pages.device)
-    check_tensor("raw_table", raw_table, [batch, None], torch.int32, device=pages.device)
-    check_raw_table(raw_table, sink_len, layout.page_size)
-    check_tensor(name, lens, [batch], torch.int32, device=pages.device)
-    check_tensor("num_quantized", num_quantized, [batch], torch.int32, device=pages.device)
-    return batch
 
 
 def commit_pages(
@@ -216,15 +179,12 @@ def commit_pages(
         ValueError: for a wrong shape, dtype, device, stride or option, and for two forms of page ids, or none; nothing is
             written. Ids and lengths are not read to be checked.
     """
-    batch = check_completion(
-        raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout, sink_len, kv_indptr, kv_indices,
-        "committed_lens",
+    cache = Cache(
+        layout, pages, committed_lens, block_table, kv_indptr, kv_indices, raw_pages, raw_table, num_quantized, sink_len
     )  # fmt: skip
+    cache = checked_for_completion(cache, "committed_lens")
     require(isinstance(keep_pages, int) and keep_pages >= 0, "keep_pages", "an integer of at least 0", keep_pages)
     require(isinstance(max_new_pages, int) and max_new_pages >= 1, "max_new_pages", "an integer of at least 1", max_new_pages)
-    raw_pages, pages = check_pool("raw_pages", raw_pages), aligned(pages)
-    csr, max_pages = block_table is None, 0 if block_table is None else block_table.shape[1]
-    num_kv_heads = pages.shape[1]
     if not gpu.on_device(pages):
         reference.commit_pages(
             raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout,
@@ -232,56 +192,28 @@ def commit_pages(
             kv_indices=kv_indices, encoder=encoder, arithmetic=reference.ANY_ORDER,
         )  # fmt: skip
         return
+    batch, num_kv_heads = cache.batch, cache.num_kv_heads
     if batch == 0:
         return
-    ids = kv_indices if block_table is None else block_table
-    assert ids is not None
-    max_new_pages = min(max_new_pages, max(ids.shape[-1], 1))  # a larger grid would find nothing more to do
-    num_sink_pages = -(-sink_len // layout.page_size)
-    on(pages, _kvarn_commit_pages_kernel)[(batch * max_new_pages * num_kv_heads * 2,)](
-        pages,
-        raw_pages,
-        raw_table,
-        kv_indices if block_table is None else block_table,
-        committed_lens if kv_indptr is None else kv_indptr,
-        committed_lens,
-        num_quantized,
-        num_kv_heads,
-        max_new_pages,
-        max_pages,
-        sink_len,
-        num_sink_pages,
-        raw_table.shape[1] - num_sink_pages,
-        keep_pages,
-        pages.stride(0),
-        pages.stride(1),
-        *raw_pages.stride()[:4],
-        raw_table.stride(0),
-        0 if block_table is None else block_table.stride(0),
+    due = {
+        "max_new_pages": min(max_new_pages, max(cache.max_pages, 1)),  # a larger grid would find nothing more to do
+        "max_pages": 0 if cache.csr else cache.max_pages,
+        "keep_pages": keep_pages,
+    }
+    on(pages, _kvarn_commit_pages_kernel)[(batch * due["max_new_pages"] * num_kv_heads * 2,)](
+        cache.quantized,
+        **cache.tables(),
+        **cache.raw_tables(),
+        **due,
+        num_kv_heads=num_kv_heads,
         LAYOUT=layout,
-        CSR=csr,
         K_FIELDS=fields_per_byte(layout.k_bits),
         V_FIELDS=fields_per_byte(layout.v_bits),
         ENCODER=encoder,
         **configs.encode_options(layout, pages.device),
         enable_fp_fusion=False,
     )
-    if not advance:
-        return
-    on(pages, _kvarn_advance_quantized_kernel)[(triton.cdiv(batch, 256),)](
-        num_quantized,
-        committed_lens,
-        kv_indices if block_table is None else block_table,
-        committed_lens if kv_indptr is None else kv_indptr,
-        batch,
-        max_new_pages,
-        max_pages,
-        sink_len,
-        keep_pages,
-        0 if block_table is None else block_table.stride(0),
-        G=layout.page_size,
-        CSR=csr,
-        BLOCK_B=256,
-        num_warps=1,
-        enable_fp_fusion=True,
-    )
+    if advance:
+        on(pages, _kvarn_advance_quantized_kernel)[(triton.cdiv(batch, 256),)](
+            **cache.tables(), **due, batch=batch, G=layout.page_size, ROWS_AT_ONCE=256, num_warps=1, enable_fp_fusion=True
+        )

@@ -12,66 +12,48 @@ import triton
 import triton.language as tl
 
 from .. import configs, gpu, reference
-from ..launch import aligned, check_pool, on
-from ..layout import PageLayout, fields_per_byte
+from ..cache import Cache, checked_for_completion
+from ..launch import on
+from ..layout import PageLayout
 from ..paging import ids_of_row
-from ..tile.dequantize import dequantize_block, num_blocks
-from .commit import check_completion
+from ..tile.dequantize import dequantize_chunk
+from .dequantize import chunk_of_program, read_plan
 
-_NOT_SPECIALIZED = [
-    "num_kv_heads", "parts", "sink_len", "num_sink_pages", "num_tail_slots", "stride_raw_table", "stride_table",
-]  # fmt: skip
-_ANY_ADDRESS = ["raw_table_ptr", "table_ptr", "kv_indptr_ptr", "new_lens_ptr", "num_quantized_ptr"]
+_NOT_SPECIALIZED = ["num_kv_heads", "parts", "sink_len", "num_tail_slots", "stride_raw_table", "stride_table"]
+_ANY_ADDRESS = ["raw_table_ptr", "table_ptr", "indptr_ptr", "seq_lens_ptr", "num_quantized_ptr"]
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def _kvarn_cut_back_kernel(
-    raw_pages_ptr,  # [num_raw_pages, 2, num_kv_heads, page_size, raw_head_dim]
-    pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
-    raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots]
+    pages,  # Pages
+    raw,  # Tokens
     table_ptr,  # int32 [batch, max_pages], or with CSR [n]
-    kv_indptr_ptr,  # int32 [batch + 1]; unused if not CSR
-    new_lens_ptr,  # int32 [batch]
+    indptr_ptr,  # int32 [batch + 1], None if not CSR
+    seq_lens_ptr,  # int32 [batch], the new lengths
+    raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots]
     num_quantized_ptr,  # int32 [batch]
     num_kv_heads,
     parts,
     sink_len,
-    num_sink_pages,
     num_tail_slots,
-    stride_pages_page,
-    stride_pages_head,
-    stride_raw_page,
-    stride_raw_half,
-    stride_raw_head,
-    stride_raw_token,
-    stride_raw_table,
     stride_table,
+    stride_raw_table,
     LAYOUT: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    K_FIELDS: tl.constexpr,
-    V_FIELDS: tl.constexpr,
-    THREADS: tl.constexpr,
-    CSR: tl.constexpr,
-    PTX: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
-    block = tl.program_id(0) % BLOCKS
-    part = tl.program_id(0) // BLOCKS % parts
-    tile = tl.program_id(0) // BLOCKS // parts
-    head = (tile // 2 % num_kv_heads).to(tl.int64)
-    row = tile // 2 // num_kv_heads
-    length = tl.maximum(tl.load(new_lens_ptr + row) - sink_len, 0)
+    chunk = chunk_of_program(num_kv_heads, parts, PLAN)
+    row = chunk.entry
+    length = tl.maximum(tl.load(seq_lens_ptr + row) - sink_len, 0)
     body = length // LAYOUT.page_size
     if (body < tl.load(num_quantized_ptr + row)) & (length % LAYOUT.page_size > 0):
-        page = tl.load(ids_of_row(table_ptr, kv_indptr_ptr, row, stride_table, CSR) + body).to(tl.int64)
-        column = num_sink_pages + body % num_tail_slots
+        page = tl.load(ids_of_row(table_ptr, indptr_ptr, row, stride_table) + body).to(tl.int64)
+        column = tl.cdiv(sink_len, LAYOUT.page_size) + body % num_tail_slots
         raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column).to(tl.int64)
         if (page >= 0) & (raw_page >= 0):
-            record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
-            out_ptr = raw_pages_ptr + raw_page * stride_raw_page + head * stride_raw_head
-            dequantize_block(
-                out_ptr, out_ptr + stride_raw_half, record_ptr, tile % 2, block, part, parts,
-                stride_raw_token, stride_raw_token, LAYOUT, K_FIELDS, V_FIELDS, THREADS, True, PTX,
-            )  # fmt: skip
+            record_ptr = pages.ptr + page * pages.stride_page + chunk.head * pages.stride_head
+            out_ptr = raw.ptr + raw_page * raw.stride_page + chunk.head * raw.stride_head
+            outs = (out_ptr, raw.stride_token), (out_ptr + raw.stride_half, raw.stride_token)
+            dequantize_chunk(outs, record_ptr, chunk, LAYOUT, PLAN)
 
 
 def cut_back(
@@ -114,48 +96,30 @@ def cut_back(
         ValueError: for a wrong shape, dtype, device, stride or option, and for two forms of page ids, or none; nothing is
             written. Ids and lengths are not read to be checked; nothing is written for an id below 0.
     """
-    batch = check_completion(
-        raw_pages, pages, raw_table, block_table, new_lens, num_quantized, layout, sink_len, kv_indptr, kv_indices, "new_lens"
-    )
-    raw_pages, pages = check_pool("raw_pages", raw_pages), aligned(pages)
-    num_kv_heads = pages.shape[1]
+    cache = Cache(
+        layout, pages, new_lens, block_table, kv_indptr, kv_indices, raw_pages, raw_table, num_quantized, sink_len
+    )  # fmt: skip
+    cache = checked_for_completion(cache, "new_lens")
     if not gpu.on_device(pages):
         reference.cut_back(
             raw_pages, pages, raw_table, block_table, new_lens, num_quantized, layout,
             sink_len=sink_len, advance=advance, kv_indptr=kv_indptr, kv_indices=kv_indices,
         )  # fmt: skip
         return
-    num_warps, threads = configs.gather_threads(max(layout.block_size, layout.v_block_size), pages.device)
-    programs = num_blocks(layout) * 2 * num_kv_heads * batch
+    plan = read_plan(layout, pages.device, rotated=True)
+    programs = plan.blocks * 2 * cache.num_kv_heads * cache.batch
     if programs == 0:
         return
     parts = configs.gather_parts(programs, pages.device)
-    num_sink_pages = -(-sink_len // layout.page_size)
     on(pages, _kvarn_cut_back_kernel)[(programs * parts,)](
-        raw_pages,
-        pages,
-        raw_table,
-        kv_indices if block_table is None else block_table,
-        new_lens if kv_indptr is None else kv_indptr,
-        new_lens,
-        num_quantized,
-        num_kv_heads,
-        parts,
-        sink_len,
-        num_sink_pages,
-        raw_table.shape[1] - num_sink_pages,
-        *pages.stride()[:2],
-        *raw_pages.stride()[:4],
-        raw_table.stride(0),
-        0 if block_table is None else block_table.stride(0),
+        cache.quantized,
+        **cache.tables(),
+        **cache.raw_tables(),
+        num_kv_heads=cache.num_kv_heads,
+        parts=parts,
         LAYOUT=layout,
-        BLOCKS=num_blocks(layout),
-        K_FIELDS=fields_per_byte(layout.k_bits),
-        V_FIELDS=fields_per_byte(layout.v_bits),
-        THREADS=threads,
-        CSR=block_table is None,
-        PTX=gpu.uses_ptx(),
-        num_warps=num_warps,
+        PLAN=plan,
+        num_warps=plan.num_warps,
         enable_fp_fusion=False,
     )
     if advance:

@@ -1,12 +1,14 @@
 """Quantized pages as plain keys and values, for engines that bring their own attention, and for looking at a cache.
 
-One program decodes the keys or the values of one page of one kv head, in one block of the rotation [page_size, block_size], a
-chunk of tokens at a time (`expand`). It is one warp where that suffices, so that nothing waits at barriers. If there are few
-pages, several programs share the chunks. Grid: (program,), those of a page next to each other. Bytes moved: each record byte
+One program decodes the keys or the values of one page of one kv head, in one block of the rotation [page_size, block_size],
+some tokens at a time (`tile.dequantize`). It is one warp where that suffices, so that nothing waits at barriers. If there are
+few pages, several programs share one. Grid: (program,), those of a page next to each other. Bytes moved: each record byte
 in, each element out once.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -14,67 +16,66 @@ import triton.language as tl
 
 from .. import configs, gpu, reference
 from ..checks import FLOATS, INDICES, check_choice, check_pages, check_tensor, require
-from ..launch import aligned, copy_back, on
+from ..launch import aligned, as_pages, copy_back, on
 from ..layout import PageLayout, fields_per_byte
-from ..tile.dequantize import ELEMENTS, dequantize_block, num_blocks, store_tokens
+from ..tile.dequantize import ELEMENTS, Chunk, ReadPlan, dequantize_chunk, store_tokens
+
+
+@functools.lru_cache
+def _plan(layout: PageLayout, rotated: bool, warps: tuple[int, int], ptx: bool) -> ReadPlan:
+    blocks = max(layout.head_dim // layout.block_size, layout.v_head_dim // layout.v_block_size)
+    return ReadPlan(fields_per_byte(layout.k_bits), fields_per_byte(layout.v_bits), blocks, *warps, rotated, ptx)
+
+
+def read_plan(layout: PageLayout, device: torch.device, rotated: bool) -> ReadPlan:
+    """Return what a kernel that dequantizes pages is compiled for; `rotated`: tokens stay rotated."""
+    warps = configs.gather_threads(max(layout.block_size, layout.v_block_size), device)
+    return _plan(layout, rotated, warps, gpu.uses_ptx())
 
 
 @triton.jit
-def _store_zeros(out_ptr, part, parts, stride_token, G: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr):
-    """Write zeros to a block of the tokens of a part."""
-    ROWS: tl.constexpr = min(ELEMENTS * THREADS // BLOCK, G)
-    for first in range(part * ROWS, G, parts * ROWS):
-        store_tokens(out_ptr, tl.zeros((ROWS, BLOCK), tl.float32), first + tl.arange(0, ROWS), stride_token)
+def chunk_of_program(num_kv_heads, parts, PLAN: tl.constexpr):
+    """Return what a program dequantizes. Those of an entry of a list of pages are next to each other."""
+    block = tl.program_id(0) % PLAN.blocks
+    part = tl.program_id(0) // PLAN.blocks % parts
+    tile = tl.program_id(0) // PLAN.blocks // parts
+    return Chunk(tile // 2 // num_kv_heads, (tile // 2 % num_kv_heads).to(tl.int64), tile % 2, block, part, parts)
+
+
+@triton.jit
+def _store_zeros(out, chunk, G: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PLAN: tl.constexpr):
+    """Write zeros to a chunk of pages of G tokens and BLOCKS blocks of BLOCK channels."""
+    ROWS: tl.constexpr = min(ELEMENTS * PLAN.threads // BLOCK, G)
+    if (PLAN.blocks == BLOCKS) or (chunk.block < BLOCKS):
+        out = out[0] + chunk.block * BLOCK, out[1]
+        for first in range(chunk.part * ROWS, G, chunk.parts * ROWS):
+            store_tokens(out, tl.zeros((ROWS, BLOCK), tl.float32), first + tl.arange(0, ROWS))
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "parts"], do_not_specialize_on_alignment=["page_ids_ptr"])
 def _kvarn_dequantize_pages_kernel(
-    k_ptr,  # [n, page_size, num_kv_heads, head_dim]
-    v_ptr,  # [n, page_size, num_kv_heads, v_head_dim]
-    pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
+    k,  # [n, page_size, num_kv_heads, head_dim] and its strides
+    v,  # [n, page_size, num_kv_heads, v_head_dim] and its strides
+    pages,  # Pages
     page_ids_ptr,  # [n]
     num_kv_heads,
     parts,
-    stride_pages_page,
-    stride_pages_head,
-    stride_k_page,
-    stride_k_token,
-    stride_k_head,
-    stride_v_page,
-    stride_v_token,
-    stride_v_head,
     LAYOUT: tl.constexpr,
-    K_FIELDS: tl.constexpr,
-    V_FIELDS: tl.constexpr,
-    THREADS: tl.constexpr,
-    ROTATED: tl.constexpr,
-    PTX: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
-    K_BLOCKS: tl.constexpr = LAYOUT.head_dim // LAYOUT.block_size
-    V_BLOCKS: tl.constexpr = LAYOUT.v_head_dim // LAYOUT.v_block_size
-    BLOCKS: tl.constexpr = max(K_BLOCKS, V_BLOCKS)
-    block = tl.program_id(0) % BLOCKS
-    part = tl.program_id(0) // BLOCKS % parts
-    tile = tl.program_id(0) // BLOCKS // parts
-    entry = (tile // (2 * num_kv_heads)).to(tl.int64)
-    head = (tile // 2 % num_kv_heads).to(tl.int64)
+    chunk = chunk_of_program(num_kv_heads, parts, PLAN)
+    entry = chunk.entry.to(tl.int64)
     page = tl.load(page_ids_ptr + entry).to(tl.int64)
-    half = tile % 2
-    k_ptr += entry * stride_k_page + head * stride_k_head
-    v_ptr += entry * stride_v_page + head * stride_v_head
+    k_out = k[0] + entry * k[1] + chunk.head * k[3], k[2]
+    v_out = v[0] + entry * v[1] + chunk.head * v[3], v[2]
     if page >= 0:
-        record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
-        dequantize_block(
-            k_ptr, v_ptr, record_ptr, half, block, part, parts, stride_k_token, stride_v_token,
-            LAYOUT, K_FIELDS, V_FIELDS, THREADS, ROTATED, PTX,
-        )  # fmt: skip
-    elif half == 0:
-        if (BLOCKS == K_BLOCKS) or (block < K_BLOCKS):
-            k_ptr += block * LAYOUT.block_size
-            _store_zeros(k_ptr, part, parts, stride_k_token, LAYOUT.page_size, LAYOUT.block_size, THREADS)
-    elif (BLOCKS == V_BLOCKS) or (block < V_BLOCKS):
-        v_ptr += block * LAYOUT.v_block_size
-        _store_zeros(v_ptr, part, parts, stride_v_token, LAYOUT.page_size, LAYOUT.v_block_size, THREADS)
+        record_ptr = pages.ptr + page * pages.stride_page + chunk.head * pages.stride_head
+        dequantize_chunk((k_out, v_out), record_ptr, chunk, LAYOUT, PLAN)
+    elif chunk.half == 0:
+        _store_zeros(k_out, chunk, LAYOUT.page_size, LAYOUT.block_size, LAYOUT.head_dim // LAYOUT.block_size, PLAN)
+    else:
+        V_BLOCKS: tl.constexpr = LAYOUT.v_head_dim // LAYOUT.v_block_size
+        _store_zeros(v_out, chunk, LAYOUT.page_size, LAYOUT.v_block_size, V_BLOCKS, PLAN)
 
 
 def dequantize_pages(
@@ -120,27 +121,19 @@ def dequantize_pages(
     if num_pages == 0 or num_kv_heads == 0:
         return k, v
     pages, k_memory, v_memory = aligned(pages), aligned(k), aligned(v)
-    num_warps, threads = configs.gather_threads(max(layout.block_size, layout.v_block_size), pages.device)
-    programs = num_blocks(layout) * num_pages * 2 * num_kv_heads
+    plan = read_plan(layout, pages.device, rotated)
+    programs = plan.blocks * num_pages * 2 * num_kv_heads
     parts = configs.gather_parts(programs, pages.device)
     on(pages, _kvarn_dequantize_pages_kernel)[(programs * parts,)](
-        k_memory,
-        v_memory,
-        pages,
+        (k_memory, *k_memory.stride()[:3]),
+        (v_memory, *v_memory.stride()[:3]),
+        as_pages(pages),
         page_ids,
         num_kv_heads,
         parts,
-        pages.stride(0),
-        pages.stride(1),
-        *k_memory.stride()[:3],
-        *v_memory.stride()[:3],
         LAYOUT=layout,
-        K_FIELDS=fields_per_byte(layout.k_bits),
-        V_FIELDS=fields_per_byte(layout.v_bits),
-        THREADS=threads,
-        ROTATED=rotated,
-        PTX=gpu.uses_ptx(),
-        num_warps=num_warps,
+        PLAN=plan,
+        num_warps=plan.num_warps,
         enable_fp_fusion=False,
     )
     return copy_back(k_memory, k), copy_back(v_memory, v)

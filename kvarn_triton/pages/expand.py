@@ -11,11 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import configs, gpu
-from ..launch import on
-from ..layout import PageLayout, fields_per_byte
-from ..paging import body_seen, first_slot, ids_of_row
-from ..tile.dequantize import dequantize_block, num_blocks
+from .. import configs
+from ..cache import Cache
+from ..launch import as_tokens, on
+from ..paging import first_slot, ids_of_row, seen_by
+from ..tile.dequantize import dequantize_chunk
+from .dequantize import chunk_of_program, read_plan
 
 
 @triton.jit(
@@ -23,116 +24,72 @@ from ..tile.dequantize import dequantize_block, num_blocks
     do_not_specialize_on_alignment=["table_ptr", "indptr_ptr", "seq_lens_ptr", "cu_seqlens_ptr", "num_quantized_ptr"],
 )
 def _kvarn_expand_pages_kernel(
-    scratch_ptr,  # [num_slots, 2, num_kv_heads, page_size, raw_head_dim]
-    pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
-    table_ptr,  # int32 [batch, max_pages], or [ids] if CSR
-    indptr_ptr,  # int32 [batch + 1] if CSR
+    scratch,  # Tokens
+    pages,  # Pages
+    table_ptr,  # int32 [batch, max_pages], or with CSR [ids]
+    indptr_ptr,  # int32 [batch + 1], None if not CSR
     seq_lens_ptr,  # int32 [batch]
     cu_seqlens_ptr,  # int32 [batch + 1]
-    num_quantized_ptr,  # int32 [batch]
+    num_quantized_ptr,  # int32 [batch], None without raw pages
     sink_len,
-    window,
+    window,  # or None
     num_kv_heads,
     parts,
     columns,  # programs that share the pages of a row
     max_pages,
-    stride_scratch_slot,
-    stride_scratch_half,
-    stride_scratch_head,
-    stride_scratch_token,
-    stride_pages_page,
-    stride_pages_head,
     stride_table,
     LAYOUT: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    K_FIELDS: tl.constexpr,
-    V_FIELDS: tl.constexpr,
-    THREADS: tl.constexpr,
-    HAS_RAW: tl.constexpr,
+    PLAN: tl.constexpr,
     HAS_NEW: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    CSR: tl.constexpr,
-    PTX: tl.constexpr,
 ):
-    block = tl.program_id(0) % BLOCKS
-    part = tl.program_id(0) // BLOCKS % parts
-    tile = tl.program_id(0) // BLOCKS // parts
-    half = tile % 2
-    head = (tile // 2 % num_kv_heads).to(tl.int64)
-    column = tile // 2 // num_kv_heads % columns
-    row = tile // 2 // num_kv_heads // columns
+    chunk = chunk_of_program(num_kv_heads, parts, PLAN)
+    column = chunk.entry % columns
+    row = chunk.entry // columns
     num_tokens = tl.load(cu_seqlens_ptr + row + 1) - tl.load(cu_seqlens_ptr + row)
     if num_tokens > 0:
-        first_page, last_page, _, _, _ = body_seen(
-            row, tl.load(seq_lens_ptr + row), num_tokens, 0, num_tokens - 1, num_quantized_ptr, sink_len, window,
-            LAYOUT.page_size, HAS_RAW, HAS_NEW, HAS_WINDOW,
+        seq_len = tl.load(seq_lens_ptr + row)
+        if window is not None:
+            window = tl.minimum(window, tl.maximum(seq_len, 1))  # as in prefill attention
+        seen = seen_by(
+            (0, num_tokens - 1, num_tokens), row, seq_len, num_quantized_ptr, sink_len, window,
+            LAYOUT.page_size, HAS_NEW,
         )  # fmt: skip
-        slot = first_slot(indptr_ptr, row, max_pages, CSR)
-        scratch_ptr += head * stride_scratch_head
-        ids_ptr = ids_of_row(table_ptr, indptr_ptr, row, stride_table, CSR)
-        for i in range(first_page + column, last_page, columns):
+        slot = first_slot(indptr_ptr, row, max_pages)
+        scratch_ptr = scratch.ptr + chunk.head * scratch.stride_head
+        ids_ptr = ids_of_row(table_ptr, indptr_ptr, row, stride_table)
+        for i in range(seen.first_page + column, seen.quantized, columns):
             page = tl.maximum(tl.load(ids_ptr + i), 0).to(tl.int64)
-            record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
-            out_ptr = scratch_ptr + (slot + i) * stride_scratch_slot
-            dequantize_block(
-                out_ptr, out_ptr + stride_scratch_half, record_ptr, half, block, part, parts,
-                stride_scratch_token, stride_scratch_token, LAYOUT, K_FIELDS, V_FIELDS, THREADS, True, PTX,
-            )  # fmt: skip
+            record_ptr = pages.ptr + page * pages.stride_page + chunk.head * pages.stride_head
+            out_ptr = scratch_ptr + (slot + i) * scratch.stride_page
+            outs = (out_ptr, scratch.stride_token), (out_ptr + scratch.stride_half, scratch.stride_token)
+            dequantize_chunk(outs, record_ptr, chunk, LAYOUT, PLAN)
 
 
 def launch_expand_pages(
-    scratch: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    pages: torch.Tensor,
-    block_table: torch.Tensor | None,
-    kv_indptr: torch.Tensor | None,
-    kv_indices: torch.Tensor | None,
-    seq_lens: torch.Tensor,
-    layout: PageLayout,
-    num_quantized: torch.Tensor | None,
-    sink_len: int,
-    window: int | None,
-    has_new: bool,
+    scratch: torch.Tensor, cu_seqlens_q: torch.Tensor, cache: Cache, window: int | None, has_new: bool
 ) -> None:
     """Write the quantized pages that some query sees to their slots of `scratch`; nothing is checked."""
-    table = kv_indices if block_table is None else block_table
-    assert table is not None
-    batch, num_kv_heads, max_pages = seq_lens.shape[0], pages.shape[1], table.shape[-1]
-    num_warps, threads = configs.gather_threads(max(layout.block_size, layout.v_block_size), pages.device)
-    per_page = num_blocks(layout) * 2 * num_kv_heads
-    columns = configs.expand_columns(batch * per_page, max_pages, pages.device)
-    programs = per_page * columns * batch
+    layout, pages, num_kv_heads = cache.layout, cache.pages, cache.num_kv_heads
+    plan = read_plan(layout, pages.device, rotated=True)
+    per_page = plan.blocks * 2 * num_kv_heads
+    columns = configs.expand_columns(cache.batch * per_page, cache.max_pages, pages.device)
+    programs = per_page * columns * cache.batch
     if programs == 0:
         return
     parts = configs.gather_parts(programs, pages.device)
     on(pages, _kvarn_expand_pages_kernel)[(programs * parts,)](
-        scratch,
-        pages,
-        table,
-        seq_lens if kv_indptr is None else kv_indptr,
-        seq_lens,
-        cu_seqlens_q,
-        seq_lens if num_quantized is None else num_quantized,
-        sink_len,
-        window or 0,
-        num_kv_heads,
-        parts,
-        columns,
-        max_pages,
-        *scratch.stride()[:4],
-        pages.stride(0),
-        pages.stride(1),
-        0 if block_table is None else block_table.stride(0),
+        as_tokens(scratch),
+        cache.quantized,
+        **cache.tables(),
+        cu_seqlens_ptr=cu_seqlens_q,
+        window=window,
+        num_kv_heads=num_kv_heads,
+        parts=parts,
+        columns=columns,
+        max_pages=cache.max_pages,
         LAYOUT=layout,
-        BLOCKS=num_blocks(layout),
-        K_FIELDS=fields_per_byte(layout.k_bits),
-        V_FIELDS=fields_per_byte(layout.v_bits),
-        THREADS=threads,
-        HAS_RAW=num_quantized is not None,
+        PLAN=plan,
         HAS_NEW=has_new,
-        HAS_WINDOW=window is not None,
-        CSR=block_table is None,
-        PTX=gpu.uses_ptx(),
-        num_warps=num_warps,
+        num_warps=plan.num_warps,
         enable_fp_fusion=False,
     )

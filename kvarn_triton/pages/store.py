@@ -14,7 +14,7 @@ import triton.language as tl
 from .. import configs, gpu, reference
 from ..checks import FLOATS, INDICES, check_pages, check_tensor
 from ..encoder import DEFAULT, Encoder
-from ..launch import aligned, on
+from ..launch import aligned, as_pages, as_rows, on
 from ..layout import PageLayout, fields_per_byte
 from ..tile.arithmetic import join_halves
 from ..tile.blocks import BLOCK_T, block_channels, channel_of, load_blocks, token_of
@@ -63,22 +63,15 @@ def store_tile(
 
 @triton.jit(do_not_specialize=["num_kv_heads"], do_not_specialize_on_alignment=["page_ids_ptr", "token_starts_ptr"])
 def _kvarn_store_pages_kernel(
-    pages_ptr,  # uint8 [num_pages, num_kv_heads, page_bytes]
-    k_ptr,  # [num_tokens, num_kv_heads, head_dim]
-    v_ptr,  # [num_tokens, num_kv_heads, v_head_dim]
+    pages,  # Pages
+    k,  # Rows [num_tokens, num_kv_heads, head_dim]
+    v,  # Rows [num_tokens, num_kv_heads, v_head_dim]
     page_ids_ptr,  # [n]
-    token_starts_ptr,  # [n], unused if not HAS_STARTS
+    token_starts_ptr,  # [n], or None
     num_kv_heads,
-    stride_pages_page,
-    stride_pages_head,
-    stride_k_token,
-    stride_k_head,
-    stride_v_token,
-    stride_v_head,
     LAYOUT: tl.constexpr,
     K_FIELDS: tl.constexpr,
     V_FIELDS: tl.constexpr,
-    HAS_STARTS: tl.constexpr,
     ENCODER: tl.constexpr,
 ):
     G: tl.constexpr = LAYOUT.page_size
@@ -88,15 +81,16 @@ def _kvarn_store_pages_kernel(
     index = tile // (2 * num_kv_heads)
     head = (tile // 2 % num_kv_heads).to(tl.int64)
     page = tl.load(page_ids_ptr + index).to(tl.int64)
-    start = index.to(tl.int64) * G
-    if HAS_STARTS:
+    if token_starts_ptr is None:
+        start = index.to(tl.int64) * G
+    else:
         start = tl.load(token_starts_ptr + index).to(tl.int64)
     if page >= 0:
-        record_ptr = pages_ptr + page * stride_pages_page + head * stride_pages_head
+        record_ptr = pages.ptr + page * pages.stride_page + head * pages.stride_head
         values = tile % 2 == 1
-        x_ptr = tl.where(values, v_ptr, k_ptr)
-        stride_token = tl.where(values, stride_v_token, stride_k_token).to(tl.int64)
-        x_ptr += start * stride_token + head * tl.where(values, stride_v_head, stride_k_head)
+        x_ptr = tl.where(values, v.ptr, k.ptr)
+        stride_token = tl.where(values, v.stride_token, k.stride_token).to(tl.int64)
+        x_ptr += start * stride_token + head * tl.where(values, v.stride_head, k.stride_head)
         if D == D_V:
             # Tiles of one size are loaded and rotated by the same code.
             blocks = load_blocks(x_ptr, stride_token, G, D, ROTATE=LAYOUT.block_size)
@@ -157,22 +151,15 @@ def store_pages(
         page_ids, token_starts = page_ids.long(), token_starts.long()  # two kernels are compiled, not four
     pages, k, v = aligned(pages), aligned(k), aligned(v)
     on(pages, _kvarn_store_pages_kernel)[(num_pages * num_kv_heads * 2,)](
-        pages,
-        k,
-        v,
+        as_pages(pages),
+        as_rows(k),
+        as_rows(v),
         page_ids,
-        page_ids if token_starts is None else token_starts,
+        token_starts,
         num_kv_heads,
-        pages.stride(0),
-        pages.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
         LAYOUT=layout,
         K_FIELDS=fields_per_byte(layout.k_bits),
         V_FIELDS=fields_per_byte(layout.v_bits),
-        HAS_STARTS=token_starts is not None,
         ENCODER=encoder,
         **configs.encode_options(layout, pages.device),
         enable_fp_fusion=False,

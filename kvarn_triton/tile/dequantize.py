@@ -1,4 +1,4 @@
-"""From the bytes of a record to tokens: what a program that dequantizes does with a chunk of its tokens (`gather`).
+"""From the bytes of a record to tokens: what a program that dequantizes does with some of its tokens.
 
     [lanes, rows, m, n]     first a thread holds every 8th channel of some tokens. What is read per channel is read once for all
                             tokens, and steps of the rotation that add channels 8 or more apart are arithmetic of one thread.
@@ -11,10 +11,12 @@ kernels compiled with `enable_fp_fusion=False`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from ..layout import PageLayout
 from ..paging import prefetch
 from .arithmetic import fma, log2, power_of_two, split_halves
 
@@ -27,6 +29,30 @@ DOWN = tl.constexpr(37)
 LANES_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 """Which axes of a load Triton spreads over lanes where it knows of no neighbours: the first, or the last. Only speed depends on
 it."""
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """What a kernel that dequantizes pages is compiled for."""
+
+    k_fields: int
+    v_fields: int
+    blocks: int  # of the rotation, of keys or of values, whichever are more
+    num_warps: int
+    threads: int
+    rotated: bool  # whether tokens stay rotated
+    ptx: bool
+
+
+class Chunk(NamedTuple):
+    """What a program dequantizes: a part of the keys or of the values of one page and kv head, in one block of channels."""
+
+    entry: tl.tensor  # of a list of pages
+    head: tl.tensor  # int64
+    half: tl.tensor  # 0: keys, 1: values
+    block: tl.tensor
+    part: tl.tensor
+    parts: tl.tensor
 
 
 @triton.jit
@@ -146,38 +172,28 @@ def _to_tokens(x, ROTATED: tl.constexpr):
 
 
 @triton.jit
-def store_tokens(out_ptr, tile, token, stride_token):
-    """Store tokens [tokens, channels] at their places."""
-    place = token.to(tl.int64)[:, None] * stride_token + tl.arange(0, tile.shape[1])[None, :]
-    tl.store(out_ptr + place, tile.to(out_ptr.dtype.element_ty))
+def store_tokens(out, tile, token):
+    """Store tokens [tokens, channels] at their places from `out`, a pointer and a stride of tokens, on."""
+    place = token.to(tl.int64)[:, None] * out[1] + tl.arange(0, tile.shape[1])[None, :]
+    tl.store(out[0] + place, tile.to(out[0].dtype.element_ty))
 
 
 @triton.jit
-def _dequantize_keys(
-    out_ptr,
-    record_ptr,
-    block,
-    part,
-    parts,
-    stride_token,
-    LAYOUT: tl.constexpr,
-    FIELDS: tl.constexpr,
-    THREADS: tl.constexpr,
-    ROTATED: tl.constexpr,
-    PTX: tl.constexpr,
-):
+def _dequantize_keys(out, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
     """Write a part of a block of the keys of a record; fields of a byte are channels.
 
-    The codes of the next chunk are brought near while one is worked on.
+    The codes of the next tokens are brought near while some are worked on.
     """
+    FIELDS: tl.constexpr = PLAN.k_fields
     G: tl.constexpr = LAYOUT.page_size
     BLOCK: tl.constexpr = LAYOUT.block_size
+    out = out[0] + chunk.block * BLOCK, out[1]
     BYTES: tl.constexpr = BLOCK // FIELDS
     LANES: tl.constexpr = min(BYTES, RUN)
-    ROWS: tl.constexpr = THREADS // LANES
+    ROWS: tl.constexpr = PLAN.threads // LANES
     N: tl.constexpr = BYTES // LANES
     M: tl.constexpr = max(min(ELEMENTS // (FIELDS * N), G // ROWS), 1)
-    params_ptr = (record_ptr + LAYOUT.k_params_offset).to(tl.pointer_type(tl.uint32)) + block * BLOCK
+    params_ptr = (record_ptr + LAYOUT.k_params_offset).to(tl.pointer_type(tl.uint32)) + chunk.block * BLOCK
     norm_ptr = (record_ptr + LAYOUT.k_norm_offset).to(tl.pointer_type(tl.float16))
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)))
     own = (_index(ROWS, 1), _index(LANES, 0))
@@ -188,14 +204,14 @@ def _dequantize_keys(
     codes_ptr = record_ptr + LAYOUT.k_codes_offset
     STRIDE: tl.constexpr = LAYOUT.head_dim // FIELDS
     CHUNK: tl.constexpr = M * ROWS
-    for first in range(part * CHUNK, G, parts * CHUNK):
-        prefetch(codes_ptr + tl.minimum(first + parts * CHUNK, G - CHUNK) * STRIDE, CHUNK * STRIDE, "L1", PTX)
+    for first in range(chunk.part * CHUNK, G, chunk.parts * CHUNK):
+        prefetch(codes_ptr + tl.minimum(first + chunk.parts * CHUNK, G - CHUNK) * STRIDE, CHUNK * STRIDE, "L1", PLAN.ptx)
         token = first + tl.arange(0, CHUNK)
-        factor = _norm_factor(tl.load(norm_ptr + token), gain, BLOCK, ROTATED)
-        packed, high = _load_bytes(codes_ptr, (first, block * BYTES), own, place, G, STRIDE, LAYOUT.k_bits)
+        factor = _norm_factor(tl.load(norm_ptr + token), gain, BLOCK, PLAN.rotated)
+        packed, high = _load_bytes(codes_ptr, (first, chunk.block * BYTES), own, place, G, STRIDE, LAYOUT.k_bits)
         x = _lanes_first(_decode(packed, high, field, scale, zero, LAYOUT.k_bits))
-        tile = _to_tokens(tl.reshape(x, (LANES, ROWS, M, FIELDS * N)), ROTATED)
-        store_tokens(out_ptr, tile * factor[:, None], token, stride_token)
+        tile = _to_tokens(tl.reshape(x, (LANES, ROWS, M, FIELDS * N)), PLAN.rotated)
+        store_tokens(out, tile * factor[:, None], token)
 
 
 @triton.jit
@@ -205,35 +221,26 @@ def _load_value_params(params_ptr, first_field, own, place, SOME: tl.constexpr, 
 
 
 @triton.jit
-def _dequantize_values(
-    out_ptr,
-    record_ptr,
-    block,
-    part,
-    parts,
-    stride_token,
-    LAYOUT: tl.constexpr,
-    FIELDS: tl.constexpr,
-    THREADS: tl.constexpr,
-    ROTATED: tl.constexpr,
-):
+def _dequantize_values(out, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
     """Write a part of a block of the values of a record; fields of a byte are tokens, some of which are decoded at a time."""
+    FIELDS: tl.constexpr = PLAN.v_fields
     BLOCK: tl.constexpr = LAYOUT.v_block_size
+    out = out[0] + chunk.block * BLOCK, out[1]
     BYTES: tl.constexpr = LAYOUT.page_size // FIELDS
-    ROWS: tl.constexpr = THREADS // RUN
+    ROWS: tl.constexpr = PLAN.threads // RUN
     N: tl.constexpr = BLOCK // RUN
     SOME: tl.constexpr = max(min(ELEMENTS // N, FIELDS), 1)
     M: tl.constexpr = max(min(ELEMENTS // (SOME * N), BYTES // ROWS), 1)
     params_ptr = (record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32))
-    norm_ptr = (record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + block * BLOCK
+    norm_ptr = (record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + chunk.block * BLOCK
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + 1)
     own = (_index(RUN, 0), _index(ROWS, 1))
     place = (_index(N, 4) * RUN, _index(M, 2) * ROWS)
-    factor = _norm_factor(tl.load(norm_ptr + _spread(own[0] + place[0], RUN, ROWS)), gain, BLOCK, ROTATED)
-    for first in range(part * M * ROWS, BYTES, parts * M * ROWS):
+    factor = _norm_factor(tl.load(norm_ptr + _spread(own[0] + place[0], RUN, ROWS)), gain, BLOCK, PLAN.rotated)
+    for first in range(chunk.part * M * ROWS, BYTES, chunk.parts * M * ROWS):
         packed, high = _load_bytes(
             record_ptr + LAYOUT.v_codes_offset,
-            (block * BLOCK, first),
+            (chunk.block * BLOCK, first),
             own,
             place,
             LAYOUT.v_head_dim,
@@ -247,45 +254,22 @@ def _dequantize_values(
             field = first_field + _index(SOME, 3)
             scale, zero = _scale_and_zero(params[first_field // SOME], field, LAYOUT.v_bits)
             x = _lanes_first(_decode(packed, high, field, scale, zero, LAYOUT.v_bits) * factor)
-            tile = _to_tokens(tl.reshape(x, (RUN, ROWS, M * SOME, N)), ROTATED)
+            tile = _to_tokens(tl.reshape(x, (RUN, ROWS, M * SOME, N)), PLAN.rotated)
             i = tl.arange(0, M * SOME * ROWS)
             token = (first_field + i // ROWS % SOME) * BYTES + first + i // (SOME * ROWS) * ROWS + i % ROWS
-            store_tokens(out_ptr, tile, token, stride_token)
-
-
-def num_blocks(layout: PageLayout) -> int:
-    """Return how many blocks of channels `dequantize_block` has: those of keys or of values, whichever are more."""
-    return max(layout.head_dim // layout.block_size, layout.v_head_dim // layout.v_block_size)
+            store_tokens(out, tile, token)
 
 
 @triton.jit
-def dequantize_block(
-    k_ptr,
-    v_ptr,
-    record_ptr,
-    half,
-    block,
-    part,
-    parts,
-    stride_k_token,
-    stride_v_token,
-    LAYOUT: tl.constexpr,
-    K_FIELDS: tl.constexpr,
-    V_FIELDS: tl.constexpr,
-    THREADS: tl.constexpr,
-    ROTATED: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """Write part `part` of `parts` of a block of channels of a record: of its keys (half 0) or of its values.
+def dequantize_chunk(outs, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+    """Write a chunk of a record to its place: outs[0] of keys, outs[1] of values, each (pointer, stride of tokens).
 
-    Nothing is written if only the other half has such a block.
+    Nothing is written if only the other half of the record has such a block.
     """
     K_BLOCKS: tl.constexpr = LAYOUT.head_dim // LAYOUT.block_size
     V_BLOCKS: tl.constexpr = LAYOUT.v_head_dim // LAYOUT.v_block_size
-    if half == 0:
-        if (K_BLOCKS >= V_BLOCKS) or (block < K_BLOCKS):
-            k_ptr += block * LAYOUT.block_size
-            _dequantize_keys(k_ptr, record_ptr, block, part, parts, stride_k_token, LAYOUT, K_FIELDS, THREADS, ROTATED, PTX)
-    elif (V_BLOCKS >= K_BLOCKS) or (block < V_BLOCKS):
-        v_ptr += block * LAYOUT.v_block_size
-        _dequantize_values(v_ptr, record_ptr, block, part, parts, stride_v_token, LAYOUT, V_FIELDS, THREADS, ROTATED)
+    if chunk.half == 0:
+        if (K_BLOCKS >= V_BLOCKS) or (chunk.block < K_BLOCKS):
+            _dequantize_keys(outs[0], record_ptr, chunk, LAYOUT, PLAN)
+    elif (V_BLOCKS >= K_BLOCKS) or (chunk.block < V_BLOCKS):
+        _dequantize_values(outs[1], record_ptr, chunk, LAYOUT, PLAN)
