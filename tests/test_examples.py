@@ -1,4 +1,4 @@
-"""What the documents print runs: the examples of `docs/examples/` and the program of README, on a CPU, without the interpreter."""
+"""What the documents print runs: the examples of `docs/examples/` and the program of README, on a CPU, no interpreter."""
 
 import json
 import os
@@ -74,7 +74,10 @@ def test_expected_errors_of_readme(printed):
     """README's table of expected errors is the one that `expected_errors.py` prints, up to what random numbers differ by."""
 
     def numbers(text):
-        return {row[0]: [float(x) for x in row[1:]] for row in re.findall(r"\| `(k\dv\d_g128)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text)}
+        return {
+            row[0]: [float(x) for x in row[1:]]
+            for row in re.findall(r"\| `(k\dv\d_g128)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text)
+        }
 
     found, said = numbers(printed["expected_errors"][0]), numbers(README)
     assert found and found.keys() == said.keys()
