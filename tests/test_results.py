@@ -93,3 +93,21 @@ def test_names_of_the_history():
             pytest.skip(f"no commit {commit} here")
         names = {Path(line).name for line in listing.splitlines()}
         assert [name for where, name in sorted(found) if where == commit and name not in names] == []
+
+
+def test_links():
+    """Links between documents lead to files and headings that are there."""
+    headings = {}
+    for path in DOCUMENTS:
+        titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+        headings[path] = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    wrong = []
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", path.read_text())):
+            if "://" in target:
+                continue
+            file, _, anchor = target.partition("#")
+            found = (path.parent / file).resolve() if file else path
+            if not found.exists() or (anchor and anchor not in headings[found]):
+                wrong.append(f"{path.name}: {target}")
+    assert wrong == []
