@@ -24,7 +24,6 @@ NOT_CLEAN = {
     "peers_h100.json": "neither commit nor command was recorded",
     "peers_h200.json": "neither commit nor command was recorded",
     "peers_h200_groups.json": "neither commit nor command was recorded",
-    "prefill_counts.txt": "the commit was not recorded",
     "real_keys_cpu.txt": "the commit was not recorded",
     "sweep_h200.json": "changes on d1763200f7c5",
 }
