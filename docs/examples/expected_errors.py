@@ -1,6 +1,6 @@
 """Errors to expect on random numbers, which are the worst there is: no channel, token or score stands out.
 
-The table is that of README. Errors are relative, in the Frobenius norm, against exact keys and values in float32.
+README quotes the last column. Errors are relative, in the Frobenius norm, against exact keys and values in float32.
 """
 
 import torch
