@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,9 +20,9 @@ from .. import configs, gpu
 from ..cache import Mask
 from ..launch import as_rows, on
 from ..layout import PageLayout, fields_per_byte
-from ..paging import ids_of_row, load_page_id, prefetch
+from ..paging import load_page_id, prefetch
 from ..tile.arithmetic import LOG2E
-from .pages import Records, attend_pages_once
+from .pages import attend_pages_once, records_of
 from .query import load_query, rotate_query
 from .schedule import Units, Work, find_row, plan, row_units, start_of_piece
 from .softmax import log_sum_exp, new_state
@@ -48,6 +49,63 @@ class DecodePlan:
     ptx: bool
     num_stages: int
     early_merge: bool
+
+
+class Part(NamedTuple):
+    """The part of a piece that belongs to one sequence and tile of query heads."""
+
+    number: tl.tensor  # of its partial result
+    next_unit: tl.tensor  # after it
+    row: tl.tensor
+    head: tl.tensor  # kv head
+    first_head: tl.tensor  # query head of that kv head
+    seq_len: tl.tensor
+    start: tl.tensor  # first position that is seen
+    span: tl.tensor  # (first, last) page of the body
+    runs: tl.tensor  # of raw tokens: as `tokens.Runs` has them
+
+
+@triton.jit
+def _find_part(
+    rows, unit, end, piece, batch, num_tiles, split, LAYOUT: tl.constexpr, PLAN: tl.constexpr
+):  # fmt: skip
+    """Return the part of a piece that begins with a unit, of the piece that ends at `end`."""
+    UNITS: tl.constexpr = PLAN.units
+    TILES: tl.constexpr = triton.cdiv(PLAN.group, PLAN.tile)
+    row, row_start = find_row(rows, unit, batch, num_tiles, split, UNITS)
+    seq_len, start, begins, counts = row_units(rows, row, row < batch, UNITS)
+    num_sinks, num_paged, num_tails = counts
+    units_of_row = num_sinks + num_paged + num_tails
+    align = tl.maximum(split, 1)
+    aligned_units = tl.cdiv(units_of_row, align) * align
+    tile = (unit - row_start) // aligned_units
+    first = (unit - row_start) % aligned_units
+    last = tl.minimum(first + end - unit, units_of_row)
+    first_page = begins[1] + tl.maximum(first - num_sinks, 0)
+    last_page = begins[1] + tl.minimum(last - num_sinks, num_paged)
+    if UNITS.has_window:
+        last_page = tl.where(first_page < last_page, last_page, 0)  # no id is read where there is no page
+    first_tail = tl.maximum(first - num_sinks - num_paged, 0)
+    num_runs = tl.maximum(tl.minimum(last, num_sinks) - first, 0), tl.maximum(last - num_sinks - num_paged - first_tail, 0)
+    tail_token = (begins[1] + num_paged) * LAYOUT.page_size
+    return Part(
+        row * num_tiles + tile + piece, row_start + (tile + 1) * aligned_units, row, tile // TILES, tile % TILES * PLAN.tile,
+        seq_len, start, (first_page, last_page),
+        (begins[0] + first, num_runs[0], begins[2] + first_tail, num_runs[1], tail_token),
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_partial(partial_ptr, partial_lse_ptr, number, state, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+    """Store a partial result and its log-sum-exp."""
+    offs_n = tl.arange(0, PLAN.block_n)
+    offs_d = tl.arange(0, PLAN.channels)
+    mask_n = offs_n < PLAN.tile
+    place = number.to(tl.int64) * PLAN.tile + offs_n
+    tl.store(partial_lse_ptr + place, log_sum_exp(state), mask_n)
+    mask = mask_n[:, None] & (offs_d < LAYOUT.v_head_dim)[None, :]
+    out = state.acc * (1.0 / state.l)[:, None]
+    tl.store(partial_ptr + place[:, None] * LAYOUT.v_head_dim + offs_d[None, :], out, mask)
 
 
 _NOT_SPECIALIZED = [
@@ -90,74 +148,37 @@ def _kvarn_decode_attention_kernel(
     UNITS: tl.constexpr = PLAN.units
     rows = (seq_lens_ptr, num_quantized_ptr, sink_len, window)
     pieces, size, longer, split = plan(rows, batch, num_tiles, num_programs, few_programs, split_size, UNITS)
-    align = tl.maximum(split, 1)
-    TILES: tl.constexpr = triton.cdiv(PLAN.group, PLAN.tile)
     for piece in range(tl.program_id(0), pieces, num_programs):
         unit = start_of_piece(piece, size, longer)
         end = start_of_piece(piece + 1, size, longer)
         while unit < end:
-            row, row_start = find_row(rows, unit, batch, num_tiles, split, UNITS)
-            seq_len, start, begins, counts = row_units(rows, row, row < batch, UNITS)
-            num_sinks, num_paged, num_tails = counts
-            units_of_row = num_sinks + num_paged + num_tails
-            aligned_units = tl.cdiv(units_of_row, align) * align
-            tile = (unit - row_start) // aligned_units
-            head = tile // TILES
-            first_head = tile % TILES * PLAN.tile
-            first = (unit - row_start) % aligned_units
-            last = tl.minimum(first + end - unit, units_of_row)
-
-            # Both here, so that what they are made of needs no registers in the loops below.
-            part = row * num_tiles + tile + piece
-            next_unit = row_start + (tile + 1) * aligned_units
-
-            records = Records(
-                pages.ptr + head.to(tl.int64) * pages.stride_head,
-                ids_of_row(table_ptr, indptr_ptr, row, stride_table),
-                pages.stride_page,
-            )
-            first_page = begins[1] + tl.maximum(first - num_sinks, 0)
-            last_page = begins[1] + tl.minimum(last - num_sinks, num_paged)
-            if PLAN.units.has_window:
-                last_page = tl.where(first_page < last_page, last_page, 0)  # no id is read where there is no page
-            q_row_ptr = q.ptr + row.to(tl.int64) * q.stride_token
-            q_row_ptr += (head * PLAN.group + first_head).to(tl.int64) * q.stride_head
-            num_heads = tl.minimum(PLAN.group - first_head, PLAN.tile)
+            part = _find_part(rows, unit, end, piece, batch, num_tiles, split, LAYOUT, PLAN)
+            records = records_of(pages, part.head, table_ptr, indptr_ptr, part.row, stride_table)
+            q_row_ptr = q.ptr + part.row.to(tl.int64) * q.stride_token
+            q_row_ptr += (part.head * PLAN.group + part.first_head).to(tl.int64) * q.stride_head
+            num_heads = tl.minimum(PLAN.group - part.first_head, PLAN.tile)
             loaded = load_query(q_row_ptr, q.stride_head, num_heads, LAYOUT, PLAN)
             page = tl.zeros((), tl.int32)
-            if first_page < last_page:
-                page = load_page_id(records.ids_ptr, first_page, last_page, PLAN.ptx)
+            if part.span[0] < part.span[1]:
+                page = load_page_id(records.ids_ptr, part.span[0], part.span[1], PLAN.ptx)
                 prefetch(records.ptr + page.to(tl.int64) * pages.stride_page, LAYOUT.page_bytes, "L2", PLAN.ptx)
             planes, q_factor = rotate_query(loaded, LAYOUT, PLAN)
             q_factor = q_factor * qk_scale
-            seen = (start - sink_len, seq_len - sink_len)
-            state = attend_pages_once(
-                new_state(PLAN.block_n, PLAN.channels), planes, q_factor, cap, records, page, (first_page, last_page), seen,
-                LAYOUT, PLAN,
-            )  # fmt: skip
+            seen = (part.start - sink_len, part.seq_len - sink_len)
+            state = new_state(PLAN.block_n, PLAN.channels)
+            state = attend_pages_once(state, planes, q_factor, cap, records, page, part.span, seen, LAYOUT, PLAN)
             if raw is not None:
-                first_tail = tl.maximum(first - num_sinks - num_paged, 0)
-                runs = Runs(
-                    begins[0] + first, tl.maximum(tl.minimum(last, num_sinks) - first, 0),
-                    begins[2] + first_tail, tl.maximum(last - num_sinks - num_paged - first_tail, 0),
-                    (begins[1] + num_paged) * LAYOUT.page_size, tl.cdiv(sink_len, LAYOUT.page_size), num_tail_slots,
-                )  # fmt: skip
                 state = attend_raw_once(
-                    state, planes, q_factor, cap,
-                    of_head(raw, head),
-                    raw_table_ptr + row.to(tl.int64) * stride_raw_table, runs,
-                    (start, tl.minimum(seq_len, sink_len)), seen, LAYOUT, PLAN,
+                    state, planes, q_factor, cap, of_head(raw, part.head),
+                    raw_table_ptr + part.row.to(tl.int64) * stride_raw_table,
+                    Runs(
+                        part.runs[0], part.runs[1], part.runs[2], part.runs[3], part.runs[4],
+                        tl.cdiv(sink_len, LAYOUT.page_size), num_tail_slots,
+                    ),
+                    (part.start, tl.minimum(part.seq_len, sink_len)), seen, LAYOUT, PLAN,
                 )  # fmt: skip
-
-            offs_n = tl.arange(0, PLAN.block_n)
-            offs_d = tl.arange(0, PLAN.channels)
-            mask_n = offs_n < PLAN.tile
-            place = part.to(tl.int64) * PLAN.tile + offs_n
-            tl.store(partial_lse_ptr + place, log_sum_exp(state), mask_n)
-            mask = mask_n[:, None] & (offs_d < LAYOUT.v_head_dim)[None, :]
-            out = state.acc * (1.0 / state.l)[:, None]
-            tl.store(partial_ptr + place[:, None] * LAYOUT.v_head_dim + offs_d[None, :], out, mask)
-            unit = next_unit
+            _store_partial(partial_ptr, partial_lse_ptr, part.number, state, LAYOUT, PLAN)
+            unit = part.next_unit
 
 
 @functools.lru_cache

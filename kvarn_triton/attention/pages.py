@@ -11,7 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..paging import load_page_id
+from ..paging import ids_of_row, load_page_id
 from .dequantized import LEAST_UNIT, add_dequantized_values, dequantized_scores
 from .digits import add_digit_values, digit_scores
 from .halves import add_half_values, half_scores
@@ -26,6 +26,13 @@ class Records(NamedTuple):
     ptr: tl.tensor  # of the record of page 0
     ids_ptr: tl.tensor  # of the id of body page 0
     stride_page: tl.tensor
+
+
+@triton.jit
+def records_of(pages, head, table_ptr, indptr_ptr, row, stride_table):
+    """Return the quantized pages of a row and kv head."""
+    ids_ptr = ids_of_row(table_ptr, indptr_ptr, row, stride_table)
+    return Records(pages.ptr + head.to(tl.int64) * pages.stride_head, ids_ptr, pages.stride_page)
 
 
 @triton.jit

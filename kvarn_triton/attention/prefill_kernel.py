@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -22,13 +21,13 @@ from .. import configs, gpu
 from ..cache import Mask
 from ..launch import Rows, as_rows, as_tokens, on
 from ..layout import PageLayout, fields_per_byte
-from ..paging import first_slot, ids_of_row, seen_by
-from ..tile.arithmetic import LOG2E, hadamard, load_rows, store_rows
-from .merge import LN2
-from .pages import Records, attend_pages
+from ..paging import first_slot, seen_by
+from ..tile.arithmetic import LOG2E, hadamard, load_rows
+from .pages import attend_pages, records_of
 from .query import rotate_planes, rotate_rows, rows_of_planes
-from .schedule import Tiles, find_tile, free_token, share_of_tile
-from .softmax import State, log_sum_exp, new_state, with_sink
+from .schedule import Tiles, find_tile, share_of_tile
+from .softmax import State, new_state
+from .tiles import store_free_rows, store_results, tile_of
 from .tokens import attend_new, attend_raw_units, attend_scratch, num_raw_units, of_head
 
 
@@ -56,34 +55,6 @@ class PrefillPlan:
     num_stages: int
     token_stages: int  # of loops over tokens that are not quantized
     early_merge: bool
-
-
-class Tile(NamedTuple):
-    """Consecutive query rows of one sequence and kv head; rows past the last one have a mask of 0."""
-
-    row_start: tl.tensor  # query token of the call at which the sequence starts
-    num_tokens: tl.tensor  # query tokens of the sequence
-    first_query: tl.tensor  # of them, the one of the first row
-    last_query: tl.tensor  # of them, the one of the last row
-    query: tl.tensor  # of each row
-    token: tl.tensor  # query token of the call, int64, of each row
-    q_head: tl.tensor  # of each row
-    mask: tl.tensor
-
-
-@triton.jit
-def _tile(cu_seqlens_ptr, row, number, head, PLAN: tl.constexpr):
-    """Return tile `number` of a row and kv head."""
-    row_start = tl.load(cu_seqlens_ptr + row)
-    num_tokens = tl.load(cu_seqlens_ptr + row + 1) - row_start
-    first_row = number * PLAN.block_m
-    num_rows = tl.minimum(num_tokens * PLAN.group - first_row, PLAN.block_m)
-    offs_m = tl.arange(0, PLAN.block_m)
-    query = (first_row + offs_m) // PLAN.group
-    q_head = head * PLAN.group + (first_row + offs_m) % PLAN.group
-    last_query = (first_row + num_rows - 1) // PLAN.group
-    token = (row_start + query).to(tl.int64)
-    return Tile(row_start, num_tokens, first_row // PLAN.group, last_query, query, token, q_head, offs_m < num_rows)
 
 
 @triton.jit
@@ -120,48 +91,55 @@ def _rotate(q_ptr, place, mask, some, SCRATCH: tl.constexpr, LAYOUT: tl.constexp
 
 
 @triton.jit
-def _store(
-    out, lse_ptr, sinks_ptr, state, tile, tokens, split, num_q_heads, ROTATION: tl.constexpr, PLAN: tl.constexpr
-):  # fmt: skip
-    """Store the results of a tile, rotated back in blocks of ROTATION channels, or its partial results, as they are."""
-    acc = state.acc * (1.0 / tl.where(state.l > 0, state.l, 1.0))[:, None]
-    lse = log_sum_exp(state)
-    place = tile.token
-    mask = tile.mask
-    if PLAN.single:
-        # The operations of a merge of one run, so that the bits are the same where the table has room for more.
-        if sinks_ptr is not None:
-            acc, lse = with_sink(acc, lse, tl.load(sinks_ptr + tile.q_head) * LOG2E)
-        if ROTATION > 1:
-            acc = hadamard(acc, ROTATION)
-        lse = lse * LN2
-    else:
-        mask = mask & (place >= tokens[0]) & (place < tokens[1])
-        place = split * (tokens[1] - tokens[0]).to(tl.int64) + place - tokens[0]
-    store_rows(out.ptr, place * out.stride_token + tile.q_head.to(tl.int64) * out.stride_head, acc, mask, PLAN.v_head_dim)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + place * num_q_heads + tile.q_head, lse, mask)
+def _shares(split, num_splits, split_size, seen, sink_len, RAW: tl.constexpr, LAYOUT: tl.constexpr):
+    """Return (first, last) of what is seen of the sink and of the tail, and a program's share of raw units and of pages."""
+    spans = (
+        (seen.oldest + sink_len, tl.minimum(seen.num_valid + sink_len, sink_len)),
+        (tl.maximum(seen.oldest, seen.quantized * LAYOUT.page_size), seen.num_valid),
+    )
+    num_raw = 0
+    if RAW:
+        num_raw = num_raw_units(spans[0][0], spans[0][1]) + num_raw_units(spans[1][0], spans[1][1])
+    raw_share, span = share_of_tile(split, num_splits, split_size, num_raw, seen.first_page, seen.quantized)
+    return spans, raw_share, span
 
 
 @triton.jit
-def _store_free(
-    out, lse_ptr, cu_seqlens_ptr, batch, number, head, total_tokens, num_q_heads, fill, PLAN: tl.constexpr
+def _attend_cached(
+    q, q_factor, cap, records, expanded, raw_tokens, raw_share, span, num_valid, queries, sink_len, window,
+    LAYOUT: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Store the results of rows of no sequence.
+    """Return the state of rotated queries after a share of the cache: pages, from `expanded` memory or not, and raw tokens."""
+    state = new_state(PLAN.block_m, PLAN.v_channels)
+    if expanded is not None:
+        state = attend_scratch(
+            state, q, q_factor, cap, expanded[0], expanded[1], span, num_valid, queries, window, LAYOUT, PLAN
+        )  # fmt: skip
+    elif PLAN.form != "registers":
+        state = attend_pages(state, q, q_factor, cap, records, span, num_valid, queries, window, LAYOUT, PLAN)
+    if raw_tokens is not None and raw_share[0] < raw_share[1]:
+        raw, table_ptr, columns, spans = raw_tokens
+        state = attend_raw_units(
+            state, rows_of_planes(q) if PLAN.form == "registers" else q, q_factor, cap, raw, table_ptr, columns, raw_share,
+            spans, (queries[0] + sink_len, queries[0]), window, LAYOUT, PLAN,
+        )  # fmt: skip
+    if PLAN.form == "registers":
+        # Rows, joined of planes, are not needed beside pages.
+        state = attend_pages(state, q, q_factor, cap, records, span, num_valid, queries, window, LAYOUT, PLAN)
+    return state
 
-    There are as many programs without a tile as it takes to give each of those rows to one of them.
-    """
-    BLOCK_M: tl.constexpr = PLAN.block_m
-    V_CHANNELS: tl.constexpr = PLAN.v_channels
-    free = number * BLOCK_M + tl.arange(0, BLOCK_M)
-    place = free_token(cu_seqlens_ptr, batch, free // PLAN.group).to(tl.int64)
-    q_head = (head * PLAN.group + free % PLAN.group).to(tl.int64)
-    mask = place < total_tokens
-    zeros = tl.zeros((BLOCK_M, V_CHANNELS), tl.float32)
-    filled = mask & (tl.zeros_like(free) + fill != 0)
-    store_rows(out.ptr, place * out.stride_token + q_head * out.stride_head, zeros, filled, PLAN.v_head_dim)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + place * num_q_heads + q_head, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask)
+
+@triton.jit
+def _attend_new(
+    state, q, new, tile, head, qk_scale, cap, window, LAYOUT: tl.constexpr, PLAN: tl.constexpr
+):  # fmt: skip
+    """Advance the state of queries, not rotated, by the new tokens of their sequence."""
+    first = 0
+    if window is not None:
+        first = tl.maximum(tile.first_query - window + 1, 0)
+    queries = tile.query, tile.first_query, tile.last_query
+    k, v = _of_sequence(new[0], tile.row_start, head), _of_sequence(new[1], tile.row_start, head)
+    return attend_new(state, q, qk_scale, cap, k, v, (first, tile.last_query + 1), queries, window, LAYOUT, PLAN)
 
 
 _NOT_SPECIALIZED = [
@@ -217,7 +195,7 @@ def _kvarn_prefill_attention_kernel(
     index = tl.program_id(0) // num_kv_heads // num_splits
     row, number = find_tile(cu_seqlens_ptr, index, batch, tokens, PLAN.group, PLAN.block_m)
     if row < batch:
-        tile = _tile(cu_seqlens_ptr, row, number, head, PLAN)
+        tile = tile_of(cu_seqlens_ptr, row, number, head, PLAN)
         seq_len = tl.load(seq_lens_ptr + row)
         if window is not None:
             # A larger window shows no more, and could overflow what it is subtracted from.
@@ -226,15 +204,7 @@ def _kvarn_prefill_attention_kernel(
             (tile.first_query, tile.last_query, tile.num_tokens), row, seq_len, num_quantized_ptr, sink_len, window,
             LAYOUT.page_size, new is not None,
         )  # fmt: skip
-        spans = (
-            (seen.oldest + sink_len, tl.minimum(seen.num_valid + sink_len, sink_len)),
-            (tl.maximum(seen.oldest, seen.quantized * LAYOUT.page_size), seen.num_valid),
-        )
-        num_raw = 0
-        if raw is not None:
-            num_raw = num_raw_units(spans[0][0], spans[0][1]) + num_raw_units(spans[1][0], spans[1][1])
-        raw_share, span = share_of_tile(split, num_splits, split_size, num_raw, seen.first_page, seen.quantized)
-
+        spans, raw_share, span = _shares(split, num_splits, split_size, seen, sink_len, raw is not None, LAYOUT)
         q_place = tile.token * q.stride_token + tile.q_head.to(tl.int64) * q.stride_head
         some = seen.num_valid > -sink_len  # otherwise nothing is cached
         rows, rotated, q_factor = _rotate(q.ptr, q_place, tile.mask, some, scratch is not None, LAYOUT, PLAN)
@@ -242,51 +212,29 @@ def _kvarn_prefill_attention_kernel(
         shift = seq_len - tile.num_tokens - sink_len  # the position of the first query within the body
         position = shift + tile.query
         queries = position, shift + tile.first_query, shift + tile.last_query
-        records = Records(
-            pages.ptr + head.to(tl.int64) * pages.stride_head,
-            ids_of_row(table_ptr, indptr_ptr, row, stride_table),
-            pages.stride_page,
-        )
-        state = new_state(PLAN.block_m, PLAN.v_channels)
+        records = records_of(pages, head, table_ptr, indptr_ptr, row, stride_table)
+        expanded = None
         if scratch is not None:
-            state = attend_scratch(
-                state, rotated, q_factor, cap, of_head(scratch, head), first_slot(indptr_ptr, row, max_pages), span,
-                seen.num_valid, queries, window, LAYOUT, PLAN,
-            )  # fmt: skip
-        elif PLAN.form != "registers":
-            state = attend_pages(
-                state, rotated, q_factor, cap, records, span, seen.num_valid, queries, window, LAYOUT, PLAN
-            )  # fmt: skip
-        if raw is not None and raw_share[0] < raw_share[1]:
-            state = attend_raw_units(
-                state, rows_of_planes(rotated) if PLAN.form == "registers" else rotated, q_factor, cap, of_head(raw, head),
-                raw_table_ptr + row.to(tl.int64) * stride_raw_table, (tl.cdiv(sink_len, LAYOUT.page_size), num_tail_slots),
-                raw_share, spans, (position + sink_len, position), window, LAYOUT, PLAN,
-            )  # fmt: skip
-        if PLAN.form == "registers":
-            # Rows, joined of planes, are not needed beside pages.
-            state = attend_pages(
-                state, rotated, q_factor, cap, records, span, seen.num_valid, queries, window, LAYOUT, PLAN
-            )  # fmt: skip
+            expanded = of_head(scratch, head), first_slot(indptr_ptr, row, max_pages)
+        raw_tokens = None
+        if raw is not None:
+            columns = tl.cdiv(sink_len, LAYOUT.page_size), num_tail_slots
+            raw_tokens = of_head(raw, head), raw_table_ptr + row.to(tl.int64) * stride_raw_table, columns, spans
+        state = _attend_cached(
+            rotated, q_factor, cap, records, expanded, raw_tokens, raw_share, span, seen.num_valid, queries, sink_len, window,
+            LAYOUT, PLAN,
+        )  # fmt: skip
         if new is not None and (scratch is None or some):
             state = State(hadamard(state.acc, LAYOUT.v_block_size), state.m, state.l)
         if new is not None and split == 0:
             if scratch is not None or PLAN.form == "registers":
                 # Kept for now, they would take registers or shared memory from the loop over pages.
                 rows = load_rows(q.ptr, q_place, tile.mask, LAYOUT.head_dim, PLAN.k_channels)
-            first = 0
-            if window is not None:
-                first = tl.maximum(tile.first_query - window + 1, 0)
-            state = attend_new(
-                state, rows.to(PLAN.query_operand), qk_scale, cap,
-                _of_sequence(new[0], tile.row_start, head), _of_sequence(new[1], tile.row_start, head),
-                (first, tile.last_query + 1), (tile.query, tile.first_query, tile.last_query), window, LAYOUT, PLAN,
-            )  # fmt: skip
-        _store(
-            out, lse_ptr, sinks_ptr, state, tile, tokens, split, num_q_heads, LAYOUT.v_block_size if new is None else 1, PLAN
-        )
+            state = _attend_new(state, rows.to(PLAN.query_operand), new, tile, head, qk_scale, cap, window, LAYOUT, PLAN)
+        ROTATION: tl.constexpr = LAYOUT.v_block_size if new is None else 1
+        store_results(out, lse_ptr, sinks_ptr, state, tile, tokens, split, num_q_heads, ROTATION, PLAN)
     elif PLAN.single:
-        _store_free(out, lse_ptr, cu_seqlens_ptr, batch, -1 - number, head, total_tokens, num_q_heads, fill, PLAN)
+        store_free_rows(out, lse_ptr, cu_seqlens_ptr, batch, -1 - number, head, total_tokens, num_q_heads, fill, PLAN)
 
 
 @functools.lru_cache
