@@ -207,6 +207,7 @@ class Mask:
     window: int | None
     soft_cap: float | None
     sinks: torch.Tensor | None
+    keep_sink: bool
 
 
 def check_queries(q: torch.Tensor, cache: Cache, mask: Mask, out: torch.Tensor | None) -> Mask:
@@ -229,6 +230,7 @@ def check_queries(q: torch.Tensor, cache: Cache, mask: Mask, out: torch.Tensor |
         # Times log2(e), and one over it, are float32 numbers that are neither 0 nor infinite.
         fits = isinstance(soft_cap, (int, float)) and not isinstance(soft_cap, bool) and 1e-30 <= soft_cap <= 1e30
         require(fits, "soft_cap", "None or a number above 0 (from 1e-30 to 1e30)", soft_cap)
+    require(isinstance(mask.keep_sink, bool), "keep_sink", "a bool", mask.keep_sink)
     if mask.sinks is not None:
         check_tensor("sinks", mask.sinks, [num_q_heads], torch.float32, device=device)
     if out is not None:

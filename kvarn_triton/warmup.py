@@ -61,6 +61,7 @@ def warmup(
     encoder: Encoder = DEFAULT,
     table: DecodeTable | None = None,
     window: bool = False,
+    keep_sink: bool = False,
     soft_cap: bool = False,
     sinks: bool = False,
     csr: bool = False,
@@ -76,7 +77,7 @@ def warmup(
     copied; pools with such strides are refused. Cost: some seconds for each kernel that is not in Triton's cache on disk.
     Tensors of a few pages are allocated and dropped.
 
-    Four options, from `window` on, are one kind of attention call, which all layers of many models share. Where layers differ,
+    Five options, from `window` on, are one kind of attention call, which all layers of many models share. Where layers differ,
     as in models that have a window in every other layer, call it once for each kind: what they share is compiled once.
 
     Args:
@@ -89,6 +90,7 @@ def warmup(
         encoder: options of the encoder.
         table: as given to `decode_attention`.
         window: whether attention gets a `window`; of any size.
+        keep_sink: as attention gets it.
         soft_cap: whether attention gets a `soft_cap`.
         sinks: whether attention gets `sinks`.
         csr: whether page ids come as `kv_indptr` and `kv_indices`.
@@ -116,7 +118,7 @@ def warmup(
     k, v = (torch.zeros(size, num_kv_heads, d, dtype=dtype, device=device) for d in (layout.head_dim, layout.v_head_dim))
     # Rows of length 0, ids and slots below 0: the kernels find nothing to do.
     columns, lens = torch.zeros(2, 3, dtype=torch.int32, device=device), torch.zeros(2, dtype=torch.int32, device=device)
-    options: dict[str, Any] = {"window": 1} if window else {}
+    options: dict[str, Any] = {"window": 1, "keep_sink": keep_sink} if window else {}
     if soft_cap:
         options["soft_cap"] = 1.0
     if sinks:

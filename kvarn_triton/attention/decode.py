@@ -42,6 +42,7 @@ def decode_attention(
     split_size: int | None = None,
     workspace: torch.Tensor | None = None,
     table: configs.DecodeTable | None = None,
+    keep_sink: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with one query token per sequence to its sink, quantized and tail pages.
 
@@ -73,6 +74,7 @@ def decode_attention(
             as it takes to give every multiprocessor the same work.
         workspace: uint8 [at least decode_workspace_size(...)], contiguous; allocated if not given.
         table: launch parameters by layout (`load_table`); by default the package's own for the device.
+        keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it (StreamingLLM, arXiv 2309.17453).
 
     Returns:
         `out` [batch, num_q_heads, v_head_dim], or `out` and `lse` float32 [batch, num_q_heads] (natural logarithm, of capped
@@ -87,10 +89,10 @@ def decode_attention(
         layout, pages, seq_lens, block_table, kv_indptr, kv_indices, raw_pages, raw_table, num_quantized, sink_len
     )  # fmt: skip
     cache = checked_for_attention(cache, q.shape[0] if isinstance(q, torch.Tensor) and q.dim() else None)
-    mask = check_queries(q, cache, Mask(sm_scale, window, soft_cap, sinks), out)
+    mask = check_queries(q, cache, Mask(sm_scale, window, soft_cap, sinks, keep_sink), out)
     check_split_size(split_size)
     config = configs.decode_config(layout, q.dtype, q.device, table)
-    work, round_rows, num_bytes = _plan_work(q, cache, window, split_size or 0, config)
+    work, round_rows, num_bytes = _plan_work(q, cache, mask, split_size or 0, config)
     if workspace is not None:
         check_workspace(workspace, num_bytes, q.device)
     if not gpu.on_device(q):
@@ -98,6 +100,7 @@ def decode_attention(
             q, pages, block_table, seq_lens, layout, raw_pages=cache.raw_pages, raw_table=raw_table,
             num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr, kv_indices=kv_indices,
             sm_scale=mask.sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
+            keep_sink=keep_sink,
         )  # fmt: skip
     batch, num_q_heads = q.shape[:2]
     if out is None:
@@ -123,7 +126,7 @@ def decode_attention(
 
 
 def _plan_work(
-    q: torch.Tensor, cache: Cache, window: int | None, split_size: int, config: configs.DecodeConfig
+    q: torch.Tensor, cache: Cache, mask: Mask, split_size: int, config: configs.DecodeConfig
 ) -> tuple[Work, int, int]:
     """Return how the work of a call is cut, how many sequences a round has, and how many bytes its partial results take."""
     layout, num_q_heads = cache.layout, q.shape[1]
@@ -136,5 +139,6 @@ def _plan_work(
     programs = min(programs, max(num_tiles * most_units(round_rows, most), 1))
     few_programs = min(programs, gpu.num_programs(q.device, config.few_programs_per_sm))
     has_raw = cache.raw_pages is not None
-    units = Units(layout.page_size, configs.RAW_BLOCK, has_raw=has_raw, has_window=window is not None)
-    return Work(cache, window, split_size, programs, few_programs, units), round_rows, num_bytes
+    has_window = mask.window is not None
+    units = Units(layout.page_size, configs.RAW_BLOCK, has_raw, has_window, has_window and mask.keep_sink)
+    return Work(cache, mask.window, split_size, programs, few_programs, units), round_rows, num_bytes

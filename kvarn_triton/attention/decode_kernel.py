@@ -165,6 +165,7 @@ def _kvarn_decode_attention_kernel(
             planes, q_factor = rotate_query(loaded, LAYOUT, PLAN)
             q_factor = q_factor * qk_scale
             seen = (part.start - sink_len, part.seq_len - sink_len)
+            sink_start = 0 if UNITS.keep_sink else part.start
             state = new_state(PLAN.block_n, PLAN.channels)
             state = attend_pages_once(state, planes, q_factor, cap, records, page, part.span, seen, LAYOUT, PLAN)
             if raw is not None:
@@ -175,7 +176,7 @@ def _kvarn_decode_attention_kernel(
                         part.runs[0], part.runs[1], part.runs[2], part.runs[3], part.runs[4],
                         tl.cdiv(sink_len, LAYOUT.page_size), num_tail_slots,
                     ),
-                    (part.start, tl.minimum(part.seq_len, sink_len)), seen, LAYOUT, PLAN,
+                    (sink_start, tl.minimum(part.seq_len, sink_len)), seen, LAYOUT, PLAN,
                 )  # fmt: skip
             _store_partial(partial_ptr, partial_lse_ptr, part.number, state, LAYOUT, PLAN)
             unit = part.next_unit

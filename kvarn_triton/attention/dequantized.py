@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from ..tile.arithmetic import log2, split_halves
-from .operands import join_planes, load_bytes, load_high, unsigned_codes, unsigned_codes_ptx
+from ..tile.codes import load_packed, unsigned_codes, unsigned_codes_ptx
+from .operands import join_planes
 from .query import plane_channels
 from .softmax import State, advance
 
@@ -35,7 +36,7 @@ def _expand_ptx(field, bits):
 
 @triton.jit
 def expand_field(packed, high, scale, zero, FIELD: tl.constexpr, BITS: tl.constexpr, OPERAND: tl.constexpr, PTX: tl.constexpr):
-    """Return `code * scale + zero` of one field of packed bytes, in OPERAND. `high` as in `operands.field_codes`."""
+    """Return `code * scale + zero` of one field of packed bytes, in OPERAND. `high` as in `codes.field_codes`."""
     scale = tl.broadcast_to(scale, packed.shape)
     zero = tl.broadcast_to(zero, packed.shape)
     if PTX and tl.float16 == OPERAND:
@@ -77,10 +78,7 @@ def dequantized_scores(record_ptr, q, q_factor, LAYOUT: tl.constexpr, PLAN: tl.c
     products = ()
     for part in tl.static_range(G // BLOCK_T):
         row = part * BLOCK_T + tl.arange(0, BLOCK_T)
-        packed = load_bytes(codes_ptr, row, BYTES, BLOCK_K, G, True)
-        high = packed
-        if BITS == 3:
-            high = load_high(codes_ptr + G * BYTES, row, BYTES, BLOCK_K, G, PTX)
+        packed, high = load_packed(codes_ptr, row, G, True, BYTES, BLOCK_K, BITS, PTX)
         planes = ()
         for f in tl.static_range(FIELDS):
             channel, mask = plane_channels(f, LAYOUT, FIELDS, byte)
@@ -107,10 +105,7 @@ def _page_values(record_ptr, value_factor, CHANNELS: tl.constexpr, LAYOUT: tl.co
     channel = tl.arange(0, CHANNELS)
     norm = tl.load((record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + channel, channel < D, other=0.0)
     norm = (norm.to(tl.float32) * value_factor).to(OPERAND)[None, :]
-    packed = load_bytes(codes_ptr, channel, BYTES, BYTES, D, CHANNELS == D)
-    high = packed
-    if BITS == 3:
-        high = load_high(codes_ptr + D * BYTES, channel, BYTES, BYTES, D, PTX)
+    packed, high = load_packed(codes_ptr, channel, D, CHANNELS == D, BYTES, BYTES, BITS, PTX)
     planes = ()
     for f in tl.static_range(FIELDS):
         scale, zero = split_halves(tl.load(params_ptr + f * BYTES + tl.arange(0, BYTES)))

@@ -12,15 +12,11 @@ import triton
 import triton.language as tl
 
 from ..tile.arithmetic import split_halves
+from ..tile.codes import code_offset, field_codes, field_factor, load_packed
 from .operands import (
     DIGITS_MAX,
-    code_offset,
-    field_codes,
-    field_factor,
     in_order,
     join_planes,
-    load_bytes,
-    load_high,
     split_planes,
     spread_columns,
     sum_dtype,
@@ -78,10 +74,7 @@ def digit_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl.co
     for part in tl.static_range(G // BLOCK_T):
         token = part * BLOCK_T + tl.arange(0, BLOCK_T)
         row = part * BLOCK_T + spread_columns(tl.arange(0, BLOCK_T))
-        packed = load_bytes(codes_ptr, row, BYTES, BLOCK_K, G, True)
-        high = packed
-        if BITS == 3:
-            high = load_high(codes_ptr + G * BYTES, row, BYTES, BLOCK_K, G, PTX)
+        packed, high = load_packed(codes_ptr, row, G, True, BYTES, BLOCK_K, BITS, PTX)
         product = tl.zeros((2 * planes[0].shape[0], BLOCK_T), sum_dtype(OPERAND))
         for f in tl.static_range(FIELDS):
             codes = field_codes(packed, high, f, BITS, field_factor(f, BITS), OPERAND, PTX)
@@ -138,10 +131,7 @@ def add_digit_values(state, scores, params, record_ptr, LAYOUT: tl.constexpr, PL
     sums = ()
     for part in tl.static_range(PARTS):
         row = part * BLOCK_D + spread_columns(tl.arange(0, BLOCK_D))
-        packed = load_bytes(codes_ptr, row, BYTES, PADDED_BYTES, D, CHANNELS == D)
-        high = packed
-        if BITS == 3:
-            high = load_high(codes_ptr + D * BYTES, row, BYTES, PADDED_BYTES, D, PTX)
+        packed, high = load_packed(codes_ptr, row, D, CHANNELS == D, BYTES, PADDED_BYTES, BITS, PTX)
         product = tl.zeros((operands[0].shape[0], BLOCK_D), sum_dtype(OPERAND))
         for f in tl.static_range(FIELDS):
             codes = field_codes(packed, high, f, BITS, 1, OPERAND, PTX)

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from ..tile.arithmetic import split_halves
-from .operands import join_planes, load_bytes, load_high, split_planes, unsigned_codes, unsigned_codes_ptx
+from ..tile.codes import load_packed, unsigned_codes, unsigned_codes_ptx
+from .operands import join_planes, split_planes
 from .query import plane_channels
 from .softmax import State, factors_of_part
 
@@ -49,7 +50,7 @@ def _half_ptx(field, bits):
 def _half_codes(packed, high, FIELD: tl.constexpr, BITS: tl.constexpr, OPERAND: tl.constexpr, PTX: tl.constexpr):
     """Return the codes of one field of packed bytes, less `_center`, over CODE_UNIT, in OPERAND.
 
-    `high` as in `operands.field_codes`.
+    `high` as in `codes.field_codes`.
     """
     if PTX and tl.float16 == OPERAND:
         codes = tl.inline_asm_elementwise(
@@ -93,10 +94,7 @@ def half_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl.con
     scores = ()
     for part in tl.static_range(G // BLOCK_T):
         row = part * BLOCK_T + tl.arange(0, BLOCK_T)
-        packed = load_bytes(codes_ptr, row, BYTES, BLOCK_K, G, True)
-        high = packed
-        if BITS == 3:
-            high = load_high(codes_ptr + G * BYTES, row, BYTES, BLOCK_K, G, PTX)
+        packed, high = load_packed(codes_ptr, row, G, True, BYTES, BLOCK_K, BITS, PTX)
         product = tl.zeros((planes[0].shape[0], BLOCK_T), tl.float32)
         for f in tl.static_range(FIELDS):
             codes = _half_codes(packed, high, f, BITS, OPERAND, PTX)
@@ -139,10 +137,7 @@ def add_half_values(state, scores, record_ptr, LAYOUT: tl.constexpr, PLAN: tl.co
     products = ()
     for part in tl.static_range(CHANNELS // BLOCK_D):
         row = part * BLOCK_D + tl.arange(0, BLOCK_D)
-        packed = load_bytes(codes_ptr, row, BYTES, BYTES, D, CHANNELS == D)
-        high = packed
-        if BITS == 3:
-            high = load_high(codes_ptr + D * BYTES, row, BYTES, BYTES, D, PTX)
+        packed, high = load_packed(codes_ptr, row, D, CHANNELS == D, BYTES, BYTES, BITS, PTX)
         product = tl.zeros((state.acc.shape[0], BLOCK_D), tl.float32)
         for f in tl.static_range(FIELDS):
             codes = _half_codes(packed, high, f, BITS, OPERAND, PTX)

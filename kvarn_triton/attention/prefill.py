@@ -97,6 +97,7 @@ def prefill_attention(
     split_size: int | None = None,
     workspace: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
+    keep_sink: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with several query tokens per sequence, causally: chunked prefill, verification of drafts, first chunks.
 
@@ -140,6 +141,7 @@ def prefill_attention(
             slots are neither read nor written. Keys and values are rounded to the dtype of `scratch`, in which they are
             multiplied too; what is beyond the range of float16 becomes infinite (`dequantize_pages`). None: every tile of
             query rows dequantizes the pages itself.
+        keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it (StreamingLLM, arXiv 2309.17453).
 
     Returns:
         `out` [total_tokens, num_q_heads, v_head_dim], or `out` and `lse` float32 [total_tokens, num_q_heads] (natural
@@ -152,7 +154,7 @@ def prefill_attention(
         layout, pages, seq_lens, block_table, kv_indptr, kv_indices, raw_pages, raw_table, num_quantized, sink_len
     )  # fmt: skip
     cache = checked_for_attention(cache, None)
-    mask = check_queries(q, cache, Mask(sm_scale, window, soft_cap, sinks), out)
+    mask = check_queries(q, cache, Mask(sm_scale, window, soft_cap, sinks, keep_sink), out)
     _check_new(q, k, v, cu_seqlens_q, cache)
     check_split_size(split_size)
     if scratch is not None:
@@ -168,6 +170,7 @@ def prefill_attention(
             q, pages, block_table, seq_lens, cu_seqlens_q, layout, k=k, v=v, raw_pages=cache.raw_pages, raw_table=raw_table,
             num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr, kv_indices=kv_indices,
             sm_scale=mask.sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
+            keep_sink=keep_sink,
         )  # fmt: skip
     if out is None:
         out = torch.empty(total_tokens, num_q_heads, layout.v_head_dim, dtype=q.dtype, device=q.device)

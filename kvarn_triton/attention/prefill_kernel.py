@@ -49,6 +49,7 @@ class PrefillPlan:
     query_operand: tl.dtype
     raw_operand: tl.dtype
     scratch_operand: tl.dtype
+    keep_sink: bool  # beside a window
     form: str  # of the loop over pages (`configs.PrefillConfig`)
     single: bool  # one share: the result itself is written
     ptx: bool
@@ -91,10 +92,10 @@ def _rotate(q_ptr, place, mask, some, SCRATCH: tl.constexpr, LAYOUT: tl.constexp
 
 
 @triton.jit
-def _shares(split, num_splits, split_size, seen, sink_len, RAW: tl.constexpr, LAYOUT: tl.constexpr):
+def _shares(split, num_splits, split_size, seen, sink_len, RAW: tl.constexpr, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
     """Return (first, last) of what is seen of the sink and of the tail, and a program's share of raw units and of pages."""
     spans = (
-        (seen.oldest + sink_len, tl.minimum(seen.num_valid + sink_len, sink_len)),
+        (0 if PLAN.keep_sink else seen.oldest + sink_len, tl.minimum(seen.num_valid + sink_len, sink_len)),
         (tl.maximum(seen.oldest, seen.quantized * LAYOUT.page_size), seen.num_valid),
     )
     num_raw = 0
@@ -106,40 +107,47 @@ def _shares(split, num_splits, split_size, seen, sink_len, RAW: tl.constexpr, LA
 
 @triton.jit
 def _attend_cached(
-    q, q_factor, cap, records, expanded, raw_tokens, raw_share, span, num_valid, queries, sink_len, window,
+    q, q_factor, cap, records, expanded, raw_tokens, raw_share, span, seen, tile, shifts, window,
     LAYOUT: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Return the state of rotated queries after a share of the cache: pages, from `expanded` memory or not, and raw tokens."""
+    shift, sink_len = shifts
+    position = shift + tile.query
+    queries = position, shift + tile.first_query, shift + tile.last_query
     state = new_state(PLAN.block_m, PLAN.v_channels)
     if expanded is not None:
         state = attend_scratch(
-            state, q, q_factor, cap, expanded[0], expanded[1], span, num_valid, queries, window, LAYOUT, PLAN
+            state, q, q_factor, cap, expanded[0], expanded[1], span, seen.num_valid, queries, window, LAYOUT, PLAN
         )  # fmt: skip
     elif PLAN.form != "registers":
-        state = attend_pages(state, q, q_factor, cap, records, span, num_valid, queries, window, LAYOUT, PLAN)
+        state = attend_pages(state, q, q_factor, cap, records, span, seen.num_valid, queries, window, LAYOUT, PLAN)
     if raw_tokens is not None and raw_share[0] < raw_share[1]:
         raw, table_ptr, columns, spans = raw_tokens
         state = attend_raw_units(
             state, rows_of_planes(q) if PLAN.form == "registers" else q, q_factor, cap, raw, table_ptr, columns, raw_share,
-            spans, (queries[0] + sink_len, queries[0]), window, LAYOUT, PLAN,
+            spans, (position + sink_len, position), (None if PLAN.keep_sink else window, window), LAYOUT, PLAN,
         )  # fmt: skip
     if PLAN.form == "registers":
         # Rows, joined of planes, are not needed beside pages.
-        state = attend_pages(state, q, q_factor, cap, records, span, num_valid, queries, window, LAYOUT, PLAN)
+        state = attend_pages(state, q, q_factor, cap, records, span, seen.num_valid, queries, window, LAYOUT, PLAN)
     return state
 
 
 @triton.jit
 def _attend_new(
-    state, q, new, tile, head, qk_scale, cap, window, LAYOUT: tl.constexpr, PLAN: tl.constexpr
+    state, q, new, tile, head, scales, window, num_sinks, LAYOUT: tl.constexpr, PLAN: tl.constexpr
 ):  # fmt: skip
-    """Advance the state of queries, not rotated, by the new tokens of their sequence."""
+    """Advance the state of queries, not rotated, by the new tokens of their sequence, the first num_sinks of them sinks."""
     first = 0
+    kept = None
     if window is not None:
         first = tl.maximum(tile.first_query - window + 1, 0)
+        if PLAN.keep_sink:
+            first = tl.where(num_sinks > 0, 0, first)
+            kept = num_sinks
     queries = tile.query, tile.first_query, tile.last_query
     k, v = _of_sequence(new[0], tile.row_start, head), _of_sequence(new[1], tile.row_start, head)
-    return attend_new(state, q, qk_scale, cap, k, v, (first, tile.last_query + 1), queries, window, LAYOUT, PLAN)
+    return attend_new(state, q, scales[0], scales[1], k, v, (first, tile.last_query + 1), queries, window, kept, LAYOUT, PLAN)
 
 
 _NOT_SPECIALIZED = [
@@ -187,7 +195,6 @@ def _kvarn_prefill_attention_kernel(
 ):
     if PLAN.early_merge:
         gdc_launch_dependents()
-    qk_scale, cap = scales[0], scales[1]
     head = tl.program_id(0) % num_kv_heads
     split = tl.program_id(0) // num_kv_heads % num_splits
     num_q_heads = num_kv_heads * PLAN.group
@@ -204,14 +211,11 @@ def _kvarn_prefill_attention_kernel(
             (tile.first_query, tile.last_query, tile.num_tokens), row, seq_len, num_quantized_ptr, sink_len, window,
             LAYOUT.page_size, new is not None,
         )  # fmt: skip
-        spans, raw_share, span = _shares(split, num_splits, split_size, seen, sink_len, raw is not None, LAYOUT)
+        spans, raw_share, span = _shares(split, num_splits, split_size, seen, sink_len, raw is not None, LAYOUT, PLAN)
         q_place = tile.token * q.stride_token + tile.q_head.to(tl.int64) * q.stride_head
         some = seen.num_valid > -sink_len  # otherwise nothing is cached
         rows, rotated, q_factor = _rotate(q.ptr, q_place, tile.mask, some, scratch is not None, LAYOUT, PLAN)
-        q_factor = q_factor * qk_scale
         shift = seq_len - tile.num_tokens - sink_len  # the position of the first query within the body
-        position = shift + tile.query
-        queries = position, shift + tile.first_query, shift + tile.last_query
         records = records_of(pages, head, table_ptr, indptr_ptr, row, stride_table)
         expanded = None
         if scratch is not None:
@@ -221,7 +225,7 @@ def _kvarn_prefill_attention_kernel(
             columns = tl.cdiv(sink_len, LAYOUT.page_size), num_tail_slots
             raw_tokens = of_head(raw, head), raw_table_ptr + row.to(tl.int64) * stride_raw_table, columns, spans
         state = _attend_cached(
-            rotated, q_factor, cap, records, expanded, raw_tokens, raw_share, span, seen.num_valid, queries, sink_len, window,
+            rotated, q_factor * scales[0], scales[1], records, expanded, raw_tokens, raw_share, span, seen, tile, (shift, sink_len), window,
             LAYOUT, PLAN,
         )  # fmt: skip
         if new is not None and (scratch is None or some):
@@ -230,7 +234,9 @@ def _kvarn_prefill_attention_kernel(
             if scratch is not None or PLAN.form == "registers":
                 # Kept for now, they would take registers or shared memory from the loop over pages.
                 rows = load_rows(q.ptr, q_place, tile.mask, LAYOUT.head_dim, PLAN.k_channels)
-            state = _attend_new(state, rows.to(PLAN.query_operand), new, tile, head, qk_scale, cap, window, LAYOUT, PLAN)
+            state = _attend_new(
+                state, rows.to(PLAN.query_operand), new, tile, head, scales, window, -shift, LAYOUT, PLAN
+            )  # fmt: skip
         ROTATION: tl.constexpr = LAYOUT.v_block_size if new is None else 1
         store_results(out, lse_ptr, sinks_ptr, state, tile, tokens, split, num_q_heads, ROTATION, PLAN)
     elif PLAN.single:
@@ -244,6 +250,7 @@ def _plan(
     group: int,
     single: bool,
     early: bool,
+    keep_sink: bool,
     ptx: bool,
     config: configs.PrefillConfig,
 ) -> PrefillPlan:
@@ -265,6 +272,7 @@ def _plan(
         query_operand=configs.operand(q_dtype, q_dtype),
         raw_operand=configs.operand(q_dtype, raw_dtype),
         scratch_operand=configs.operand(q_dtype, scratch_dtype or q_dtype),
+        keep_sink=keep_sink,
         form=config.form,
         single=single,
         ptx=ptx,
@@ -293,6 +301,7 @@ def launch_prefill_tiles(
     group, single = q.shape[1] // num_kv_heads, tiles.num_splits == 1
     scale = layout.head_dim**-0.5 if mask.sm_scale is None else mask.sm_scale
     raw_dtype = q.dtype if cache.raw_pages is None else cache.raw_pages.dtype
+    early = not single and gpu.launches_early(q.device)
     dtypes = q.dtype, raw_dtype, None if scratch is None else scratch.dtype
     count = triton.cdiv(len(tokens) * group, config.block_m) + cache.batch + (tokens.start > 0)  # one may begin before them
     on(q, _kvarn_prefill_attention_kernel)[(count * num_kv_heads * tiles.num_splits,)](
@@ -317,7 +326,7 @@ def launch_prefill_tiles(
         split_size=tiles.split_size,
         max_pages=cache.max_pages,
         LAYOUT=layout,
-        PLAN=_plan(layout, dtypes, group, single, not single and gpu.launches_early(q.device), gpu.uses_ptx(), config),
+        PLAN=_plan(layout, dtypes, group, single, early, mask.window is not None and mask.keep_sink, gpu.uses_ptx(), config),
         num_warps=config.num_warps,
         enable_fp_fusion=True,
         **config.options(),

@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tile.arithmetic import hadamard, item_of_field, log2
-from .operands import DIGITS_MAX, LEAST_PLANE, RUN, field_factor, join_planes, spread_columns, two_terms
+from ..tile.arithmetic import hadamard, log2
+from ..tile.codes import field_factor, item_of_field
+from .operands import DIGITS_MAX, LEAST_PLANE, RUN, join_planes, spread_columns, two_terms
 
 LEAST_QUERY = tl.constexpr(1e-30)
 """Rotated queries whose largest number is below this, zero ones too, are not scaled up further: float32 would overflow."""

@@ -20,8 +20,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tile.arithmetic import item_of_field, split_halves
-from .operands import LEAST_PLANE, high_bits, join_planes, split_planes
+from ..tile.arithmetic import split_halves
+from ..tile.codes import codes_of_words_ptx, item_of_field, load_words, place_in_word, unsigned_codes
+from .operands import LEAST_PLANE, join_planes, split_planes
 from .softmax import State, advance
 
 
@@ -42,12 +43,6 @@ def _padded(plane):
 
 
 @triton.constexpr_function
-def _place(field, bits):
-    """Return the lowest bit of the codes of a field where they are multiplied: 3-bit codes are put together first."""
-    return 0 if bits == 3 else field * bits
-
-
-@triton.constexpr_function
 def _unit(bits):
     """Return what dequantized numbers are multiplied by: `scale * (2**bits - 1)` is at most 2, and 2**16 too large."""
     return 2.0 ** (bits - 10)
@@ -56,7 +51,7 @@ def _unit(bits):
 @triton.constexpr_function
 def _params_ptx(field, bits):
     """PTX of `_plane_params` for two channels or tokens. The factor is too large for float16, hence two of them."""
-    exponent = 24 - _place(field, bits) + bits - 10
+    exponent = 24 - place_in_word(field, bits) + bits - 10
     first, second, unit = (((15 + e) << 10) * 0x00010001 for e in (exponent // 2, exponent - exponent // 2, bits - 10))
     return (
         "{ .reg .b32 m; prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632; "
@@ -90,7 +85,7 @@ def _plane_params(params, FIELD: tl.constexpr, BITS: tl.constexpr, PTX: tl.const
         )
     else:
         scale, zero = split_halves(params)
-        scale = (scale.to(tl.float32) * (_unit(BITS) * 2.0 ** (24 - _place(FIELD, BITS)))).to(tl.float16)
+        scale = (scale.to(tl.float32) * (_unit(BITS) * 2.0 ** (24 - place_in_word(FIELD, BITS)))).to(tl.float16)
         zero = (zero.to(tl.float32) * _unit(BITS)).to(tl.float16)
     return scale, zero
 
@@ -98,22 +93,14 @@ def _plane_params(params, FIELD: tl.constexpr, BITS: tl.constexpr, PTX: tl.const
 @triton.constexpr_function
 def _numbers_ptx(field, upper, bits):
     """PTX of `_numbers` for two words."""
-    down = 8 * upper + (2 * field if bits == 3 else 0)
-    width = 2 if bits == 3 else bits
-    codes = f"shr.b32 $0, $1, {down}; " if down else "mov.b32 $0, $1; "
-    codes += f"and.b32 $0, $0, {((2**width - 1) << _place(field, bits)) * 0x00010001}; "
-    if bits == 3:
-        move = 8 * upper + field - 2
-        place = f"shr.b32 u, $2, {move}; " if move >= 0 else f"shl.b32 u, $2, {-move}; "
-        codes += place + f"and.b32 u, u, {0x00040004}; or.b32 $0, $0, u; "
-    return "{ .reg .b32 u; " + codes + "fma.rn.f16x2 $0, $0, $3, $4; }"
+    return "{ .reg .b32 u; " + codes_of_words_ptx(field, upper, bits) + "fma.rn.f16x2 $0, $0, $3, $4; }"
 
 
 @triton.jit
 def _numbers(
     words, high, scale, zero, FIELD: tl.constexpr, UPPER: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
 ):  # fmt: skip
-    """Return the float16 numbers [words, columns] of one plane of int16 words. `high` as `operands.high_bits` returns them."""
+    """Return the float16 numbers [words, columns] of one plane of int16 words. `high` as `codes.high_bits` returns them."""
     scale = tl.broadcast_to(scale[:, None], words.shape)
     zero = tl.broadcast_to(zero[:, None], words.shape)
     if PTX:
@@ -121,39 +108,10 @@ def _numbers(
             _numbers_ptx(FIELD, UPPER, BITS), "=&r,r,r,r,r", [words, high, scale, zero], tl.float16, is_pure=True, pack=2
         )  # fmt: skip
     else:
-        WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-        codes = (words.to(tl.int32) >> (8 * UPPER + FIELD * WIDTH)) & (2**WIDTH - 1)
-        if BITS == 3:
-            codes = codes | (((high.to(tl.int32) >> (8 * UPPER + FIELD)) & 1) << 2)
-        codes = codes.to(tl.float32) * 2.0 ** (_place(FIELD, BITS) - 24)
+        codes = unsigned_codes(words >> (8 * UPPER), high >> (8 * UPPER), FIELD, BITS)
+        codes = codes.to(tl.float32) * 2.0 ** (place_in_word(FIELD, BITS) - 24)
         numbers = (codes * scale.to(tl.float32) + zero.to(tl.float32)).to(tl.float16)
     return numbers
-
-
-@triton.jit
-def _load_words(
-    codes_ptr, row, WORDS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
-):  # fmt: skip
-    """Load rows of WORDS words, padded to BLOCK, as int16 [BLOCK, rows], and the high bits of 3-bit codes.
-
-    There are ROWS rows; others are zero.
-    """
-    rows_ptr = codes_ptr.to(tl.pointer_type(tl.int16))
-    word = tl.arange(0, BLOCK)[:, None]
-    place = row[None, :] * WORDS + word
-    mask = (row < ROWS)[None, :]
-    if WORDS == BLOCK and triton.next_power_of_2(ROWS) == ROWS:
-        words = tl.load(rows_ptr + place)
-    else:
-        words = tl.load(rows_ptr + place, (word < WORDS) & mask, other=0)
-    high = words
-    if BITS == 3:
-        place = row[None, :] * (WORDS // 2) + word
-        high_ptr = rows_ptr + ROWS * WORDS
-        lower = tl.load(high_ptr + place, (word < WORDS // 2) & mask, other=0)
-        upper = tl.load(high_ptr + place - WORDS // 2, (word >= WORDS // 2) & (word < WORDS) & mask, other=0)
-        high = high_bits(lower, upper, PTX)
-    return words, high
 
 
 @triton.jit
@@ -191,7 +149,7 @@ def register_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl
     products = ()
     for part in tl.static_range(G // BLOCK_T):
         token = token_in_order(part * BLOCK_T + tl.arange(0, BLOCK_T), LAYOUT, PLAN.v_fields)
-        words, high = _load_words(codes_ptr, token, WORDS, BLOCK_K, G, BITS, PTX)
+        words, high = load_words(codes_ptr, token, WORDS, BLOCK_K, G, BITS, PTX)
         product = tl.zeros((planes[0].shape[0], BLOCK_T), tl.float32)
         for plane in tl.static_range(2 * FIELDS):
             numbers = _numbers(words, high, params[plane][0], params[plane][1], plane // 2, plane % 2, BITS, PTX)
@@ -229,7 +187,7 @@ def add_register_values(state, scores, record_ptr, LAYOUT: tl.constexpr, PLAN: t
     products = ()
     for part in tl.static_range(CHANNELS // BLOCK_D):
         row = part * BLOCK_D + tl.arange(0, BLOCK_D)
-        words, high = _load_words(codes_ptr, row, WORDS, BLOCK_W, D, BITS, PTX)
+        words, high = load_words(codes_ptr, row, WORDS, BLOCK_W, D, BITS, PTX)
         product = tl.zeros((acc.shape[0], BLOCK_D), tl.float32)
         for plane in tl.static_range(2 * FIELDS):
             numbers = _numbers(words, high, params[plane][0], params[plane][1], plane // 2, plane % 2, BITS, PTX)

@@ -48,6 +48,7 @@ class Units:
     raw_block: int
     has_raw: bool
     has_window: bool
+    keep_sink: bool = False  # beside a window
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def row_units(rows, row, mask, UNITS: tl.constexpr):
         first_page = tl.minimum(body_start // G, pages)
         if UNITS.has_raw:
             # The last run of a sink may reach past its end: no run at all if the window begins there.
-            first_sink = tl.where(start < sink_len, start // BLOCK_R, sinks)
+            if not UNITS.keep_sink:
+                first_sink = tl.where(start < sink_len, start // BLOCK_R, sinks)
             first_tail = tl.maximum(body_start - pages * G, 0) // BLOCK_R
     return seq_len, start, (first_sink, first_page, first_tail), (sinks - first_sink, pages - first_page, tails - first_tail)
 

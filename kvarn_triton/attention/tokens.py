@@ -120,14 +120,15 @@ def attend_raw_units(
     share,
     spans,
     positions,
-    window,
+    windows,
     LAYOUT: tl.constexpr,
     PLAN: tl.constexpr,
 ):
     """Advance the state of a tile of queries by raw units share[0] to share[1] of one kv head: of the sink, then of the tail.
 
     `columns` of the raw table are those of sinks and those of the tail. `spans` of both are the tokens that some query sees,
-    (first, last), counted from the start of the sequence and of the body; `positions` [rows] of the queries are counted so too.
+    (first, last), counted from the start of the sequence and of the body; `positions` [rows] of the queries are counted so
+    too. `windows` of both may be None.
     """
     before = 0
     for part in tl.static_range(2):
@@ -138,7 +139,7 @@ def attend_raw_units(
         end = tl.where(first_of_part < last_of_part, tl.minimum(first + last_of_part * RAW_UNIT, last), 0)
         state = _attend_raw_run(
             state, q, q_factor, cap, raw, table_ptr, (columns[0] * part, tl.maximum(columns[part], 1)),
-            (first + first_of_part * RAW_UNIT, end), positions[part], window, LAYOUT, PLAN,
+            (first + first_of_part * RAW_UNIT, end), positions[part], windows[part], LAYOUT, PLAN,
         )  # fmt: skip
         before += units
     return state
@@ -182,7 +183,7 @@ def _attend_raw_run(
             state, q, q_factor, cap,
             (page_ptr + place[None, :] + channel[:, None], page_ptr + raw.stride_half + place[:, None] + offs_d[None, :]),
             (valid[None, :] & mask_c[:, None], valid[:, None] & (offs_d < LAYOUT.v_head_dim)[None, :]),
-            token, valid, True, position, position, window, OPERAND,
+            token, valid, True, position, position, window, None, OPERAND,
         )  # fmt: skip
     return state
 
@@ -201,12 +202,13 @@ def _attend_step(
     newest,
     position,
     window,
+    kept,
     OPERAND: tl.constexpr,
 ):
     """Advance the state by tokens whose keys are at ptrs[0] [channels, tokens] and values at ptrs[1] [tokens, channels].
 
     Masks of loads, and `valid`, may be None. Only where `hidden` some token may be newer than `newest` [rows], too old for the
-    window of a query at `position` [rows], or not valid.
+    window of a query at `position` [rows], or not valid. A window hides no token before `kept`, which may be None.
     """
     k_mask, v_mask = masks
     keys = tl.load(ptrs[0], k_mask, other=None if k_mask is None else 0.0)
@@ -216,7 +218,10 @@ def _attend_step(
         if valid is not None:
             seen = seen & valid[None, :]
         if window is not None:
-            seen = seen & (token[None, :] > position[:, None] - window)
+            recent = token[None, :] > position[:, None] - window
+            if kept is not None:
+                recent = recent | (token < kept)[None, :]
+            seen = seen & recent
         scores = tl.where(seen, scores, float("-inf"))
     weights, alpha, m, l_sum = advance(state, scores, False)
     values = tl.load(ptrs[1], v_mask, other=None if v_mask is None else 0.0)
@@ -267,7 +272,7 @@ def attend_scratch(
         state = _attend_step(
             state, q, q_factor, cap,
             (page_ptr + place[None, :] + offs_k, page_ptr + scratch.stride_half + place[:, None] + offs_v), (k_mask, v_mask),
-            start + offs_t, None, hidden, newest, position, window, OPERAND,
+            start + offs_t, None, hidden, newest, position, window, None, OPERAND,
         )  # fmt: skip
     return state
 
@@ -283,12 +288,14 @@ def attend_new(
     span,
     queries,
     window,
+    kept,
     LAYOUT: tl.constexpr,
     PLAN: tl.constexpr,
 ):
     """Advance the state of a tile of queries by new tokens span[0] to span[1] of one sequence and kv head.
 
-    Neither they nor `q` [rows, channels] are rotated. `queries` are as in `pages.attend_pages`, but count new tokens.
+    Neither they nor `q` [rows, channels] are rotated. `queries` are as in `pages.attend_pages`, but count new tokens. A window
+    hides no token before `kept`, which may be None.
     """
     BLOCK_R: tl.constexpr = PLAN.block_r
     position, first_position, last_position = queries
@@ -312,6 +319,6 @@ def attend_new(
         state = _attend_step(
             state, q, qk_scale, cap,
             (k.ptr + place[None, :] * k.stride_token + offs_k, v.ptr + place[:, None] * v.stride_token + offs_v),
-            (k_mask, v_mask), start + offs_t, None, hidden, newest, position, window, q.dtype,
+            (k_mask, v_mask), start + offs_t, None, hidden, newest, position, window, kept, q.dtype,
         )  # fmt: skip
     return state

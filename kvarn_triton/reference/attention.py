@@ -78,18 +78,21 @@ def attend(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
+    num_kept: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return attention of q [n, num_q_heads, head_dim] to k, v [num_kv_heads, tokens, head_dim], and lse [n, num_q_heads].
 
     Values, and with them the result, may have another head_dim than q and k. A query sees the keys at its own position and
-    before it; with a window only the last `window` of those.
+    before it; with a window only the last `window` of those, and the first `num_kept` of the sequence.
     """
     group = q.shape[1] // k.shape[0]
     scores = torch.einsum("nhgd,htd->nhgt", q.unflatten(1, (-1, group)), k).flatten(1, 2) * sm_scale
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     distance = query_positions[:, None] - key_positions[None, :]
-    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    visible = distance >= 0
+    if window is not None:
+        visible &= (distance < window) | (key_positions < num_kept)
     scores = torch.where(visible[:, None], scores, -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
     if sinks is not None:
@@ -128,6 +131,7 @@ def prefill_attention(
     split_size: int | None = None,
     workspace: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
+    keep_sink: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with several query tokens per sequence; see `kvarn_triton.prefill_attention`."""
     dtype = working_dtype(q.dtype)
@@ -141,29 +145,36 @@ def prefill_attention(
         positions = torch.arange(seq_len - (last - first), seq_len, device=q.device)
         start = 0 if window is None else max(int(positions[0]) - window + 1, 0)
         cached = seq_len if k is None else max(int(positions[0]), 0)
-        keys, values = gather_cache(
-            pages,
-            block_table,
-            cached,
-            layout,
-            row=b,
-            start=min(start, cached),
-            raw_pages=raw_pages,
-            raw_table=raw_table,
-            num_quantized=None if num_quantized is None else int(num_quantized[b]),
-            sink_len=sink_len,
-            kv_indptr=kv_indptr,
-            kv_indices=kv_indices,
-            dtype=dtype,
-        )
-        key_positions = torch.arange(min(start, cached), cached, device=q.device)
+        num_kept = sink_len if keep_sink else 0
+        # What no query sees isn't read: it may belong to somebody else by now.
+        spans = [(0, min(num_kept, start, cached)), (min(start, cached), cached)]
+        parts = [
+            gather_cache(
+                pages,
+                block_table,
+                end,
+                layout,
+                row=b,
+                start=begin,
+                raw_pages=raw_pages,
+                raw_table=raw_table,
+                num_quantized=None if num_quantized is None else int(num_quantized[b]),
+                sink_len=sink_len,
+                kv_indptr=kv_indptr,
+                kv_indices=kv_indices,
+                dtype=dtype,
+            )
+            for begin, end in spans
+        ]
+        keys, values = (torch.cat(halves, dim=1) for halves in zip(*parts, strict=True))
+        key_positions = torch.cat([torch.arange(begin, end, device=q.device) for begin, end in spans])
         if k is not None and v is not None:
             new_keys, new_values = (hadamard(x[first:last].to(dtype)).transpose(0, 1) for x in (k, v))
             keys, values = torch.cat((keys, new_keys), dim=1), torch.cat((values, new_values), dim=1)
             key_positions = torch.cat((key_positions, positions))
         rotated, row_lse = attend(
             hadamard(q[first:last].to(dtype)), keys, values, positions, key_positions, sm_scale,
-            window=window, soft_cap=soft_cap, sinks=sinks,
+            window=window, soft_cap=soft_cap, sinks=sinks, num_kept=num_kept,
         )  # fmt: skip
         result[first:last] = hadamard(rotated).to(result.dtype)
         lse[first:last] = row_lse.float()
@@ -193,13 +204,14 @@ def decode_attention(
     split_size: int | None = None,
     workspace: torch.Tensor | None = None,
     table: object = None,
+    keep_sink: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with one query token per sequence; see `kvarn_triton.decode_attention`."""
     one_each = torch.arange(q.shape[0] + 1, device=q.device)
     return prefill_attention(
         q, pages, block_table, seq_lens, one_each, layout, raw_pages=raw_pages, raw_table=raw_table,
         num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr, kv_indices=kv_indices, sm_scale=sm_scale,
-        window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
+        window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse, keep_sink=keep_sink,
     )  # fmt: skip
 
 

@@ -103,24 +103,6 @@ def split_halves(words):
 
 
 @triton.jit
-def byte_of_item(item, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
-    """Return which byte of a row holds an item: a channel of a token (keys) or a token of a channel (values)."""
-    return item // BLOCK * (BLOCK // FIELDS) + item % (BLOCK // FIELDS)
-
-
-@triton.jit
-def field_of_item(item, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
-    """Return which field of its byte holds an item."""
-    return item % BLOCK // (BLOCK // FIELDS)
-
-
-@triton.jit
-def item_of_field(byte, field, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
-    """Return the item that a field of a byte holds; the inverse of the two functions above."""
-    return byte // (BLOCK // FIELDS) * BLOCK + field * (BLOCK // FIELDS) + byte % (BLOCK // FIELDS)
-
-
-@triton.jit
 def load_rows(x_ptr, place, mask, D: tl.constexpr, CHANNELS: tl.constexpr):
     """Load rows [rows, CHANNELS] of D numbers from places [rows]; what is padding is 0."""
     offs_d = tl.arange(0, CHANNELS)

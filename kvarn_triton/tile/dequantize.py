@@ -19,6 +19,7 @@ import triton.language as tl
 
 from ..paging import prefetch
 from .arithmetic import fma, log2, power_of_two, split_halves
+from .codes import code_in_byte, load_sums
 
 RUN = tl.constexpr(8)
 """Neighbouring channels that a thread writes: 16 bytes of 16-bit numbers."""
@@ -88,25 +89,6 @@ def _lanes_first(x):
 
 
 @triton.jit
-def _load_bytes(codes_ptr, first, own, place, ROWS: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr):
-    """Return bytes of rows of codes, int32, and the high bits of their 3-bit codes, that of field f at bit f + 2.
-
-    Their rows and bytes are sums of three: `first`, scalars; `own`, different in each thread; and `place`, different for each
-    number of a thread and known to the compiler, so that a load needs no addition of its own.
-    """
-    first_ptr = codes_ptr + (first[0] * BYTES + first[1])
-    packed = tl.load(first_ptr + (own[0] * BYTES + own[1]) + (place[0] * BYTES + place[1])).to(tl.int32)
-    high = packed
-    if BITS == 3:
-        HALF: tl.constexpr = BYTES // 2
-        row = first[0] + own[0] + place[0]
-        byte = first[1] + own[1] + place[1]
-        bits = tl.load(codes_ptr + ROWS * BYTES + row * HALF + byte % HALF).to(tl.int32)
-        high = (bits >> (byte // HALF * 4)) << 2
-    return packed, high
-
-
-@triton.jit
 def _scale_and_zero(words, field, BITS: tl.constexpr):
     """Return the scale and zero of parameters, float32, as `_decode` uses them for a field."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
@@ -122,10 +104,7 @@ def _decode(packed, high, field, scale, zero, BITS: tl.constexpr):
     largest scale, of float16, times the rest of that still is a float32 if the result is divided by 2**DOWN. The product of a
     code and a scale is exact, so that one rounding is that of the reference.
     """
-    if BITS == 3:
-        code = (packed & (3 << (2 * field))) | ((high << field) & (4 << (2 * field)))
-    else:
-        code = packed & ((2**BITS - 1) << (BITS * field))
+    code = code_in_byte(packed, high, field, BITS)
     return fma(code.to(tl.float32, bitcast=True), scale, zero)
 
 
@@ -208,7 +187,7 @@ def _dequantize_keys(out, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.cons
         prefetch(codes_ptr + tl.minimum(first + chunk.parts * CHUNK, G - CHUNK) * STRIDE, CHUNK * STRIDE, "L1", PLAN.ptx)
         token = first + tl.arange(0, CHUNK)
         factor = _norm_factor(tl.load(norm_ptr + token), gain, BLOCK, PLAN.rotated)
-        packed, high = _load_bytes(codes_ptr, (first, chunk.block * BYTES), own, place, G, STRIDE, LAYOUT.k_bits)
+        packed, high = load_sums(codes_ptr, (first, chunk.block * BYTES), own, place, G, STRIDE, LAYOUT.k_bits)
         x = _lanes_first(_decode(packed, high, field, scale, zero, LAYOUT.k_bits))
         tile = _to_tokens(tl.reshape(x, (LANES, ROWS, M, FIELDS * N)), PLAN.rotated)
         store_tokens(out, tile * factor[:, None], token)
@@ -238,7 +217,7 @@ def _dequantize_values(out, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.co
     place = (_index(N, 4) * RUN, _index(M, 2) * ROWS)
     factor = _norm_factor(tl.load(norm_ptr + _spread(own[0] + place[0], RUN, ROWS)), gain, BLOCK, PLAN.rotated)
     for first in range(chunk.part * M * ROWS, BYTES, chunk.parts * M * ROWS):
-        packed, high = _load_bytes(
+        packed, high = load_sums(
             record_ptr + LAYOUT.v_codes_offset,
             (chunk.block * BLOCK, first),
             own,

@@ -1,0 +1,50 @@
+"""What keeps the code readable: the sizes of functions and files, and the lengths of parameter lists."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import kvarn_triton
+
+PACKAGE = Path(kvarn_triton.__file__).parent
+FILE_LINES = 350
+FUNCTION_LINES = 80
+"""Without the docstring."""
+KERNEL_PARAMETERS = 30
+JIT_PARAMETERS = 14
+PYTHON_PARAMETERS = 8
+"""Of private functions. Public ones have what users give them, and the reference has the same."""
+
+
+def functions() -> Iterator[tuple[Path, ast.FunctionDef]]:
+    """Return every function of the package, and its file."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                yield path, node
+
+
+def most_parameters(path: Path, function: ast.FunctionDef) -> int | None:
+    """Return how many parameters a function may have; None for any number."""
+    if function.name.startswith("_kvarn_"):
+        return KERNEL_PARAMETERS
+    if any("triton." in ast.unparse(decorator) for decorator in function.decorator_list):
+        return JIT_PARAMETERS
+    public = function.name in (*kvarn_triton.__all__, "cache_case") or path.is_relative_to(PACKAGE / "reference")
+    return None if public else PYTHON_PARAMETERS
+
+
+def test_sizes():
+    """No file, function or parameter list is longer than a reader can keep in mind."""
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= FILE_LINES, path
+    for path, function in functions():
+        lines = function.end_lineno - function.lineno + 1
+        if ast.get_docstring(function) is not None:
+            lines -= function.body[0].end_lineno - function.body[0].lineno + 1
+        assert lines <= FUNCTION_LINES, f"{path}: {function.name} has {lines} lines"
+        arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+        most = most_parameters(path, function)
+        assert most is None or len(arguments) <= most, f"{path}: {function.name} has {len(arguments)} parameters"
