@@ -40,6 +40,14 @@ def test_same_parameters(name):
     assert [(p.name, p.kind, p.default) for p in own] == [(p.name, p.kind, p.default) for p in launcher]
 
 
+def test_schemas():
+    """The text of every schema is what it was: compiled programs and other languages call operators by it."""
+    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kvarn_triton::"))
+    parts = (name.removeprefix("kvarn_triton::").partition(".") for name in names)
+    found = [str(getattr(getattr(torch.ops.kvarn_triton, name), to or "default")._schema) for name, _, to in parts]
+    assert found == Path(__file__).with_name("schemas.txt").read_text().splitlines()
+
+
 def test_importing_the_package_registers_nothing():
     """Operators exist once `ops` is imported, and not before."""
     run_python(
