@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -53,27 +53,35 @@ def _table(row: tuple[int, ...]) -> DecodeTable:
     return DecodeTable("given", (Entry(0, config, "given"),))
 
 
-_APART = {
-    "layout": (
+class _Form(NamedTuple):
+    """How a parameter gets through an operator, as text."""
+
+    fields: str  # what a schema has for it
+    apart: str  # what a function makes of it
+    joined: str  # what an operator makes of the fields
+
+
+_FORMS = {
+    "layout": _Form(
         "str layout, int head_dim, int v_head_dim",
         "layout.name, layout.head_dim, layout.v_head_dim",
         "_layout(layout, head_dim, v_head_dim)",
     ),
-    "encoder": (
+    "encoder": _Form(
         "int iterations, bool equivariant, bool clip, int fits, str norm",
         "encoder.iterations, encoder.equivariant, encoder.clip, encoder.fits, encoder.norm",
         "_encoder(iterations, equivariant, clip, fits, norm)",
     ),
-    "table": (
+    "table": _Form(
         "int[]? table",
         "table if table is None else _row(table, layout.raw_head_dim)",
         "table if table is None else _table(tuple(table))",
     ),
 }
-"""Parameters that no schema can have: what it has for them, how a function takes them apart, how an operator joins them."""
+"""Parameters of types that no schema can have."""
 
 _LAST = ("token_starts", "kv_indptr", "kv_indices", "split_size", "table")
-"""Parameters that stand last in a schema, wherever the launcher has them: the order of a schema never changes."""
+"""Parameters that stand last in a schema, wherever the launcher has them: the order of a schema is kept."""
 
 _RESULTS = ("out", "workspace", "scratch", "return_lse")
 """Parameters that choose an overload."""
@@ -101,16 +109,15 @@ def _function(text: str) -> Any:
     return scope.popitem()[1]
 
 
-def _fields(parameters: list[inspect.Parameter], writes: tuple[str, ...], has_defaults: bool) -> list[str]:
-    """Return what a schema has for parameters, such as `Tensor(a!) pages`."""
-    fields = []
-    for p in parameters:
-        kind = p.annotation.removeprefix("torch.").replace("dtype", "ScalarType").replace(" | None", "?")
-        if p.name in writes:
-            kind = f"Tensor({'abc'[writes.index(p.name)]}!)"
-        field = _APART[p.name][0] if p.name in _APART else f"{kind} {p.name}"
-        fields += [f"{field}={p.default}"] if has_defaults and p.kind is p.KEYWORD_ONLY else field.split(", ")
-    return fields
+def _form(p: inspect.Parameter, writes: tuple[str, ...], has_default: bool) -> _Form:
+    """Return how a parameter of a launcher gets through its operator."""
+    kind = p.annotation.removeprefix("torch.").replace("dtype", "ScalarType").replace(" | None", "?")
+    if p.name in writes:
+        kind = f"Tensor({'ab'[writes.index(p.name)]}!)"
+    fields, apart, joined = _FORMS.get(p.name, _Form(f"{kind} {p.name}", p.name, p.name))
+    if p.kind is p.KEYWORD_ONLY:
+        fields, joined = f"{fields}={p.default}" if has_default else fields, f"{p.name}={joined}"
+    return _Form(fields, apart, joined)
 
 
 def _names(fields: list[str]) -> list[str]:
@@ -189,6 +196,17 @@ def _fake_attention(q: torch.Tensor, v_head_dim: int, return_lse: bool = False, 
     return (out, q.new_empty(q.shape[:2], dtype=torch.float32)) if return_lse else out
 
 
+def _like(launcher: Callable[_P, _R], value: str) -> Callable[_P, _R]:
+    """Return a function with the name and the parameters of a launcher, which returns what a text says."""
+    name, parameters = launcher.__name__, inspect.signature(launcher).parameters.values()
+    bare = inspect.Signature([p.replace(default=p.empty, annotation=p.empty) for p in parameters])
+    function = _function(f"def {name}{bare}: return {value}")
+    function.__defaults__, function.__kwdefaults__ = launcher.__defaults__, launcher.__kwdefaults__
+    functools.update_wrapper(function, launcher, assigned=["__annotations__"])
+    function.__doc__ = f"Call `kvarn_triton.{name}`, which says what it does, as an operator."
+    return function
+
+
 def _operator(
     launcher: Callable[_P, _R],
     result: str = "()",
@@ -207,18 +225,13 @@ def _operator(
         writes: parameters that are written in place.
         into: what a schema has for memory of results, if the launcher takes any.
     """
-    name, signature = launcher.__name__, inspect.signature(launcher)
-    parameters = signature.parameters
-    # The sort is stable.
-    taken = sorted(
-        (p for p in parameters.values() if p.name not in _RESULTS),
-        key=lambda p: _LAST.index(p.name) if p.name in _LAST else -1,
-    )
-    has_lse, is_pair = "return_lse" in parameters, bool(into) and "Tensor(a!) out" not in into
-    fields, memory = _fields(taken, writes, has_defaults=has_lse), into.split(", ") if into else []
-    launch = f"{launcher.__module__.rpartition('.')[2]}.{name}"
-    joined = ", ".join(f"{p.name}={_APART[p.name][2] if p.name in _APART else p.name}" for p in taken)
-    passed = _keywords(_names(fields))
+    name, parameters = launcher.__name__, inspect.signature(launcher).parameters
+    taken = [p for p in parameters.values() if p.name not in _RESULTS]
+    taken.sort(key=lambda p: _LAST.index(p.name) if p.name in _LAST else -1)
+    has_lse, is_pair = "return_lse" in parameters, into.startswith("Tensor(a!) k")
+    forms = [_form(p, writes, has_default=has_lse) for p in taken]
+    fields = ", ".join(form.fields for form in forms).split(", ")
+    memory = into.split(", ") if into else []
     given = f"out=({', '.join(_names(memory))})" if is_pair else _keywords(_names(memory))
     overloads: list[tuple[str, list[str], str, str, str]] = [("", [], result, "", "return {}")]
     if into:
@@ -226,19 +239,20 @@ def _operator(
     if has_lse:
         overloads.append((".lse", [], "(Tensor out, Tensor lse)", "return_lse=True", "return {}"))
         overloads.append((".into_lse", memory, "Tensor", f"{given}, return_lse=True", "return {}[1]"))
-    for overload, written, returned, options, form in overloads:
-        run = form.format(f"{launch}({joined}, {options})")
-        traced = form.format(f"{fake.__name__}({passed}, {options})") if fake else ""
+    # Found by name when it is called, in the module that this file imports.
+    launch = f"{launcher.__module__.rpartition('.')[2]}.{name}"
+    joined, passed = ", ".join(form.joined for form in forms), _keywords(_names(fields))
+    for overload, written, returned, options, body in overloads:
+        run = body.format(f"{launch}({joined}, {options})")
+        traced = body.format(f"{fake.__name__}({passed}, {options})") if fake else ""
         _define(name + overload, written + fields, returned, run, traced)
 
-    bare = [p.replace(default=p.empty, annotation=p.empty) for p in parameters.values()]
-    apart = ", ".join(_APART[p.name][1] if p.name in _APART else p.name for p in taken)
-    options, call = _keywords([x for x in _RESULTS if x in parameters]), "_call_pair" if is_pair else "_call"
-    function = _function(f"def {name}{inspect.Signature(bare)}: return {call}(_OPS.{name}, ({apart},), {options})")
-    function.__defaults__, function.__kwdefaults__ = launcher.__defaults__, launcher.__kwdefaults__
-    functools.update_wrapper(function, launcher, assigned=["__annotations__"])
-    function.__doc__ = f"Call `kvarn_triton.{name}`, which says what it does, as an operator."
-    return function
+    apart = ", ".join(form.apart for form in forms)
+    call = f"_OPS.{name}.default({apart})"
+    if into:
+        options = _keywords([x for x in _RESULTS if x in parameters])
+        call = f"{'_call_pair' if is_pair else '_call'}(_OPS.{name}, ({apart}), {options})"
+    return _like(launcher, call)
 
 
 hadamard = _operator(rotation.hadamard, "Tensor", _fake_like, into="Tensor(a!) out")
