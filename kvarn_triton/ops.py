@@ -100,9 +100,9 @@ def _without_gradients(run: Callable) -> Callable:
 
 
 def _function(text: str) -> Any:
-    """Return the function that a text defines, whose names are those of this file.
+    """Return the function that a text defines; names in it are those of this file.
 
-    Python binds its arguments as those of any other function, which costs a call nothing, and compilers can trace it.
+    It is a function like any other: Python binds its arguments, at no cost and with its own errors, and compilers trace it.
     """
     scope: dict[str, Any] = {}
     exec(text, globals(), scope)
@@ -179,25 +179,29 @@ def _fake_nothing(**_: Any) -> None:
 
 
 def _fake_like(x: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Return an empty tensor like `x`, contiguous."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _fake_pages(pages, page_ids, layout, head_dim, v_head_dim, dtype, **_):
+    """Return empty keys and values of pages."""
     shape = page_ids.shape[0], _layout(layout).page_size, pages.shape[1]
     return pages.new_empty(*shape, head_dim, dtype=dtype), pages.new_empty(*shape, v_head_dim, dtype=dtype)
 
 
 def _fake_states(out_a: torch.Tensor, lse_a: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an empty `out` and `lse` like those of the first state."""
     return _fake_like(out_a), _fake_like(lse_a)
 
 
 def _fake_attention(q: torch.Tensor, v_head_dim: int, return_lse: bool = False, **_: Any) -> Any:
+    """Return an empty `out`, or `out` and `lse`, of attention."""
     out = q.new_empty(*q.shape[:2], v_head_dim)
     return (out, q.new_empty(q.shape[:2], dtype=torch.float32)) if return_lse else out
 
 
 def _like(launcher: Callable[_P, _R], value: str) -> Callable[_P, _R]:
-    """Return a function with the name and the parameters of a launcher, which returns what a text says."""
+    """Return a function with the name and the parameters of a launcher; a text says what it returns."""
     name, parameters = launcher.__name__, inspect.signature(launcher).parameters.values()
     bare = inspect.Signature([p.replace(default=p.empty, annotation=p.empty) for p in parameters])
     function = _function(f"def {name}{bare}: return {value}")
@@ -217,8 +221,15 @@ def _operator(
 ) -> Callable[_P, _R]:
     """Register the overloads of a launcher, and return the function that calls them.
 
+    For `hadamard` that is `hadamard(Tensor x, int? block_size) -> Tensor` and
+    `hadamard.into(Tensor(a!) out, Tensor x, int? block_size) -> ()`, with these functions:
+
+        def launch(x, block_size): return rotation.hadamard(x, block_size=block_size)
+        def launch(out, x, block_size): rotation.hadamard(x, block_size=block_size, out=out)
+        def hadamard(x, *, block_size=None, out=None): return _call(_OPS.hadamard, (x, block_size), out=out)
+
     Args:
-        launcher: a function of a module that this file imports.
+        launcher: a function of a module that this file imports; texts find it there.
         result: what the schema returns that is given no memory for it.
         fake: takes what the schema has, by name, and the launcher's options of results, and returns empty ones. None where the
             launcher is made of operators of PyTorch.
@@ -228,10 +239,11 @@ def _operator(
     name, parameters = launcher.__name__, inspect.signature(launcher).parameters
     taken = [p for p in parameters.values() if p.name not in _RESULTS]
     taken.sort(key=lambda p: _LAST.index(p.name) if p.name in _LAST else -1)
-    has_lse, is_pair = "return_lse" in parameters, into.startswith("Tensor(a!) k")
+    has_lse = "return_lse" in parameters
+    # Only schemas of attention have defaults.
     forms = [_form(p, writes, has_default=has_lse) for p in taken]
-    fields = ", ".join(form.fields for form in forms).split(", ")
-    memory = into.split(", ") if into else []
+    fields, memory = ", ".join(form.fields for form in forms).split(", "), into.split(", ") if into else []
+    is_pair = bool(into) and "out" not in _names(memory)
     given = f"out=({', '.join(_names(memory))})" if is_pair else _keywords(_names(memory))
     overloads: list[tuple[str, list[str], str, str, str]] = [("", [], result, "", "return {}")]
     if into:
@@ -239,7 +251,6 @@ def _operator(
     if has_lse:
         overloads.append((".lse", [], "(Tensor out, Tensor lse)", "return_lse=True", "return {}"))
         overloads.append((".into_lse", memory, "Tensor", f"{given}, return_lse=True", "return {}[1]"))
-    # Found by name when it is called, in the module that this file imports.
     launch = f"{launcher.__module__.rpartition('.')[2]}.{name}"
     joined, passed = ", ".join(form.joined for form in forms), _keywords(_names(fields))
     for overload, written, returned, options, body in overloads:

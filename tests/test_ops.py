@@ -35,9 +35,9 @@ def test_registered_operators(function):
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if not name.startswith("_")])
 def test_same_parameters(name):
-    """Every function has the parameters and defaults of its launcher."""
-    own, launcher = (inspect.signature(getattr(module, name)).parameters.values() for module in (ops, kvarn))
-    assert [(p.name, p.kind, p.default) for p in own] == [(p.name, p.kind, p.default) for p in launcher]
+    """Every function has the parameters, defaults and annotations of its launcher."""
+    own, launcher = (inspect.signature(getattr(module, name), follow_wrapped=False) for module in (ops, kvarn))
+    assert own == launcher
 
 
 def test_schemas():
