@@ -1,132 +1,160 @@
 """The functions that a model's code calls, as operators of PyTorch: for `torch.compile(fullgraph=True)` and other tracers.
 
 `from kvarn_triton import ops` registers `torch.ops.kvarn_triton.*`; importing the package alone registers nothing. Each
-function has the name and the parameters of a launcher and reaches it through an operator (`operators`). What the launcher
-refuses, it refuses when it runs; an argument of a type that the operator doesn't take is an error of PyTorch. There are no
-gradients: results never require any, whatever their arguments do.
+function has the name and the parameters of a launcher and reaches it through an operator, and both are made from the
+launcher's signature. What the launcher refuses, it refuses when it runs; an argument of a type that the operator doesn't take
+is an error of PyTorch. Attention refuses `workspace` and `scratch` without `out`: what an operator writes to, it declares.
+There are no gradients: results never require any, whatever their arguments do.
+
+Operators take tensors, numbers and strings: a layout travels as its name and both head_dims, an encoder as its options, a table
+of launch parameters as the row that the call needs. Overloads named `into` write to tensors that the schema declares; those
+with `lse` return the log-sum-exp too.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
 import torch
 
-from . import operators as _operators
+from .attention import decode, merge, prefill
 from .checks import require
-from .encoder import DEFAULT, Encoder
+from .encoder import Encoder
 from .layout import PageLayout
-from .tables import DecodeTable
+from .pages import append, commit, cut, dequantize, rotation, store
+from .tables import DecodeConfig, DecodeTable, Entry
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_LIBRARY = torch.library.Library("kvarn_triton", "DEF")
 _OPS = torch.ops.kvarn_triton
 
-
-def hadamard(x: torch.Tensor, *, block_size: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Return `x` rotated; see `kvarn_triton.hadamard`."""
-    if out is None:
-        return _OPS.hadamard.default(x, block_size)
-    _OPS.hadamard.into(out, x, block_size)
-    return out
+_layout = functools.lru_cache(PageLayout.from_name)
+_encoder = functools.lru_cache(Encoder)
 
 
-def raw_slots(positions: torch.Tensor, raw_table: torch.Tensor, *, sink_len: int, page_size: int) -> torch.Tensor:
-    """Return where tokens live in the raw pool; see `kvarn_triton.raw_slots`. Compilers see what it does and fuse it."""
-    return _OPS.raw_slots.default(positions, raw_table, sink_len, page_size)
+def _row(table: DecodeTable, head_dim: int) -> list[int]:
+    """Return the launch parameters that a table has for a head_dim, in the order of `DecodeConfig`."""
+    c = table.find(head_dim)
+    return [
+        c.num_warps, c.num_stages, c.block_t, c.block_d, c.programs_per_sm, c.few_programs_per_sm, c.maxnreg or 0,
+        int(c.early_merge),
+    ]  # fmt: skip
 
 
-def append_tokens(k: torch.Tensor, v: torch.Tensor, raw_pages: torch.Tensor, slots: torch.Tensor) -> None:
-    """Rotate tokens and write them into `raw_pages`; see `kvarn_triton.append_tokens`."""
-    _OPS.append_tokens.default(k, v, raw_pages, slots)
+@functools.lru_cache
+def _table(row: tuple[int, ...]) -> DecodeTable:
+    """Return a table that has a row made by `_row` for every head_dim."""
+    config = DecodeConfig(row[0], row[1], row[2], row[3], row[4], row[5], row[6] or None, bool(row[7]))
+    return DecodeTable("given", (Entry(0, config, "given"),))
 
 
-def store_pages(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pages: torch.Tensor,
-    page_ids: torch.Tensor,
-    layout: PageLayout,
-    *,
-    token_starts: torch.Tensor | None = None,
-    encoder: Encoder = DEFAULT,
-) -> None:
-    """Quantize full pages and write them into `pages`; see `kvarn_triton.store_pages`."""
-    _OPS.store_pages.default(
-        k, v, pages, page_ids, layout.name, layout.head_dim, layout.v_head_dim, encoder.iterations, encoder.equivariant,
-        encoder.clip, encoder.fits, encoder.norm, token_starts,
-    )  # fmt: skip
+class _Form(NamedTuple):
+    """How a parameter gets through an operator, as text."""
+
+    fields: str  # what a schema has for it
+    apart: str  # what a function makes of it
+    joined: str  # what an operator makes of the fields
 
 
-def commit_pages(
-    raw_pages: torch.Tensor,
-    pages: torch.Tensor,
-    raw_table: torch.Tensor,
-    block_table: torch.Tensor | None,
-    committed_lens: torch.Tensor,
-    num_quantized: torch.Tensor,
-    layout: PageLayout,
-    *,
-    sink_len: int = 0,
-    keep_pages: int = 0,
-    max_new_pages: int = 1,
-    advance: bool = True,
-    kv_indptr: torch.Tensor | None = None,
-    kv_indices: torch.Tensor | None = None,
-    encoder: Encoder = DEFAULT,
-) -> None:
-    """Quantize finished pages of the tail into `pages`, and advance `num_quantized`; see `kvarn_triton.commit_pages`."""
-    _OPS.commit_pages.default(
-        raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, layout.name, layout.head_dim,
-        layout.v_head_dim, sink_len, keep_pages, max_new_pages, advance, encoder.iterations, encoder.equivariant, encoder.clip,
-        encoder.fits, encoder.norm, kv_indptr, kv_indices,
-    )  # fmt: skip
+_FORMS = {
+    "layout": _Form(
+        "str layout, int head_dim, int v_head_dim",
+        "layout.name, layout.head_dim, layout.v_head_dim",
+        "_layout(layout, head_dim, v_head_dim)",
+    ),
+    "encoder": _Form(
+        "int iterations, bool equivariant, bool clip, int fits, str norm",
+        "encoder.iterations, encoder.equivariant, encoder.clip, encoder.fits, encoder.norm",
+        "_encoder(iterations, equivariant, clip, fits, norm)",
+    ),
+    "table": _Form(
+        "int[]? table",
+        "table if table is None else _row(table, layout.raw_head_dim)",
+        "table if table is None else _table(tuple(table))",
+    ),
+}
+"""Parameters of types that no schema can have."""
+
+_LAST = ("token_starts", "kv_indptr", "kv_indices", "split_size", "table", "keep_sink")
+"""Parameters that stand last in a schema, wherever the launcher has them: the order of a schema is kept."""
+
+_RESULTS = ("out", "workspace", "scratch", "return_lse")
+"""Parameters that choose an overload."""
 
 
-def cut_back(
-    raw_pages: torch.Tensor,
-    pages: torch.Tensor,
-    raw_table: torch.Tensor,
-    block_table: torch.Tensor | None,
-    new_lens: torch.Tensor,
-    num_quantized: torch.Tensor,
-    layout: PageLayout,
-    *,
-    sink_len: int = 0,
-    advance: bool = True,
-    kv_indptr: torch.Tensor | None = None,
-    kv_indices: torch.Tensor | None = None,
-) -> None:
-    """Cut sequences back, into quantized pages too; see `kvarn_triton.cut_back`."""
-    _OPS.cut_back.default(
-        raw_pages, pages, raw_table, block_table, new_lens, num_quantized, layout.name, layout.head_dim, layout.v_head_dim,
-        sink_len, advance, kv_indptr, kv_indices,
-    )  # fmt: skip
+def _without_gradients(run: Callable) -> Callable:
+    """Return `run` with results that never require gradients: the reference is made of operators that have some."""
+
+    def run_without(*args: object) -> object:
+        if not torch.is_grad_enabled():
+            return run(*args)
+        with torch.no_grad():
+            return run(*args)
+
+    return run_without
 
 
-def dequantize_pages(
-    pages: torch.Tensor,
-    page_ids: torch.Tensor,
-    layout: PageLayout,
-    *,
-    dtype: torch.dtype = torch.float16,
-    rotated: bool = False,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the keys and values of quantized pages; see `kvarn_triton.dequantize_pages`."""
-    arguments = pages, page_ids, layout.name, layout.head_dim, layout.v_head_dim, dtype, rotated
-    if out is None:
-        return _OPS.dequantize_pages.default(*arguments)
-    require(isinstance(out, tuple) and len(out) == 2, "out", "a tuple of two tensors", type(out).__name__)
-    _OPS.dequantize_pages.into(*out, *arguments)
-    return out
+def _function(text: str) -> Any:
+    """Return the function that a text defines; names in it are those of this file.
+
+    It is a function like any other: Python binds its arguments, at no cost and with its own errors, and compilers trace it.
+    """
+    scope: dict[str, Any] = {}
+    exec(text, globals(), scope)
+    return scope.popitem()[1]
 
 
-def merge_states(
-    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge two attention results over disjoint keys; see `kvarn_triton.merge_states`."""
-    return _OPS.merge_states.default(out_a, lse_a, out_b, lse_b)
+def _form(p: inspect.Parameter, writes: tuple[str, ...], has_default: bool) -> _Form:
+    """Return how a parameter of a launcher gets through its operator."""
+    kind = p.annotation.removeprefix("torch.").replace("dtype", "ScalarType").replace(" | None", "?")
+    if p.name in writes:
+        kind = f"Tensor({'ab'[writes.index(p.name)]}!)"
+    fields, apart, joined = _FORMS.get(p.name, _Form(f"{kind} {p.name}", p.name, p.name))
+    if p.kind is p.KEYWORD_ONLY:
+        fields, joined = f"{fields}={p.default}" if has_default else fields, f"{p.name}={joined}"
+    return _Form(fields, apart, joined)
 
 
-def _attend(overloads, arguments, out, memory, return_lse):
-    """Call the overload that `out` and return_lse ask for. `memory` has what else is written to, by name."""
+def _names(fields: list[str]) -> list[str]:
+    """Return the names that fields of a schema have in Python."""
+    return [field.split()[-1].partition("=")[0] for field in fields]
+
+
+def _keywords(names: list[str]) -> str:
+    """Return the text that hands variables on by their names."""
+    return ", ".join(f"{name}={name}" for name in names)
+
+
+def _define(name: str, fields: list[str], result: str, run: str, fake: str) -> None:
+    """Register an operator: its schema, what runs on every device, and what comes out of it, for tracers.
+
+    Args:
+        name: with the overload.
+        fields: what its schema takes.
+        result: what its schema returns.
+        run: what it does, a text.
+        fake: what it does when it is traced. If empty, tracers trace what runs: it must consist of operators of PyTorch.
+    """
+    _LIBRARY.define(f"{name}({', '.join(fields)}) -> {result}", tags=(torch.Tag.pt2_compliant_tag,))
+    # PyTorch leaves out the last arguments where they are what the schema has by default.
+    parameters = ", ".join(field.split()[-1] for field in fields)
+    launch = _function(f"def launch({parameters}): {run}")
+    if not fake:
+        _LIBRARY.impl(name, launch, "CompositeImplicitAutograd")
+        return
+    _LIBRARY.impl(name, launch, "CUDA")
+    _LIBRARY.impl(name, _without_gradients(launch), "CPU")
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"kvarn_triton::{name}", _function(f"def fake({parameters}): {fake}"), lib=_LIBRARY)
+
+
+def _call(overloads: Any, arguments: tuple, out: Any = None, return_lse: bool = False, **memory: Any) -> Any:
+    """Call the overload that `out` and `return_lse` ask for. `memory` has what else is written to, by name."""
     if out is None:
         for name, tensor in memory.items():
             require(tensor is None, name, "None without out", "a tensor")
@@ -137,75 +165,121 @@ def _attend(overloads, arguments, out, memory, return_lse):
     return out
 
 
-def decode_attention(
-    q: torch.Tensor,
-    pages: torch.Tensor,
-    block_table: torch.Tensor | None,
-    seq_lens: torch.Tensor,
-    layout: PageLayout,
+def _call_pair(overloads: Any, arguments: tuple, out: Any) -> Any:
+    """Call the overload that `out`, a tuple of two tensors or None, asks for."""
+    if out is None:
+        return overloads.default(*arguments)
+    require(isinstance(out, tuple) and len(out) == 2, "out", "a tuple of two tensors", type(out).__name__)
+    overloads.into(*out, *arguments)
+    return out
+
+
+def _fake_nothing(**_: Any) -> None:
+    """Stand in for a launcher that only writes in place."""
+
+
+def _fake_like(x: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Return an empty tensor like `x`, contiguous."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_pages(pages, page_ids, layout, head_dim, v_head_dim, dtype, **_):
+    """Return empty keys and values of pages."""
+    shape = page_ids.shape[0], _layout(layout).page_size, pages.shape[1]
+    return pages.new_empty(*shape, head_dim, dtype=dtype), pages.new_empty(*shape, v_head_dim, dtype=dtype)
+
+
+def _fake_states(out_a: torch.Tensor, lse_a: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an empty `out` and `lse` like those of the first state."""
+    return _fake_like(out_a), _fake_like(lse_a)
+
+
+def _fake_attention(q: torch.Tensor, v_head_dim: int, return_lse: bool = False, **_: Any) -> Any:
+    """Return an empty `out`, or `out` and `lse`, of attention."""
+    out = q.new_empty(*q.shape[:2], v_head_dim)
+    return (out, q.new_empty(q.shape[:2], dtype=torch.float32)) if return_lse else out
+
+
+def _like(launcher: Callable[_P, _R], value: str) -> Callable[_P, _R]:
+    """Return a function with the name and the parameters of a launcher; a text says what it returns."""
+    name, parameters = launcher.__name__, inspect.signature(launcher).parameters.values()
+    bare = inspect.Signature([p.replace(default=p.empty, annotation=p.empty) for p in parameters])
+    function = _function(f"def {name}{bare}: return {value}")
+    function.__defaults__, function.__kwdefaults__ = launcher.__defaults__, launcher.__kwdefaults__
+    functools.update_wrapper(function, launcher, assigned=["__annotations__"])
+    function.__doc__ = f"Call `kvarn_triton.{name}`, which says what it does, as an operator."
+    return function
+
+
+def _operator(
+    launcher: Callable[_P, _R],
+    result: str = "()",
+    fake: Callable | None = _fake_nothing,
     *,
-    raw_pages: torch.Tensor | None = None,
-    raw_table: torch.Tensor | None = None,
-    num_quantized: torch.Tensor | None = None,
-    sink_len: int = 0,
-    kv_indptr: torch.Tensor | None = None,
-    kv_indices: torch.Tensor | None = None,
-    sm_scale: float | None = None,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    return_lse: bool = False,
-    split_size: int | None = None,
-    workspace: torch.Tensor | None = None,
-    table: DecodeTable | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attend with one query token per sequence; see `kvarn_triton.decode_attention`.
+    writes: tuple[str, ...] = (),
+    into: str = "",
+) -> Callable[_P, _R]:
+    """Register the overloads of a launcher, and return the function that calls them.
 
-    Raises:
-        ValueError: for a `workspace` without `out` too.
+    For `hadamard` that is `hadamard(Tensor x, int? block_size) -> Tensor` and
+    `hadamard.into(Tensor(a!) out, Tensor x, int? block_size) -> ()`, with these functions:
+
+        def launch(x, block_size): return rotation.hadamard(x, block_size=block_size)
+        def launch(out, x, block_size): rotation.hadamard(x, block_size=block_size, out=out)
+        def hadamard(x, *, block_size=None, out=None): return _call(_OPS.hadamard, (x, block_size), out=out)
+
+    Args:
+        launcher: a function of a module that this file imports; texts find it there.
+        result: what the schema returns that is given no memory for it.
+        fake: takes what the schema has, by name, and the launcher's options of results, and returns empty ones. None where the
+            launcher is made of operators of PyTorch.
+        writes: parameters that are written in place.
+        into: what a schema has for memory of results, if the launcher takes any.
     """
-    row = None if table is None else _operators.table_row(table, layout.raw_head_dim)
-    arguments = (
-        q, pages, block_table, seq_lens, layout.name, layout.head_dim, layout.v_head_dim, raw_pages, raw_table, num_quantized,
-        sink_len, sm_scale, window, soft_cap, sinks, kv_indptr, kv_indices, split_size, row,
-    )  # fmt: skip
-    return _attend(_OPS.decode_attention, arguments, out, {"workspace": workspace}, return_lse)
+    name, parameters = launcher.__name__, inspect.signature(launcher).parameters
+    taken = [p for p in parameters.values() if p.name not in _RESULTS]
+    taken.sort(key=lambda p: _LAST.index(p.name) if p.name in _LAST else -1)
+    has_lse = "return_lse" in parameters
+    # Only schemas of attention have defaults.
+    forms = [_form(p, writes, has_default=has_lse) for p in taken]
+    fields, memory = ", ".join(form.fields for form in forms).split(", "), into.split(", ") if into else []
+    is_pair = bool(into) and "out" not in _names(memory)
+    given = f"out=({', '.join(_names(memory))})" if is_pair else _keywords(_names(memory))
+    overloads: list[tuple[str, list[str], str, str, str]] = [("", [], result, "", "return {}")]
+    if into:
+        overloads.append((".into", memory, "()", given, "{}"))
+    if has_lse:
+        overloads.append((".lse", [], "(Tensor out, Tensor lse)", "return_lse=True", "return {}"))
+        overloads.append((".into_lse", memory, "Tensor", f"{given}, return_lse=True", "return {}[1]"))
+    launch = f"{launcher.__module__.rpartition('.')[2]}.{name}"
+    joined, passed = ", ".join(form.joined for form in forms), _keywords(_names(fields))
+    for overload, written, returned, options, body in overloads:
+        run = body.format(f"{launch}({joined}, {options})")
+        traced = body.format(f"{fake.__name__}({passed}, {options})") if fake else ""
+        _define(name + overload, written + fields, returned, run, traced)
+
+    apart = ", ".join(form.apart for form in forms)
+    call = f"_OPS.{name}.default({apart})"
+    if into:
+        options = _keywords([x for x in _RESULTS if x in parameters])
+        call = f"{'_call_pair' if is_pair else '_call'}(_OPS.{name}, ({apart}), {options})"
+    return _like(launcher, call)
 
 
-def prefill_attention(
-    q: torch.Tensor,
-    pages: torch.Tensor,
-    block_table: torch.Tensor | None,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    layout: PageLayout,
-    *,
-    k: torch.Tensor | None = None,
-    v: torch.Tensor | None = None,
-    raw_pages: torch.Tensor | None = None,
-    raw_table: torch.Tensor | None = None,
-    num_quantized: torch.Tensor | None = None,
-    sink_len: int = 0,
-    kv_indptr: torch.Tensor | None = None,
-    kv_indices: torch.Tensor | None = None,
-    sm_scale: float | None = None,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    return_lse: bool = False,
-    split_size: int | None = None,
-    workspace: torch.Tensor | None = None,
-    scratch: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attend with several query tokens per sequence; see `kvarn_triton.prefill_attention`.
-
-    Raises:
-        ValueError: for a `workspace` or `scratch` without `out` too.
-    """
-    arguments = (
-        q, pages, block_table, seq_lens, cu_seqlens_q, layout.name, layout.head_dim, layout.v_head_dim, k, v, raw_pages,
-        raw_table, num_quantized, sink_len, sm_scale, window, soft_cap, sinks, kv_indptr, kv_indices, split_size,
-    )  # fmt: skip
-    return _attend(_OPS.prefill_attention, arguments, out, {"workspace": workspace, "scratch": scratch}, return_lse)
+hadamard = _operator(rotation.hadamard, "Tensor", _fake_like, into="Tensor(a!) out")
+raw_slots = _operator(append.raw_slots, "Tensor", fake=None)
+append_tokens = _operator(append.append_tokens, writes=("raw_pages",))
+store_pages = _operator(store.store_pages, writes=("pages",))
+commit_pages = _operator(commit.commit_pages, writes=("pages", "num_quantized"))
+cut_back = _operator(cut.cut_back, writes=("raw_pages", "num_quantized"))
+dequantize_pages = _operator(
+    dequantize.dequantize_pages, "(Tensor k, Tensor v)", _fake_pages, into="Tensor(a!) k, Tensor(b!) v"
+)
+merge_states = _operator(merge.merge_states, "(Tensor out, Tensor lse)", _fake_states)
+decode_attention = _operator(decode.decode_attention, "Tensor", _fake_attention, into="Tensor(a!) out, Tensor(b!)? workspace")
+prefill_attention = _operator(
+    prefill.prefill_attention,
+    "Tensor",
+    _fake_attention,
+    into="Tensor(a!) out, Tensor(b!)? workspace, Tensor(c!)? scratch",
+)

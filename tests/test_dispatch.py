@@ -107,7 +107,7 @@ FLOORS = (
     ("configs",),
     ("pages",),
     ("attention",),
-    ("ops", "operators", "testing", "warmup"),
+    ("ops", "testing", "warmup"),
 )
 """Which parts of the package stand on which: each imports from floors below it, and from its own."""
 

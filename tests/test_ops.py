@@ -11,7 +11,7 @@ from helpers import bits_of, layout_id
 from test_dispatch import run_python
 
 import kvarn_triton as kvarn
-from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, operators, ops
+from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, ops
 from kvarn_triton.tables import Entry
 from kvarn_triton.testing import cache_case
 
@@ -35,9 +35,17 @@ def test_registered_operators(function):
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if not name.startswith("_")])
 def test_same_parameters(name):
-    """Every function has the parameters and defaults of its launcher."""
-    own, launcher = (inspect.signature(getattr(module, name)).parameters.values() for module in (ops, kvarn))
-    assert [(p.name, p.kind, p.default) for p in own] == [(p.name, p.kind, p.default) for p in launcher]
+    """Every function has the parameters, defaults and annotations of its launcher."""
+    own, launcher = (inspect.signature(getattr(module, name), follow_wrapped=False) for module in (ops, kvarn))
+    assert own == launcher
+
+
+def test_schemas():
+    """The text of every schema is what it was: compiled programs and other languages call operators by it."""
+    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kvarn_triton::"))
+    parts = (name.removeprefix("kvarn_triton::").partition(".") for name in names)
+    found = [str(getattr(getattr(torch.ops.kvarn_triton, name), to or "default")._schema) for name, _, to in parts]
+    assert found == Path(__file__).with_name("schemas.txt").read_text().splitlines()
 
 
 def test_importing_the_package_registers_nothing():
@@ -100,7 +108,7 @@ def test_compiled_decode_step(layout, device):
 def test_options_reach_the_launcher(device, monkeypatch):
     """A table's row for the head_dim, the encoder and memory of the caller arrive, in a compiled graph too."""
     seen = []
-    for name, module in (("decode_attention", operators.decode), ("commit_pages", operators.commit)):
+    for name, module in (("decode_attention", ops.decode), ("commit_pages", ops.commit)):
         launch = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, launch=launch, **kwargs: seen.append(kwargs) or launch(*args, **kwargs))
     wanted = DecodeConfig(num_warps=2, num_stages=1, maxnreg=64, programs_per_sm=1, few_programs_per_sm=1)
@@ -137,8 +145,8 @@ def test_options_reach_the_launcher(device, monkeypatch):
 @pytest.mark.parametrize("config", [DecodeConfig(1, 2, 64, 32, 8, 4, 128, True), DecodeConfig(2, 3, 32, 64, 6, 5)])
 def test_rows_of_tables(config):
     """Launch parameters survive the way through an operator's schema."""
-    row = operators.table_row(DecodeTable("any", (Entry(128, config, "measured"),)), 64)
-    assert operators._table(tuple(row), 64).find(64) == config
+    row = ops._row(DecodeTable("any", (Entry(128, config, "measured"),)), 64)
+    assert ops._table(tuple(row)).find(64) == config
 
 
 def test_refusals(device):

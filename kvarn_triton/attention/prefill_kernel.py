@@ -225,8 +225,8 @@ def _kvarn_prefill_attention_kernel(
             columns = tl.cdiv(sink_len, LAYOUT.page_size), num_tail_slots
             raw_tokens = of_head(raw, head), raw_table_ptr + row.to(tl.int64) * stride_raw_table, columns, spans
         state = _attend_cached(
-            rotated, q_factor * scales[0], scales[1], records, expanded, raw_tokens, raw_share, span, seen, tile, (shift, sink_len), window,
-            LAYOUT, PLAN,
+            rotated, q_factor * scales[0], scales[1], records, expanded, raw_tokens, raw_share, span, seen, tile,
+            (shift, sink_len), window, LAYOUT, PLAN,
         )  # fmt: skip
         if new is not None and (scratch is None or some):
             state = State(hadamard(state.acc, LAYOUT.v_block_size), state.m, state.l)
