@@ -16,11 +16,12 @@ from .layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, PageLayout
 INT32_MAX = 2**31 - 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Cache:
     """Where the keys and values of sequences are: arguments of the same names of every call over a cache.
 
-    `seq_lens` are the lengths that the call goes by, whatever it calls them.
+    `seq_lens` are the lengths that the call goes by, whatever it calls them. A call first checks it (`checked_for_...`), and
+    kernels then take it as it is.
     """
 
     layout: PageLayout
@@ -165,17 +166,19 @@ def checked_for_attention(cache: Cache, batch: int | None) -> Cache:
     check_tensor("seq_lens", cache.seq_lens, [batch], torch.int32, device=device)
     batch = cache.batch
     check_body_tables(cache.block_table, cache.kv_indptr, cache.kv_indices, batch, cache.pages.device)
+    cache.pages = aligned(cache.pages)
     if cache.raw_pages is None:
         if cache.raw_table is not None or cache.num_quantized is not None or cache.sink_len:
             raise ValueError("raw_pages: expected a tensor beside raw_table, num_quantized or sink_len, got None")
-        return dataclasses.replace(cache, pages=aligned(cache.pages))
+        return cache
     raw_shape = [None, 2, num_kv_heads, layout.page_size, layout.raw_head_dim]
     check_tensor("raw_pages", cache.raw_pages, raw_shape, FLOATS, device=device)
     check_tensor("raw_table", cache.raw_table, [batch, None], torch.int32, device=device)
     assert cache.raw_table is not None
     check_raw_table(cache.raw_table, cache.sink_len, layout.page_size)
     check_tensor("num_quantized", cache.num_quantized, [batch], torch.int32, device=device)
-    return dataclasses.replace(cache, pages=aligned(cache.pages), raw_pages=check_pool("raw_pages", cache.raw_pages))
+    cache.raw_pages = check_pool("raw_pages", cache.raw_pages)
+    return cache
 
 
 def checked_for_completion(cache: Cache, lens_name: str) -> Cache:
@@ -196,10 +199,11 @@ def checked_for_completion(cache: Cache, lens_name: str) -> Cache:
     check_raw_table(cache.raw_table, cache.sink_len, layout.page_size)
     check_tensor(lens_name, cache.seq_lens, [batch], torch.int32, device=device)
     check_tensor("num_quantized", cache.num_quantized, [batch], torch.int32, device=device)
-    return dataclasses.replace(cache, pages=aligned(cache.pages), raw_pages=check_pool("raw_pages", raw_pages))
+    cache.pages, cache.raw_pages = aligned(cache.pages), check_pool("raw_pages", raw_pages)
+    return cache
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Mask:
     """What queries see of the keys before them, and how scores become weights: arguments of the same names."""
 
@@ -210,11 +214,10 @@ class Mask:
     keep_sink: bool
 
 
-def check_queries(q: torch.Tensor, cache: Cache, mask: Mask, out: torch.Tensor | None) -> Mask:
-    """Check the queries of an attention call, what they see and where results go.
+def check_queries(q: torch.Tensor, cache: Cache, mask: Mask, out: torch.Tensor | None) -> None:
+    """Check the queries of an attention call, what they see and where results go; `sm_scale` becomes a Python number.
 
-    Returns the mask with `sm_scale` as a Python number. A tensor is refused as a scale, because reading its number would wait
-    for the GPU.
+    A tensor is refused as a scale, because reading its number would wait for the GPU.
     """
     layout, device, num_kv_heads = cache.layout, cache.pages.device, cache.num_kv_heads
     check_tensor("q", q, [None, None, layout.head_dim], FLOATS, device=device)
@@ -236,10 +239,10 @@ def check_queries(q: torch.Tensor, cache: Cache, mask: Mask, out: torch.Tensor |
     if out is not None:
         check_tensor("out", out, [*q.shape[:2], layout.v_head_dim], q.dtype, device=device)
     if sm_scale is None:
-        return mask
+        return
     if not isinstance(sm_scale, numbers.Real) or isinstance(sm_scale, bool) or not -1e30 <= float(sm_scale) <= 1e30:
         raise ValueError(f"sm_scale: expected None or a finite number (up to 1e30), got {sm_scale!r}")
-    return dataclasses.replace(mask, sm_scale=float(sm_scale))
+    mask.sm_scale = float(sm_scale)
 
 
 def check_split_size(split_size: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import triton
@@ -43,8 +44,13 @@ def expand_columns(programs: int, max_pages: int, device: torch.device) -> int:
 
 def encode_options(layout: PageLayout, device: torch.device) -> dict[str, int]:
     """Return the launch options of kernels that encode pages: the warps of the larger tile, which fills their registers."""
-    options = {"num_warps": block_warps(layout.raw_head_dim, device)}
-    if gpu.uses_ptx():
+    return _encode_options(layout.raw_head_dim, gpu.wavefront(device), gpu.uses_ptx())
+
+
+@functools.lru_cache
+def _encode_options(head_dim: int, wavefront: int, ptx: bool) -> dict[str, int]:
+    options = {"num_warps": BLOCK_TOKENS * block_channels(head_dim) // wavefront}
+    if ptx:
         options["maxnreg"] = 128  # two programs per multiprocessor: one waits at a barrier while the other computes
     return options
 
@@ -56,11 +62,17 @@ def decode_config(
 
     Those of the table, with as many pages in shared memory as all programs of a multiprocessor have room for.
     """
+    return _decode_config(layout, dtype, gpu.arch_of(device), gpu.multiprocessor_bytes(device), table)
+
+
+@functools.lru_cache
+def _decode_config(
+    layout: PageLayout, dtype: torch.dtype, arch: str | None, available: int, table: DecodeTable | None
+) -> DecodeConfig:
     if dtype == torch.float32:
         # Products of float32 run on the scalar units, and a step of more tokens would spill their operands.
         return DecodeConfig(4, num_stages=1, block_t=32, block_d=64, programs_per_sm=2, few_programs_per_sm=2)
-    config = (builtin_table(gpu.arch_of(device)) if table is None else table).find(layout.raw_head_dim)
-    available = gpu.multiprocessor_bytes(device)
+    config = (builtin_table(arch) if table is None else table).find(layout.raw_head_dim)
     num_stages, programs = config.num_stages, config.programs_per_sm
     while num_stages > 2 and programs * _shared_bytes(layout, num_stages) > available:
         num_stages -= 1

@@ -89,7 +89,8 @@ def decode_attention(
         layout, pages, seq_lens, block_table, kv_indptr, kv_indices, raw_pages, raw_table, num_quantized, sink_len
     )  # fmt: skip
     cache = checked_for_attention(cache, q.shape[0] if isinstance(q, torch.Tensor) and q.dim() else None)
-    mask = check_queries(q, cache, Mask(sm_scale, window, soft_cap, sinks, keep_sink), out)
+    mask = Mask(sm_scale, window, soft_cap, sinks, keep_sink)
+    check_queries(q, cache, mask, out)
     check_split_size(split_size)
     config = configs.decode_config(layout, q.dtype, q.device, table)
     work, round_rows, num_bytes = _plan_work(q, cache, mask, split_size or 0, config)

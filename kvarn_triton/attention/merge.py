@@ -7,6 +7,7 @@ query head, and its attention sink, and rotates the sum back. Grid: (program,), 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +35,18 @@ class MergePlan:
     block_s: int  # partial results that are looked at together
     early: bool  # whether the kernel starts before the one that it waits for ends
     empty: bool  # whether a partial result may be one of no key
-    group: int = 1  # query heads of a kv head
-    tile: int = 1  # query heads of a tile
-    units: Units | None = None
+    group: int  # query heads of a kv head
+    tile: int  # query heads of a tile
+    units: Units | None
+
+
+@functools.lru_cache
+def _plan_merge(
+    v_head_dim: int, rotation: int, block_s: int, early: bool, empty: bool, heads: tuple[int, int], units: Units | None
+) -> tuple[MergePlan, int]:
+    """Return what a merge is compiled for, and its warps; `heads` are the query heads of a kv head and of a tile."""
+    block_d = triton.next_power_of_2(v_head_dim)
+    return MergePlan(v_head_dim, rotation, block_d, block_s, early, empty, *heads, units), configs.merge_warps(block_s, block_d)
 
 
 @triton.jit
@@ -144,9 +154,9 @@ def launch_merge_splits(
     batch, num_q_heads, v_head_dim = out.shape
     cache = work.cache
     tile, num_tiles = configs.head_tiles(num_q_heads, cache.num_kv_heads)
-    block_d = triton.next_power_of_2(v_head_dim)
     block_s = configs.merge_block(work.num_programs, batch * num_tiles, work.split_size)
-    group = num_q_heads // cache.num_kv_heads
+    heads = num_q_heads // cache.num_kv_heads, tile
+    plan, num_warps = _plan_merge(v_head_dim, cache.layout.v_block_size, block_s, early, False, heads, work.units)
     on(out, _kvarn_merge_splits_kernel)[(num_q_heads * batch,)](
         as_rows(out),
         lse,
@@ -161,8 +171,8 @@ def launch_merge_splits(
         cache.sink_len,
         work.window or 0,
         work.split_size,
-        PLAN=MergePlan(v_head_dim, cache.layout.v_block_size, block_d, block_s, early, False, group, tile, work.units),
-        num_warps=configs.merge_warps(block_s, block_d),
+        PLAN=plan,
+        num_warps=num_warps,
         enable_fp_fusion=True,
         **({"launch_pdl": True} if early else {}),
     )
@@ -224,11 +234,11 @@ def launch_merge_queries(
     Results are rotated back in blocks of `rotation` channels. Nothing is checked.
     """
     num_splits, num_tokens, num_q_heads, v_head_dim = partial.shape
-    block_d = triton.next_power_of_2(v_head_dim)
     early = gpu.launches_early(out.device)
     block_s = configs.MERGE_BLOCKS[0] if num_splits <= configs.MERGE_BLOCKS[0] else configs.MERGE_BLOCKS[1]
     if tiles.split_size:
         block_s = configs.INVARIANT_MERGE_BLOCK
+    plan, num_warps = _plan_merge(v_head_dim, rotation, block_s, early, True, (1, 1), None)
     on(out, _kvarn_merge_queries_kernel)[(num_tokens, num_q_heads)](
         as_rows(out),
         lse,
@@ -241,8 +251,8 @@ def launch_merge_queries(
         tiles.tokens.start,
         num_tokens * num_q_heads,
         int(tiles.fill),
-        PLAN=MergePlan(v_head_dim, rotation, block_d, block_s, early, True),
-        num_warps=configs.merge_warps(block_s, block_d),
+        PLAN=plan,
+        num_warps=num_warps,
         enable_fp_fusion=True,
         **({"launch_pdl": True} if early else {}),
     )

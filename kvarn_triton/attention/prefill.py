@@ -154,7 +154,8 @@ def prefill_attention(
         layout, pages, seq_lens, block_table, kv_indptr, kv_indices, raw_pages, raw_table, num_quantized, sink_len
     )  # fmt: skip
     cache = checked_for_attention(cache, None)
-    mask = check_queries(q, cache, Mask(sm_scale, window, soft_cap, sinks, keep_sink), out)
+    mask = Mask(sm_scale, window, soft_cap, sinks, keep_sink)
+    check_queries(q, cache, mask, out)
     _check_new(q, k, v, cu_seqlens_q, cache)
     check_split_size(split_size)
     if scratch is not None:
