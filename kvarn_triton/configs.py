@@ -6,7 +6,6 @@ import dataclasses
 import functools
 
 import torch
-import triton
 import triton.language as tl
 
 from . import gpu
@@ -14,6 +13,11 @@ from .layout import PageLayout, fields_per_byte
 from .reference.arithmetic import BLOCK_TOKENS, block_channels
 from .tables import DecodeConfig, DecodeTable, builtin_table
 from .tile.dequantize import RUN
+
+
+def padded(n: int) -> int:
+    """Return the next power of two; Triton's own function costs microseconds outside of kernels."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def block_warps(head_dim: int, device: torch.device) -> int:
@@ -133,7 +137,7 @@ def prefill_config(
     """
     if scratch:
         return _scratch_config(layout, dtype, device)
-    channels = triton.next_power_of_2(layout.raw_head_dim)
+    channels = padded(layout.raw_head_dim)
     rows = -(-total_tokens // max(batch, 1)) * group if split_size is None else None
     form = "folded" if dtype == torch.float32 or channels > 256 else prefill_form(device, rows)
     if form == "dequantized":
@@ -159,7 +163,7 @@ def _register_config(layout: PageLayout, dtype: torch.dtype, device: torch.devic
     memory. The larger of both head_dims counts.
     """
     larger = dataclasses.replace(layout, head_dim=layout.raw_head_dim, v_head_dim=layout.raw_head_dim)
-    channels = triton.next_power_of_2(layout.raw_head_dim)
+    channels = padded(layout.raw_head_dim)
     num_stages = decode_config(larger, dtype, device).num_stages
     if channels > 128:
         num_warps, block_d, programs, block_r = block_m // 8, 64, 64 // block_m, RAW_BLOCK
@@ -193,7 +197,7 @@ def _scratch_config(layout: PageLayout, dtype: torch.dtype, device: torch.device
     three steps of them beside the queries. At most 64 tokens: with 128 (sm90) ptxas 12.8 overwrites queries that it keeps in
     registers (`inspection.overwritten_operands`).
     """
-    channels = triton.next_power_of_2(layout.raw_head_dim)
+    channels = padded(layout.raw_head_dim)
     if dtype == torch.float32:
         return PrefillConfig(16, 4, RAW_BLOCK, RAW_BLOCK, num_stages=1 if channels > 256 else 2)
     tokens = gpu.multiprocessor_bytes(device) // (5 * 4 * channels)
@@ -201,7 +205,7 @@ def _scratch_config(layout: PageLayout, dtype: torch.dtype, device: torch.device
     block_m, num_warps = 128, 8
     if channels > 256:
         block_m = 32
-    elif triton.next_power_of_2(layout.v_head_dim) == 256 and not holds_dequantized_pages(device):
+    elif padded(layout.v_head_dim) == 256 and not holds_dequantized_pages(device):
         block_m, num_warps = 64, 4
     return PrefillConfig(block_m, num_warps, block_t, block_t, num_stages=3, programs_per_sm=1)
 
@@ -225,7 +229,7 @@ PROGRAM_BYTES = 56 * _KIB
 
 def _padded_channels(layout: PageLayout) -> tuple[int, int]:
     """Return the channels of a key and of a value, padded to powers of two."""
-    return triton.next_power_of_2(layout.head_dim), triton.next_power_of_2(layout.v_head_dim)
+    return padded(layout.head_dim), padded(layout.v_head_dim)
 
 
 def _page_shared_bytes(layout: PageLayout) -> int:
@@ -280,7 +284,7 @@ def merge_warps(block_s: int, block_d: int) -> int:
 
 def append_block(head_dim: int) -> int:
     """Return the most tokens of one program that appends; for fewer tokens it is the next power of two."""
-    return max(row_block(triton.next_power_of_2(head_dim)) // 4, 1)
+    return max(row_block(padded(head_dim)) // 4, 1)
 
 
 def row_block(block_d: int) -> int:

@@ -319,10 +319,10 @@ def merge_states(
         return reference.merge_states(out_a, lse_a, out_b, lse_b)
     out_a, out_b = aligned(out_a), aligned(out_b)
     out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
-    num_rows, block_d = lse.numel(), triton.next_power_of_2(out_a.shape[-1])
+    num_rows, block_d = lse.numel(), configs.padded(out_a.shape[-1])
     block_r = configs.row_block(block_d)
     if num_rows:
-        on(out, _kvarn_merge_states_kernel)[(triton.cdiv(num_rows, block_r),)](
+        on(out, _kvarn_merge_states_kernel)[(-(-num_rows // block_r),)](
             out,
             lse,
             out_a,

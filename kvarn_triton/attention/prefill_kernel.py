@@ -233,10 +233,11 @@ def _kvarn_prefill_attention_kernel(
         if new is not None and split == 0:
             if scratch is not None or PLAN.form == "registers":
                 # Kept for now, they would take registers or shared memory from the loop over pages.
-                rows = load_rows(q.ptr, q_place, tile.mask, LAYOUT.head_dim, PLAN.k_channels)
-            state = _attend_new(
-                state, rows.to(PLAN.query_operand), new, tile, head, scales, window, -shift, LAYOUT, PLAN
-            )  # fmt: skip
+                plain = load_rows(q.ptr, q_place, tile.mask, LAYOUT.head_dim, PLAN.k_channels)
+            else:
+                plain = rows
+            plain = plain.to(PLAN.query_operand)
+            state = _attend_new(state, plain, new, tile, head, scales, window, -shift, LAYOUT, PLAN)
         ROTATION: tl.constexpr = LAYOUT.v_block_size if new is None else 1
         store_results(out, lse_ptr, sinks_ptr, state, tile, tokens, split, num_q_heads, ROTATION, PLAN)
     elif PLAN.single:
@@ -303,7 +304,7 @@ def launch_prefill_tiles(
     raw_dtype = q.dtype if cache.raw_pages is None else cache.raw_pages.dtype
     early = not single and gpu.launches_early(q.device)
     dtypes = q.dtype, raw_dtype, None if scratch is None else scratch.dtype
-    count = triton.cdiv(len(tokens) * group, config.block_m) + cache.batch + (tokens.start > 0)  # one may begin before them
+    count = -(-len(tokens) * group // config.block_m) + cache.batch + (tokens.start > 0)  # one may begin before them
     on(q, _kvarn_prefill_attention_kernel)[(count * num_kv_heads * tiles.num_splits,)](
         out,
         lse,

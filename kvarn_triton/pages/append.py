@@ -101,8 +101,8 @@ def append_tokens(k: torch.Tensor, v: torch.Tensor, raw_pages: torch.Tensor, slo
     num_tokens = k.shape[0]
     if num_tokens == 0:
         return
-    block_r = min(configs.append_block(larger), triton.next_power_of_2(num_tokens))
-    on(raw_pages, _kvarn_append_tokens_kernel)[(triton.cdiv(num_tokens, block_r), num_kv_heads, 2)](
+    block_r = min(configs.append_block(larger), configs.padded(num_tokens))
+    on(raw_pages, _kvarn_append_tokens_kernel)[(-(-num_tokens // block_r), num_kv_heads, 2)](
         as_tokens(raw_pages),
         as_rows(aligned(k)),
         as_rows(aligned(v)),

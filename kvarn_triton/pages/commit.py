@@ -214,6 +214,6 @@ def commit_pages(
         enable_fp_fusion=False,
     )
     if advance:
-        on(pages, _kvarn_advance_quantized_kernel)[(triton.cdiv(batch, 256),)](
+        on(pages, _kvarn_advance_quantized_kernel)[(-(-batch // 256),)](
             **cache.tables(), **due, batch=batch, G=layout.page_size, ROWS_AT_ONCE=256, num_warps=1, enable_fp_fusion=True
         )
