@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,10 @@ import torch
 
 import kvarn_triton as kvarn
 from kvarn_triton import PageLayout, reference
+from kvarn_triton.testing import relative_error
+
+ERROR_RATIO = 2.0
+"""How many times the error of the plain formula in the dtype of the query attention may have."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,10 @@ class DecodeCase:
     sink_len: int = 0
 
     @property
-    def arguments(self) -> tuple:
-        """The positional arguments."""
-        return self.q, self.pages, self.block_table, self.seq_lens, self.layout
-
-    @property
-    def options(self) -> dict:
-        """The keyword arguments that describe the raw part of the cache."""
-        if self.raw_pages is None:
-            return {}
-        names = ("raw_pages", "raw_table", "num_quantized", "sink_len")
+    def call(self) -> dict[str, Any]:
+        """The arguments of `decode_attention` by name."""
+        names = ["q", "pages", "block_table", "seq_lens", "layout"]
+        names += [] if self.raw_pages is None else ["raw_pages", "raw_table", "num_quantized", "sink_len"]
         return {name: getattr(self, name) for name in names}
 
     def workspace_size(self, **how: Any) -> int:
@@ -102,15 +100,6 @@ class DecodeCase:
             num_quantized=self.num_quantized[first:last].clone() if raw else None,
         )
 
-    def to(self, device: str | torch.device) -> DecodeCase:
-        """Return the case with every tensor on `device`."""
-        moved = {
-            name: value.to(device)
-            for name, value in ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-            if isinstance(value, torch.Tensor)
-        }
-        return dataclasses.replace(self, **moved)
-
 
 def build_cache(
     shape: Shape,
@@ -120,13 +109,10 @@ def build_cache(
     sink_len: int = 0,
     tail_pages: int = 0,
     dtype: torch.dtype = torch.float16,
-    device: str | torch.device = "cpu",
     distinct_pages: int | None = None,
     seed: int = 0,
-    by_reference: bool = False,
-    poison: bool = True,
 ) -> DecodeCase:
-    """Build a decode call over random keys and values in shuffled pages.
+    """Build a decode call over random keys and values in shuffled pages on the GPU.
 
     Args:
         seq_lens: tokens of each sequence.
@@ -135,10 +121,8 @@ def build_cache(
             and an unfinished last page is quantized too.
         dtype: of q and of the raw pages.
         distinct_pages: how many different pages are quantized and then repeated; by default each page is its own.
-        by_reference: quantize with `kvarn_triton.reference` instead of the kernel.
-        poison: fill what must not be read with NaN: unused pages, raw tokens past the end of a sequence.
     """
-    size, has_raw = layout.page_size, bool(sink_len or tail_pages)
+    size, has_raw, device = layout.page_size, bool(sink_len or tail_pages), "cuda"
     generator = torch.Generator(device).manual_seed(seed)
     body_lens = [max(length - sink_len, 0) for length in seq_lens]
     num_body = [-(-length // size) for length in body_lens]
@@ -148,7 +132,7 @@ def build_cache(
     pages = torch.full(layout.pages_shape(num_pages, shape.num_kv_heads), 0xFF, dtype=torch.uint8, device=device)
     ids = torch.randperm(num_pages, generator=generator, device=device)[: batch * max_pages].view(batch, max_pages)
     used = torch.arange(max_pages, device=device) < torch.tensor(quantized, device=device)[:, None]
-    fill_pages(pages, ids[used], layout, shape.head_dim, dtype, distinct_pages, generator, by_reference)
+    fill_pages(pages, ids[used], layout, shape.head_dim, dtype, distinct_pages, generator)
     case = DecodeCase(
         layout=layout,
         q=torch.randn(batch, shape.num_q_heads, shape.head_dim, generator=generator, device=device).to(dtype),
@@ -159,7 +143,12 @@ def build_cache(
     if has_raw:
         case.sink_len = sink_len
         case.num_quantized = torch.tensor(quantized, dtype=torch.int32, device=device)
-        _add_raw_pages(case, shape, tail_pages + 1, dtype, generator, poison)
+        columns = -(-sink_len // size) + tail_pages + 1
+        count = batch * columns + 1
+        raw_ids = torch.randperm(count, generator=generator, device=device)[: batch * columns]
+        case.raw_table = raw_ids.view(batch, columns).int()
+        case.raw_pages = torch.empty(count, 2, shape.num_kv_heads, size, shape.head_dim, dtype=dtype, device=device)
+        case.raw_pages.normal_(generator=generator)
     return case
 
 
@@ -171,7 +160,6 @@ def fill_pages(
     dtype: torch.dtype,
     distinct_pages: int | None,
     generator: torch.Generator,
-    by_reference: bool = False,
 ) -> None:
     """Write random keys and values to `pages[page_ids]`; after `distinct_pages` of them the same ones come again."""
     count = len(page_ids)
@@ -181,70 +169,65 @@ def fill_pages(
     shape = (distinct * layout.page_size, pages.shape[1], head_dim)
     k, v = (torch.randn(shape, generator=generator, device=pages.device).to(dtype) for _ in range(2))
     records = pages.new_empty(distinct, *pages.shape[1:])
-    store = reference.store_pages if by_reference else kvarn.store_pages
-    store(k, v, records, torch.arange(distinct, device=pages.device), layout)
+    kvarn.store_pages(k, v, records, torch.arange(distinct, device=pages.device), layout)
     for chunk in torch.arange(count, device=pages.device).split(1024):
         pages[page_ids[chunk].long()] = records[chunk % distinct]
 
 
-def _add_raw_pages(
-    case: DecodeCase, shape: Shape, num_tail_slots: int, dtype: torch.dtype, generator: torch.Generator, poison: bool
-) -> None:
-    """Give `case` a raw pool with random rotated keys and values for its sinks and tails."""
-    size, device, batch = case.layout.page_size, case.pages.device, len(case.seq_lens)
-    columns = -(-case.sink_len // size) + num_tail_slots
-    count = batch * columns + 1
-    case.raw_table = torch.randperm(count, generator=generator, device=device)[: batch * columns].view(batch, columns).int()
-    case.raw_pages = torch.empty(count, 2, shape.num_kv_heads, size, shape.head_dim, dtype=dtype, device=device)
-    case.raw_pages.normal_(generator=generator)
-    if not poison:
-        return
-    clean = case.raw_pages.clone()
-    case.raw_pages.fill_(float("nan"))
-    for row, seq_len in enumerate(case.seq_lens.tolist()):
-        first = case.sink_len + int(case.num_quantized[row]) * size
-        positions = [*range(min(seq_len, case.sink_len)), *range(first, seq_len)]
-        if positions:
-            slots = reference.raw_slots(
-                torch.tensor([positions], device=device), case.raw_table[row : row + 1], sink_len=case.sink_len, page_size=size
-            )[0]
-            case.raw_pages[slots // size, :, :, slots % size] = clean[slots // size, :, :, slots % size]
+def attention_of_row(call: Mapping[str, Any], row: int, dtype: torch.dtype, last: int | None = None) -> torch.Tensor:
+    """Return what the queries of one sequence see, by the plain formula on the dequantized cache.
 
+    Rotated queries, keys, values and weights are rounded to `dtype`, sums are in float32, as in a 16-bit kernel: the yardstick
+    for errors. With float64 nothing is rounded: what is right.
 
-def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return ||out - expected|| / ||expected|| in float64; infinity where `out` isn't finite."""
-    out, expected = out.double(), expected.double().to(out.device)
-    if not torch.isfinite(out).all():
-        return float("inf")
-    norm = expected.norm().item()
-    return (out - expected).norm().item() / norm if norm else out.norm().item()
+    Args:
+        call: arguments of `decode_attention` or `prefill_attention` by name.
+        row: the sequence.
+        dtype: of operands.
+        last: only so many query tokens at the end.
 
-
-def decode_errors(case: DecodeCase, out: torch.Tensor, row: int) -> tuple[float, float]:
-    """Return the errors of one sequence against float64: of `out`, and of the same formula in the dtype of q.
-
-    The formula is plain attention on the dequantized cache: rotated query, keys, values and weights rounded to the dtype of
-    q, sums in float32, which is what a 16-bit kernel computes.
+    Returns:
+        [query tokens, num_q_heads, v_head_dim]
     """
-    seq_len, dtype = int(case.seq_lens[row]), case.q.dtype
-    if seq_len == 0:
-        return out[row].double().norm().item(), 0.0
-    options = case.options
-    if options:
-        options["num_quantized"] = int(options["num_quantized"][row])
-    k, v = reference.gather_cache(case.pages, case.block_table, seq_len, case.layout, row=row, dtype=torch.float64, **options)
-    q = case.q[row].unflatten(0, (k.shape[0], -1))
-    scale = case.layout.head_dim**-0.5
-    exact = _attend(reference.hadamard(q.double()), k, v, scale, torch.float64)
-    q, k, v = (x.to(dtype).float() for x in (reference.hadamard(q.float()), k, v))
-    plain = _attend(q, k, v, scale, dtype).to(dtype)
-    return relative_error(out[row].view_as(exact), exact), relative_error(plain, exact)
+    q, layout = call["q"], call["layout"]
+    first, end = (row, row + 1) if "cu_seqlens_q" not in call else call["cu_seqlens_q"][row : row + 2].tolist()
+    length, count = int(call["seq_lens"][row]), end - first
+    if length == 0 or count == 0:
+        return q.new_zeros(count, q.shape[1], layout.v_head_dim, dtype=dtype)
+    sums, new = torch.float64 if dtype == torch.float64 else torch.float32, call.get("k") is not None
+    raw = {name: call[name] for name in ("raw_pages", "raw_table", "sink_len") if name in call}
+    raw |= {name: call[name] for name in ("kv_indptr", "kv_indices") if name in call}
+    counts = call.get("num_quantized")
+    k, v = reference.gather_cache(
+        call["pages"], call["block_table"], length - count if new else length, layout, row=row, dtype=sums,
+        num_quantized=None if counts is None else int(counts[row]), **raw,
+    )  # fmt: skip
+    if new:
+        more = (reference.hadamard(call[name][first:end].to(sums)).transpose(0, 1) for name in ("k", "v"))
+        k, v = (torch.cat(pair, dim=1) for pair in zip((k, v), more, strict=True))
+    first = end - min(last or count, count)
+    positions = torch.arange(length, device=q.device)
+    distance = positions[length - (end - first) :, None] - positions
+    visible = (distance >= 0) & (distance < (call.get("window") or length))
+    q, k, v = (x.to(dtype).to(sums) for x in (reference.hadamard(q[first:end].to(sums)), k, v))
+    scores = torch.einsum("nhgd,htd->nhgt", q.unflatten(1, (k.shape[0], -1)), k)
+    scores = scores * (call.get("sm_scale") or layout.head_dim**-0.5)
+    if cap := call.get("soft_cap"):
+        scores = cap * torch.tanh(scores / cap)
+    scores = torch.where(visible[:, None, None], scores, -torch.inf)
+    if (sinks := call.get("sinks")) is not None:
+        logits = sinks.to(sums).view(1, *scores.shape[1:3], 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, logits), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :length].to(dtype).to(sums)
+    return reference.hadamard(torch.einsum("nhgt,htd->nhgd", weights, v)).flatten(1, 2).to(dtype)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """Attend with rotated q [num_kv_heads, group, head_dim] to k, v [num_kv_heads, seq_len, head_dim]; rotate back."""
-    weights = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
-    return reference.hadamard(weights.to(dtype).to(v.dtype) @ v)
+def attention_errors(call: Mapping[str, Any], out: torch.Tensor, row: int, last: int | None = None) -> tuple[float, float]:
+    """Return the errors of one sequence against float64: of `out`, and of the same formula in the dtype of q."""
+    exact = attention_of_row(call, row, torch.float64, last)
+    end = row + 1 if "cu_seqlens_q" not in call else int(call["cu_seqlens_q"][row + 1])
+    plain = attention_of_row(call, row, call["q"].dtype, last)
+    return relative_error(out[end - len(exact) : end], exact), relative_error(plain, exact)
 
 
 def cache_bytes(case: DecodeCase) -> int:

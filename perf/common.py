@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import multiprocessing
+import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +25,7 @@ Row = dict[str, Any]
 T = TypeVar("T")
 
 DEFAULT_PRESETS = ("k4v4_g128", "k4v2_g128", "k2v2_g128")
+MAIN_PRESET = "k4v2_g128"
 
 
 @dataclass
@@ -52,7 +58,7 @@ class Sweep:
     Args:
         name: the subcommand.
         run: takes the options, yields rows.
-        needs: "gpu"; "kernels" (a GPU or Triton's interpreter); "compiler" (anything but the interpreter); or "any".
+        needs: "gpu"; "compiler" (anything but Triton's interpreter); or "any".
         headers: row key -> column header, in the table's order.
         note: what the numbers mean, printed above the table.
         tabulate: turns all rows into those of the table, if that is more than picking the columns.
@@ -85,11 +91,85 @@ def say(text: str) -> None:
 
 
 def progress(title: str, items: Sequence[T], label: Callable[[T], str] = str) -> Iterator[T]:
-    """Iterate over `items` and say before each which one is next."""
+    """Iterate over `items`; say before each which one is next, and about how long it and those after it will take."""
     start = time.perf_counter()
     for i, item in enumerate(items):
-        say(f"{title} {i + 1}/{len(items)}: {label(item)} ({time.perf_counter() - start:.0f} s)")
+        elapsed = time.perf_counter() - start
+        left = f", about {elapsed / i * (len(items) - i):.0f} s left" if i else ""
+        say(f"{title} {i + 1}/{len(items)}: {label(item)} ({elapsed:.0f} s{left})")
         yield item
+
+
+class Clock:
+    """Progress of work whose costs are known beforehand, in any unit.
+
+    Args:
+        expected_s: seconds that all of it will take.
+        total: costs of all of it.
+    """
+
+    def __init__(self, expected_s: float, total: float) -> None:
+        self.expected_s, self.total, self.cost, self.start = expected_s, total, 0.0, time.perf_counter()
+
+    def done(self, label: str, cost: float) -> None:
+        """Count what was done; say so, and how long the rest will take if it goes on at the speed so far."""
+        self.cost += cost
+        elapsed, part = time.perf_counter() - self.start, min(self.cost / self.total, 1.0)
+        # At first the guess made beforehand says more than what little was seen.
+        whole = (1 - part) * self.expected_s + part * elapsed / part if part else self.expected_s
+        say(f"{elapsed:4.0f} s, about {max(whole * (1 - part), 0):.0f} s left: {label}")
+
+
+MOST_WORKERS = 8
+"""Each has a context of its own on the GPU, which takes memory."""
+
+
+def num_workers() -> int:
+    """Return how many processes run side by side: one for each core that this process may use, up to a limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    # The interpreter's numpy: log2 of 0 is meant to be -inf, and masked-out lanes compute anything.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="numpy|triton")
+
+
+@contextlib.contextmanager
+def _interpreting(interpret: bool) -> Iterator[None]:
+    """Have the processes that start meanwhile interpret kernels or compile them: each decides when it imports Triton."""
+    before = os.environ.pop("TRITON_INTERPRET", None)
+    if interpret:
+        os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("TRITON_INTERPRET", None)
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def in_processes(run: Callable[..., T], calls: Sequence[tuple], *, interpret: bool) -> Iterator[tuple[int, T]]:
+    """Run `run(*call)` for all calls, several at a time; yield the index and the result of each as it ends.
+
+    Args:
+        run: a function at the top level of a module.
+        calls: arguments of each call. Long ones come first, or the last process ends late.
+        interpret: whether the processes interpret kernels.
+    """
+    pool = ProcessPoolExecutor(
+        max(min(num_workers(), len(calls)), 1), mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
+    with pool:
+        with _interpreting(interpret):
+            waiting = {pool.submit(run, *call): i for i, call in enumerate(calls)}
+        try:
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    yield waiting.pop(future), future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _output_of(command: Sequence[str]) -> str | None:

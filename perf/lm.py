@@ -5,14 +5,10 @@ distributions are flat. `TinyLM` is a plain transformer (RMSNorm, rotary positio
 for a minute or two on text that every machine has (`lm_text.py`), some of them also on problems that take hundreds of exact
 steps (`lm_tasks.py`). Trained weights are kept in the user's cache folder. `lm_cache.py` holds the key/value caches that the
 model generates with, `lm_compare.py` what quantizing them changes, `accuracy.py` what any codec does to them.
-
-    python perf/lm.py train --config default
-    python perf/lm.py generate --layout k4v2_g64 --prompt "def main("
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import math
@@ -26,7 +22,7 @@ from pathlib import Path
 import lm_tasks
 import torch
 from lm_tasks import IGNORED
-from lm_text import decode, encode, heldout_prompts, load_text
+from lm_text import load_text
 from torch import nn
 from torch.nn import functional
 
@@ -202,16 +198,6 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
     return bool(capabilities.get("amx_bf16"))
 
 
-@torch.no_grad()
-def bits_per_byte(model: TinyLM, *, num_windows: int = 64) -> float:
-    """Return the loss on `num_windows` evenly spaced windows of the held-out text, in bits per byte."""
-    windows = load_text()[1].unfold(0, model.config.seq_len + 1, 1)
-    windows = windows[torch.linspace(0, len(windows) - 1, num_windows).long()]
-    every = {"text": slice(None)}
-    losses = [token_losses(model, batch[:, :-1], batch[:, 1:], every)["text"].item() for batch in windows.split(8)]
-    return sum(losses) / len(losses) / math.log(2)
-
-
 def train(config: LMConfig, seed: int = 0, *, device: str | torch.device = "cpu") -> TinyLM:
     """Train a model; the same config, seed, Python and machine give the same weights, as far as sums have an order there.
 
@@ -284,56 +270,3 @@ def load_or_train(
     torch.save(model.state_dict(), unfinished)
     unfinished.replace(path)
     return model
-
-
-def _train_command(args: argparse.Namespace) -> None:
-    config = dataclasses.replace(CONFIGS[args.config], **({"steps": args.steps} if args.steps else {}))
-    model = load_or_train(config, args.seed, device=args.device, cache_dir=args.cache_dir)
-    print(f"checkpoint  {checkpoint_path(config, args.seed, cache_dir=args.cache_dir)}")
-    print(f"parameters  {sum(weight.numel() for weight in model.parameters()):,}")
-    print(f"held out    {bits_per_byte(model):.3f} bits/byte")
-
-
-def _generate_command(args: argparse.Namespace) -> None:
-    from lm_cache import DenseCache, PagedCache, run
-
-    from kvarn_triton import PageLayout
-
-    config = CONFIGS[args.config]
-    model = load_or_train(config, args.seed, device=args.device, cache_dir=args.cache_dir)
-    prompt = encode(args.prompt) if args.prompt else heldout_prompts([args.prompt_tokens], args.num_tokens)[0][0]
-    sizes = {"batch": 1, "capacity": len(prompt) + args.num_tokens, "device": args.device}
-    if args.layout == "dense":
-        cache = DenseCache(config, **sizes)
-    else:
-        layout = PageLayout.from_name(args.layout, head_dim=config.head_dim)
-        cache = PagedCache(config, layout, sink_len=args.sink_len, **sizes)
-    tokens, _ = run(model, cache, [prompt], args.num_tokens)
-    print(f"--- prompt\n{decode(prompt)}\n--- continuation\n{decode(tokens[0])}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description="Train a small byte-level language model, or generate text with it.")
-    commands = parser.add_subparsers(required=True, metavar="train|generate")
-    train_parser = commands.add_parser("train", help="train a model, unless its checkpoint exists")
-    train_parser.set_defaults(run=_train_command)
-    train_parser.add_argument("--steps", type=int, help="train fewer or more steps than the config says")
-    generate_parser = commands.add_parser("generate", help="continue a prompt, each time with the most likely byte")
-    generate_parser.set_defaults(run=_generate_command)
-    generate_parser.add_argument("--layout", default="k4v2_g64", help="page layout, or 'dense' for the 16-bit cache")
-    generate_parser.add_argument("--sink-len", type=int, help="first tokens kept at 16 bits; one page by default")
-    generate_parser.add_argument("--prompt", help="text to continue; a passage of held-out text by default")
-    generate_parser.add_argument("--prompt-tokens", type=int, default=256, help="length of the held-out passage")
-    generate_parser.add_argument("--num-tokens", type=int, default=200, help="tokens to generate")
-    for command in (train_parser, generate_parser):
-        command.add_argument("--config", choices=CONFIGS, default="default", help="shape and training of the model")
-        command.add_argument("--seed", type=int, default=0, help="seed of the weights and of the training batches")
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        command.add_argument("--cache-dir", help="folder of the checkpoints; the user's cache folder by default")
-    args = parser.parse_args(argv)
-    args.run(args)
-
-
-if __name__ == "__main__":
-    main()

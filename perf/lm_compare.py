@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import sys
 from collections.abc import Sequence
 
 import torch
+from common import say
 from lm import TinyLM
 from lm_cache import DenseCache, PagedCache, run
-from torch.nn import functional
 
 from kvarn_triton import Encoder, PageLayout
 
@@ -24,11 +22,7 @@ def compare(
     layouts: Sequence[PageLayout],
     num_tokens: int,
     *,
-    continuations: torch.Tensor | None = None,
-    sink_len: int | None = None,
-    keep_pages: int = 0,
     encoder: Encoder | None = None,
-    dtype: torch.dtype = torch.float16,
     seed: int = 0,
 ) -> list[dict]:
     """Measure what each layout changes in the model's predictions, against the 16-bit cache.
@@ -38,63 +32,42 @@ def compare(
 
     Args:
         prompts: int64 [length] each.
-        layouts: layouts of `PagedCache`; `sink_len`, `keep_pages`, `encoder`, `dtype` and `seed` are its other options.
-        num_tokens: tokens that follow each prompt.
-        continuations: int64 [len(prompts), num_tokens], the tokens to feed; by default those that the model generates
-            with the 16-bit cache, taking the most likely one each time.
+        layouts: layouts of `PagedCache`; `encoder` and `seed` are its other options.
+        num_tokens: tokens that follow each prompt: those that the model generates with the 16-bit cache, taking the most
+            likely one each time.
 
     Returns:
         One row per layout: its name, bytes and options, then what `prediction_changes` and `generation_changes` return.
     """
     device = next(model.parameters()).device
-    sizes = {"batch": len(prompts), "capacity": max(map(len, prompts)) + num_tokens, "dtype": dtype, "device": device}
-    options = {"sink_len": sink_len, "keep_pages": keep_pages, "encoder": encoder, "seed": seed}
-
-    def dense_run(continuation: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        return run(model, DenseCache(model.config, **sizes), prompts, num_tokens, continuation=continuation)
-
-    greedy, greedy_logits = dense_run(None)
-    fed, fed_logits = (greedy, greedy_logits) if continuations is None else dense_run(continuations)
+    sizes = {"batch": len(prompts), "capacity": max(map(len, prompts)) + num_tokens, "device": device}
+    greedy, logits_16 = run(model, DenseCache(model.config, **sizes), prompts, num_tokens)
     rows = []
     for layout in layouts:
-        print(f"compare: {layout.name}, {len(prompts)} prompts, {num_tokens} tokens", file=sys.stderr)
-        cache = PagedCache(model.config, layout, **sizes, **options)
-        logits = run(model, cache, prompts, num_tokens, continuation=fed)[1]
-        changes = prediction_changes(fed_logits, logits, None if continuations is None else fed)
-        if continuations is not None:
-            cache = PagedCache(model.config, layout, **sizes, **options)
-            logits = run(model, cache, prompts, num_tokens, continuation=greedy)[1]
-        row = {
-            "layout": layout.name,
-            "bytes_per_token": layout.bytes_per_token,
-            "sink_len": cache.sink_len,
-            "keep_pages": cache.keep_pages,
-        }
-        rows.append(
-            row | {"encoder_options": dataclasses.asdict(cache.encoder)} | changes | generation_changes(greedy_logits, logits)
-        )
+        say(f"compare: {layout.name}, {len(prompts)} prompts, {num_tokens} tokens")
+        cache = PagedCache(model.config, layout, **sizes, encoder=encoder, seed=seed)
+        logits = run(model, cache, prompts, num_tokens, continuation=greedy)[1]
+        row = {"layout": layout.name, "bytes_per_token": layout.bytes_per_token, "sink_len": cache.sink_len}
+        row |= {"keep_pages": cache.keep_pages, "encoder_options": dataclasses.asdict(cache.encoder)}
+        rows.append(row | prediction_changes(logits_16, logits) | generation_changes(logits_16, logits))
     return rows
 
 
-def prediction_changes(logits_16: torch.Tensor, logits: torch.Tensor, text: torch.Tensor | None = None) -> dict:
+def prediction_changes(logits_16: torch.Tensor, logits: torch.Tensor) -> dict:
     """Compare two caches that were fed the same tokens.
 
     Args:
         logits_16, logits: float32 [batch, n, 256], with the 16-bit and with the quantized cache.
-        text: int64 [batch, n], the tokens fed, if they are real text.
 
     Returns:
         `predictions`: how many distributions were compared; `top1_agreement`: share of them with the same most likely
-        token; `mean_kl`: mean of KL(16 bits || quantized) in nats; `bits_per_byte` and `bits_per_byte_16`: loss on
-        `text`, None without one.
+        token; `mean_kl`: mean of KL(16 bits || quantized) in nats.
     """
     log_p, log_q = logits_16.double().log_softmax(-1), logits.double().log_softmax(-1)
     return {
         "predictions": log_p[..., 0].numel(),
         "top1_agreement": (logits.argmax(-1) == logits_16.argmax(-1)).double().mean().item(),
         "mean_kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
-        "bits_per_byte": None if text is None else _bits_per_byte(logits, text),
-        "bits_per_byte_16": None if text is None else _bits_per_byte(logits_16, text),
     }
 
 
@@ -124,9 +97,3 @@ def generation_changes(logits_16: torch.Tensor, logits: torch.Tensor) -> dict:
         "diverged": len(found),
         "near_ties": sum(gap < NEAR_TIE for gap in found),
     }
-
-
-def _bits_per_byte(logits: torch.Tensor, text: torch.Tensor) -> float:
-    """Return the loss of `logits[:, i]` on `text[:, i + 1]`, in bits."""
-    targets = text[:, 1:].flatten().to(logits.device)
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets).item() / math.log(2)

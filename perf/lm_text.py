@@ -25,16 +25,6 @@ def load_text() -> tuple[torch.Tensor, torch.Tensor]:
     return train_text, heldout_text
 
 
-def encode(text: str) -> torch.Tensor:
-    """Return the tokens int64 [num_bytes] of a text."""
-    return torch.tensor(list(text.encode()), dtype=torch.int64)
-
-
-def decode(tokens: torch.Tensor) -> str:
-    """Return the text of tokens [n]; bytes that aren't UTF-8 show as replacement characters."""
-    return bytes(tokens.tolist()).decode(errors="replace")
-
-
 def heldout_prompts(lengths: list[int], num_tokens: int, *, seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Draw passages of held-out text.
 

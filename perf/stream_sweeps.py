@@ -1,14 +1,14 @@
-"""The timed sweeps of what streams through memory: storing, dequantizing and rotating. `gpu_sweeps.py` says how bytes count."""
+"""The timed sweeps of what streams through memory: storing, dequantizing and rotating. `timed.py` says how bytes count."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from cases import Shape, fill_pages
+from cases import SHAPES, Shape, fill_pages
 from common import DEFAULT_PRESETS, Options, Row, progress, sweep
 from gate import selected_shapes
-from gpu_sweeps import DISTINCT_PAGES, TIMED, failed, free_memory, is_red, roof, timed_fields
+from timed import DISTINCT_PAGES, RED, TIMED, failed, free_memory, is_red, num_samples, roof, timed_fields
 from timing import Call, copy_calls, measure, num_input_sets
 
 import kvarn_triton as kvarn
@@ -30,39 +30,41 @@ def _shapes(options: Options) -> list[Shape]:
     return chosen[:1] if options.quick else [chosen[0], *others]
 
 
-def _run(
-    options: Options, operation: str, make: Callable[[Shape, PageLayout, int, int], tuple[dict[str, Sequence[Call]], int]]
-) -> Iterator[Row]:
-    """Time an operation on pages; `make(shape, layout, num_pages, seed)` returns providers and the bytes that ours moves."""
-    roof_gb_s = roof(options)
+Make = Callable[[Shape, PageLayout, int, int], tuple[dict[str, Sequence[Call]], int]]
+"""Takes shape, layout, number of pages and seed; returns providers and the bytes that ours moves."""
+
+
+def _run(options: Options, operation: str, make: Make) -> Iterator[Row]:
+    """Time an operation on pages."""
     counts = PAGE_COUNTS[1:] if options.quick else PAGE_COUNTS
     presets = options.presets or DEFAULT_PRESETS
     work = [(shape, preset, count) for shape in _shapes(options) for preset in presets for count in counts]
     for shape, preset, count in progress(operation, work, lambda w: f"{w[0].name} {w[1]} {w[2]} pages"):
-        free_memory()
-        layout = PageLayout.from_name(preset, head_dim=shape.head_dim)
-        tokens = count * layout.page_size
-        row: Row = {"shape": shape.name, "preset": preset, "pages": count, "tokens": tokens}
-        row |= {"num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
-        if is_red(options, operation, preset, shape):
-            yield row | failed("the correctness gate is red")
-            continue
-        try:
-            providers, num_bytes = make(shape, layout, count, options.seed)
-        except Exception as error:  # one case that can't run leaves the others their times
-            yield row | failed(f"{type(error).__name__}: {error}".splitlines()[0][:200])
-            continue
-        providers["copy"] = copy_calls(num_bytes)
-        timings, errors = measure(providers, samples=9 if options.quick else 21)
-        row |= timed_fields(timings.get("kvarn"), errors.get("kvarn"), num_bytes, roof_gb_s)
-        if row["us"] is not None:
-            row["tb_s"] = tokens * shape.num_kv_heads * 4 * shape.head_dim / row["us"] / 1e6
-        row["bytes_per_token"] = num_bytes / (tokens * shape.num_kv_heads)
-        if "copy" in timings:
-            row["copy_us"] = timings["copy"].us
-        if "16bit" in timings and row["us"] is not None:
+        yield _row(options, operation, make, shape, preset, count)
+
+
+def _row(options: Options, operation: str, make: Make, shape: Shape, preset: str, count: int) -> Row:
+    """Time an operation on `count` pages of a preset."""
+    free_memory()
+    layout = PageLayout.from_name(preset, head_dim=shape.head_dim)
+    tokens = count * layout.page_size
+    row: Row = {"shape": shape.name, "preset": preset, "pages": count, "tokens": tokens}
+    row |= {"num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
+    if is_red(options, (operation,), preset, shape):
+        return row | failed(RED)
+    try:
+        providers, num_bytes = make(shape, layout, count, options.seed)
+    except Exception as error:  # one case that can't run leaves the others their times
+        return row | failed(error)
+    providers["copy"] = copy_calls(num_bytes)
+    timings, errors = measure(providers, samples=num_samples(options))
+    row |= timed_fields(timings.get("kvarn"), errors.get("kvarn"), num_bytes, roof(options))
+    row["bytes_per_token"] = num_bytes / (tokens * shape.num_kv_heads)
+    if row["us"] is not None:
+        row["tb_s"] = tokens * shape.num_kv_heads * 4 * shape.head_dim / row["us"] / 1e6
+        if "16bit" in timings:
             row |= {"us_16bit": timings["16bit"].us, "times_16bit": timings["16bit"].us / row["us"]}
-        yield row
+    return row | ({"copy_us": timings["copy"].us} if "copy" in timings else {})
 
 
 @sweep(
@@ -75,6 +77,11 @@ def _run(
 def store(options: Options) -> Iterator[Row]:
     """Time `store_pages`."""
     yield from _run(options, "store_pages", _store_calls)
+
+
+def store_row(options: Options, shape_name: str, preset: str, count: int) -> Row:
+    """Return the row of one number of pages."""
+    return _row(options, "store_pages", _store_calls, SHAPES[shape_name], preset, count)
 
 
 def _store_calls(shape: Shape, layout: PageLayout, count: int, seed: int) -> tuple[dict[str, Sequence[Call]], int]:
@@ -137,13 +144,13 @@ def hadamard(options: Options) -> Iterator[Row]:
         free_memory()
         row: Row = {"head_dim": dim, "rows": num_rows}
         if any(red[0] == "hadamard" and red[2] == dim for red in options.red):
-            yield row | failed("the correctness gate is red")
+            yield row | failed(RED)
             continue
         num_bytes = 4 * num_rows * dim
         sets = num_input_sets(num_bytes)
         x = torch.empty(sets, num_rows, dim, dtype=torch.float16, device="cuda").normal_()
         out = torch.empty_like(x)
         calls = [lambda i=i, x=x, out=out: kvarn.hadamard(x[i], out=out[i]) for i in range(sets)]  # type: ignore[misc]
-        timings, errors = measure({"kvarn": calls, "copy": copy_calls(num_bytes)}, samples=9 if options.quick else 21)
+        timings, errors = measure({"kvarn": calls, "copy": copy_calls(num_bytes)}, samples=num_samples(options))
         row |= timed_fields(timings.get("kvarn"), errors.get("kvarn"), num_bytes, roof_gb_s)
         yield row | ({"copy_us": timings["copy"].us} if "copy" in timings else {})

@@ -1,65 +1,40 @@
-"""Measure kvarn_triton. With a GPU: correctness, then times. Without one: correctness, bytes, errors, compiler counts.
+"""Check and measure kvarn_triton. With a GPU: correctness, then times. Without one: correctness, errors, compiler counts.
 
-python perf/sweep.py                          the default job: everything that this machine can measure
+python perf/sweep.py                          an answer in three minutes: what is right, how fast or how exact, where it loses
 python perf/sweep.py decode --preset k4v2_g128 --point 8x32768 --json decode.json
 python perf/sweep.py error --plot error.png
+python perf/sweep.py --all --json all.json    everything that this machine can measure: hours
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import importlib
 import signal
-import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout's package, installed or not
 
 import torch  # noqa: E402
-from common import SWEEPS, Options, Row, Sweep, environment, say, title  # noqa: E402
+from common import SWEEPS, Options, Row, environment, say, title  # noqa: E402
 
-DEFAULT_WITH_GPU = ("gate", "decode", "ragged", "prefill", "write", "store", "dequantize", "hadamard", "capacity", "model")
-DEFAULT_WITHOUT_GPU = ("gate", "capacity", "error", "compile", "model")
-HELP = {
-    "gate": "check every operation against the reference; in Triton's interpreter if there is no GPU",
-    "decode": "time decode attention against a 16-bit paged twin, SDPA and a copy (GPU)",
-    "ragged": "time decode over sequences of very different lengths, and the batch-invariant mode (GPU)",
-    "prefill": "time several query tokens per sequence: drafts beside decoding, chunks beside a 16-bit twin (GPU)",
-    "tune": "search launch parameters of decode: on this GPU, or with --target from the compiler's counts",
-    "write": "time appending and committing beside attention (GPU)",
-    "store": "time quantizing keys and values into pages (GPU)",
-    "dequantize": "time reading pages back as 16-bit keys and values (GPU)",
-    "hadamard": "time the rotation (GPU)",
-    "overhead": "host time of a call through an operator beside the plain function",
-    "capacity": "bytes per token of every preset",
-    "error": "error of keys, values and attention on synthetic distributions",
-    "compile": "registers, spills, shared memory and loop lengths on every architecture; compiles, runs nothing",
-    "accuracy": "baselines, the method as published and the default encoder on language models trained here",
-    "encoders": "options of the encoder on the same models, those that did not help included",
-    "raw_tokens": "what a longer sink or tail in 16 bits is worth on the same models",
-    "real": "baselines, the method as published and the default encoder on a pretrained language model (extra [real])",
-    "model": "what quantized caches change in a small trained language model",
-}
+MODULES = (
+    "gate", "decode_sweeps", "prefill_sweeps", "peers", "stream_sweeps", "write_sweeps", "overhead_sweeps", "offline_sweeps",
+    "compile_sweep", "accuracy_sweeps", "real_sweep", "tune",
+)  # fmt: skip
+"""What registers sweeps, in the order of `--help` and `--all`."""
+SEARCHES = ("tune", "encoders", "raw_tokens")
+"""What `--all` leaves out: searches for what the package has by now, hours of them."""
 
 
 def register_sweeps() -> None:
     """Import the modules that register sweeps."""
-    import accuracy_sweeps  # noqa: F401
-    import gate  # noqa: F401
-    import gpu_sweeps  # noqa: F401
-    import offline_sweeps  # noqa: F401
-    import overhead_sweeps  # noqa: F401
-    import prefill_sweeps  # noqa: F401
-    import ragged_sweeps  # noqa: F401
-    import real_sweep  # noqa: F401
-    import stream_sweeps  # noqa: F401
-    import tune  # noqa: F401
-    import write_sweeps  # noqa: F401
+    for name in MODULES:
+        importlib.import_module(name)
 
 
 def interpreted() -> bool:
@@ -138,8 +113,10 @@ def parser() -> argparse.ArgumentParser:
         parents=[shared],
         epilog="Exit code 1: a check failed or a case printed FAIL. Timed sweeps run the gate first.",
     )
+    result.add_argument("--all", action="store_true", help=f"every sweep that can run here but {', '.join(SEARCHES)}: hours")
     commands = result.add_subparsers(dest="command", metavar="SWEEP")
-    for name, text in HELP.items():
+    for name, entry in SWEEPS.items():
+        text = (entry.run.__doc__ or "").splitlines()[0] + (" (GPU)" if entry.needs == "gpu" else "")
         commands.add_parser(name, help=text, description=text, parents=[shared])
     return result
 
@@ -167,51 +144,40 @@ def options_of(arguments: argparse.Namespace) -> Options:
 
 
 def chosen_sweeps(command: str | None) -> list[str]:
-    """Return the sweeps of a command in order; timed ones come after the gate."""
-    has_gpu = torch.cuda.is_available()
+    """Return the sweeps of a command in order, of all if it is None; timed ones come after the gate."""
+    has_gpu = torch.cuda.is_available() and not interpreted()
     if command is None:
-        return list(DEFAULT_WITH_GPU if has_gpu else DEFAULT_WITHOUT_GPU)
+        names = [name for name in SWEEPS if name not in SEARCHES]
+        skipped = [] if has_gpu else [name for name in names if SWEEPS[name].needs == "gpu"]
+        if skipped:
+            say(f"no GPU: without {', '.join(skipped)}")
+        return [name for name in names if name not in skipped]
+    if SWEEPS[command].needs == "compiler" and interpreted():
+        raise SystemExit(f"sweep.py {command}: it compiles kernels, which TRITON_INTERPRET forbids")
     if SWEEPS[command].needs != "gpu":
         return [command]
-    if not has_gpu or interpreted():
+    if not has_gpu:
         raise SystemExit(f"sweep.py {command}: times need a GPU and no TRITON_INTERPRET; no time is ever estimated here")
     return ["gate", command]
 
 
-def other_process(entry: Sweep) -> dict[str, str] | None:
-    """Return the environment of the process that a sweep needs, None if this one will do.
+def rows_of(names: Sequence[str] | None, options: Options) -> Iterator[tuple[str, Row | None]]:
+    """Yield (sweep, row) of several sweeps, or of the default run if None, and (sweep, None) at the end of each table."""
+    if names is None:
+        import summary
 
-    A process either interprets kernels or compiles them.
-    """
-    environ = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if entry.needs == "kernels" and not torch.cuda.is_available() and not interpreted():
-        return environ | {"TRITON_INTERPRET": "1"}
-    if entry.needs == "compiler" and interpreted():
-        return environ
-    return None
-
-
-def run_elsewhere(name: str, argv: Sequence[str], environ: dict[str, str]) -> list[Row]:
-    """Run a sweep in a process of its own, with the same options, and return its rows."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "rows.json")
-        command = [sys.executable, str(Path(__file__).resolve()), name, *argv, "--json", path]
-        code = subprocess.run(command, env=environ, stdout=subprocess.DEVNULL).returncode
-        if not Path(path).exists():
-            raise SystemExit(f"sweep.py {name}: its process ended with exit code {code} and no results")
-        return json.loads(Path(path).read_text())["sweeps"][name]
-
-
-def child_arguments(options: Options) -> list[str]:
-    """Return the options as a command line, without --json and --plot."""
-    result = ["--seed", str(options.seed), "--dtype", str(options.dtype).removeprefix("torch.")]
-    result += [f"--{name}" for name in ("quick", "full") if getattr(options, name)]
-    result += ["--set", options.questions]
-    result += [word for name in ("table", "gguf") if getattr(options, name) for word in (f"--{name}", getattr(options, name))]
-    flags = {"--preset": options.presets, "--shape": options.shapes, "--target": options.targets, "--model": options.models}
-    for flag, values in flags.items():
-        result += [word for value in values for word in (flag, value)]
-    return result + [word for batch, tokens in options.points for word in ("--point", f"{batch}x{tokens}")]
+        default = summary.with_gpu if torch.cuda.is_available() and not interpreted() else summary.without_gpu
+        yield from default(replace(options, quick=True, shapes=options.shapes or (summary.SHAPE,)))
+        return
+    for name in names:
+        try:
+            yield from ((name, row) for row in SWEEPS[name].run(options))
+        except SystemExit as error:  # a package that is missing ends one sweep of many
+            if len(names) == 1:
+                raise
+            say(f"{name}: not run: {error}")
+            continue
+        yield name, None
 
 
 def is_red(row: Row) -> bool:
@@ -225,27 +191,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     register_sweeps()
     arguments = parser().parse_args(argv)
     from report import draw, losses, print_table, write_json
+    from summary import screen
 
     options = options_of(arguments)
     info = environment(argv)
-    names = chosen_sweeps(arguments.command)
+    default = arguments.command is None and not arguments.all
+    names = None if default else chosen_sweeps(arguments.command)
     print(title(info), flush=True)
     results: dict[str, list[Row]] = {}
     interrupted_by_user = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for name in names:
-            environ = other_process(SWEEPS[name])
-            if environ is None:
-                results[name] = []
-                for row in SWEEPS[name].run(options):
-                    results[name].append(row)
-            else:
-                say(f"{name}: in a process of its own")
-                results[name] = run_elsewhere(name, child_arguments(options), environ)
-            print_table(name, results[name])
+        for name, row in rows_of(names, options):
+            rows = results.setdefault(name, [])
+            if row is not None:
+                rows.append(row)
+                continue
+            print_table(name, rows)
             if name == "decode":
-                print("\n" + losses(results[name]))
+                print("\n" + losses(rows))
     except KeyboardInterrupt:
         say("interrupted: writing what is there")
         interrupted_by_user = True
@@ -257,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     red = sum(is_red(row) for rows in results.values() for row in rows)
     if path := getattr(arguments, "plot", None):
         draw(path, info, results, options.sections)
+    if default and not interrupted_by_user:
+        print("\n" + "\n".join(screen(results)))
     if red:
         print(f"\nFAIL: {red} rows are red")
     return 130 if interrupted_by_user else int(red > 0)

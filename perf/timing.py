@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -42,46 +42,25 @@ class Timing:
         return {prefix + name: value for name, value in asdict(self).items()}
 
 
-class Device(Protocol):
-    """What `measure` needs of a device; tests pass one with a clock of their own."""
-
-    def capture(self, call: Call) -> Call:
-        """Return a function that replays what `call` launches, without running it."""
-
-    def event(self) -> Any:
-        """Record an event."""
-
-    def elapsed_us(self, start: Any, end: Any) -> float:
-        """Return the time between two events, waiting for them."""
-
-    def synchronize(self) -> None:
-        """Wait for all work."""
+def _capture(call: Call) -> Call:
+    """Capture `call` in a graph; return what replays it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
-class Cuda:
-    """The current CUDA (or HIP) device."""
+def _event() -> torch.cuda.Event:
+    """Record an event on the current stream."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def capture(self, call: Call) -> Call:
-        """Capture `call` in a graph."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return graph.replay
 
-    def event(self) -> torch.cuda.Event:
-        """Record an event on the current stream."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def elapsed_us(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Return the time between two events."""
-        end.synchronize()
-        return 1000.0 * start.elapsed_time(end)
-
-    def synchronize(self) -> None:
-        """Wait for all work."""
-        torch.cuda.synchronize()
+def _elapsed_us(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    """Return the time between two events."""
+    end.synchronize()
+    return 1000.0 * start.elapsed_time(end)
 
 
 @dataclass
@@ -95,13 +74,13 @@ class _Program:
     replays: int = 1
 
 
-def _prepare(calls: Sequence[Call], device: Device, sample_us: float) -> _Program:
+def _prepare(calls: Sequence[Call], sample_us: float) -> _Program:
     for call in calls:  # compiles, and loads every specialization before the capture
         call()
-    device.synchronize()
-    start = device.event()
+    torch.cuda.synchronize()
+    start = _event()
     calls[0]()
-    single_us = device.elapsed_us(start, device.event())
+    single_us = _elapsed_us(start, _event())
     unroll = 1 if single_us > LONG_CALL_US else math.ceil(MIN_CALLS / len(calls))
 
     def run() -> None:
@@ -110,15 +89,15 @@ def _prepare(calls: Sequence[Call], device: Device, sample_us: float) -> _Progra
                 call()
 
     try:
-        program = _Program(device.capture(run), unroll * len(calls), len(calls), True)
+        program = _Program(_capture(run), unroll * len(calls), len(calls), True)
     except RuntimeError:
-        device.synchronize()
+        torch.cuda.synchronize()
         program = _Program(run, unroll * len(calls), len(calls), False)
     program.replay()
-    device.synchronize()
-    start = device.event()
+    torch.cuda.synchronize()
+    start = _event()
     program.replay()
-    replay_us = device.elapsed_us(start, device.event())
+    replay_us = _elapsed_us(start, _event())
     program.replays = max(math.ceil(sample_us / max(replay_us, 1e-3)), 1)
     return program
 
@@ -128,7 +107,6 @@ def measure(
     *,
     samples: int = 21,
     sample_us: float = SAMPLE_US,
-    device: Device | None = None,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Time providers against each other.
 
@@ -136,31 +114,29 @@ def measure(
         providers: by name, the calls of a provider, one per set of inputs.
         samples: timed samples of each.
         sample_us: least duration of one sample.
-        device: where; the current CUDA device by default.
 
     Returns:
         timings by name, and messages by name of those that raised an error instead.
     """
-    device = Cuda() if device is None else device
     programs: dict[str, _Program] = {}
     errors: dict[str, str] = {}
     for name, calls in providers.items():
         try:
-            programs[name] = _prepare(calls, device, sample_us)
+            programs[name] = _prepare(calls, sample_us)
         except Exception as error:  # one provider that can't run leaves the others their times
             errors[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in programs}
     for sample in range(samples + 1):
         for name, program in programs.items():
-            start = device.event()
+            start = _event()
             for _ in range(program.replays):
                 program.replay()
             if sample:  # the first round warms clocks and caches
-                events[name].append((start, device.event()))
+                events[name].append((start, _event()))
     timings = {}
     for name, program in programs.items():
         per_sample = program.calls * program.replays
-        times = sorted(device.elapsed_us(start, end) / per_sample for start, end in events[name])
+        times = sorted(_elapsed_us(start, end) / per_sample for start, end in events[name])
         timings[name] = Timing(
             us=percentile(times, 50),
             us_p20=percentile(times, 20),

@@ -12,21 +12,18 @@ import concurrent.futures
 import dataclasses
 import functools
 import multiprocessing
-import os
 from collections.abc import Iterator
 
 import torch
-from cases import DecodeCase, Shape, build_cache, decode_errors
-from common import Options, Row, environment, progress, sweep
-from gate import ERROR_RATIO
+from cases import ERROR_RATIO, DecodeCase, Shape, attention_errors
+from common import MAIN_PRESET, Options, Row, environment, num_workers, progress, sweep
 
 import kvarn_triton as kvarn
 from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, gpu
 from kvarn_triton.tables import Entry
-from kvarn_triton.testing import compiler
+from kvarn_triton.testing import cache_case, compiler
 
 HEAD_DIMS = (64, 128, 256, 512)
-PRESET = "k4v2_g128"
 GROUP = 8
 """Query heads per kv head: as many as a program attends with."""
 WARPS = (1, 2, 4)
@@ -55,21 +52,8 @@ def candidates(arch: str) -> list[DecodeConfig]:
 
 def call_for(head_dim: int, table: DecodeTable) -> None:
     """Call decode_attention over a served cache on the CPU, where `compile_for` compiles it."""
-    shape = Shape("tune", 2 * GROUP, 2, head_dim)
-    layout = PageLayout.from_name(PRESET, head_dim=head_dim)
-    raw = torch.zeros(2, 2, 2, layout.page_size, head_dim, dtype=torch.float16)
-    table_of_pages, lens = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    kvarn.decode_attention(
-        torch.zeros(1, shape.num_q_heads, head_dim, dtype=torch.float16),
-        torch.zeros(layout.pages_shape(2, 2), dtype=torch.uint8),
-        table_of_pages,
-        lens,
-        layout,
-        raw_pages=raw,
-        raw_table=table_of_pages,
-        num_quantized=lens,
-        table=table,
-    )
+    case = cache_case(PageLayout.from_name(MAIN_PRESET, head_dim=head_dim), [1], group=GROUP)
+    kvarn.decode_attention(case.q, **case.kwargs, table=table)
 
 
 @dataclasses.dataclass
@@ -119,26 +103,27 @@ def derived(arch: str, head_dim: int) -> tuple[Entry, Estimate] | None:
 @functools.lru_cache(maxsize=2)
 def timed_case(head_dim: int, point: tuple[int, int], seed: int) -> tuple[DecodeCase, ...]:
     """Return the caches of a timed point."""
-    from gpu_sweeps import decode_sets
+    from timed import decode_sets
 
-    layout = PageLayout.from_name(PRESET, head_dim=head_dim)
+    layout = PageLayout.from_name(MAIN_PRESET, head_dim=head_dim)
     return tuple(decode_sets(Shape("tune", 8 * GROUP, 8, head_dim), layout, *point, "served", seed))
 
 
 def error_ratio(head_dim: int, table: DecodeTable, seed: int) -> float:
     """Return the error of a candidate over that of the plain formula, at worst; compiles the candidate."""
-    shape = Shape("tune", 2 * GROUP, 2, head_dim)
-    layout = PageLayout.from_name(PRESET, head_dim=head_dim)
-    case = build_cache(shape, layout, [1000, 3], sink_len=100, tail_pages=1, device="cuda", seed=seed)
-    out = kvarn.decode_attention(*case.arguments, **case.options, table=table)
-    return max(found / plain for found, plain in (decode_errors(case, out, row) for row in range(2)))
+    layout = PageLayout.from_name(MAIN_PRESET, head_dim=head_dim)
+    case = cache_case(layout, [1000, 3], group=GROUP, sink_len=100, device="cuda", seed=seed)
+    call = case.kwargs | {"q": case.q}
+    out = kvarn.decode_attention(**call, table=table)
+    pairs = [attention_errors(call, out, row) for row in range(2)]
+    return max(found / plain for found, plain in pairs)
 
 
 def measured(
     pool: concurrent.futures.Executor, arch: str, head_dim: int, seed: int, source: str
 ) -> tuple[Entry, float, int] | None:
     """Return the best entry on this GPU, its time at LARGE in us, and how many candidates were timed."""
-    from gpu_sweeps import decode_calls
+    from timed import decode_calls
     from timing import measure
 
     def table_of(config: DecodeConfig) -> DecodeTable:
@@ -191,9 +176,7 @@ def tune(options: Options) -> Iterator[Row]:
     archs = options.targets or ((here,) if here else tuple(compiler.TARGETS))
     work = [(arch, head_dim) for arch in archs for head_dim in (HEAD_DIMS[:2] if options.quick else HEAD_DIMS)]
     entries: dict[str, list[Entry]] = {}
-    pool = concurrent.futures.ProcessPoolExecutor(
-        max((os.cpu_count() or 2) // 2, 1), mp_context=multiprocessing.get_context("spawn")
-    )
+    pool = concurrent.futures.ProcessPoolExecutor(max(num_workers() // 2, 1), mp_context=multiprocessing.get_context("spawn"))
     for arch, head_dim in progress("tune", work, lambda w: f"{w[0]} head_dim {w[1]}"):
         row: Row = {"arch": arch, "head_dim": head_dim}
         if arch == here and not options.targets:

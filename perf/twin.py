@@ -2,14 +2,13 @@
 
 It reads [num_pages, 2, num_kv_heads, page_size, head_dim] through a block table. One program attends with all query heads
 of a kv head, padded to 16 rows, to a run of consecutive pages; each key and value is read once. A second kernel merges the
-runs; where a sequence has one run there is no second kernel. `tune` picks the fastest of a few launch configurations for
+runs; where a sequence has one run there is no second kernel. `sixteen_bit` picks the fastest of a few launch configurations for
 the very inputs that are timed, which the quantized kernel isn't given: where the two are close, that favours 16 bits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -194,24 +193,3 @@ def allocate_partial(q: torch.Tensor, num_splits: int) -> tuple[torch.Tensor, to
     """Return memory for the results of `num_splits` runs per query head and their base-2 log-sum-exps."""
     partial = torch.empty(*q.shape[:2], num_splits, q.shape[2], dtype=torch.float32, device=q.device)
     return partial, partial.new_empty(*q.shape[:2], num_splits)
-
-
-def tune(
-    calls_of: Callable[[TwinConfig], Sequence[Callable[[], object]]],
-    median_us: Callable[[dict[TwinConfig, Sequence[Callable[[], object]]]], dict[TwinConfig, float]],
-    *,
-    configs: Sequence[TwinConfig] = CONFIGS,
-) -> TwinConfig:
-    """Return the fastest configuration: first of `configs`, then of `WAVES` with the best of them.
-
-    Args:
-        calls_of: returns the calls to time for a configuration.
-        median_us: times such calls by configuration; leaves out what can't run.
-    """
-    times = median_us({config: calls_of(config) for config in configs})
-    if not times:
-        raise RuntimeError("the 16-bit twin: no launch configuration runs on this device")
-    best = min(times, key=times.__getitem__)
-    variants = [TwinConfig(best.block_t, best.num_warps, best.num_stages, waves) for waves in WAVES]
-    times = median_us({config: calls_of(config) for config in variants})
-    return min(times, key=times.__getitem__, default=best)

@@ -8,7 +8,7 @@ import torch
 from cases import Shape
 from common import DEFAULT_PRESETS, Options, Row, progress, sweep
 from gate import selected_shapes
-from gpu_sweeps import SERVED, decode_calls, decode_sets, failed, free_memory, is_red
+from timed import RED, SERVED, decode_calls, decode_sets, failed, free_memory, is_red, num_samples, spread_fields
 from timing import Call, Timing, measure
 
 import kvarn_triton as kvarn
@@ -48,13 +48,13 @@ def write(options: Options) -> Iterator[Row]:
     for preset, batch in progress("write", work, lambda w: f"{shape.name} {w[0]} batch {w[1]}"):
         free_memory()
         row: Row = {"shape": shape.name, "preset": preset, "batch": batch}
-        if any(is_red(options, name, preset, shape) for name in ("append_tokens", "commit_pages", "decode_attention")):
-            yield row | failed("the correctness gate is red")
+        if is_red(options, ("append_tokens", "commit_pages", "decode_attention"), preset, shape):
+            yield row | failed(RED)
             continue
         layout = PageLayout.from_name(preset, head_dim=shape.head_dim)
         providers = _write_calls(shape, layout, batch, options.dtype, options.seed)
         providers[ATTENTION] = decode_calls(decode_sets(shape, layout, batch, CONTEXT, SERVED, options.seed, options.dtype))
-        timings, errors = measure(providers, samples=9 if options.quick else 21)
+        timings, errors = measure(providers, samples=num_samples(options))
         yield from _rows(row, providers, timings, errors, layout.page_size)
 
 
@@ -68,9 +68,8 @@ def _rows(
         if timing is None:
             yield row | {"what": what} | failed(errors[what])
             continue
-        fields = timing.fields() | {"spread": f"{timing.us_p20:.4g}-{timing.us_p80:.4g}"}
         share = {"percent_of_attention": 100 * timing.us / attention.us} if attention else {}
-        yield row | {"what": what} | fields | share
+        yield row | {"what": what} | spread_fields(timing) | share
     if attention and all(what in timings for what in (APPEND, NONE_DUE, ALL_DUE)):
         commit = ((page_size - 1) * timings[NONE_DUE].us + timings[ALL_DUE].us) / page_size
         us = timings[APPEND].us + commit
