@@ -208,7 +208,8 @@ def attention_of_row(call: Mapping[str, Any], row: int, dtype: torch.dtype, last
     first = end - min(last or count, count)
     positions = torch.arange(length, device=q.device)
     distance = positions[length - (end - first) :, None] - positions
-    visible = (distance >= 0) & (distance < (call.get("window") or length))
+    num_kept = call.get("sink_len", 0) if call.get("keep_sink") else 0
+    visible = (distance >= 0) & ((distance < (call.get("window") or length)) | (positions < num_kept))
     q, k, v = (x.to(dtype).to(sums) for x in (reference.hadamard(q[first:end].to(sums)), k, v))
     scores = torch.einsum("nhgd,htd->nhgt", q.unflatten(1, (k.shape[0], -1)), k)
     scores = scores * (call.get("sm_scale") or layout.head_dim**-0.5)

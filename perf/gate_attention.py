@@ -37,6 +37,7 @@ OPTIONS: dict[str, Callable[[Recorder, Call], Call]] = {
     "sink, pages, tail": lambda kvarn, call: {},
     "pages only": _pages_only,
     "window": lambda kvarn, call: {"window": 70},
+    "window and sink": lambda kvarn, call: {"window": 50, "keep_sink": True},
     "soft cap": lambda kvarn, call: {"soft_cap": 3.0},
     "sinks": lambda kvarn, call: {"sinks": torch.linspace(-2, 4, call["q"].shape[1])},
     "CSR page ids": lambda kvarn, call: as_csr(call["block_table"]),

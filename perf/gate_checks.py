@@ -248,9 +248,15 @@ def _warm(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     layout, dtype, device = subject.layout, subject.dtype, torch.device(subject.device)
     table = some_table(kvarn, device)
     case = cache_case(layout, [90], sink_len=16, dtype=dtype, seed=subject.seed, device=subject.device)
-    options = {"window": 70, "soft_cap": 5.0, "sinks": torch.zeros(8, device=device), **as_csr(case.block_table)}
+    options = {
+        "window": 70,
+        "keep_sink": True,
+        "soft_cap": 5.0,
+        "sinks": torch.zeros(8, device=device),
+        **as_csr(case.block_table),
+    }
     ends, q = torch.tensor([0, 3], dtype=torch.int32, device=device), subject.draw(3, 8, layout.head_dim).to(device)
-    kinds = {"window": True, "soft_cap": True, "sinks": True, "csr": True, "prefill": True, "scratch": dtype}
+    kinds = {"window": True, "keep_sink": True, "soft_cap": True, "sinks": True, "csr": True, "prefill": True, "scratch": dtype}
     others = {"raw_dtype": dtype, "encoder": PUBLISHED, "dequantize": torch.float32, "table": table}
     with _launches(device) as launches:
         kvarn.warmup(layout, 8, 2, device, dtype=dtype, **kinds, **others)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from common import DEFAULT_PRESETS, MAIN_PRESET, Clock, Options, Row, in_processes, num_workers, say
 from gate import gate_tasks, run_gate
+from peers_plot import fastest
 
 SHAPE = "Llama-3.1-8B"
 DECODE_POINTS = tuple(
@@ -28,7 +29,7 @@ STORED_PAGES = 512
 START_SECONDS, ERROR_SECONDS, POINT_SECONDS, GATE_GPU_SECONDS = 5.0, 2.0, 6.0, 60.0
 """Of starting processes; of a preset and encoder of `error`; of a timed point; of the gate's compilation on 16 cores."""
 RESULTS = Path(__file__).resolve().parent / "results"
-RECORDED = ({"batch": 8, "context": 32768}, {"batch": 1, "context": 32768}, {"batch": 1, "context": 1024})
+RECORDED, RECORDED_CHUNK = ("8x32K 32/8/128", "1x32K 32/8/128", "1x1K 32/8/128"), "prefill 1x32K +2048"
 WIDTH, MOST_RED = 10, 5
 
 
@@ -134,18 +135,20 @@ def counted_texts(results: dict[str, list[Row]]) -> tuple[list[str], list[str], 
         loops = "".join(f"decode {row['loop_per_page']:,} instructions a page; " for row in ok if row.get("loop_per_page"))
         used = ", ".join(f"{row['kernel'].split('_')[0]} {row['registers']} ({row['stack']})" for row in ok)
         measured.append(f"compiler, {target}: {loops}registers (stack): {used}")
-    large, long, small = (recorded("sweep_h200.json", "decode", cache="pages only", **point) for point in RECORDED)
-    chunk = recorded("prefill_h200.json", "prefill", what="chunk", context=32768, tokens=2048)
-    two, four = (recorded("real_h200.json", "real", method="default", bits=bits)["kl_generated"] for bits in ("k2v2", "k4v2"))
+    large, long, small = (served_beside(point) for point in RECORDED)
+    chunk = peers_at(RECORDED_CHUNK)
+    two, four = (recorded_quality(bits, "kl_generated") for bits in ("k2v2", "k4v2"))
+    faster = f"{large[1] / large[0]:.1f}x the best 16-bit kernel, {large[2] / large[0]:.1f}x the best fp8 one"
     means = [
-        f"k4v2 at 8 x 32K tokens: {large['us']:.0f} us a decode step, {large['times_16bit']:.1f}x 16 bits, in a 4.7x smaller"
-        " cache (recorded on an H200: perf/results)"
+        f"k4v2 at 8 x 32K tokens, sink and tail in 16 bits: {large[0]:.0f} us a decode step on an H200,",
+        f"{faster} (perf/results/peers_h200.json)",
     ]
     return measured, means, [
         f"2-bit keys: KL to the 16-bit cache {two:.3f}, {four:.4f} with 4 bits (135M model): 4 levels lose what is to be found",
-        f"single short sequences: 1 x 1K {small['us']:.1f} us, 16 bits {small['us_16bit']:.1f}; 1 x 32K only"
-        f" {long['times_16bit']:.1f}x: latency, not memory",
-        f"prompts: 2,048 tokens over 32K at {chunk['percent_of_16bit']:.0f} % of 16 bits' speed without scratch: unpacking",
+        f"single short sequences: 1 x 1K {small[0]:.1f} us, 16 bits {small[1]:.1f}; 1 x 32K only {long[1] / long[0]:.1f}x:"
+        " latency, not memory",
+        f"prompts: 2,048 tokens over 32K {chunk['kv:k4v2 scratch'] / 1000:.1f} ms with scratch memory,"
+        f" {chunk['kv:k4v2'] / 1000:.1f} without, FA3 {fastest(chunk, ('fa3:',)) / 1000:.1f}: unpacking",
     ]  # fmt: skip
 
 
@@ -203,8 +206,23 @@ def short(row: Row) -> str:
     return row["preset"].split("_")[0]
 
 
-def recorded(file: str, name: str, **where: object) -> Row:
-    """Return a row of a sweep in a file of `perf/results`: of the main shape and preset if it has them."""
-    where = {"shape": SHAPE, "preset": MAIN_PRESET} | where
-    rows = json.loads((RESULTS / file).read_text())["sweeps"][name]
-    return next(row for row in rows if all(row.get(key, value) == value for key, value in where.items()))
+def peers_at(point: str) -> dict[str, float]:
+    """Return the recorded times of all kernels at a point."""
+    rows = json.loads((RESULTS / "peers_h200.json").read_text())["rows"]
+    return next(row["us"] for row in rows if row["row"] == point)
+
+
+def served_beside(point: str) -> tuple[float, float, float]:
+    """Return recorded times as served: of the main layout, of the best 16-bit kernel, of the best fp8 one."""
+    times = peers_at(point)
+    starts = ("kv:k4v2 served f16",), ("fi:", "fa3:", "sdpa:", "twin:", "vllm:"), ("fi8:", "fa38:", "vllm8:")
+    ours, half, byte = (fastest(times, names) for names in starts)
+    assert ours is not None and half is not None and byte is not None
+    return ours, half, byte
+
+
+def recorded_quality(bits: str, column: str) -> float:
+    """Return a recorded measure of the default encoder on a pretrained model."""
+    found = json.loads((RESULTS / "real_h200.json").read_text())
+    rows = (dict(zip(found["columns"], row, strict=False)) for row in found["real"])
+    return next(row[column] for row in rows if (row["bits"], row["method"]) == (bits, "default"))
