@@ -12,7 +12,7 @@ from . import gpu
 from .layout import PageLayout, fields_per_byte
 from .reference.arithmetic import BLOCK_TOKENS, block_channels
 from .tables import DecodeConfig, DecodeTable, builtin_table
-from .tile.dequantize import RUN
+from .tile.dequantize import STORE_RUN
 
 
 def padded(n: int) -> int:
@@ -29,7 +29,7 @@ def block_warps(head_dim: int, device: torch.device) -> int:
 def gather_threads(block_size: int, device: torch.device) -> tuple[int, int]:
     """Return the warps and threads of a program that dequantizes blocks of `block_size` channels: enough to write a token."""
     wavefront = gpu.wavefront(device)
-    num_warps = max(block_size // RUN.value // wavefront, 1)
+    num_warps = max(block_size // STORE_RUN.value // wavefront, 1)
     return num_warps, num_warps * wavefront
 
 

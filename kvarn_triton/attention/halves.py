@@ -20,7 +20,7 @@ from .operands import join_planes, split_planes
 from .query import plane_channels
 from .softmax import State, factors_of_part
 
-CODE_UNIT = tl.constexpr(2.0**24)
+CODE_SCALE = tl.constexpr(2.0**24)
 LARGEST = tl.constexpr(16384.0)
 """Largest folded weight: within float16, far above its smallest normal number."""
 LEAST_SCORE = tl.constexpr(-1e30)
@@ -48,7 +48,7 @@ def _half_ptx(field, bits):
 
 @triton.jit
 def _half_codes(packed, high, FIELD: tl.constexpr, BITS: tl.constexpr, OPERAND: tl.constexpr, PTX: tl.constexpr):
-    """Return the codes of one field of packed bytes, less `_center`, over CODE_UNIT, in OPERAND.
+    """Return the codes of one field of packed bytes, less `_center`, over CODE_SCALE, in OPERAND.
 
     `high` as in `codes.field_codes`.
     """
@@ -58,7 +58,7 @@ def _half_codes(packed, high, FIELD: tl.constexpr, BITS: tl.constexpr, OPERAND: 
         )  # fmt: skip
     else:
         codes = unsigned_codes(packed, high, FIELD, BITS).to(tl.float32) - _center(BITS, OPERAND)
-        codes = (codes * (1.0 / CODE_UNIT)).to(OPERAND)
+        codes = (codes * (1.0 / CODE_SCALE)).to(OPERAND)
     return codes
 
 
@@ -100,7 +100,7 @@ def half_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl.con
             codes = _half_codes(packed, high, f, BITS, OPERAND, PTX)
             product = tl.dot(operands[f], codes, product, input_precision="ieee")
         norm = tl.load(norm_ptr + row).to(tl.float32)
-        scores = scores + ((product * (q_factor * CODE_UNIT)[:, None] + offset[:, None]) * norm[None, :],)
+        scores = scores + ((product * (q_factor * CODE_SCALE)[:, None] + offset[:, None]) * norm[None, :],)
     return join_planes(scores)
 
 
@@ -148,6 +148,6 @@ def add_half_values(state, scores, record_ptr, LAYOUT: tl.constexpr, PLAN: tl.co
     norm = tl.load((record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + channel, channel < D, other=0.0)
     alpha, beta, m = factors_of_part(state, m_page)
     page_factor = beta * gain * (1.0 / LARGEST)
-    update = join_planes(products) * (page_factor * CODE_UNIT)[:, None] + (offset * page_factor)[:, None]
+    update = join_planes(products) * (page_factor * CODE_SCALE)[:, None] + (offset * page_factor)[:, None]
     acc = state.acc * alpha[:, None] + update * norm.to(tl.float32)[None, :]
     return State(acc, m, state.l * alpha + total * beta)

@@ -15,7 +15,7 @@ from ..tile.arithmetic import log2
 
 DIGITS_MAX = tl.constexpr(32000.0)
 """Largest magnitude of a number that is split in two bytes; the bytes hold -32640 to 32639."""
-RUN = tl.constexpr(8 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 4)
+OPERAND_RUN = tl.constexpr(8 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 4)
 """Consecutive numbers of the summed axis that a thread holds of an 8-bit operand of stacked terms. Triton 3.6 takes twice as
 many as the tensor cores do, whenever an operand was joined of parts. Only speed depends on it."""
 LEAST_PLANE = tl.constexpr(16)
@@ -28,9 +28,14 @@ _MAGIC = tl.constexpr(12582912.0 + 128.0)
 def spread_columns(column):
     """Return which item to compute in a column of a product, so that `in_order` leaves each number in its thread.
 
-    A thread of a product holds pairs of neighbouring columns, 8 apart; a thread of an operand holds RUN neighbours.
+    A thread of a product holds pairs of neighbouring columns, 8 apart; a thread of an operand holds OPERAND_RUN neighbours.
     """
-    return column // (4 * RUN) * (4 * RUN) + column % 8 // 2 * RUN + column // 8 % (RUN // 2) * 2 + column % 2
+    return (
+        column // (4 * OPERAND_RUN) * (4 * OPERAND_RUN)
+        + column % 8 // 2 * OPERAND_RUN
+        + column // 8 % (OPERAND_RUN // 2) * 2
+        + column % 2
+    )
 
 
 @triton.jit
@@ -38,7 +43,7 @@ def in_order(product):
     """Reorder columns that were computed in the order of `spread_columns`."""
     ROWS: tl.constexpr = product.shape[0]
     COLS: tl.constexpr = product.shape[1]
-    runs = tl.reshape(product, (ROWS, COLS // (4 * RUN), RUN // 2, 4, 2))
+    runs = tl.reshape(product, (ROWS, COLS // (4 * OPERAND_RUN), OPERAND_RUN // 2, 4, 2))
     return tl.reshape(tl.permute(runs, (0, 1, 3, 2, 4)), (ROWS, COLS))
 
 

@@ -2,7 +2,7 @@
 
 Plane f of a query holds the channels of field f of the bytes of a key, byte by byte and padded to BLOCK_K. A Hadamard matrix
 of a block of channels is the product of one over the fields of a byte and one over the bytes of a field; the second is the
-product of one over 4 * RUN neighbouring bytes, which the tensor cores multiply with, and one over groups of so many.
+product of one over 4 * OPERAND_RUN neighbouring bytes, which the tensor cores multiply with, and one over groups of so many.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..tile.arithmetic import hadamard, log2
 from ..tile.codes import field_factor, item_of_field
-from .operands import DIGITS_MAX, LEAST_PLANE, RUN, join_planes, spread_columns, two_terms
+from .operands import DIGITS_MAX, LEAST_PLANE, OPERAND_RUN, join_planes, spread_columns, two_terms
 
 LEAST_QUERY = tl.constexpr(1e-30)
 """Rotated queries whose largest number is below this, zero ones too, are not scaled up further: float32 would overflow."""
@@ -32,8 +32,12 @@ def channel_in_order(index, BLOCK_K: tl.constexpr, LAYOUT: tl.constexpr, FIELDS:
 
     They are those of `item_of_field`, written so that the compiler sees neighbours that lie side by side.
     """
-    RUN: tl.constexpr = LAYOUT.block_size // FIELDS
-    channel = index // RUN % (BLOCK_K // RUN) * LAYOUT.block_size + index // BLOCK_K * RUN + index % RUN
+    NEIGHBOURS: tl.constexpr = LAYOUT.block_size // FIELDS
+    channel = (
+        index // NEIGHBOURS % (BLOCK_K // NEIGHBOURS) * LAYOUT.block_size
+        + index // BLOCK_K * NEIGHBOURS
+        + index % NEIGHBOURS
+    )
     return channel, index % BLOCK_K < LAYOUT.head_dim // FIELDS
 
 
@@ -61,9 +65,9 @@ def _butterfly(x, WIDTH: tl.constexpr):
 
 @triton.jit
 def _load_plane(q_ptr, stride_q_head, num_heads, FIELD: tl.constexpr, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
-    """Load a plane as [groups of bytes * heads, 4 * RUN]."""
-    row = tl.arange(0, PLAN.block_k // (4 * RUN) * PLAN.block_n)[:, None]
-    byte = row // PLAN.block_n * (4 * RUN) + tl.arange(0, 4 * RUN)[None, :]
+    """Load a plane as [groups of bytes * heads, 4 * OPERAND_RUN]."""
+    row = tl.arange(0, PLAN.block_k // (4 * OPERAND_RUN) * PLAN.block_n)[:, None]
+    byte = row // PLAN.block_n * (4 * OPERAND_RUN) + tl.arange(0, 4 * OPERAND_RUN)[None, :]
     channel, mask = plane_channels(FIELD, LAYOUT, PLAN.k_fields, byte)
     head = row % PLAN.block_n
     return tl.load(q_ptr + head.to(tl.int64) * stride_q_head + channel, mask & (head < num_heads), other=0.0)
@@ -91,17 +95,17 @@ def rotate_query(loaded, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
     BLOCK_K: tl.constexpr = PLAN.block_k
     OPERAND: tl.constexpr = PLAN.query_operand
     SIZE: tl.constexpr = LAYOUT.block_size // FIELDS
-    GROUPS: tl.constexpr = BLOCK_K // (4 * RUN)
+    GROUPS: tl.constexpr = BLOCK_K // (4 * OPERAND_RUN)
     LEVELS: tl.constexpr = 2**LAYOUT.k_bits - 1
-    byte = tl.arange(0, 4 * RUN)
-    matrix = _hadamard_matrix(byte[:, None], spread_columns(byte)[None, :], min(SIZE, 4 * RUN), OPERAND)
+    byte = tl.arange(0, 4 * OPERAND_RUN)
+    matrix = _hadamard_matrix(byte[:, None], spread_columns(byte)[None, :], min(SIZE, 4 * OPERAND_RUN), OPERAND)
     planes = ()
     for f in tl.static_range(FIELDS):
         product = tl.dot(loaded[f].to(OPERAND), matrix, input_precision="ieee")
-        product = tl.permute(tl.reshape(product, (GROUPS, BLOCK_N, RUN // 2, 4, 2)), (1, 0, 3, 2, 4))
+        product = tl.permute(tl.reshape(product, (GROUPS, BLOCK_N, OPERAND_RUN // 2, 4, 2)), (1, 0, 3, 2, 4))
         plane = tl.reshape(product, (BLOCK_N, BLOCK_K))
-        for i in tl.static_range(log2(max(SIZE // (4 * RUN), 1))):
-            plane = _butterfly(plane, (4 * RUN) << i)
+        for i in tl.static_range(log2(max(SIZE // (4 * OPERAND_RUN), 1))):
+            plane = _butterfly(plane, (4 * OPERAND_RUN) << i)
         planes = planes + (plane,)
     planes = _sums_of_planes(planes)
     top = tl.zeros((BLOCK_N,), tl.float32)

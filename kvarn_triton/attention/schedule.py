@@ -30,7 +30,7 @@ import triton.language as tl
 from ..cache import Cache
 from ..configs import PrefillConfig
 
-BLOCK_B = tl.constexpr(128)
+ROWS_AT_ONCE = tl.constexpr(128)
 """Sequences whose lengths are looked at together."""
 LEAST_UNITS = tl.constexpr(5)
 """Units of a piece below which `few_programs` do the work."""
@@ -114,8 +114,8 @@ def row_units(rows, row, mask, UNITS: tl.constexpr):
 
 @triton.jit
 def _units_of_block(rows, first_row, batch, split_size, UNITS: tl.constexpr):
-    """Return the units of one head of BLOCK_B rows, rounded up to whole pieces in the invariant mode."""
-    row = first_row + tl.arange(0, BLOCK_B)
+    """Return the units of one head of ROWS_AT_ONCE rows, rounded up to whole pieces in the invariant mode."""
+    row = first_row + tl.arange(0, ROWS_AT_ONCE)
     _, _, _, counts = row_units(rows, row, row < batch, UNITS)
     align = tl.maximum(split_size, 1)
     return tl.cdiv(counts[0] + counts[1] + counts[2], align) * align
@@ -125,7 +125,7 @@ def _units_of_block(rows, first_row, batch, split_size, UNITS: tl.constexpr):
 def _total_units(rows, batch, num_kv_heads, split_size, UNITS: tl.constexpr):
     """Return the units of all heads, each rounded up to whole pieces of split_size units if that is not 0."""
     total = 0
-    for first_row in range(0, batch, BLOCK_B):
+    for first_row in range(0, batch, ROWS_AT_ONCE):
         total += tl.sum(_units_of_block(rows, first_row, batch, split_size, UNITS), axis=0) * num_kv_heads
     return total
 
@@ -175,10 +175,10 @@ def find_row(rows, unit, batch, num_kv_heads, split_size, UNITS: tl.constexpr):
     row = 0
     row_start = 0
     before = 0
-    for first_row in range(0, batch, BLOCK_B):
+    for first_row in range(0, batch, ROWS_AT_ONCE):
         units = _units_of_block(rows, first_row, batch, split_size, UNITS)
         ends = before + tl.cumsum(units, axis=0) * num_kv_heads
-        passed = (ends <= unit) & (first_row + tl.arange(0, BLOCK_B) < batch)
+        passed = (ends <= unit) & (first_row + tl.arange(0, ROWS_AT_ONCE) < batch)
         row += tl.sum(passed.to(tl.int32), axis=0)
         row_start = tl.maximum(row_start, tl.max(tl.where(passed, ends, 0), axis=0))
         before += tl.sum(units, axis=0) * num_kv_heads
@@ -189,15 +189,15 @@ def find_row(rows, unit, batch, num_kv_heads, split_size, UNITS: tl.constexpr):
 def start_of_row(rows, row, num_kv_heads, split_size, UNITS: tl.constexpr):
     """Return the first unit of a row."""
     start = 0
-    for first_row in range(0, row, BLOCK_B):
+    for first_row in range(0, row, ROWS_AT_ONCE):
         start += tl.sum(_units_of_block(rows, first_row, row, split_size, UNITS), axis=0) * num_kv_heads
     return start
 
 
 @triton.jit
 def _tiles_of_block(cu_seqlens_ptr, first_row, batch, tokens, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return how many tiles of query rows of BLOCK_B sequences have a token from `tokens[0]` to `tokens[1]`."""
-    row = first_row + tl.arange(0, BLOCK_B)
+    """Return how many tiles of query rows of ROWS_AT_ONCE sequences have a token from `tokens[0]` to `tokens[1]`."""
+    row = first_row + tl.arange(0, ROWS_AT_ONCE)
     start = tl.load(cu_seqlens_ptr + row, row < batch, other=0)
     end = tl.load(cu_seqlens_ptr + row + 1, row < batch, other=0)
     first = tl.maximum(tokens[0] - start, 0)
@@ -213,16 +213,16 @@ def find_tile(cu_seqlens_ptr, index, batch, tokens, GROUP: tl.constexpr, BLOCK_M
     without a tile, and falls.
     """
     total = 0
-    for first_row in range(0, batch, BLOCK_B):
+    for first_row in range(0, batch, ROWS_AT_ONCE):
         total += tl.sum(_tiles_of_block(cu_seqlens_ptr, first_row, batch, tokens, GROUP, BLOCK_M), axis=0)
     tile = total - 1 - index
     row = 0
     row_start = 0
     before = 0
-    for first_row in range(0, batch, BLOCK_B):
+    for first_row in range(0, batch, ROWS_AT_ONCE):
         tiles = _tiles_of_block(cu_seqlens_ptr, first_row, batch, tokens, GROUP, BLOCK_M)
         ends = before + tl.cumsum(tiles, axis=0)
-        passed = (ends <= tile) & (first_row + tl.arange(0, BLOCK_B) < batch)
+        passed = (ends <= tile) & (first_row + tl.arange(0, ROWS_AT_ONCE) < batch)
         row += tl.sum(passed.to(tl.int32), axis=0)
         row_start = tl.maximum(row_start, tl.max(tl.where(passed, ends, 0), axis=0))
         before += tl.sum(tiles, axis=0)

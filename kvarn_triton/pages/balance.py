@@ -12,7 +12,7 @@ from ..encoder import DEFAULT, Encoder
 from ..launch import aligned, on
 from ..layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
 from ..reference.codec import Per
-from ..tile.blocks import BLOCK_T, block_channels, channel_of, load_blocks, store_blocks, token_of
+from ..tile.blocks import TILE_TOKENS, block_channels, channel_of, load_blocks, store_blocks, token_of
 from ..tile.encode import apply_balance, balance, scale_blocks, tile_size
 
 
@@ -28,7 +28,7 @@ def _kvarn_variance_normalize_kernel(
     ITERATIONS: tl.constexpr,
     EQUIVARIANT: tl.constexpr,
 ):
-    P: tl.constexpr = G // BLOCK_T
+    P: tl.constexpr = G // TILE_TOKENS
     BLOCK_C: tl.constexpr = block_channels(D)
     Q: tl.constexpr = D // BLOCK_C
     index = tl.program_id(0).to(tl.int64)

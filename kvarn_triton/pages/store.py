@@ -17,7 +17,7 @@ from ..encoder import DEFAULT, Encoder
 from ..launch import aligned, as_pages, as_rows, on
 from ..layout import PageLayout, fields_per_byte
 from ..tile.arithmetic import join_halves
-from ..tile.blocks import BLOCK_T, block_channels, channel_of, load_blocks, token_of
+from ..tile.blocks import TILE_TOKENS, block_channels, channel_of, load_blocks, token_of
 from ..tile.encode import encode_blocks
 from .packing import store_codes
 
@@ -44,14 +44,14 @@ def store_tile(
     norm_ptr = (record_ptr + NORM).to(tl.pointer_type(tl.float16))
     gains_ptr = (record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32))
     if VALUES:
-        token = token_of(scale, G // BLOCK_T)
+        token = token_of(scale, G // TILE_TOKENS)
         channel = channel_of(norm, block_channels(D))
         tl.store(params_ptr + token, params)
         tl.store(norm_ptr + channel, norm.to(tl.float16), channel < D)
         tl.store(gains_ptr + 1, gain)
         store_codes(record_ptr + CODES, codes, G, D, G, BITS, FIELDS, False)
     else:
-        token = token_of(norm, G // BLOCK_T)
+        token = token_of(norm, G // TILE_TOKENS)
         channel = channel_of(scale, block_channels(D))
         tl.store(params_ptr + channel, params, channel < D)
         tl.store(norm_ptr + token, norm.to(tl.float16))

@@ -20,7 +20,7 @@ import triton.language as tl
 from ..reference import arithmetic
 from .arithmetic import CODEC, fma, log2
 
-BLOCK_T = tl.constexpr(arithmetic.BLOCK_TOKENS)
+TILE_TOKENS = tl.constexpr(arithmetic.BLOCK_TOKENS)
 block_channels = triton.constexpr_function(arithmetic.block_channels)
 
 
@@ -105,7 +105,7 @@ def _place_in_tile(P: tl.constexpr, Q: tl.constexpr, BLOCK_C: tl.constexpr, stri
     """Return the offsets [16, BLOCK_C, blocks] of P x Q blocks in a tile, and which are not padding."""
     BLOCKS: tl.constexpr = triton.next_power_of_2(Q)
     block = tl.arange(0, P * BLOCKS)[None, None, :]
-    token = block // BLOCKS * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
+    token = block // BLOCKS * TILE_TOKENS + tl.arange(0, TILE_TOKENS)[:, None, None]
     channel = block % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :, None]
     return token * stride_token + channel, (channel < Q * BLOCK_C) & (token >= 0)
 
@@ -154,8 +154,8 @@ def load_blocks(
     CHUNK: tl.constexpr = _chunk(G, D, tile_ptr.dtype.element_ty)
     place, mask = _place_in_tile(CHUNK, Q, BLOCK_C, stride_token)
     blocks = ()
-    for p in tl.static_range(0, G // BLOCK_T, CHUNK):
-        x = tl.load(tile_ptr + p * BLOCK_T * stride_token + place, mask, other=0).to(DTYPE)
+    for p in tl.static_range(0, G // TILE_TOKENS, CHUNK):
+        x = tl.load(tile_ptr + p * TILE_TOKENS * stride_token + place, mask, other=0).to(DTYPE)
         if ROTATE > 1:
             for step in tl.static_range(log2(ROTATE)):
                 x = _add_and_subtract(x, ROTATE >> (step + 1))
@@ -181,11 +181,11 @@ def store_blocks(tile_ptr, blocks, G: tl.constexpr, D: tl.constexpr):
     Q: tl.constexpr = D // BLOCK_C
     CHUNK: tl.constexpr = _chunk(G, D, tile_ptr.dtype.element_ty)
     place, mask = _place_in_tile(CHUNK, Q, BLOCK_C, D)
-    for p in tl.static_range(0, G // BLOCK_T, CHUNK):
+    for p in tl.static_range(0, G // TILE_TOKENS, CHUNK):
         parts = ()
         for k in tl.static_range(CHUNK * triton.next_power_of_2(Q)):
             parts = parts + (blocks[_padded_block(p, k, Q)],)
-        tl.store(tile_ptr + p * BLOCK_T * D + place, join_last(parts).to(tile_ptr.dtype.element_ty), mask)
+        tl.store(tile_ptr + p * TILE_TOKENS * D + place, join_last(parts).to(tile_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def token_vector(partials, OP: tl.constexpr):
 @triton.jit
 def token_of(vector, COUNT: tl.constexpr):
     """Return the token of each element of a token vector of COUNT blocks."""
-    return rows_of(vector) + lanes_of(vector) // (vector.shape[1] // COUNT) * BLOCK_T
+    return rows_of(vector) + lanes_of(vector) // (vector.shape[1] // COUNT) * TILE_TOKENS
 
 
 @triton.jit
@@ -232,8 +232,8 @@ def spread_tokens(vector, COUNT: tl.constexpr):
 def _over_rows(x, OP: tl.constexpr):
     """Combine [16, n] over its rows, always the second half with the first: [n]."""
     WIDTH: tl.constexpr = x.shape[1]
-    for step in tl.static_range(log2(BLOCK_T)):
-        a, b = tl.split(tl.permute(tl.reshape(x, (2, BLOCK_T >> (step + 1), WIDTH)), (1, 2, 0)))
+    for step in tl.static_range(log2(TILE_TOKENS)):
+        a, b = tl.split(tl.permute(tl.reshape(x, (2, TILE_TOKENS >> (step + 1), WIDTH)), (1, 2, 0)))
         x = OP(a, b)
     return tl.reshape(x, (WIDTH,))
 
@@ -242,7 +242,7 @@ def _over_rows(x, OP: tl.constexpr):
 def channel_vector(partials, OP: tl.constexpr):
     """Combine a tuple of partial results [16, BLOCK_C], one per block of channels, over their rows: a channel vector."""
     joined = join_last(partials)
-    return _over_rows(tl.reshape(joined, (BLOCK_T, joined.shape[1] * joined.shape[2])), OP)
+    return _over_rows(tl.reshape(joined, (TILE_TOKENS, joined.shape[1] * joined.shape[2])), OP)
 
 
 @triton.jit
@@ -258,8 +258,8 @@ def spread_channels(vector, COUNT: tl.constexpr, BLOCK_C: tl.constexpr):
     """Return a channel vector as a tuple of COUNT blocks [16, BLOCK_C], the same number in all rows of a channel."""
     WIDTH: tl.constexpr = vector.shape[0]
     PADDED: tl.constexpr = WIDTH // BLOCK_C
-    everywhere = tl.gather(vector, tl.arange(0, BLOCK_T * WIDTH) % WIDTH, axis=0)
-    spread = split_last(tl.reshape(everywhere, (BLOCK_T, BLOCK_C, PADDED)))
+    everywhere = tl.gather(vector, tl.arange(0, TILE_TOKENS * WIDTH) % WIDTH, axis=0)
+    spread = split_last(tl.reshape(everywhere, (TILE_TOKENS, BLOCK_C, PADDED)))
     blocks = ()
     for q in tl.static_range(COUNT):
         blocks = blocks + (spread[q],)

@@ -21,7 +21,7 @@ from ..paging import prefetch
 from .arithmetic import fma, log2, power_of_two, split_halves
 from .codes import code_in_byte, load_sums
 
-RUN = tl.constexpr(8)
+STORE_RUN = tl.constexpr(8)
 """Neighbouring channels that a thread writes: 16 bytes of 16-bit numbers."""
 ELEMENTS = tl.constexpr(32)
 """Numbers of a chunk that a thread holds, if it needn't hold more channels."""
@@ -168,7 +168,7 @@ def _dequantize_keys(out, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.cons
     BLOCK: tl.constexpr = LAYOUT.block_size
     out = out[0] + chunk.block * BLOCK, out[1]
     BYTES: tl.constexpr = BLOCK // FIELDS
-    LANES: tl.constexpr = min(BYTES, RUN)
+    LANES: tl.constexpr = min(BYTES, STORE_RUN)
     ROWS: tl.constexpr = PLAN.threads // LANES
     N: tl.constexpr = BYTES // LANES
     M: tl.constexpr = max(min(ELEMENTS // (FIELDS * N), G // ROWS), 1)
@@ -196,7 +196,7 @@ def _dequantize_keys(out, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.cons
 @triton.jit
 def _load_value_params(params_ptr, first_field, own, place, SOME: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr):
     """Return a tuple of the scales and zeros of SOME fields of bytes `own` + `place` of values."""
-    return (tl.load(params_ptr + _spread(own, RUN, ROWS) + ((first_field + _index(SOME, 3)) * BYTES + place)),)
+    return (tl.load(params_ptr + _spread(own, STORE_RUN, ROWS) + ((first_field + _index(SOME, 3)) * BYTES + place)),)
 
 
 @triton.jit
@@ -206,16 +206,16 @@ def _dequantize_values(out, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.co
     BLOCK: tl.constexpr = LAYOUT.v_block_size
     out = out[0] + chunk.block * BLOCK, out[1]
     BYTES: tl.constexpr = LAYOUT.page_size // FIELDS
-    ROWS: tl.constexpr = PLAN.threads // RUN
-    N: tl.constexpr = BLOCK // RUN
+    ROWS: tl.constexpr = PLAN.threads // STORE_RUN
+    N: tl.constexpr = BLOCK // STORE_RUN
     SOME: tl.constexpr = max(min(ELEMENTS // N, FIELDS), 1)
     M: tl.constexpr = max(min(ELEMENTS // (SOME * N), BYTES // ROWS), 1)
     params_ptr = (record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32))
     norm_ptr = (record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + chunk.block * BLOCK
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + 1)
-    own = (_index(RUN, 0), _index(ROWS, 1))
-    place = (_index(N, 4) * RUN, _index(M, 2) * ROWS)
-    factor = _norm_factor(tl.load(norm_ptr + _spread(own[0] + place[0], RUN, ROWS)), gain, BLOCK, PLAN.rotated)
+    own = (_index(STORE_RUN, 0), _index(ROWS, 1))
+    place = (_index(N, 4) * STORE_RUN, _index(M, 2) * ROWS)
+    factor = _norm_factor(tl.load(norm_ptr + _spread(own[0] + place[0], STORE_RUN, ROWS)), gain, BLOCK, PLAN.rotated)
     for first in range(chunk.part * M * ROWS, BYTES, chunk.parts * M * ROWS):
         packed, high = load_sums(
             record_ptr + LAYOUT.v_codes_offset,
@@ -233,7 +233,7 @@ def _dequantize_values(out, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.co
             field = first_field + _index(SOME, 3)
             scale, zero = _scale_and_zero(params[first_field // SOME], field, LAYOUT.v_bits)
             x = _lanes_first(_decode(packed, high, field, scale, zero, LAYOUT.v_bits) * factor)
-            tile = _to_tokens(tl.reshape(x, (RUN, ROWS, M * SOME, N)), PLAN.rotated)
+            tile = _to_tokens(tl.reshape(x, (STORE_RUN, ROWS, M * SOME, N)), PLAN.rotated)
             i = tl.arange(0, M * SOME * ROWS)
             token = (first_field + i // ROWS % SOME) * BYTES + first + i // (SOME * ROWS) * ROWS + i % ROWS
             store_tokens(out, tile, token)

@@ -21,7 +21,7 @@ from .arithmetic import (
     power_of_two,
 )
 from .blocks import (
-    BLOCK_T,
+    TILE_TOKENS,
     add,
     block_channels,
     channel_vector,
@@ -126,7 +126,7 @@ def scale_blocks(blocks, factor):
 @triton.jit
 def balance(blocks, G: tl.constexpr, D: tl.constexpr, TOKENS_FIRST: tl.constexpr, ITERATIONS: tl.constexpr):
     """Balance a tile (`reference.variance_normalize`); returns a token vector and a channel vector of scales."""
-    P: tl.constexpr = G // BLOCK_T
+    P: tl.constexpr = G // TILE_TOKENS
     BLOCK_C: tl.constexpr = block_channels(D)
     Q: tl.constexpr = D // BLOCK_C
     token_scale = tl.zeros_like(blocks[0]) + 1.0
@@ -186,7 +186,7 @@ def encode_blocks(
     Returns codes as int32 blocks; scale and zero as vectors of one axis and norm of the other; the gain, a scalar.
     """
     LEVELS: tl.constexpr = 2**BITS - 1
-    P: tl.constexpr = G // BLOCK_T
+    P: tl.constexpr = G // TILE_TOKENS
     Q: tl.constexpr = D // block_channels(D)
     poison = nan_unless_finite(blocks, P, Q)
     if ENCODER.equivariant:

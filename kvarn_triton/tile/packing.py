@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import BLOCK_T, join_last, lanes_of, rows_of
+from .blocks import TILE_TOKENS, join_last, lanes_of, rows_of
 from .codes import item_of_field
 
 
@@ -83,7 +83,7 @@ def _store_plane(
     AXIS: tl.constexpr,
 ):
     """Pack and store codes, or the high bits of 3-bit ones (PLANE 1), whose bytes run along AXIS of the blocks."""
-    P: tl.constexpr = G // BLOCK_T
+    P: tl.constexpr = G // TILE_TOKENS
     Q: tl.constexpr = D // codes[0].shape[1]
     ROWS: tl.constexpr = P if AXIS == 1 else Q
     COLUMNS: tl.constexpr = Q if AXIS == 1 else P
