@@ -12,6 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated, so before the package is imported
     torch.set_num_threads(1)  # tensors are small: threads cost more than they gain
+    from quick_interpreter import quicken
+
+    quicken()
 
 
 @pytest.fixture
