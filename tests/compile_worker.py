@@ -1,4 +1,4 @@
-"""Compile every kernel for one target and print what each uses, as JSON: `python compile_worker.py sm90`.
+"""Compile kernels for one target and print what each uses, as JSON: `python compile_worker.py sm90 decode`.
 
 A process of its own, because kernels that the interpreter has decorated can't be compiled.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 
 import torch
 import triton
@@ -132,31 +133,14 @@ def describe(compiled: Compiled, case: str) -> dict:
     }
 
 
-def main(target: str) -> None:
-    """Compile all cases of a target."""
+def decode_cases(target: str) -> dict[str, Callable[[], None]]:
+    """Return calls of decode_attention."""
     cases = {
         "decode": lambda: decode(MAIN),
         "decode quantized only, group 8": lambda: decode(MAIN, raw=False),
         "decode window and soft cap": lambda: decode(MAIN, window=1000, soft_cap=30.0),
         "decode head_dim 192 and 128": lambda: decode(OTHER_VALUES),
-        "prefill few": lambda: prefill(MAIN, 8, new=False, split_size=1),
-        "prefill 16 rows": lambda: prefill(MAIN, 8, new=False),
-        "prefill 32 rows": lambda: prefill(MAIN, 16, new=False),
-        "prefill many": lambda: prefill(MAIN, 512),
-        "prefill scratch": lambda: prefill(MAIN, 512, scratch=True),
-        "encode": lambda: encode(
-            MAIN,
-            encoder=DEFAULT if target in ALL_STEPS_TARGETS else PLAIN,
-            commit=DEFAULT if target == "sm90" else PLAIN,
-        ),
-        "small": lambda: small_functions(MAIN),
     }
-    if target in NARROW_TARGETS:
-        cases |= {
-            "prefill head_dim 512, 4 bits": lambda: prefill(PageLayout(512, 128, 4, 2), 8),
-            "prefill head_dim 512 and 64": lambda: prefill(PageLayout(512, 128, 4, 2, v_head_dim=64), 8),
-            "prefill scratch, head_dim 256": lambda: prefill(PageLayout(256, 128, 4, 2), 64, scratch=True),
-        }
     if target in WIDE_TARGETS:
         cases |= {
             "decode quantized only, group 1": lambda: decode(MAIN, group=1, raw=False),
@@ -165,20 +149,32 @@ def main(target: str) -> None:
             "decode head_dim 80": lambda: decode(PageLayout(80, 64, 3, 3), group=5),
             "decode head_dim 256, 8 bits": lambda: decode(PageLayout(256, 128, 8, 8), group=16),
             "decode head_dim 512": lambda: decode(PageLayout(512, 64, 8, 8), group=2),
+            "decode head_dim 80 and 256": lambda: decode(PageLayout(80, 64, 3, 8, v_head_dim=256), group=5),
+        }
+    return cases
+
+
+def prefill_cases(target: str) -> dict[str, Callable[[], None]]:
+    """Return calls of prefill_attention whose sequences share pages among programs, or not."""
+    cases = {
+        "prefill few": lambda: prefill(MAIN, 8, new=False, split_size=1),
+        "prefill 16 rows": lambda: prefill(MAIN, 8, new=False),
+        "prefill 32 rows": lambda: prefill(MAIN, 16, new=False),
+        "prefill many": lambda: prefill(MAIN, 512),
+    }
+    if target in NARROW_TARGETS:
+        cases |= {
+            "prefill head_dim 512, 4 bits": lambda: prefill(PageLayout(512, 128, 4, 2), 8),
+            "prefill head_dim 512 and 64": lambda: prefill(PageLayout(512, 128, 4, 2, v_head_dim=64), 8),
+        }
+    if target in WIDE_TARGETS:
+        cases |= {
             "prefill window and soft cap": lambda: prefill(MAIN, 512, window=99, soft_cap=30.0),
             "prefill float32": lambda: prefill(PageLayout(64, 64, 3, 8), 64, dtype=torch.float32),
             "prefill bfloat16, head_dim 80": lambda: prefill(PageLayout(80, 64, 3, 3), 64, group=5, dtype=torch.bfloat16),
             "prefill head_dim 256": lambda: prefill(PageLayout(256, 128, 8, 8), 64),
             "prefill head_dim 512": lambda: prefill(PageLayout(512, 128, 8, 8), 64),
-            "prefill scratch, head_dim 256, bfloat16": lambda: prefill(
-                PageLayout(256, 64, 3, 2), 64, dtype=torch.bfloat16, scratch=True, window=99
-            ),
-            "prefill scratch, head_dim 512": lambda: prefill(PageLayout(512, 128, 8, 8), 64, scratch=True),
-            "dequantize head_dim 80": lambda: dequantize(PageLayout(80, 64, 3, 8), torch.bfloat16),
-            "dequantize head_dim 512": lambda: dequantize(PageLayout(512, 64, 2, 3), torch.float32),
-            "decode head_dim 80 and 256": lambda: decode(PageLayout(80, 64, 3, 8, v_head_dim=256), group=5),
             "prefill head_dim 192 and 128": lambda: prefill(OTHER_VALUES, 512),
-            "dequantize head_dim 192 and 128": lambda: dequantize(OTHER_VALUES, torch.float16),
         }
     if target == "sm90":
         cases |= {
@@ -187,6 +183,39 @@ def main(target: str) -> None:
             ),
             "prefill 32 rows, head_dim 256": lambda: prefill(PageLayout(256, 128, 8, 8), 16),
         }
+    return cases
+
+
+def other_cases(target: str) -> dict[str, Callable[[], None]]:
+    """Return calls of prefill_attention with scratch memory, and of all that neither attends nor encodes."""
+    cases = {
+        "prefill scratch": lambda: prefill(MAIN, 512, scratch=True),
+        "small": lambda: small_functions(MAIN),
+    }
+    if target in NARROW_TARGETS:
+        cases["prefill scratch, head_dim 256"] = lambda: prefill(PageLayout(256, 128, 4, 2), 64, scratch=True)
+    if target in WIDE_TARGETS:
+        cases |= {
+            "prefill scratch, head_dim 256, bfloat16": lambda: prefill(
+                PageLayout(256, 64, 3, 2), 64, dtype=torch.bfloat16, scratch=True, window=99
+            ),
+            "prefill scratch, head_dim 512": lambda: prefill(PageLayout(512, 128, 8, 8), 64, scratch=True),
+            "dequantize head_dim 80": lambda: dequantize(PageLayout(80, 64, 3, 8), torch.bfloat16),
+            "dequantize head_dim 512": lambda: dequantize(PageLayout(512, 64, 2, 3), torch.float32),
+            "dequantize head_dim 192 and 128": lambda: dequantize(OTHER_VALUES, torch.float16),
+        }
+    return cases
+
+
+def encode_cases(target: str) -> dict[str, Callable[[], None]]:
+    """Return calls of store_pages and commit_pages."""
+    cases = {
+        "encode": lambda: encode(
+            MAIN,
+            encoder=DEFAULT if target in ALL_STEPS_TARGETS else PLAIN,
+            commit=DEFAULT if target == "sm90" else PLAIN,
+        )
+    }
     if target == "sm90" and OLDEST:
         cases |= {
             "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3)),
@@ -196,8 +225,17 @@ def main(target: str) -> None:
             "encode head_dim 64 and 256": lambda: encode(PageLayout(64, 64, 4, 2, v_head_dim=256)),
             "encode head_dim 512, all steps": lambda: encode(PageLayout(512, 64, 8, 4), encoder=DEFAULT, commit=None),
         }
+    return cases
+
+
+PARTS = {"encode": encode_cases, "prefill": prefill_cases, "decode": decode_cases, "other": other_cases}
+"""What is compiled in one process."""
+
+
+def main(target: str, part: str) -> None:
+    """Compile all cases of a part for a target."""
     rows = []
-    for case, call in cases.items():
+    for case, call in PARTS[part](target).items():
         with compile_for(target) as kernels:
             call()
         rows += [describe(kernel, case) for kernel in kernels]
@@ -205,4 +243,4 @@ def main(target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
