@@ -1,4 +1,4 @@
-"""Compile kernels for one target and print what each uses, as JSON: `python compile_worker.py sm90 decode`.
+"""Compile kernels for one target and print what each uses, as JSON: `python compile_worker.py sm90 main decode`.
 
 A process of its own, because kernels that the interpreter has decorated can't be compiled.
 """
@@ -25,9 +25,11 @@ ALL_STEPS_TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 NARROW_TARGETS = ("sm86",)
 """Targets with 99 KB of shared memory, of which one compiles what needs most of it."""
 OLDEST = triton.__version__.startswith("3.6.")
-"""Whether this is the oldest supported Triton, which compiles more: encoders of rare shapes take minutes."""
+"""Whether this is the oldest supported Triton, which compiles more."""
 WIDE_TARGETS = ("sm90", "gfx942") if OLDEST else ("sm90",)
 """Targets that compile other layouts than MAIN too."""
+
+Call = Callable[[], None]
 
 
 def decode(
@@ -133,11 +135,18 @@ def describe(compiled: Compiled, case: str) -> dict:
     }
 
 
-def decode_cases(target: str) -> dict[str, Callable[[], None]]:
-    """Return calls of decode_attention."""
-    cases = {
+def main_cases(target: str) -> dict[str, Call]:
+    """Return calls of decode_attention at the usual head_dim, and of all that neither attends nor encodes."""
+    return {
         "decode": lambda: decode(MAIN),
         "decode quantized only, group 8": lambda: decode(MAIN, raw=False),
+        "small": lambda: small_functions(MAIN),
+    }
+
+
+def decode_cases(target: str) -> dict[str, Call]:
+    """Return other calls of decode_attention."""
+    cases: dict[str, Call] = {
         "decode window and soft cap": lambda: decode(MAIN, window=1000, soft_cap=30.0),
         "decode head_dim 192 and 128": lambda: decode(OTHER_VALUES),
     }
@@ -154,9 +163,9 @@ def decode_cases(target: str) -> dict[str, Callable[[], None]]:
     return cases
 
 
-def prefill_cases(target: str) -> dict[str, Callable[[], None]]:
-    """Return calls of prefill_attention whose sequences share pages among programs, or not."""
-    cases = {
+def prefill_cases(target: str) -> dict[str, Call]:
+    """Return calls of prefill_attention."""
+    cases: dict[str, Call] = {
         "prefill few": lambda: prefill(MAIN, 8, new=False, split_size=1),
         "prefill 16 rows": lambda: prefill(MAIN, 8, new=False),
         "prefill 32 rows": lambda: prefill(MAIN, 16, new=False),
@@ -186,12 +195,9 @@ def prefill_cases(target: str) -> dict[str, Callable[[], None]]:
     return cases
 
 
-def other_cases(target: str) -> dict[str, Callable[[], None]]:
-    """Return calls of prefill_attention with scratch memory, and of all that neither attends nor encodes."""
-    cases = {
-        "prefill scratch": lambda: prefill(MAIN, 512, scratch=True),
-        "small": lambda: small_functions(MAIN),
-    }
+def scratch_cases(target: str) -> dict[str, Call]:
+    """Return calls of prefill_attention with scratch memory, and of what writes such pages."""
+    cases: dict[str, Call] = {"prefill scratch": lambda: prefill(MAIN, 512, scratch=True)}
     if target in NARROW_TARGETS:
         cases["prefill scratch, head_dim 256"] = lambda: prefill(PageLayout(256, 128, 4, 2), 64, scratch=True)
     if target in WIDE_TARGETS:
@@ -207,40 +213,51 @@ def other_cases(target: str) -> dict[str, Callable[[], None]]:
     return cases
 
 
-def encode_cases(target: str) -> dict[str, Callable[[], None]]:
-    """Return calls of store_pages and commit_pages."""
-    cases = {
-        "encode": lambda: encode(
-            MAIN,
-            encoder=DEFAULT if target in ALL_STEPS_TARGETS else PLAIN,
-            commit=DEFAULT if target == "sm90" else PLAIN,
-        )
+def encode_cases(target: str) -> dict[str, Call]:
+    """Return calls of store_pages and commit_pages at the usual head_dim."""
+    store = DEFAULT if target in ALL_STEPS_TARGETS else PLAIN
+    return {"encode": lambda: encode(MAIN, encoder=store, commit=DEFAULT if target == "sm90" else PLAIN)}
+
+
+def encode_other_cases(target: str) -> dict[str, Call]:
+    """Return calls of store_pages and commit_pages at other head_dims."""
+    return {
+        "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3)),
+        "encode head_dim 192, float32": lambda: encode(PageLayout(192, 128, 3, 8), dtype=torch.float32),
+        "encode head_dim 192 and 128": lambda: encode(OTHER_VALUES),
     }
-    if target == "sm90" and OLDEST:
-        cases |= {
-            "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3)),
-            "encode head_dim 192, float32": lambda: encode(PageLayout(192, 128, 3, 8), dtype=torch.float32),
-            "encode head_dim 512": lambda: encode(PageLayout(512, 64, 8, 4)),
-            "encode head_dim 192 and 128": lambda: encode(OTHER_VALUES),
-            "encode head_dim 64 and 256": lambda: encode(PageLayout(64, 64, 4, 2, v_head_dim=256)),
-            "encode head_dim 512, all steps": lambda: encode(PageLayout(512, 64, 8, 4), encoder=DEFAULT, commit=None),
-        }
-    return cases
 
 
-PARTS = {"encode": encode_cases, "prefill": prefill_cases, "decode": decode_cases, "other": other_cases}
-"""What is compiled in one process."""
+def encode_largest_cases(target: str) -> dict[str, Call]:
+    """Return calls of store_pages and commit_pages with the largest tiles."""
+    return {
+        "encode head_dim 512": lambda: encode(PageLayout(512, 64, 8, 4)),
+        "encode head_dim 64 and 256": lambda: encode(PageLayout(64, 64, 4, 2, v_head_dim=256)),
+        "encode head_dim 512, all steps": lambda: encode(PageLayout(512, 64, 8, 4), encoder=DEFAULT, commit=None),
+    }
 
 
-def main(target: str, part: str) -> None:
-    """Compile all cases of a part for a target."""
+PARTS = {
+    "main": main_cases,
+    "decode": decode_cases,
+    "prefill": prefill_cases,
+    "scratch": scratch_cases,
+    "encode": encode_cases,
+    "encode other": encode_other_cases,
+    "encode largest": encode_largest_cases,
+}
+
+
+def main(target: str, parts: list[str]) -> None:
+    """Compile all cases of some parts for a target."""
     rows = []
-    for case, call in PARTS[part](target).items():
-        with compile_for(target) as kernels:
-            call()
-        rows += [describe(kernel, case) for kernel in kernels]
+    for part in parts:
+        for case, call in PARTS[part](target).items():
+            with compile_for(target) as kernels:
+                call()
+            rows += [describe(kernel, case) for kernel in kernels]
     print(json.dumps(rows))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])

@@ -1,8 +1,8 @@
 """Triton's interpreter without work that changes nothing, which is most of its time: what it computes stays the same.
 
-Every call of a function inside a kernel replaces the operations of `triton.language` again, which the launch has replaced
-already. Every sum of integers is computed a second time, for a check that is off (`InterpreterOptions.debug`). The type of every
-shape and the table of numpy's dtypes are made anew for every result.
+Every call of a function inside a kernel replaces the operations of `triton.language` again, which the launch has done already.
+Every sum of integers is computed a second time, for a check that is off (`InterpreterOptions.debug`). Every result makes the
+type of its shape, and a table of numpy's dtypes, anew.
 """
 
 from __future__ import annotations
