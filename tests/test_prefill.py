@@ -1,17 +1,17 @@
 """prefill_attention against float64 attention over the same cache: several query tokens per sequence, causally.
 
-The error may be twice that of plain attention whose operands are rounded to the working dtype (`plain_attention`).
+The error may be twice that of plain attention whose operands are rounded to the working dtype (`helpers.check`).
 """
 
 from __future__ import annotations
 
 import math
 
-import prefill_cases
+import helpers
 import pytest
 import torch
-from helpers import ALL_LAYOUTS, DTYPES, LAYOUTS, ON_GPU, assert_same_bits, draw, layout_id, strided
-from prefill_cases import SMALL, check, prefill_case, with_scratch
+from helpers import ALL_LAYOUTS, DTYPES, LAYOUTS, ON_GPU, assert_same_bits, check, draw, layout_id, strided
+from prefill_cases import SMALL, prefill_case, with_scratch
 
 from kvarn_triton import (
     PageLayout,
@@ -39,7 +39,7 @@ def form(request, monkeypatch) -> str:
     Or have pages dequantized once for all rows, in scratch memory that is NaN where nothing is written.
     """
     if request.param == "scratch":
-        for names in (globals(), vars(prefill_cases)):
+        for names in (globals(), vars(helpers)):
             monkeypatch.setitem(names, "prefill_attention", with_scratch)
     else:
         monkeypatch.setattr(configs, "prefill_form", lambda device, rows: request.param)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, ON_GPU, assert_same_bits, bits_of, layout_id
-from prefill_cases import SMALL, check, new_scratch, plain_attention, prefill_case
+from helpers import DTYPES, ON_GPU, assert_same_bits, bits_of, check, layout_id
+from prefill_cases import SMALL, new_scratch, prefill_case
 
 import kvarn_triton
 from kvarn_triton import PageLayout, dequantize_pages, prefill_attention, prefill_workspace_size, reference
-from kvarn_triton.testing import relative_error
+from kvarn_triton.testing import attention_in, relative_error
 
 
 def expected_slots(arguments: dict, seen: list[set[int]], dtype: torch.dtype) -> torch.Tensor:
@@ -78,7 +78,7 @@ def test_dtypes(dtype, raw_dtype, device):
     arguments = prefill_case(SMALL, [200, 90], [40, 7], dtype=dtype, raw_dtype=raw_dtype, sink_len=16, device=device)
     out = prefill_attention(**arguments, scratch=new_scratch(arguments, torch.bfloat16))
     exact = reference.prefill_attention(**arguments | {"q": arguments["q"].double()})
-    allowed = (2 if ON_GPU else 4) * relative_error(plain_attention(torch.bfloat16, arguments, {}), exact)
+    allowed = (2 if ON_GPU else 4) * relative_error(attention_in(torch.bfloat16, arguments), exact)
     assert relative_error(out, exact) <= allowed
 
 
