@@ -92,6 +92,27 @@ def test_lengths_inside_quantized_pages(new, form, device):
     check(arguments)
 
 
+@pytest.mark.parametrize(("half", "sm_scale"), [("k", 4.0), ("v", None)])
+def test_the_mean_code_is_taken_out(half, sm_scale, device, monkeypatch):
+    """Numbers near the middle of their range, with a zero that makes them small: a mean code multiplies no rounding error.
+
+    All codes are the two in the middle of 256. Their mean times the rounding error of a folded query or weight is more than 10
+    times the error that plain attention may have.
+    """
+    monkeypatch.setattr(configs, "prefill_form", lambda device, rows: "folded")
+    layout = PageLayout(64, 64, 8, 8)
+    arguments = prefill_case(layout, [192, 128], [4, 3], num_tail_slots=1)
+    offset, size = getattr(layout, f"{half}_codes_offset"), getattr(layout, f"{half}_codes_bytes")
+    codes = arguments["pages"][..., offset : offset + size]
+    codes.copy_(127 + (draw(*codes.shape, seed=1) > 0))
+    offset = getattr(layout, f"{half}_params_offset")
+    params = arguments["pages"][..., offset : offset + 4 * 64]
+    scales_and_zeros = params.contiguous().view(torch.float16).unflatten(-1, (64, 2))
+    scales_and_zeros[..., 1] = -127.5 * scales_and_zeros[..., 0]
+    params.copy_(scales_and_zeros.flatten(-2).view(torch.uint8))
+    check({name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}, sm_scale=sm_scale)
+
+
 @LAYOUTS_OF_VALUES
 def test_first_chunk(layout, device):
     """Nothing is cached yet: attention over the new tokens alone, as PyTorch's own."""
