@@ -20,11 +20,12 @@ if not torch.cuda.is_available():
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of this test suite."""
     parser.addoption("--all", action="store_true", help="run tests that take minutes, too")
+    parser.addoption("--server-steps", type=int, default=0, metavar="N", help="random requests of test_server.py's long run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Say what marks mean."""
-    config.addinivalue_line("markers", "slow(what): minutes of `what`; runs with --all")
+    config.addinivalue_line("markers", "slow(what): minutes of `what`; runs with --all, and what interprets on a GPU too")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -36,8 +37,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip slow tests without --all; with it they are first, so that no process works on one when the others are done."""
+    fast = {"the interpreter"} if torch.cuda.is_available() else set()
     for item in items:
-        if (mark := item.get_closest_marker("slow")) and not config.getoption("all"):
+        mark = item.get_closest_marker("slow")
+        if mark and mark.args[0] not in fast and not config.getoption("all"):
             item.add_marker(pytest.mark.skip(reason=f"minutes of {mark.args[0]}: run with --all"))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
