@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 
 from kvarn_triton import DEFAULT, Encoder, decode_attention, prefill_attention, reference
@@ -11,6 +12,8 @@ from kvarn_triton.layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_P
 from kvarn_triton.testing import CacheCase, attention_in, relative_error
 
 ON_GPU = torch.cuda.is_available()
+SLOW = pytest.mark.slow("the interpreter")
+"""Of cases whose branches others run too; see `conftest.py`."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 FLOAT32_ERROR = 2e-6

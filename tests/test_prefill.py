@@ -164,7 +164,7 @@ def test_the_largest_window(lengths, new, device):
 @pytest.mark.parametrize("new", [False, True])
 def test_soft_cap_and_sinks(new, layout, form, device):
     """Scores of up to 40 capped at 20, and a logit that takes weight from them, with and without a window."""
-    queries = [6, 3] if new else [45, 20]
+    queries = [6, 3] if new else [18, 5]
     arguments = prefill_case(layout, [200, 90], queries, new=new, sink_len=20, num_tail_slots=3, k_scale=3, device=device)
     sinks = torch.tensor([1.0, -torch.inf], device=device)
     for seen in ({"soft_cap": 20.0}, {"sinks": sinks}, {"soft_cap": 20.0, "sinks": sinks, "window": 80}):

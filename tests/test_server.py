@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import ON_GPU, assert_same_bits
+from helpers import ON_GPU, SLOW, assert_same_bits
 from hypothesis import HealthCheck, Phase, assume, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNEL_RUNS, KERNEL_STEPS = (12, 50) if ON_GPU else (2, 4)
 REFERENCE_RUNS, REFERENCE_STEPS = 5, 60
 """Runs from an empty server, and requests of a run, for each of `CASES`."""
+LONGEST = "no-sink-2-heads", "sink-128"
+"""Cases that take longest in the interpreter."""
 LONG_STEPS = 500
 """Requests of a run where --server-steps asks for many."""
 SEED = 48
@@ -300,15 +302,8 @@ def run(api: ModuleType, case: Case, device: torch.device, runs: int, steps: int
     Shrinking a failure would take minutes in the interpreter.
     """
     phases = [Phase.generate] if api is kvarn_triton and not ON_GPU else [Phase.generate, Phase.shrink]
-    options = settings(
-        max_examples=runs,
-        stateful_step_count=steps,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        phases=phases,
-        suppress_health_check=list(HealthCheck),
-    )
+    quiet = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    options = settings(max_examples=runs, stateful_step_count=steps, derandomize=True, phases=phases, **quiet)
     machines: list[CacheMachine] = []
 
     def start() -> CacheMachine:
@@ -319,7 +314,7 @@ def run(api: ModuleType, case: Case, device: torch.device, runs: int, steps: int
     return sum(machine.num_requests for machine in machines)
 
 
-@pytest.mark.parametrize("name", KERNEL_CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[SLOW] * (name in LONGEST)) for name in KERNEL_CASES])
 def test_kernels(name, device):
     """Random requests to the kernels (KF 10 to KF 16, KF 18, KF 19)."""
     run(kvarn_triton, KERNEL_CASES[name], device, KERNEL_RUNS, KERNEL_STEPS)
