@@ -1,4 +1,4 @@
-"""Compile every kernel for one target and print what each uses, as JSON: `python compile_worker.py sm90`.
+"""Compile kernels for one target and print what each uses, as JSON: `python compile_worker.py sm90 main decode`.
 
 A process of its own, because kernels that the interpreter has decorated can't be compiled.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 
 import torch
 import triton
@@ -24,9 +25,11 @@ ALL_STEPS_TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 NARROW_TARGETS = ("sm86",)
 """Targets with 99 KB of shared memory, of which one compiles what needs most of it."""
 OLDEST = triton.__version__.startswith("3.6.")
-"""Whether this is the oldest supported Triton, which compiles more: encoders of rare shapes take minutes."""
+"""Whether this is the oldest supported Triton, which compiles more."""
 WIDE_TARGETS = ("sm90", "gfx942") if OLDEST else ("sm90",)
 """Targets that compile other layouts than MAIN too."""
+
+Call = Callable[[], None]
 
 
 def decode(
@@ -132,31 +135,21 @@ def describe(compiled: Compiled, case: str) -> dict:
     }
 
 
-def main(target: str) -> None:
-    """Compile all cases of a target."""
-    cases = {
+def main_cases(target: str) -> dict[str, Call]:
+    """Return calls of decode_attention at the usual head_dim, and of all that neither attends nor encodes."""
+    return {
         "decode": lambda: decode(MAIN),
         "decode quantized only, group 8": lambda: decode(MAIN, raw=False),
-        "decode window and soft cap": lambda: decode(MAIN, window=1000, soft_cap=30.0),
-        "decode head_dim 192 and 128": lambda: decode(OTHER_VALUES),
-        "prefill few": lambda: prefill(MAIN, 8, new=False, split_size=1),
-        "prefill 16 rows": lambda: prefill(MAIN, 8, new=False),
-        "prefill 32 rows": lambda: prefill(MAIN, 16, new=False),
-        "prefill many": lambda: prefill(MAIN, 512),
-        "prefill scratch": lambda: prefill(MAIN, 512, scratch=True),
-        "encode": lambda: encode(
-            MAIN,
-            encoder=DEFAULT if target in ALL_STEPS_TARGETS else PLAIN,
-            commit=DEFAULT if target == "sm90" else PLAIN,
-        ),
         "small": lambda: small_functions(MAIN),
     }
-    if target in NARROW_TARGETS:
-        cases |= {
-            "prefill head_dim 512, 4 bits": lambda: prefill(PageLayout(512, 128, 4, 2), 8),
-            "prefill head_dim 512 and 64": lambda: prefill(PageLayout(512, 128, 4, 2, v_head_dim=64), 8),
-            "prefill scratch, head_dim 256": lambda: prefill(PageLayout(256, 128, 4, 2), 64, scratch=True),
-        }
+
+
+def decode_cases(target: str) -> dict[str, Call]:
+    """Return other calls of decode_attention."""
+    cases: dict[str, Call] = {
+        "decode window and soft cap": lambda: decode(MAIN, window=1000, soft_cap=30.0),
+        "decode head_dim 192 and 128": lambda: decode(OTHER_VALUES),
+    }
     if target in WIDE_TARGETS:
         cases |= {
             "decode quantized only, group 1": lambda: decode(MAIN, group=1, raw=False),
@@ -165,20 +158,32 @@ def main(target: str) -> None:
             "decode head_dim 80": lambda: decode(PageLayout(80, 64, 3, 3), group=5),
             "decode head_dim 256, 8 bits": lambda: decode(PageLayout(256, 128, 8, 8), group=16),
             "decode head_dim 512": lambda: decode(PageLayout(512, 64, 8, 8), group=2),
+            "decode head_dim 80 and 256": lambda: decode(PageLayout(80, 64, 3, 8, v_head_dim=256), group=5),
+        }
+    return cases
+
+
+def prefill_cases(target: str) -> dict[str, Call]:
+    """Return calls of prefill_attention."""
+    cases: dict[str, Call] = {
+        "prefill few": lambda: prefill(MAIN, 8, new=False, split_size=1),
+        "prefill 16 rows": lambda: prefill(MAIN, 8, new=False),
+        "prefill 32 rows": lambda: prefill(MAIN, 16, new=False),
+        "prefill many": lambda: prefill(MAIN, 512),
+    }
+    if target in NARROW_TARGETS:
+        cases |= {
+            "prefill head_dim 512, 4 bits": lambda: prefill(PageLayout(512, 128, 4, 2), 8),
+            "prefill head_dim 512 and 64": lambda: prefill(PageLayout(512, 128, 4, 2, v_head_dim=64), 8),
+        }
+    if target in WIDE_TARGETS:
+        cases |= {
             "prefill window and soft cap": lambda: prefill(MAIN, 512, window=99, soft_cap=30.0),
             "prefill float32": lambda: prefill(PageLayout(64, 64, 3, 8), 64, dtype=torch.float32),
             "prefill bfloat16, head_dim 80": lambda: prefill(PageLayout(80, 64, 3, 3), 64, group=5, dtype=torch.bfloat16),
             "prefill head_dim 256": lambda: prefill(PageLayout(256, 128, 8, 8), 64),
             "prefill head_dim 512": lambda: prefill(PageLayout(512, 128, 8, 8), 64),
-            "prefill scratch, head_dim 256, bfloat16": lambda: prefill(
-                PageLayout(256, 64, 3, 2), 64, dtype=torch.bfloat16, scratch=True, window=99
-            ),
-            "prefill scratch, head_dim 512": lambda: prefill(PageLayout(512, 128, 8, 8), 64, scratch=True),
-            "dequantize head_dim 80": lambda: dequantize(PageLayout(80, 64, 3, 8), torch.bfloat16),
-            "dequantize head_dim 512": lambda: dequantize(PageLayout(512, 64, 2, 3), torch.float32),
-            "decode head_dim 80 and 256": lambda: decode(PageLayout(80, 64, 3, 8, v_head_dim=256), group=5),
             "prefill head_dim 192 and 128": lambda: prefill(OTHER_VALUES, 512),
-            "dequantize head_dim 192 and 128": lambda: dequantize(OTHER_VALUES, torch.float16),
         }
     if target == "sm90":
         cases |= {
@@ -187,22 +192,72 @@ def main(target: str) -> None:
             ),
             "prefill 32 rows, head_dim 256": lambda: prefill(PageLayout(256, 128, 8, 8), 16),
         }
-    if target == "sm90" and OLDEST:
+    return cases
+
+
+def scratch_cases(target: str) -> dict[str, Call]:
+    """Return calls of prefill_attention with scratch memory, and of what writes such pages."""
+    cases: dict[str, Call] = {"prefill scratch": lambda: prefill(MAIN, 512, scratch=True)}
+    if target in NARROW_TARGETS:
+        cases["prefill scratch, head_dim 256"] = lambda: prefill(PageLayout(256, 128, 4, 2), 64, scratch=True)
+    if target in WIDE_TARGETS:
         cases |= {
-            "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3)),
-            "encode head_dim 192, float32": lambda: encode(PageLayout(192, 128, 3, 8), dtype=torch.float32),
-            "encode head_dim 512": lambda: encode(PageLayout(512, 64, 8, 4)),
-            "encode head_dim 192 and 128": lambda: encode(OTHER_VALUES),
-            "encode head_dim 64 and 256": lambda: encode(PageLayout(64, 64, 4, 2, v_head_dim=256)),
-            "encode head_dim 512, all steps": lambda: encode(PageLayout(512, 64, 8, 4), encoder=DEFAULT, commit=None),
+            "prefill scratch, head_dim 256, bfloat16": lambda: prefill(
+                PageLayout(256, 64, 3, 2), 64, dtype=torch.bfloat16, scratch=True, window=99
+            ),
+            "prefill scratch, head_dim 512": lambda: prefill(PageLayout(512, 128, 8, 8), 64, scratch=True),
+            "dequantize head_dim 80": lambda: dequantize(PageLayout(80, 64, 3, 8), torch.bfloat16),
+            "dequantize head_dim 512": lambda: dequantize(PageLayout(512, 64, 2, 3), torch.float32),
+            "dequantize head_dim 192 and 128": lambda: dequantize(OTHER_VALUES, torch.float16),
         }
+    return cases
+
+
+def encode_cases(target: str) -> dict[str, Call]:
+    """Return calls of store_pages and commit_pages at the usual head_dim."""
+    store = DEFAULT if target in ALL_STEPS_TARGETS else PLAIN
+    return {"encode": lambda: encode(MAIN, encoder=store, commit=DEFAULT if target == "sm90" else PLAIN)}
+
+
+def encode_other_cases(target: str) -> dict[str, Call]:
+    """Return calls of store_pages and commit_pages at other head_dims."""
+    return {
+        "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3)),
+        "encode head_dim 192, float32": lambda: encode(PageLayout(192, 128, 3, 8), dtype=torch.float32),
+        "encode head_dim 192 and 128": lambda: encode(OTHER_VALUES),
+    }
+
+
+def encode_largest_cases(target: str) -> dict[str, Call]:
+    """Return calls of store_pages and commit_pages with the largest tiles."""
+    return {
+        "encode head_dim 512": lambda: encode(PageLayout(512, 64, 8, 4)),
+        "encode head_dim 64 and 256": lambda: encode(PageLayout(64, 64, 4, 2, v_head_dim=256)),
+        "encode head_dim 512, all steps": lambda: encode(PageLayout(512, 64, 8, 4), encoder=DEFAULT, commit=None),
+    }
+
+
+PARTS = {
+    "main": main_cases,
+    "decode": decode_cases,
+    "prefill": prefill_cases,
+    "scratch": scratch_cases,
+    "encode": encode_cases,
+    "encode other": encode_other_cases,
+    "encode largest": encode_largest_cases,
+}
+
+
+def main(target: str, parts: list[str]) -> None:
+    """Compile all cases of some parts for a target."""
     rows = []
-    for case, call in cases.items():
-        with compile_for(target) as kernels:
-            call()
-        rows += [describe(kernel, case) for kernel in kernels]
+    for part in parts:
+        for case, call in PARTS[part](target).items():
+            with compile_for(target) as kernels:
+                call()
+            rows += [describe(kernel, case) for kernel in kernels]
     print(json.dumps(rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])

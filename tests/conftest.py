@@ -1,4 +1,4 @@
-"""Set-up of the whole test run: the interpreter where there is no GPU, and poisoned memory everywhere."""
+"""Set-up of the whole test run: options, the interpreter where there is no GPU, and poisoned memory everywhere."""
 
 from __future__ import annotations
 
@@ -12,6 +12,37 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated, so before the package is imported
     torch.set_num_threads(1)  # tensors are small: threads cost more than they gain
+    from quick_interpreter import quicken
+
+    quicken()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of this test suite."""
+    parser.addoption("--all", action="store_true", help="run tests that take minutes, too")
+    parser.addoption("--server-steps", type=int, default=0, metavar="N", help="random requests of test_server.py's long run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Say what marks mean."""
+    config.addinivalue_line("markers", "slow(what): minutes of `what`; runs with --all, and what interprets on a GPU too")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Let a process that has no more tests take some of another one."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip slow tests without --all; with it they are first, so that no process works on one when the others are done."""
+    fast = {"the interpreter"} if torch.cuda.is_available() else set()
+    for item in items:
+        mark = item.get_closest_marker("slow")
+        if mark and mark.args[0] not in fast and not config.getoption("all"):
+            item.add_marker(pytest.mark.skip(reason=f"minutes of {mark.args[0]}: run with --all"))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture

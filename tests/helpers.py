@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 
-from kvarn_triton import DEFAULT, Encoder, decode_attention, reference
+from kvarn_triton import DEFAULT, Encoder, decode_attention, prefill_attention, reference
 from kvarn_triton.layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, PageLayout
 from kvarn_triton.testing import CacheCase, attention_in, relative_error
 
 ON_GPU = torch.cuda.is_available()
+SLOW = pytest.mark.slow("the interpreter")
+"""Of cases whose branches others run too; see `conftest.py`."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 FLOAT32_ERROR = 2e-6
@@ -108,25 +111,37 @@ def strided(x: torch.Tensor) -> torch.Tensor:
 
 
 def check(
-    case: CacheCase, *, working: torch.dtype | None = None, sm_scale: float | None = None, seen: dict | None = None, **options
+    given: CacheCase | dict,
+    seen: dict | None = None,
+    *,
+    working: torch.dtype | None = None,
+    sm_scale: float | None = None,
+    **options,
 ) -> torch.Tensor:
-    """Compare a call of decode_attention with float64, the log-sum-exp included; return the result.
+    """Compare a call of attention with float64, the log-sum-exp included; return the result.
 
+    The call is one of decode_attention, or of prefill_attention where `given` has query tokens of sequences (`cu_seqlens_q`).
     The error may be twice that of plain attention whose operands are rounded to the working dtype (`testing.attention_in`).
     `seen` is window, soft_cap and sinks, which change what is computed; `options` only change how.
     """
-    working, seen = working or case.q.dtype, seen or {}
-    out, lse = decode_attention(case.q, **case.kwargs, sm_scale=sm_scale, return_lse=True, **seen, **options)
-    exact, exact_lse = reference.decode_attention(case.q.double(), **case.kwargs, sm_scale=sm_scale, return_lse=True, **seen)
-    assert out.dtype == case.q.dtype and out.shape == (*case.q.shape[:2], case.layout.v_head_dim) and not out.isnan().any()
-    empty = case.seq_lens == 0
+    arguments = given if isinstance(given, dict) else {"q": given.q, **given.kwargs}
+    q, seen = arguments["q"], (seen or {}) | {"sm_scale": sm_scale}
+    several = "cu_seqlens_q" in arguments
+    attention = prefill_attention if several else decode_attention
+    specified = reference.prefill_attention if several else reference.decode_attention
+    out, lse = attention(**arguments, return_lse=True, **seen, **options)
+    exact, exact_lse = specified(**arguments | {"q": q.double()}, return_lse=True, **seen)
+    assert out.dtype == q.dtype and out.shape == (*q.shape[:2], arguments["layout"].v_head_dim) and not out.isnan().any()
+    empty = (exact == 0).all(dim=-1)
     assert (out[empty] == 0).all()
+    working = working or q.dtype
     if not empty.all():
-        allowed = 2 * relative_error(attention_in(working, case, sm_scale, **seen), exact)
+        allowed = 2 * relative_error(attention_in(working, arguments, **seen), exact)
         assert relative_error(out, exact) <= max(allowed, FLOAT32_ERROR)
     attended = exact_lse > -torch.inf
     assert torch.equal(attended, lse > -torch.inf)
-    assert "sinks" in seen or torch.equal(attended.all(dim=1), ~empty)
+    if not several and "sinks" not in seen:
+        assert torch.equal(attended.all(dim=1), arguments["seq_lens"] > 0)
     assert ((lse - exact_lse).abs()[attended] <= LSE_ERROR[working]).all()
     return out
 

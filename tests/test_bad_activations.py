@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ON_GPU, draw
+from helpers import ON_GPU, SLOW, draw
 
 from kvarn_triton import DEFAULT, PUBLISHED, PageLayout, dequantize_pages, reference, store_pages
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8] if ON_GPU else [2, 4])
-@pytest.mark.parametrize("encoder", [DEFAULT, PUBLISHED])
+@pytest.mark.parametrize(
+    ("encoder", "bits"),
+    [(DEFAULT, 2), pytest.param(DEFAULT, 4, marks=SLOW), pytest.param(PUBLISHED, 2, marks=SLOW), (PUBLISHED, 4)]
+    + ([(encoder, bits) for encoder in (DEFAULT, PUBLISHED) for bits in (3, 8)] if ON_GPU else []),
+)
 @pytest.mark.parametrize("number", [torch.inf, torch.nan] + ([-torch.inf] if ON_GPU else []))
 @pytest.mark.parametrize("half", [0, 1], ids=["key", "value"])
 def test_what_is_read_back(half, number, encoder, bits, device):

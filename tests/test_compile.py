@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,17 +17,20 @@ from pathlib import Path
 import pytest
 import triton
 
+import kvarn_triton
 from kvarn_triton.gpu import GPUS
 from kvarn_triton.testing.compiler import TARGETS, overwritten_operands, reads_of_unset_registers
 
 TESTS = Path(__file__).parent
+PACKAGE = Path(kvarn_triton.__file__).parent
+OLDEST = triton.__version__.startswith("3.6.")
 
 INSTRUCTIONS_PER_PAGE = 2300
 """Most warp instructions of the loop over pages for one page of 128 tokens: k4v2_g128, head_dim 128, float16, 8 query heads per
 kv head, all warps of a program together. An H200 has about 3,050 issue slots in the time that it needs to read the page."""
 BUDGET_CASES = ("decode quantized only, group 8", "decode")
 """Without and with a sink and a tail."""
-SPILLS_PER_PAGE = 0 if triton.__version__.startswith("3.6.") else 24
+SPILLS_PER_PAGE = 0 if OLDEST else 24
 """Most loads and stores of spilled registers in that loop, which are among its instructions. The kernel needs all 255
 registers; Triton 3.9 spills some of them, 20 instructions on sm100, in a loop that is shorter than that of Triton 3.6."""
 INSTRUCTIONS_PER_PAGE_OF_ROWS = {"prefill 16 rows": 4000, "prefill 32 rows": 5700}
@@ -45,53 +49,57 @@ EARLY_TARGETS = ("sm90", "sm100", "sm120")
 """Where a merge starts while the kernel ends whose results it merges: it must wait before it stores, and be let to start."""
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Return a function that compiles for a target, once, and returns what every kernel uses."""
-    cache: dict[str, list[dict]] = {}
+USUAL_PARTS = "main", "decode", "prefill", "scratch", "encode"
+SPLIT_TARGETS = "sm90", "gfx942"
+"""Targets that compile so many layouts that each part is a test."""
+PROCESSES = [
+    *((target, (part,)) for target in SPLIT_TARGETS for part in USUAL_PARTS),
+    *(("sm90", (part,)) for part in ("encode other", "encode largest")),
+    *((target, USUAL_PARTS) for target in TARGETS if target not in SPLIT_TARGETS),
+]
+"""What one process compiles. Encoders of rare shapes take minutes: one target compiles them, with the oldest Triton."""
+KERNELS = {
+    "main": (
+        *("append_tokens", "cut_back", "decode_attention", "dequantize", "dequantize_pages", "hadamard", "merge_splits"),
+        *("merge_states", "pack", "quantize", "unpack", "variance_normalize"),
+    ),
+    "decode": ("decode_attention", "merge_splits"),
+    "prefill": ("merge_queries", "prefill_attention"),
+    "scratch": ("expand_pages", "prefill_attention"),
+    "encode": ("advance_quantized", "commit_pages", "store_pages"),
+    "encode other": ("advance_quantized", "append_tokens", "commit_pages", "store_pages"),
+    "encode largest": ("advance_quantized", "commit_pages", "store_pages"),
+}
+"""Kernels that a part launches, all of the package together."""
 
-    def compile_kernels(target: str) -> list[dict]:
-        if target not in cache:
-            log = tmp_path_factory.mktemp("compile") / f"{target}.log"
-            environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-            environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), environment.get("PYTHONPATH", "")])
-            with log.open("w") as errors:  # a compiler that fails can print megabytes
-                command = [sys.executable, str(TESTS / "compile_worker.py"), target]
-                result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-            assert result.returncode == 0, log.read_text()[-3000:]
-            cache[target] = json.loads(result.stdout)
-        return cache[target]
 
-    return compile_kernels
+def processes() -> list:
+    """Return the parameters of a test: what one process compiles, named by its target and its part."""
+    params = []
+    for target, parts in PROCESSES:
+        marks = [] if parts == ("main",) else [pytest.mark.slow("the compiler")]
+        if parts[0] in ("encode other", "encode largest"):
+            marks.append(pytest.mark.skipif(not OLDEST, reason="the oldest Triton compiles encoders of rare shapes"))
+        params.append(pytest.param(target, parts, marks=marks, id=f"{target}-{parts[0]}" if len(parts) == 1 else target))
+    return params
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_compiles(target, compiled):
+def compiled(target: str, parts: tuple[str, ...], log: Path) -> list[dict]:
+    """Compile parts for a target and return what every kernel uses."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), environment.get("PYTHONPATH", "")])
+    with log.open("w") as errors:  # a compiler that fails can print megabytes
+        command = [sys.executable, str(TESTS / "compile_worker.py"), target, *parts]
+        result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+    assert result.returncode == 0, log.read_text()[-3000:]
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize(("target", "parts"), processes())
+def test_compiles(target, parts, tmp_path):
     """All kernels of all cases compile and fit the shared memory of one program (KF 29: head_dim 512 too)."""
-    kernels = compiled(target)
-    assert {kernel["kernel"] for kernel in kernels} >= {
-        f"_kvarn_{name}_kernel"
-        for name in (
-            "advance_quantized",
-            "append_tokens",
-            "commit_pages",
-            "cut_back",
-            "decode_attention",
-            "dequantize",
-            "dequantize_pages",
-            "expand_pages",
-            "hadamard",
-            "merge_queries",
-            "merge_splits",
-            "merge_states",
-            "pack",
-            "prefill_attention",
-            "quantize",
-            "store_pages",
-            "unpack",
-            "variance_normalize",
-        )
-    }
+    kernels = compiled(target, parts, tmp_path / "errors")
+    assert {kernel["kernel"] for kernel in kernels} >= {f"_kvarn_{name}_kernel" for part in parts for name in KERNELS[part]}
     for kernel in kernels:
         assert kernel["shared"] <= GPUS[target].program_bytes, kernel
         assert not kernel["unset"] and not kernel["overwritten"], kernel
@@ -101,22 +109,46 @@ def test_compiles(target, compiled):
     for first, second in itertools.pairwise(kernels):
         assert first["lets_next_start"] or not second["starts_early"], (first, second)
     if target in BUDGET_TARGETS:
+        for part in {"main", "prefill", "encode"}.intersection(parts):
+            check_budgets(part, kernels)
+
+
+def check_budgets(part: str, kernels: list[dict]) -> None:
+    """Assert what the kernels of a part may use."""
+
+    def find(name: str, case: str) -> dict:
+        return next(k for k in kernels if (k["kernel"], k["case"]) == (f"_kvarn_{name}_kernel", case))
+
+    if part == "main":
         for case in BUDGET_CASES:
-            decode = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_decode_attention_kernel", case))
+            decode = find("decode_attention", case)
             assert 0 < decode["page_loop"] * decode["num_warps"] <= INSTRUCTIONS_PER_PAGE, decode
             assert decode["loop_spills"] <= SPILLS_PER_PAGE, decode
-        for case, most in INSTRUCTIONS_PER_PAGE_OF_ROWS.items():
-            prefill = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_prefill_attention_kernel", case))
-            assert 0 < prefill["page_loop"] * prefill["num_warps"] <= most, prefill
-        for name in ("store_pages", "commit_pages"):
-            encode = next(k for k in kernels if (k["kernel"], k["case"]) == (f"_kvarn_{name}_kernel", "encode"))
-            assert 0 < encode["largest_loop"] * encode["num_warps"] <= INSTRUCTIONS_PER_STEP, encode
-            assert encode["largest_loop_spills"] == 0, encode
-        read = next(k for k in kernels if k["kernel"] == "_kvarn_dequantize_pages_kernel")
+        read = find("dequantize_pages", "small")
         values, keys = read["loops"][:2]
         assert read["num_warps"] == 1 and values > keys, read
         assert values * READ_TRIPS[0] + keys * READ_TRIPS[1] <= INSTRUCTIONS_PER_READ, read
         assert read["stack"] == 0 and read["registers"] <= 128, read
+    elif part == "prefill":
+        for case, most in INSTRUCTIONS_PER_PAGE_OF_ROWS.items():
+            prefill = find("prefill_attention", case)
+            assert 0 < prefill["page_loop"] * prefill["num_warps"] <= most, prefill
+    else:
+        for name in ("store_pages", "commit_pages"):
+            encode = find(name, "encode")
+            assert 0 < encode["largest_loop"] * encode["num_warps"] <= INSTRUCTIONS_PER_STEP, encode
+            assert encode["largest_loop_spills"] == 0, encode
+
+
+def test_every_part_is_compiled():
+    """Every target compiles the usual parts, and all parts together launch every kernel of the package."""
+    for target in TARGETS:
+        assert {part for name, parts in PROCESSES if name == target for part in parts} >= set(USUAL_PARTS)
+    names = {f"_kvarn_{name}_kernel" for part in USUAL_PARTS for name in KERNELS[part]}
+    found = {
+        name for path in PACKAGE.rglob("*.py") for name in re.findall(r"^def (_kvarn_\w+_kernel)\(", path.read_text(), re.M)
+    }
+    assert names == found
 
 
 def test_unset_registers_are_found():

@@ -1,17 +1,17 @@
 """prefill_attention against float64 attention over the same cache: several query tokens per sequence, causally.
 
-The error may be twice that of plain attention whose operands are rounded to the working dtype (`plain_attention`).
+The error may be twice that of plain attention whose operands are rounded to the working dtype (`helpers.check`).
 """
 
 from __future__ import annotations
 
 import math
 
-import prefill_cases
+import helpers
 import pytest
 import torch
-from helpers import ALL_LAYOUTS, DTYPES, LAYOUTS, ON_GPU, assert_same_bits, draw, layout_id, strided
-from prefill_cases import SMALL, check, prefill_case, with_scratch
+from helpers import ALL_LAYOUTS, DTYPES, LAYOUTS, ON_GPU, assert_same_bits, check, draw, layout_id, strided
+from prefill_cases import SMALL, prefill_case, with_scratch
 
 from kvarn_triton import (
     PageLayout,
@@ -39,7 +39,7 @@ def form(request, monkeypatch) -> str:
     Or have pages dequantized once for all rows, in scratch memory that is NaN where nothing is written.
     """
     if request.param == "scratch":
-        for names in (globals(), vars(prefill_cases)):
+        for names in (globals(), vars(helpers)):
             monkeypatch.setitem(names, "prefill_attention", with_scratch)
     else:
         monkeypatch.setattr(configs, "prefill_form", lambda device, rows: request.param)
@@ -90,6 +90,27 @@ def test_lengths_inside_quantized_pages(new, form, device):
     arguments = prefill_case(SMALL, [200, 136], [8, 8], new=new, num_tail_slots=1, device=device)
     arguments["seq_lens"] -= 22
     check(arguments)
+
+
+@pytest.mark.parametrize(("half", "sm_scale"), [("k", 4.0), ("v", None)])
+def test_the_mean_code_is_taken_out(half, sm_scale, device, monkeypatch):
+    """Numbers near the middle of their range, with a zero that makes them small: a mean code multiplies no rounding error.
+
+    All codes are the two in the middle of 256. Their mean times the rounding error of a folded query or weight is more than 10
+    times the error that plain attention may have.
+    """
+    monkeypatch.setattr(configs, "prefill_form", lambda device, rows: "folded")
+    layout = PageLayout(64, 64, 8, 8)
+    arguments = prefill_case(layout, [192, 128], [4, 3], num_tail_slots=1)
+    offset, size = getattr(layout, f"{half}_codes_offset"), getattr(layout, f"{half}_codes_bytes")
+    codes = arguments["pages"][..., offset : offset + size]
+    codes.copy_(127 + (draw(*codes.shape, seed=1) > 0))
+    offset = getattr(layout, f"{half}_params_offset")
+    params = arguments["pages"][..., offset : offset + 4 * 64]
+    scales_and_zeros = params.contiguous().view(torch.float16).unflatten(-1, (64, 2))
+    scales_and_zeros[..., 1] = -127.5 * scales_and_zeros[..., 0]
+    params.copy_(scales_and_zeros.flatten(-2).view(torch.uint8))
+    check({name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}, sm_scale=sm_scale)
 
 
 @LAYOUTS_OF_VALUES
@@ -143,7 +164,7 @@ def test_the_largest_window(lengths, new, device):
 @pytest.mark.parametrize("new", [False, True])
 def test_soft_cap_and_sinks(new, layout, form, device):
     """Scores of up to 40 capped at 20, and a logit that takes weight from them, with and without a window."""
-    queries = [6, 3] if new else [45, 20]
+    queries = [6, 3] if new else [18, 5]
     arguments = prefill_case(layout, [200, 90], queries, new=new, sink_len=20, num_tail_slots=3, k_scale=3, device=device)
     sinks = torch.tensor([1.0, -torch.inf], device=device)
     for seen in ({"soft_cap": 20.0}, {"sinks": sinks}, {"soft_cap": 20.0, "sinks": sinks, "window": 80}):

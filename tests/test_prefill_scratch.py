@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, ON_GPU, assert_same_bits, bits_of, layout_id
-from prefill_cases import SMALL, check, new_scratch, plain_attention, prefill_case
+from helpers import DTYPES, ON_GPU, SLOW, assert_same_bits, bits_of, check, layout_id
+from prefill_cases import SMALL, new_scratch, prefill_case
 
 import kvarn_triton
 from kvarn_triton import PageLayout, dequantize_pages, prefill_attention, prefill_workspace_size, reference
-from kvarn_triton.testing import relative_error
+from kvarn_triton.testing import attention_in, relative_error
+
+UNEQUAL = PageLayout(80, 64, 3, 8, v_head_dim=128)
 
 
 def expected_slots(arguments: dict, seen: list[set[int]], dtype: torch.dtype) -> torch.Tensor:
@@ -27,14 +29,17 @@ def expected_slots(arguments: dict, seen: list[set[int]], dtype: torch.dtype) ->
     return scratch
 
 
-@pytest.mark.parametrize("layout", [SMALL, PageLayout(80, 64, 3, 8, v_head_dim=128)], ids=layout_id)
 @pytest.mark.parametrize(
-    ("window", "queries", "seen", "dtype"),
+    ("window", "queries", "seen", "dtype", "layout"),
     [
-        (None, [6, 0, 3], [{0, 1, 2}, set(), {0}], torch.bfloat16),
-        (150, [6, 0, 3], [{2}, set(), {0}], torch.float32),
-        (70, [70, 2, 1], [{2}, {0}, set()], torch.float16),
-        (1, [1, 1, 1], [set(), set(), set()], torch.float16),
+        pytest.param(*case, layout, marks=[SLOW] if layout == other else [], id=f"{case[0]}-{layout_id(layout)}")
+        for case, other in (
+            ((None, [6, 0, 3], [{0, 1, 2}, set(), {0}], torch.bfloat16), SMALL),
+            ((150, [6, 0, 3], [{2}, set(), {0}], torch.float32), UNEQUAL),
+            ((70, [70, 2, 1], [{2}, {0}, set()], torch.float16), UNEQUAL),
+            ((1, [1, 1, 1], [set(), set(), set()], torch.float16), SMALL),
+        )
+        for layout in (SMALL, UNEQUAL)
     ],
 )
 def test_slots(window, queries, seen, layout, dtype, device):
@@ -78,7 +83,7 @@ def test_dtypes(dtype, raw_dtype, device):
     arguments = prefill_case(SMALL, [200, 90], [40, 7], dtype=dtype, raw_dtype=raw_dtype, sink_len=16, device=device)
     out = prefill_attention(**arguments, scratch=new_scratch(arguments, torch.bfloat16))
     exact = reference.prefill_attention(**arguments | {"q": arguments["q"].double()})
-    allowed = (2 if ON_GPU else 4) * relative_error(plain_attention(torch.bfloat16, arguments, {}), exact)
+    allowed = (2 if ON_GPU else 4) * relative_error(attention_in(torch.bfloat16, arguments), exact)
     assert relative_error(out, exact) <= allowed
 
 

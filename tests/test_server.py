@@ -2,7 +2,8 @@
 
 `hypothesis` draws the requests (`CacheMachine`); after each of them every page, every raw slot and the attention of every row
 are compared. The same machine drives the kernels and the reference: a step takes about a second in Triton's interpreter, so
-that most steps are the reference's there, and the kernels have theirs on a GPU.
+that most steps are the reference's there, and the kernels have theirs on a GPU. `pytest tests/test_server.py --server-steps
+10000` makes so many more.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import ON_GPU, assert_same_bits
+from helpers import ON_GPU, SLOW, assert_same_bits
 from hypothesis import HealthCheck, Phase, assume, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
@@ -28,6 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNEL_RUNS, KERNEL_STEPS = (12, 50) if ON_GPU else (2, 4)
 REFERENCE_RUNS, REFERENCE_STEPS = 5, 60
 """Runs from an empty server, and requests of a run, for each of `CASES`."""
+LONGEST = "no-sink-2-heads", "sink-128"
+"""Cases that take longest in the interpreter."""
+LONG_STEPS = 200
+"""Requests of a run where --server-steps asks for many. Some runs end earlier."""
 SEED = 48
 """Of the requests. In the interpreter they are so few that most seeds leave cases without a page that completes; with this one
 of the first 150, each case has two and more, one of them a token short first, several at once among them, for little work."""
@@ -51,6 +56,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def __init__(self, api: ModuleType, case: Case, device: torch.device) -> None:
         super().__init__()
+        self.num_requests = 0
         self.case, self.device, self.random = case, device, torch.Generator().manual_seed(0)
         self.server = Server(api, case, device, self.random)
         self.running: dict[int, Sequence] = {}
@@ -239,6 +245,11 @@ class CacheMachine(RuleBasedStateMachine):
         del self.running[row]
 
     @invariant()
+    def requests_are_counted(self) -> None:
+        """All of a run, `begin` included."""
+        self.num_requests += 1
+
+    @invariant()
     def counts_follow_lengths(self) -> None:
         """Every page that is due, and no other, is counted as quantized."""
         counts = self.server.num_quantized.tolist()
@@ -285,23 +296,25 @@ class CacheMachine(RuleBasedStateMachine):
         torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=ERROR[dtype])
 
 
-def run(api: ModuleType, case: Case, device: torch.device, runs: int, steps: int) -> None:
-    """Drive a server; the same requests every time. Shrinking a failure would take minutes in the interpreter."""
+def run(api: ModuleType, case: Case, device: torch.device, runs: int, steps: int, number: int = SEED) -> int:
+    """Drive a server; the same requests every time for a number. Return how many there were.
+
+    Shrinking a failure would take minutes in the interpreter.
+    """
     phases = [Phase.generate] if api is kvarn_triton and not ON_GPU else [Phase.generate, Phase.shrink]
-    options = settings(
-        max_examples=runs,
-        stateful_step_count=steps,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        phases=phases,
-        suppress_health_check=list(HealthCheck),
-    )
-    machine = seed(f"{SEED} {case}")(lambda: CacheMachine(api, case, device))
-    run_state_machine_as_test(machine, settings=options)
+    quiet = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    options = settings(max_examples=runs, stateful_step_count=steps, derandomize=True, phases=phases, **quiet)
+    machines: list[CacheMachine] = []
+
+    def start() -> CacheMachine:
+        machines.append(CacheMachine(api, case, device))
+        return machines[-1]
+
+    run_state_machine_as_test(seed(f"{number} {case}")(start), settings=options)
+    return sum(machine.num_requests for machine in machines)
 
 
-@pytest.mark.parametrize("name", KERNEL_CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[SLOW] * (name in LONGEST)) for name in KERNEL_CASES])
 def test_kernels(name, device):
     """Random requests to the kernels (KF 10 to KF 16, KF 18, KF 19)."""
     run(kvarn_triton, KERNEL_CASES[name], device, KERNEL_RUNS, KERNEL_STEPS)
@@ -311,6 +324,19 @@ def test_kernels(name, device):
 def test_reference(name):
     """Random requests to the reference, many more than the interpreter has time for (KF 10 to KF 16, KF 18, KF 19)."""
     run(reference, CASES[name], torch.device("cpu"), REFERENCE_RUNS, REFERENCE_STEPS)
+
+
+@pytest.mark.parametrize("name", KERNEL_CASES if ON_GPU else CASES)
+def test_long_runs(name, device, request):
+    """As many requests as --server-steps says, all cases together: to the kernels on a GPU, else to the reference."""
+    steps = request.config.getoption("server_steps")
+    if not steps:
+        pytest.skip("a long run: give --server-steps 10000")
+    api, cases = (kvarn_triton, KERNEL_CASES) if ON_GPU else (reference, CASES)
+    rest, number = -(-steps // len(cases)), SEED
+    while rest > 0:
+        number += 1
+        rest -= run(api, cases[name], device, -(-rest // LONG_STEPS), min(rest, LONG_STEPS), number)
 
 
 def test_example():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .. import reference
 from ..encoder import DEFAULT, Encoder
 from ..layout import PageLayout
+from ..reference.attention import attend
 
 
 @dataclass
@@ -113,51 +115,48 @@ def cache_case(
 
 def attention_in(
     dtype: torch.dtype,
-    case: CacheCase,
-    sm_scale: float | None = None,
+    arguments: dict[str, Any],
     *,
+    sm_scale: float | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return plain attention over the dequantized cache with operands and weights rounded to `dtype`, sums in float32.
 
-    This is what a 16-bit attention kernel computes on the same cache: the yardstick for the error of `decode_attention`.
+    This is what a 16-bit attention kernel computes on the same cache: the yardstick for the error of `decode_attention` and
+    `prefill_attention`, whose arguments these are, with a block table. Weights are attention to unit vectors as values.
     """
-    scale = case.layout.head_dim**-0.5 if sm_scale is None else sm_scale
-    out = case.q.new_zeros(*case.q.shape[:2], case.layout.v_head_dim, dtype=torch.float32)
-    rotated = reference.hadamard(case.q.float()).to(dtype).float()
-    for b, length in enumerate(case.seq_lens.tolist()):
-        if length == 0:
+    q, layout, pages = arguments["q"], arguments["layout"], arguments["pages"]
+    scale = layout.head_dim**-0.5 if sm_scale is None else sm_scale
+    raw = {name: arguments[name] for name in ("raw_pages", "raw_table", "sink_len") if name in arguments}
+    quantized = arguments.get("num_quantized")
+    ends = arguments["cu_seqlens_q"].tolist() if "cu_seqlens_q" in arguments else range(len(q) + 1)
+    out = q.new_zeros(*q.shape[:2], layout.v_head_dim, dtype=torch.float32)
+    for row, length in enumerate(arguments["seq_lens"].tolist()):
+        first, last = ends[row], ends[row + 1]
+        if first == last or length == 0:
             continue
-        k, v = gathered(case, b, torch.float32, start=0 if window is None else max(length - window, 0))
-        k, v = k.to(dtype).float(), v.to(dtype).float()
-        q = rotated[b].unflatten(0, (k.shape[0], -1))
-        scores = torch.einsum("hgd,htd->hgt", q, k) * scale
-        if soft_cap is not None:
-            scores = soft_cap * torch.tanh(scores / soft_cap)
-        if sinks is not None:
-            scores = torch.cat((scores, sinks.view(*q.shape[:2], 1)), dim=-1)
-        weights = torch.softmax(scores, dim=-1)[..., : k.shape[1]]
-        out[b] = reference.hadamard(torch.einsum("hgt,htd->hgd", weights.to(dtype).float(), v)).flatten(0, 1)
+        new = last - first if arguments.get("k") is not None else 0
+        cached = length - new
+        start = 0 if window is None else min(max(length - (last - first) - window + 1, 0), cached)
+        k, v = reference.gather_cache(
+            pages, arguments["block_table"], cached, layout, row=row, start=start,
+            num_quantized=None if quantized is None else int(quantized[row]), **raw,
+        )  # fmt: skip
+        if new:
+            given = (reference.hadamard(arguments[name][first:last].float()).transpose(0, 1) for name in ("k", "v"))
+            k, v = (torch.cat(both, dim=1) for both in zip((k, v), given, strict=True))
+        rotated, k, v = (x.to(dtype).float() for x in (reference.hadamard(q[first:last].float()), k, v))
+        positions = torch.arange(start, length, device=q.device)
+        units = torch.eye(len(positions), device=q.device).expand(k.shape[0], -1, -1)
+        weights, _ = attend(
+            rotated, k, units, positions[len(positions) - (last - first) :], positions, scale,
+            window=window, soft_cap=soft_cap, sinks=sinks,
+        )  # fmt: skip
+        weights = weights.to(dtype).float().unflatten(1, (k.shape[0], -1))
+        out[first:last] = reference.hadamard(torch.einsum("nhgt,htd->nhgd", weights, v)).flatten(1, 2)
     return out.to(dtype)
-
-
-def gathered(case: CacheCase, row: int, dtype: torch.dtype, *, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rotated keys and values of one sequence of a case; see `reference.gather_cache`."""
-    return reference.gather_cache(
-        case.pages,
-        case.block_table,
-        int(case.seq_lens[row]),
-        case.layout,
-        row=row,
-        start=start,
-        raw_pages=case.raw_pages,
-        raw_table=case.raw_table,
-        num_quantized=int(case.num_quantized[row]),
-        sink_len=case.sink_len,
-        dtype=dtype,
-    )
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
