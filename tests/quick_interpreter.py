@@ -68,7 +68,7 @@ def _keep_types() -> None:
 
 
 def quicken() -> None:
-    """Leave that work out from here on."""
+    """Leave that work out from here on. A Triton whose interpreter is made otherwise raises AttributeError."""
     _replace_operations_once()
     _keep_types()
     builder = interpreter.interpreter_builder

@@ -34,9 +34,7 @@ def channel_in_order(index, BLOCK_K: tl.constexpr, LAYOUT: tl.constexpr, FIELDS:
     """
     NEIGHBOURS: tl.constexpr = LAYOUT.block_size // FIELDS
     channel = (
-        index // NEIGHBOURS % (BLOCK_K // NEIGHBOURS) * LAYOUT.block_size
-        + index // BLOCK_K * NEIGHBOURS
-        + index % NEIGHBOURS
+        index // NEIGHBOURS % (BLOCK_K // NEIGHBOURS) * LAYOUT.block_size + index // BLOCK_K * NEIGHBOURS + index % NEIGHBOURS
     )
     return channel, index % BLOCK_K < LAYOUT.head_dim // FIELDS
 
