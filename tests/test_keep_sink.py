@@ -10,7 +10,7 @@ from helpers import LSE_ERROR
 from prefill_cases import SMALL, prefill_case, with_scratch
 
 from kvarn_triton import PageLayout, decode_attention, prefill_attention, reference
-from kvarn_triton.testing import cache_case, gathered, relative_error
+from kvarn_triton.testing import cache_case, relative_error
 
 SINK = 20
 
@@ -19,7 +19,10 @@ def expected_of(case, window: int) -> torch.Tensor:
     """Return decode attention to the last `window` tokens and the first SINK ones, written out for each sequence."""
     rows = []
     for row, length in enumerate(case.seq_lens.tolist()):
-        k, v = gathered(case, row, torch.float64)
+        k, v = reference.gather_cache(
+            case.pages, case.block_table, length, case.layout, row=row, dtype=torch.float64, raw_pages=case.raw_pages,
+            raw_table=case.raw_table, num_quantized=int(case.num_quantized[row]), sink_len=SINK,
+        )  # fmt: skip
         position = torch.arange(length)
         seen = (position >= length - window) | (position < SINK)
         q = reference.hadamard(case.q[row].double()).unflatten(0, (k.shape[0], -1))

@@ -236,8 +236,7 @@ def _kvarn_prefill_attention_kernel(
                 plain = load_rows(q.ptr, q_place, tile.mask, LAYOUT.head_dim, PLAN.k_channels)
             else:
                 plain = rows
-            plain = plain.to(PLAN.query_operand)
-            state = _attend_new(state, plain, new, tile, head, scales, window, -shift, LAYOUT, PLAN)
+            state = _attend_new(state, plain.to(PLAN.query_operand), new, tile, head, scales, window, -shift, LAYOUT, PLAN)
         ROTATION: tl.constexpr = LAYOUT.v_block_size if new is None else 1
         store_results(out, lse_ptr, sinks_ptr, state, tile, tokens, split, num_q_heads, ROTATION, PLAN)
     elif PLAN.single:
