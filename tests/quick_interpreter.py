@@ -16,22 +16,20 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
-def _modules(function: Callable) -> frozenset[str]:
-    """Return which of Triton's modules a function can see."""
-    values = getattr(function, "__globals__", {}).values()
-    return frozenset(module.__name__ for module in (tl, tl.core) if any(value is module for value in values))
-
-
 def _replace_operations_once() -> None:
     """Replace the operations of `triton.language` once per launch."""
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     replaced: set[frozenset[str]] = set()
+    seen: dict[tuple[int, int], frozenset[str]] = {}
 
     def patch_once(function: Callable) -> Any:
-        modules = _modules(function)
-        if modules in replaced:
+        names = function.__globals__
+        key = id(names), len(names)
+        if key not in seen:
+            seen[key] = frozenset(module.__name__ for module in (tl, tl.core) if any(x is module for x in names.values()))
+        if seen[key] in replaced:
             return None
-        replaced.add(modules)
+        replaced.add(seen[key])
         return patch(function)
 
     def launch_anew(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -44,17 +42,22 @@ def _replace_operations_once() -> None:
 
 def _keep_types() -> None:
     """Make the type of a shape, and the numpy dtype of a type, once."""
-    shape_type, np_dtype = tl.core._type_for_tuple_values, interpreter._get_np_dtype
+    shape_type, unwrap, np_dtype = tl.core._type_for_tuple_values, tl.core._unwrap_shape, interpreter._get_np_dtype
     shapes: dict[tuple[int, ...], Any] = {}
     dtypes: dict[str, np.dtype] = {}
 
     def kept_shape_type(values: list, fields: list | None = None) -> Any:
-        sizes = tuple(x.value if type(x) is tl.constexpr and type(x.value) is int else None for x in values)
-        if fields is not None or None in sizes:
+        sizes = tuple([x.value if type(x) is tl.constexpr else x for x in values])
+        if fields is not None or not set(map(type, sizes)) <= {int}:
             return shape_type(values, fields)
         if sizes not in shapes:
             shapes[sizes] = shape_type(values)
         return shapes[sizes]
+
+    def plain_shape(shape: Any) -> list:
+        if type(shape) not in (list, tuple, tl.tuple):
+            return unwrap(shape)
+        return [x.value if type(x) is tl.constexpr else x for x in shape]
 
     def kept_np_dtype(dtype: tl.dtype) -> np.dtype:
         if type(dtype) is not tl.dtype:
@@ -64,6 +67,7 @@ def _keep_types() -> None:
         return dtypes[dtype.name]
 
     tl.core._type_for_tuple_values = kept_shape_type
+    tl.core._unwrap_shape = plain_shape
     interpreter._get_np_dtype = kept_np_dtype
 
 
