@@ -147,7 +147,7 @@ def prefill_attention(
         cached = seq_len if k is None else max(int(positions[0]), 0)
         num_kept = sink_len if keep_sink else 0
         # What no query sees isn't read: it may belong to somebody else by now.
-        spans = [(0, min(num_kept, start, cached)), (min(start, cached), cached)]
+        spans = [(0, max(min(num_kept, start, cached), 0)), (min(start, cached), cached)]
         parts = [
             gather_cache(
                 pages,
