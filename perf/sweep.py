@@ -147,7 +147,7 @@ def chosen_sweeps(command: str | None) -> list[str]:
     """Return the sweeps of a command in order, of all if it is None; timed ones come after the gate."""
     has_gpu = torch.cuda.is_available() and not interpreted()
     if command is None:
-        names = [name for name in SWEEPS if name not in SEARCHES]
+        names = ["gate", *(name for name in SWEEPS if name not in (*SEARCHES, "gate"))]
         skipped = [] if has_gpu else [name for name in names if SWEEPS[name].needs == "gpu"]
         if skipped:
             say(f"no GPU: without {', '.join(skipped)}")
