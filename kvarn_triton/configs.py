@@ -22,8 +22,11 @@ def padded(n: int) -> int:
 
 def block_warps(head_dim: int, device: torch.device) -> int:
     """Return the warps of a program that holds a tile in registers: a thread for each number of a block (`blocks`)."""
-    threads = BLOCK_TOKENS * block_channels(head_dim)
-    return threads // gpu.wavefront(device)
+    return _block_warps(head_dim, gpu.wavefront(device))
+
+
+def _block_warps(head_dim: int, wavefront: int) -> int:
+    return BLOCK_TOKENS * block_channels(head_dim) // wavefront
 
 
 def gather_threads(block_size: int, device: torch.device) -> tuple[int, int]:
@@ -53,7 +56,7 @@ def encode_options(layout: PageLayout, device: torch.device) -> dict[str, int]:
 
 @functools.lru_cache
 def _encode_options(head_dim: int, wavefront: int, ptx: bool) -> dict[str, int]:
-    options = {"num_warps": BLOCK_TOKENS * block_channels(head_dim) // wavefront}
+    options = {"num_warps": _block_warps(head_dim, wavefront)}
     if ptx:
         options["maxnreg"] = 128  # two programs per multiprocessor: one waits at a barrier while the other computes
     return options
@@ -106,8 +109,9 @@ class PrefillConfig:
     block_d: int = 128
     """Channels of one product with values, unless pages are dequantized to shared memory."""
     form: str = "dequantized"
-    """Of the loop over pages: they are "dequantized" to shared memory (`attend_many`), in "registers" (`attend_registers`), or
-    left as they are, with scales "folded" into queries and weights (`attend_few`)."""
+    """Of the loop over pages: they are "dequantized" to shared memory (`attention.dequantized`), in "registers"
+    (`attention.registers`), or
+    left as they are, with scales "folded" into queries and weights (`attention.halves`)."""
 
     def options(self) -> dict[str, int]:
         """Return launch options: on NVIDIA GPUs as many registers as let `programs_per_sm` programs run side by side."""
@@ -195,7 +199,7 @@ def _scratch_config(layout: PageLayout, dtype: torch.dtype, device: torch.device
 
     As many rows as registers hold. Keys and values of the tokens of one step take at most a fifth of shared memory: there are
     three steps of them beside the queries. At most 64 tokens: with 128 (sm90) ptxas 12.8 overwrites queries that it keeps in
-    registers (`inspection.overwritten_operands`).
+    registers (`testing.compiler.overwritten_operands`).
     """
     channels = padded(layout.raw_head_dim)
     if dtype == torch.float32:

@@ -34,6 +34,7 @@ def check_cache(
     kv_indptr: torch.Tensor | None = None,
     kv_indices: torch.Tensor | None = None,
     window: int | None = None,
+    keep_sink: bool = False,
 ) -> None:
     """Read the tables and lengths of a cache back and raise for the first entry that is wrong: for development.
 
@@ -57,6 +58,7 @@ def check_cache(
         kv_indptr: int32 [batch + 1].
         kv_indices: int32 [n].
         window: the largest window of a call; entries of pages before it are not looked at.
+        keep_sink: as given to attention: with a window, entries of the sink are looked at too.
 
     Raises:
         ValueError: for the first wrong entry, by name and index, or a wrong shape, dtype, device or option. Nothing is written.
@@ -94,7 +96,7 @@ def check_cache(
             for j in range(max(count, first), -(-body // size)):
                 column = num_sink_pages + j % slots
                 tails.append(_Entry(f"raw_table[{row}, {column}]", raw_ids[row][column], j))
-            for j in range(start // size, -(-min(length, sink_len) // size)):
+            for j in range(0 if keep_sink else start // size, -(-min(length, sink_len) // size)):
                 sinks.append(_Entry(f"raw_table[{row}, {j}]", raw_ids[row][j], j))
         _expect(count <= len(ids[row]), f"seq_lens[{row}]", f"no more pages than the {len(ids[row])} of its table", length)
         used += [_Entry(name(row, j), ids[row][j], j) for j in range(first, count)]

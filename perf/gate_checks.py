@@ -217,7 +217,7 @@ def as_csr(block_table: torch.Tensor) -> dict[str, Any]:
 @check("a look at the tables of a cache", "check_cache", 0.5)
 def _look(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     call = cache_case(subject.layout, [200, 64], sink_len=16, dtype=subject.dtype, device=subject.device).kwargs
-    kvarn.check_cache(**call | {"window": 100})
+    kvarn.check_cache(**call | {"window": 100, "keep_sink": True})
     kvarn.check_cache(**call | as_csr(call["block_table"]))
     call["block_table"][0, 0] = len(call["pages"])
     try:

@@ -153,6 +153,7 @@ def decode_cases(target: str) -> dict[str, Call]:
     }
     if target in WIDE_TARGETS:
         cases |= {
+            "decode window beside the sink": lambda: decode(MAIN, window=99, keep_sink=True),
             "decode quantized only, group 1": lambda: decode(MAIN, group=1, raw=False),
             "decode bfloat16, group 16": lambda: decode(MAIN, group=16, dtype=torch.bfloat16),
             "decode float32": lambda: decode(PageLayout(64, 64, 3, 8), dtype=torch.float32),
@@ -180,6 +181,7 @@ def prefill_cases(target: str) -> dict[str, Call]:
     if target in WIDE_TARGETS:
         cases |= {
             "prefill window and soft cap": lambda: prefill(MAIN, 512, window=99, soft_cap=30.0),
+            "prefill window beside the sink": lambda: prefill(MAIN, 512, window=99, keep_sink=True),
             "prefill float32": lambda: prefill(PageLayout(64, 64, 3, 8), 64, dtype=torch.float32),
             "prefill bfloat16, head_dim 80": lambda: prefill(PageLayout(80, 64, 3, 3), 64, group=5, dtype=torch.bfloat16),
             "prefill head_dim 256": lambda: prefill(PageLayout(256, 128, 8, 8), 64),
@@ -191,6 +193,7 @@ def prefill_cases(target: str) -> dict[str, Call]:
             "prefill 15 rows, bfloat16, head_dim 80": lambda: prefill(
                 PageLayout(80, 64, 3, 3), 6, group=5, dtype=torch.bfloat16
             ),
+            "prefill 32 rows, window beside the sink": lambda: prefill(MAIN, 8, window=99, keep_sink=True),
             "prefill 32 rows, head_dim 256": lambda: prefill(PageLayout(256, 128, 8, 8), 16),
         }
     return cases
@@ -206,6 +209,7 @@ def scratch_cases(target: str) -> dict[str, Call]:
             "prefill scratch, head_dim 256, bfloat16": lambda: prefill(
                 PageLayout(256, 64, 3, 2), 64, dtype=torch.bfloat16, scratch=True, window=99
             ),
+            "prefill scratch, window beside the sink": lambda: prefill(MAIN, 512, scratch=True, window=99, keep_sink=True),
             "prefill scratch, head_dim 512": lambda: prefill(PageLayout(512, 128, 8, 8), 64, scratch=True),
             "dequantize head_dim 80": lambda: dequantize(PageLayout(80, 64, 3, 8), torch.bfloat16),
             "dequantize head_dim 512": lambda: dequantize(PageLayout(512, 64, 2, 3), torch.float32),

@@ -49,6 +49,8 @@ def test_pages_before_a_window(device):
     check_cache(**arguments, window=406 - 80 - 64 * 3)
     with pytest.raises(ValueError, match=r"^block_table\[0, 2\]"):
         check_cache(**arguments, window=406 - 80 - 64 * 3 + 1)
+    with pytest.raises(ValueError, match=r"^raw_table\[0, 0\]"):
+        check_cache(**arguments, window=406 - 80 - 64 * 3, keep_sink=True)
 
 
 def put(name: str, place: int | tuple[int, ...], value: int):

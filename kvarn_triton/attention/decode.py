@@ -117,11 +117,13 @@ def decode_attention(
     partial, partial_lse = sums.view(partials, tile, layout.v_head_dim), ends.view(partials, tile)
     q, memory = aligned(q), aligned(out)
     for first in range(0, batch, round_rows):
-        rows = slice(first, min(first + round_rows, batch))
-        part = work if round_rows == batch else dataclasses.replace(work, cache=work.cache.rows(rows.start, rows.stop))
-        launch_decode_pieces(partial, partial_lse, q[rows], mask, part, config)
-        part_lse = None if lse is None else lse[rows]
-        launch_merge_splits(memory[rows], part_lse, partial, partial_lse, sinks, part, config.early_merge)
+        part, part_q, part_out, part_lse = work, q, memory, lse
+        if round_rows < batch:
+            rows = slice(first, min(first + round_rows, batch))
+            part = dataclasses.replace(work, cache=cache.rows(rows.start, rows.stop))
+            part_q, part_out, part_lse = q[rows], memory[rows], None if lse is None else lse[rows]
+        launch_decode_pieces(partial, partial_lse, part_q, mask, part, config)
+        launch_merge_splits(part_out, part_lse, partial, partial_lse, sinks, part, config.early_merge)
     copy_back(memory, out)
     return out if lse is None else (out, lse)
 

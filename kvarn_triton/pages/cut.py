@@ -1,6 +1,6 @@
 """Cutting sequences back: where a new end is inside of a quantized page, its tokens become raw ones of the tail again.
 
-One program expands the keys or the values of that page of one row and kv head, in one block of the rotation (`expand`), and
+One program expands the keys or the values of that page of one row and kv head, in one block of the rotation, and
 returns at once if the row has no such page. Grid: (program,), those of a row next to each other; it follows from shapes alone.
 Bytes moved per page that is expanded: its record and its raw tile.
 """

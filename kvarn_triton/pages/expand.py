@@ -1,7 +1,7 @@
 """The launch before the tiles of prefill attention that have scratch memory: it dequantizes every page once that they read.
 
 One program writes the keys or the values of some pages of one row and kv head, in one block of the rotation, rotated as they
-are stored (`expand`). Which pages of a row are seen follows from lengths on the device; each program takes every n-th of them.
+are stored. Which pages of a row are seen follows from lengths on the device; each program takes every n-th of them.
 Grid: (program,), those of a page next to each other. Bytes moved: each record byte that is seen in, each element out once.
 """
 
