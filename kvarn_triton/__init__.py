@@ -17,6 +17,12 @@ from .pages.packing import pack, unpack
 from .pages.quantization import dequantize, quantize
 from .pages.rotation import hadamard
 from .pages.store import store_pages
+from .serving.attend import attend
+from .serving.move import copy_raw_pages
+from .serving.plan import plan_step
+from .serving.read import read_tokens
+from .serving.write import write_tokens
+from .step import Step
 from .tables import DecodeConfig, DecodeTable, load_table, save_table
 from .warmup import CompilationError, no_compilation, warmup
 
@@ -32,9 +38,12 @@ __all__ = [
     "DecodeTable",
     "Encoder",
     "PageLayout",
+    "Step",
     "append_tokens",
+    "attend",
     "check_cache",
     "commit_pages",
+    "copy_raw_pages",
     "cut_back",
     "decode_attention",
     "decode_workspace_size",
@@ -45,14 +54,17 @@ __all__ = [
     "merge_states",
     "no_compilation",
     "pack",
+    "plan_step",
     "prefill_attention",
     "prefill_workspace_size",
     "quantize",
     "raw_slots",
+    "read_tokens",
     "reference",
     "save_table",
     "store_pages",
     "unpack",
     "variance_normalize",
     "warmup",
+    "write_tokens",
 ]

@@ -34,6 +34,8 @@ class Cache:
     raw_table: torch.Tensor | None
     num_quantized: torch.Tensor | None
     sink_len: int
+    sink_lens: torch.Tensor | None = None
+    """int32 [batch], `sink_len` or 0; None: `sink_len` for all. Where it is 0, the tail ring begins in column 0."""
 
     @property
     def batch(self) -> int:
@@ -75,7 +77,7 @@ class Cache:
     def rows(self, first: int, last: int) -> Cache:
         """Return the cache of sequences `first` to `last` alone."""
         ends = {"kv_indptr": last + 1}
-        names = ("seq_lens", "block_table", "kv_indptr", "raw_table", "num_quantized")
+        names = ("seq_lens", "block_table", "kv_indptr", "raw_table", "num_quantized", "sink_lens")
         tensors = ((name, getattr(self, name)) for name in names)
         parts: dict[str, Any] = {name: x if x is None else x[first : ends.get(name, last)] for name, x in tensors}
         return dataclasses.replace(self, **parts)
@@ -87,7 +89,7 @@ class Cache:
             "indptr_ptr": self.kv_indptr,
             "seq_lens_ptr": self.seq_lens,
             "num_quantized_ptr": self.num_quantized,
-            "sink_len": self.sink_len,
+            "sink_len": self.sinks,
             "stride_table": 0 if self.block_table is None else self.block_table.stride(0),
         }
 
@@ -99,6 +101,11 @@ class Cache:
             "num_tail_slots": self.max_raw_pages - self.num_sink_pages,
             "stride_raw_table": 0 if self.raw_table is None else self.raw_table.stride(0),
         }
+
+    @property
+    def sinks(self) -> int | torch.Tensor:
+        """The lengths of sinks as an argument of kernels: one for all, or one for each."""
+        return self.sink_len if self.sink_lens is None else self.sink_lens
 
     @property
     def quantized(self) -> Pages:
@@ -212,6 +219,15 @@ class Mask:
     soft_cap: float | None
     sinks: torch.Tensor | None
     keep_sink: bool
+
+
+@dataclass(eq=False)
+class Results:
+    """Where the results of an attention call go: arguments of the same names."""
+
+    out: torch.Tensor | None
+    return_lse: bool
+    workspace: torch.Tensor | None
 
 
 def check_queries(q: torch.Tensor, cache: Cache, mask: Mask, out: torch.Tensor | None) -> None:

@@ -20,6 +20,12 @@ def require(condition: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
+def check_count(name: str, value: object, least: int = 0) -> None:
+    """Check a number of things."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
+    require(fits, name, f"an integer of at least {least}", value)
+
+
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

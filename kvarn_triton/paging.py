@@ -38,6 +38,16 @@ def num_ids_of_row(indptr_ptr, row, mask, max_pages):
     return count
 
 
+@triton.jit
+def sink_of(sink_len, row, mask):
+    """Return the length of the sink of a row, or of several: `sink_len` is that of all, or a pointer to one for each."""
+    if sink_len.dtype.is_ptr():
+        length = tl.load(sink_len + row, mask, other=0)
+    else:
+        length = sink_len
+    return length
+
+
 class Seen(NamedTuple):
     """What queries see of the body of a sequence. Positions are those within the body; the sink has negative ones."""
 

@@ -7,11 +7,12 @@ The first kernel attends to pieces of the work (`decode_kernel`), the second mer
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 
 from .. import configs, gpu, reference
-from ..cache import Cache, Mask, check_queries, check_split_size, check_workspace, checked_for_attention
+from ..cache import Cache, Mask, Results, check_queries, check_split_size, check_workspace, checked_for_attention
 from ..launch import aligned, copy_back
 from ..layout import PageLayout
 from .decode_kernel import launch_decode_pieces
@@ -92,10 +93,8 @@ def decode_attention(
     mask = Mask(sm_scale, window, soft_cap, sinks, keep_sink)
     check_queries(q, cache, mask, out)
     check_split_size(split_size)
-    config = configs.decode_config(layout, q.dtype, q.device, table)
-    work, round_rows, num_bytes = _plan_work(q, cache, mask, split_size or 0, config)
-    if workspace is not None:
-        check_workspace(workspace, num_bytes, q.device)
+    results = Results(out, return_lse, workspace)
+    plan = plan_decode(q, cache, mask, results, split_size, table)
     if not gpu.on_device(q):
         return reference.decode_attention(
             q, pages, block_table, seq_lens, layout, raw_pages=cache.raw_pages, raw_table=raw_table,
@@ -103,15 +102,33 @@ def decode_attention(
             sm_scale=mask.sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
             keep_sink=keep_sink,
         )  # fmt: skip
-    batch, num_q_heads = q.shape[:2]
+    return launch_decode(q, mask, results, plan)
+
+
+class DecodePlanned(NamedTuple):
+    """How a call is computed."""
+
+    work: Work
+    round_rows: int  # sequences of a round
+    num_bytes: int  # of its partial results
+    config: configs.DecodeConfig
+
+
+def launch_decode(
+    q: torch.Tensor, mask: Mask, results: Results, plan: DecodePlanned
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attend as planned, in rounds; nothing is checked."""
+    work, round_rows, num_bytes, config = plan
+    layout, (batch, num_q_heads) = work.cache.layout, q.shape[:2]
+    out, workspace = results.out, results.workspace
     if out is None:
         out = torch.empty(batch, num_q_heads, layout.v_head_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, num_q_heads, dtype=torch.float32, device=q.device) if return_lse else None
+    lse = torch.empty(batch, num_q_heads, dtype=torch.float32, device=q.device) if results.return_lse else None
     if workspace is None:
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
     if batch == 0 or num_q_heads == 0:
         return out if lse is None else (out, lse)
-    tile = configs.head_tiles(num_q_heads, cache.num_kv_heads)[0]
+    tile = configs.head_tiles(num_q_heads, work.cache.num_kv_heads)[0]
     partials = num_bytes // (4 * tile * (layout.v_head_dim + 1))
     sums, ends = workspace[:num_bytes].view(torch.float32).split([partials * tile * layout.v_head_dim, partials * tile])
     partial, partial_lse = sums.view(partials, tile, layout.v_head_dim), ends.view(partials, tile)
@@ -120,12 +137,23 @@ def decode_attention(
         part, part_q, part_out, part_lse = work, q, memory, lse
         if round_rows < batch:
             rows = slice(first, min(first + round_rows, batch))
-            part = dataclasses.replace(work, cache=cache.rows(rows.start, rows.stop))
+            part = dataclasses.replace(work, cache=work.cache.rows(rows.start, rows.stop))
             part_q, part_out, part_lse = q[rows], memory[rows], None if lse is None else lse[rows]
         launch_decode_pieces(partial, partial_lse, part_q, mask, part, config)
-        launch_merge_splits(part_out, part_lse, partial, partial_lse, sinks, part, config.early_merge)
+        launch_merge_splits(part_out, part_lse, partial, partial_lse, mask.sinks, part, config.early_merge)
     copy_back(memory, out)
     return out if lse is None else (out, lse)
+
+
+def plan_decode(
+    q: torch.Tensor, cache: Cache, mask: Mask, results: Results, split_size: int | None, table: configs.DecodeTable | None
+) -> DecodePlanned:
+    """Return how a call is computed, and check the memory that it got for partial results."""
+    config = configs.decode_config(cache.layout, q.dtype, q.device, table)
+    work, round_rows, num_bytes = _plan_work(q, cache, mask, split_size or 0, config)
+    if results.workspace is not None:
+        check_workspace(results.workspace, num_bytes, q.device)
+    return DecodePlanned(work, round_rows, num_bytes, config)
 
 
 def _plan_work(

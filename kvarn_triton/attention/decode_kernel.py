@@ -20,7 +20,7 @@ from .. import configs, gpu
 from ..cache import Mask
 from ..launch import as_rows, on
 from ..layout import PageLayout, fields_per_byte
-from ..paging import load_page_id, prefetch
+from ..paging import load_page_id, prefetch, sink_of
 from ..tile.arithmetic import LOG2E
 from .pages import attend_pages_once, records_of
 from .query import load_query, rotate_query
@@ -164,7 +164,8 @@ def _kvarn_decode_attention_kernel(
                 prefetch(records.ptr + page.to(tl.int64) * pages.stride_page, LAYOUT.page_bytes, "L2", PLAN.ptx)
             planes, q_factor = rotate_query(loaded, LAYOUT, PLAN)
             q_factor = q_factor * qk_scale
-            seen = (part.start - sink_len, part.seq_len - sink_len)
+            sink = sink_of(sink_len, part.row, part.row >= 0)
+            seen = (part.start - sink, part.seq_len - sink)
             sink_start = 0 if UNITS.keep_sink else part.start
             state = new_state(PLAN.block_n, PLAN.channels)
             state = attend_pages_once(state, planes, q_factor, cap, records, page, part.span, seen, LAYOUT, PLAN)
@@ -174,9 +175,9 @@ def _kvarn_decode_attention_kernel(
                     raw_table_ptr + part.row.to(tl.int64) * stride_raw_table,
                     Runs(
                         part.runs[0], part.runs[1], part.runs[2], part.runs[3], part.runs[4],
-                        tl.cdiv(sink_len, LAYOUT.page_size), num_tail_slots,
+                        tl.cdiv(sink, LAYOUT.page_size), num_tail_slots,
                     ),
-                    (sink_start, tl.minimum(part.seq_len, sink_len)), seen, LAYOUT, PLAN,
+                    (sink_start, tl.minimum(part.seq_len, sink)), seen, LAYOUT, PLAN,
                 )  # fmt: skip
             _store_partial(partial_ptr, partial_lse_ptr, part.number, state, LAYOUT, PLAN)
             unit = part.next_unit

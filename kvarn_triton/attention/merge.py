@@ -168,7 +168,7 @@ def launch_merge_splits(
         num_tiles,
         work.num_programs,
         work.few_programs,
-        cache.sink_len,
+        cache.sinks,
         work.window or 0,
         work.split_size,
         PLAN=plan,

@@ -9,11 +9,12 @@ attend to numbers in 16 bits.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 
 from .. import configs, gpu, reference
-from ..cache import Cache, Mask, check_queries, check_scratch, check_split_size, check_workspace, checked_for_attention
+from ..cache import Cache, Mask, Results, check_queries, check_scratch, check_split_size, check_workspace, checked_for_attention
 from ..checks import check_tensor, require
 from ..launch import Rows, aligned, as_rows, check_pool, copy_back
 from ..layout import PageLayout
@@ -156,16 +157,10 @@ def prefill_attention(
     cache = checked_for_attention(cache, None)
     mask = Mask(sm_scale, window, soft_cap, sinks, keep_sink)
     check_queries(q, cache, mask, out)
-    _check_new(q, k, v, cu_seqlens_q, cache)
+    check_new(q, k, v, cu_seqlens_q, cache)
     check_split_size(split_size)
-    if scratch is not None:
-        check_scratch(scratch, q.dtype, cache)
-        scratch = check_pool("scratch", scratch)
-    tiles = _plan_tiles(q, cu_seqlens_q, cache, split_size, scratch is not None, fill=out is None)
-    total_tokens, num_q_heads = q.shape[:2]
-    num_bytes = 0 if tiles.num_splits == 1 else len(tiles.tokens) * _token_bytes(tiles.num_splits, num_q_heads, layout)
-    if workspace is not None:
-        check_workspace(workspace, num_bytes, q.device)
+    results = Results(out, return_lse, workspace)
+    plan = plan_prefill(q, cu_seqlens_q, cache, results, split_size, scratch)
     if not gpu.on_device(q):
         return reference.prefill_attention(
             q, pages, block_table, seq_lens, cu_seqlens_q, layout, k=k, v=v, raw_pages=cache.raw_pages, raw_table=raw_table,
@@ -173,9 +168,52 @@ def prefill_attention(
             sm_scale=mask.sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
             keep_sink=keep_sink,
         )  # fmt: skip
+    return launch_prefill(q, (k, v), mask, results, plan)
+
+
+class PrefillPlanned(NamedTuple):
+    """How a call is computed."""
+
+    tiles: Tiles
+    num_bytes: int  # of partial results
+    scratch: torch.Tensor | None
+
+
+def plan_prefill(
+    q: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cache: Cache,
+    results: Results,
+    split_size: int | None,
+    scratch: torch.Tensor | None,
+) -> PrefillPlanned:
+    """Return how a call is computed, and check the memory that it got for partial results and pages."""
+    if scratch is not None:
+        check_scratch(scratch, q.dtype, cache)
+        scratch = check_pool("scratch", scratch)
+    tiles = _plan_tiles(q, cu_seqlens_q, cache, split_size, scratch is not None, fill=results.out is None)
+    num_bytes = 0
+    if tiles.num_splits > 1:
+        num_bytes = len(tiles.tokens) * _token_bytes(tiles.num_splits, q.shape[1], cache.layout)
+    if results.workspace is not None:
+        check_workspace(results.workspace, num_bytes, q.device)
+    return PrefillPlanned(tiles, num_bytes, scratch)
+
+
+def launch_prefill(
+    q: torch.Tensor,
+    keys_and_values: tuple[torch.Tensor | None, torch.Tensor | None],
+    mask: Mask,
+    results: Results,
+    plan: PrefillPlanned,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attend as planned to the cache and to new keys and values, if there are any; nothing is checked."""
+    tiles, num_bytes, scratch = plan
+    cache, (k, v), out, workspace = tiles.cache, keys_and_values, results.out, results.workspace
+    total_tokens, num_q_heads = q.shape[:2]
     if out is None:
-        out = torch.empty(total_tokens, num_q_heads, layout.v_head_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(total_tokens, num_q_heads, dtype=torch.float32, device=q.device) if return_lse else None
+        out = torch.empty(total_tokens, num_q_heads, cache.layout.v_head_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(total_tokens, num_q_heads, dtype=torch.float32, device=q.device) if results.return_lse else None
     if workspace is None:
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
     if total_tokens == 0 or num_q_heads == 0 or cache.batch == 0:
@@ -185,13 +223,13 @@ def prefill_attention(
     q, memory = aligned(q), aligned(out)
     new = None if k is None or v is None else (as_rows(aligned(k)), as_rows(aligned(v)))
     if scratch is not None:
-        launch_expand_pages(scratch, cu_seqlens_q, cache, window, has_new=k is not None)
+        launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.window, has_new=k is not None)
     _attend((memory, lse), q, new, scratch, mask, tiles, workspace[:num_bytes])
     copy_back(memory, out)
     return out if lse is None else (out, lse)
 
 
-def _check_new(
+def check_new(
     q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, cu_seqlens_q: torch.Tensor, cache: Cache
 ) -> None:
     """Check which query tokens are whose, and their keys and values."""

@@ -21,7 +21,7 @@ from .. import configs, gpu
 from ..cache import Mask
 from ..launch import Rows, as_rows, as_tokens, on
 from ..layout import PageLayout, fields_per_byte
-from ..paging import first_slot, seen_by
+from ..paging import first_slot, seen_by, sink_of
 from ..tile.arithmetic import LOG2E, hadamard, load_rows
 from .pages import attend_pages, records_of
 from .query import rotate_planes, rotate_rows, rows_of_planes
@@ -204,29 +204,30 @@ def _kvarn_prefill_attention_kernel(
     if row < batch:
         tile = tile_of(cu_seqlens_ptr, row, number, head, PLAN)
         seq_len = tl.load(seq_lens_ptr + row)
+        sink = sink_of(sink_len, row, row < batch)
         if window is not None:
             # A larger window shows no more, and could overflow what it is subtracted from.
             window = tl.minimum(window, tl.maximum(seq_len, 1))
         seen = seen_by(
-            (tile.first_query, tile.last_query, tile.num_tokens), row, seq_len, num_quantized_ptr, sink_len, window,
+            (tile.first_query, tile.last_query, tile.num_tokens), row, seq_len, num_quantized_ptr, sink, window,
             LAYOUT.page_size, new is not None,
         )  # fmt: skip
-        spans, raw_share, span = _shares(split, num_splits, split_size, seen, sink_len, raw is not None, LAYOUT, PLAN)
+        spans, raw_share, span = _shares(split, num_splits, split_size, seen, sink, raw is not None, LAYOUT, PLAN)
         q_place = tile.token * q.stride_token + tile.q_head.to(tl.int64) * q.stride_head
-        some = seen.num_valid > -sink_len  # otherwise nothing is cached
+        some = seen.num_valid > -sink  # otherwise nothing is cached
         rows, rotated, q_factor = _rotate(q.ptr, q_place, tile.mask, some, scratch is not None, LAYOUT, PLAN)
-        shift = seq_len - tile.num_tokens - sink_len  # the position of the first query within the body
+        shift = seq_len - tile.num_tokens - sink  # the position of the first query within the body
         records = records_of(pages, head, table_ptr, indptr_ptr, row, stride_table)
         expanded = None
         if scratch is not None:
             expanded = of_head(scratch, head), first_slot(indptr_ptr, row, max_pages)
         raw_tokens = None
         if raw is not None:
-            columns = tl.cdiv(sink_len, LAYOUT.page_size), num_tail_slots
+            columns = tl.cdiv(sink, LAYOUT.page_size), num_tail_slots
             raw_tokens = of_head(raw, head), raw_table_ptr + row.to(tl.int64) * stride_raw_table, columns, spans
         state = _attend_cached(
             rotated, q_factor * scales[0], scales[1], records, expanded, raw_tokens, raw_share, span, seen, tile,
-            (shift, sink_len), window, LAYOUT, PLAN,
+            (shift, sink), window, LAYOUT, PLAN,
         )  # fmt: skip
         if new is not None and (scratch is None or some):
             state = State(hadamard(state.acc, LAYOUT.v_block_size), state.m, state.l)

@@ -29,6 +29,7 @@ import triton.language as tl
 
 from ..cache import Cache
 from ..configs import PrefillConfig
+from ..paging import sink_of
 
 ROWS_AT_ONCE = tl.constexpr(128)
 """Sequences whose lengths are looked at together."""
@@ -86,6 +87,7 @@ def row_units(rows, row, mask, UNITS: tl.constexpr):
     G: tl.constexpr = UNITS.page_size
     BLOCK_R: tl.constexpr = UNITS.raw_block
     seq_lens_ptr, num_quantized_ptr, sink_len, window = rows
+    sink_len = sink_of(sink_len, row, mask)
     seq_len = tl.maximum(tl.load(seq_lens_ptr + row, mask, other=0), 0)
     body = tl.maximum(seq_len - sink_len, 0)
     pages = tl.cdiv(body, G)

@@ -29,7 +29,7 @@ def _load_rows(rows, tokens, head, slots, D: tl.constexpr):
 
 
 @triton.jit
-def _store_rotated(raw, x, half, head, slots, G: tl.constexpr, D: tl.constexpr):
+def store_rotated(raw, x, half, head, slots, G: tl.constexpr, D: tl.constexpr):
     """Rotate activations [tokens, channels] of one head and store them to their slots, where they have one."""
     offs_d = tl.arange(0, x.shape[1])[None, :]
     rotated = hadamard(x, rotation_block(D))
@@ -62,11 +62,11 @@ def _kvarn_append_tokens_kernel(
             x = _load_rows(k, tokens, head, slots, D)
         else:
             x = _load_rows(v, tokens, head, slots, D)
-        _store_rotated(raw, x, half, head, slots, G, D)
+        store_rotated(raw, x, half, head, slots, G, D)
     elif half == 0:
-        _store_rotated(raw, _load_rows(k, tokens, head, slots, D), half, head, slots, G, D)
+        store_rotated(raw, _load_rows(k, tokens, head, slots, D), half, head, slots, G, D)
     else:
-        _store_rotated(raw, _load_rows(v, tokens, head, slots, D_V), half, head, slots, G, D_V)
+        store_rotated(raw, _load_rows(v, tokens, head, slots, D_V), half, head, slots, G, D_V)
 
 
 def append_tokens(k: torch.Tensor, v: torch.Tensor, raw_pages: torch.Tensor, slots: torch.Tensor) -> None:

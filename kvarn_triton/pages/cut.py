@@ -16,7 +16,7 @@ from ..cache import Cache, checked_for_completion
 from ..launch import on
 from ..layout import PageLayout
 from ..paging import ids_of_row
-from ..tile.dequantize import dequantize_chunk
+from ..tile.dequantize import Target, dequantize_chunk
 from .dequantize import chunk_of_program, read_plan
 
 _NOT_SPECIALIZED = ["num_kv_heads", "parts", "sink_len", "num_tail_slots", "stride_raw_table", "stride_table"]
@@ -52,7 +52,7 @@ def _kvarn_cut_back_kernel(
         if (page >= 0) & (raw_page >= 0):
             record_ptr = pages.ptr + page * pages.stride_page + chunk.head * pages.stride_head
             out_ptr = raw.ptr + raw_page * raw.stride_page + chunk.head * raw.stride_head
-            outs = (out_ptr, raw.stride_token), (out_ptr + raw.stride_half, raw.stride_token)
+            outs = Target(out_ptr, raw.stride_token, None), Target(out_ptr + raw.stride_half, raw.stride_token, None)
             dequantize_chunk(outs, record_ptr, chunk, LAYOUT, PLAN)
 
 

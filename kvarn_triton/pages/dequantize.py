@@ -18,7 +18,7 @@ from .. import configs, gpu, reference
 from ..checks import FLOATS, INDICES, check_choice, check_pages, check_tensor, require
 from ..launch import aligned, as_pages, copy_back, on
 from ..layout import PageLayout, fields_per_byte
-from ..tile.dequantize import ELEMENTS, Chunk, ReadPlan, dequantize_chunk, store_tokens
+from ..tile.dequantize import ELEMENTS, Chunk, ReadPlan, Target, block_of, dequantize_chunk, store_tokens
 
 
 @functools.lru_cache
@@ -47,7 +47,7 @@ def _store_zeros(out, chunk, G: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.co
     """Write zeros to a chunk of pages of G tokens and BLOCKS blocks of BLOCK channels."""
     ROWS: tl.constexpr = min(ELEMENTS * PLAN.threads // BLOCK, G)
     if (PLAN.blocks == BLOCKS) or (chunk.block < BLOCKS):
-        out = out[0] + chunk.block * BLOCK, out[1]
+        out = block_of(out, chunk.block, BLOCK)
         for first in range(chunk.part * ROWS, G, chunk.parts * ROWS):
             store_tokens(out, tl.zeros((ROWS, BLOCK), tl.float32), first + tl.arange(0, ROWS))
 
@@ -66,8 +66,8 @@ def _kvarn_dequantize_pages_kernel(
     chunk = chunk_of_program(num_kv_heads, parts, PLAN)
     entry = chunk.entry.to(tl.int64)
     page = tl.load(page_ids_ptr + entry).to(tl.int64)
-    k_out = k[0] + entry * k[1] + chunk.head * k[3], k[2]
-    v_out = v[0] + entry * v[1] + chunk.head * v[3], v[2]
+    k_out = Target(k[0] + entry * k[1] + chunk.head * k[3], k[2], None)
+    v_out = Target(v[0] + entry * v[1] + chunk.head * v[3], v[2], None)
     if page >= 0:
         record_ptr = pages.ptr + page * pages.stride_page + chunk.head * pages.stride_head
         dequantize_chunk((k_out, v_out), record_ptr, chunk, LAYOUT, PLAN)

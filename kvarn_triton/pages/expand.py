@@ -14,8 +14,8 @@ import triton.language as tl
 from .. import configs
 from ..cache import Cache
 from ..launch import as_tokens, on
-from ..paging import first_slot, ids_of_row, seen_by
-from ..tile.dequantize import dequantize_chunk
+from ..paging import first_slot, ids_of_row, seen_by, sink_of
+from ..tile.dequantize import Target, dequantize_chunk
 from .dequantize import chunk_of_program, read_plan
 
 
@@ -48,10 +48,11 @@ def _kvarn_expand_pages_kernel(
     num_tokens = tl.load(cu_seqlens_ptr + row + 1) - tl.load(cu_seqlens_ptr + row)
     if num_tokens > 0:
         seq_len = tl.load(seq_lens_ptr + row)
+        sink = sink_of(sink_len, row, row >= 0)
         if window is not None:
             window = tl.minimum(window, tl.maximum(seq_len, 1))  # as in prefill attention
         seen = seen_by(
-            (0, num_tokens - 1, num_tokens), row, seq_len, num_quantized_ptr, sink_len, window,
+            (0, num_tokens - 1, num_tokens), row, seq_len, num_quantized_ptr, sink, window,
             LAYOUT.page_size, HAS_NEW,
         )  # fmt: skip
         slot = first_slot(indptr_ptr, row, max_pages)
@@ -61,7 +62,9 @@ def _kvarn_expand_pages_kernel(
             page = tl.maximum(tl.load(ids_ptr + i), 0).to(tl.int64)
             record_ptr = pages.ptr + page * pages.stride_page + chunk.head * pages.stride_head
             out_ptr = scratch_ptr + (slot + i) * scratch.stride_page
-            outs = (out_ptr, scratch.stride_token), (out_ptr + scratch.stride_half, scratch.stride_token)
+            outs = (
+                Target(out_ptr, scratch.stride_token, None), Target(out_ptr + scratch.stride_half, scratch.stride_token, None)
+            )  # fmt: skip
             dequantize_chunk(outs, record_ptr, chunk, LAYOUT, PLAN)
 
 

@@ -14,6 +14,7 @@ from .attention import decode_attention, gather_cache, merge_states, prefill_att
 from .cache import append_tokens, commit_pages, cut_back, dequantize_pages, raw_slots, store_pages
 from .codec import encode
 from .packing import pack, unpack
+from .step import attend, copy_raw_pages, plan_step, read_tokens, write_tokens
 
 dequantize = torch.no_grad()(codec.dequantize)
 hadamard = torch.no_grad()(codec.hadamard)
@@ -25,7 +26,9 @@ __all__ = [
     "KERNEL_ORDER",
     "Arithmetic",
     "append_tokens",
+    "attend",
     "commit_pages",
+    "copy_raw_pages",
     "cut_back",
     "decode_attention",
     "dequantize",
@@ -35,10 +38,13 @@ __all__ = [
     "hadamard",
     "merge_states",
     "pack",
+    "plan_step",
     "prefill_attention",
     "quantize",
     "raw_slots",
+    "read_tokens",
     "store_pages",
     "unpack",
     "variance_normalize",
+    "write_tokens",
 ]

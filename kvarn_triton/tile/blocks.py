@@ -14,11 +14,13 @@ one thread, without moving anything; the rest of a sum crosses the lanes of a wa
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from ..reference import arithmetic
-from .arithmetic import CODEC, fma, log2
+from .arithmetic import CODEC, fma, log2, to_half
 
 TILE_TOKENS = tl.constexpr(arithmetic.BLOCK_TOKENS)
 block_channels = triton.constexpr_function(arithmetic.block_channels)
@@ -101,6 +103,13 @@ def _chunk(page_size, head_dim, dtype):
 
 
 @triton.jit
+def _token_in_tile(P: tl.constexpr, Q: tl.constexpr):
+    """Return the token of P x Q blocks [16, 1, blocks] of a tile."""
+    BLOCKS: tl.constexpr = triton.next_power_of_2(Q)
+    return tl.arange(0, P * BLOCKS)[None, None, :] // BLOCKS * TILE_TOKENS + tl.arange(0, TILE_TOKENS)[:, None, None]
+
+
+@triton.jit
 def _place_in_tile(P: tl.constexpr, Q: tl.constexpr, BLOCK_C: tl.constexpr, stride_token):
     """Return the offsets [16, BLOCK_C, blocks] of P x Q blocks in a tile, and which are not padding."""
     BLOCKS: tl.constexpr = triton.next_power_of_2(Q)
@@ -135,6 +144,26 @@ def _add_and_subtract(x, HALF: tl.constexpr):
     return y
 
 
+class Older(NamedTuple):
+    """The first tokens of a tile, which are somewhere else, rotated: their memory."""
+
+    ptr: tl.tensor
+    stride_token: tl.tensor
+    count: tl.tensor
+    rounded: tl.tensor  # whether the others are rounded to the dtype of that memory
+
+
+@triton.jit
+def _join_older(x, older, token, place, mask):
+    """Round tokens to the dtype of older ones, and put those before them."""
+    if older.ptr.dtype.element_ty == tl.float16:
+        x = to_half(x).to(tl.float32)
+    else:
+        x = x.to(older.ptr.dtype.element_ty).to(tl.float32)
+    others = tl.load(older.ptr + place, mask & (token < older.count), other=0).to(tl.float32)
+    return tl.where(token < older.count, others, x)
+
+
 @triton.jit
 def load_blocks(
     tile_ptr,
@@ -143,10 +172,12 @@ def load_blocks(
     D: tl.constexpr,
     DTYPE: tl.constexpr = tl.float32,
     ROTATE: tl.constexpr = 1,
+    older=None,
 ):
     """Load a tile [G, D] as blocks of DTYPE, those of the first 16 tokens first.
 
-    Tokens are rotated by the Hadamard matrix in blocks of ROTATE channels (`reference.hadamard`).
+    Tokens are rotated by the Hadamard matrix in blocks of ROTATE channels (`reference.hadamard`). `older` has the first ones, if
+    they are somewhere else, as float32.
     """
     tl.static_assert(CODEC != "")  # makes all constants of the encoder a part of the kernel's hash
     BLOCK_C: tl.constexpr = block_channels(D)
@@ -155,11 +186,20 @@ def load_blocks(
     place, mask = _place_in_tile(CHUNK, Q, BLOCK_C, stride_token)
     blocks = ()
     for p in tl.static_range(0, G // TILE_TOKENS, CHUNK):
-        x = tl.load(tile_ptr + p * TILE_TOKENS * stride_token + place, mask, other=0).to(DTYPE)
+        if older is None:
+            x = tl.load(tile_ptr + p * TILE_TOKENS * stride_token + place, mask, other=0).to(DTYPE)
+        else:
+            token = p * TILE_TOKENS + _token_in_tile(CHUNK, Q)
+            new = mask & (token >= older.count)
+            x = tl.load(tile_ptr + p * TILE_TOKENS * stride_token + place, new, other=0).to(DTYPE)
         if ROTATE > 1:
             for step in tl.static_range(log2(ROTATE)):
                 x = _add_and_subtract(x, ROTATE >> (step + 1))
             x = x * (ROTATE**-0.5)
+        if older is not None:
+            if older.rounded > 0:
+                older_place = _place_in_tile(CHUNK, Q, BLOCK_C, older.stride_token)[0]
+                x = _join_older(x, older, token, p * TILE_TOKENS * older.stride_token + older_place, mask)
         parts = split_last(x)
         for k in tl.static_range(len(parts)):
             if k % (len(parts) // CHUNK) < Q:

@@ -56,6 +56,20 @@ class Chunk(NamedTuple):
     parts: tl.tensor
 
 
+class Target(NamedTuple):
+    """Where tokens of a page go: that of token 0, and how many have a place; None: all."""
+
+    ptr: tl.tensor
+    stride_token: tl.tensor
+    num_tokens: tl.tensor
+
+
+@triton.jit
+def block_of(target, block, BLOCK: tl.constexpr):
+    """Return the place of a block of channels."""
+    return Target(target.ptr + block * BLOCK, target.stride_token, target.num_tokens)
+
+
 @triton.jit
 def _index(SIZE: tl.constexpr, AXIS: tl.constexpr):
     """Return 0 ... SIZE - 1 along an axis of [lanes, rows, m, fields, n], in the order of axes that loads have.
@@ -152,9 +166,12 @@ def _to_tokens(x, ROTATED: tl.constexpr):
 
 @triton.jit
 def store_tokens(out, tile, token):
-    """Store tokens [tokens, channels] at their places from `out`, a pointer and a stride of tokens, on."""
-    place = token.to(tl.int64)[:, None] * out[1] + tl.arange(0, tile.shape[1])[None, :]
-    tl.store(out[0] + place, tile.to(out[0].dtype.element_ty))
+    """Store tokens [tokens, channels] to their places, where they have one."""
+    place = token.to(tl.int64)[:, None] * out.stride_token + tl.arange(0, tile.shape[1])[None, :]
+    if out.num_tokens is None:
+        tl.store(out.ptr + place, tile.to(out.ptr.dtype.element_ty))
+    else:
+        tl.store(out.ptr + place, tile.to(out.ptr.dtype.element_ty), (token < out.num_tokens)[:, None])
 
 
 @triton.jit
@@ -166,7 +183,7 @@ def _dequantize_keys(out, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.cons
     FIELDS: tl.constexpr = PLAN.k_fields
     G: tl.constexpr = LAYOUT.page_size
     BLOCK: tl.constexpr = LAYOUT.block_size
-    out = out[0] + chunk.block * BLOCK, out[1]
+    out = block_of(out, chunk.block, BLOCK)
     BYTES: tl.constexpr = BLOCK // FIELDS
     LANES: tl.constexpr = min(BYTES, STORE_RUN)
     ROWS: tl.constexpr = PLAN.threads // LANES
@@ -204,7 +221,7 @@ def _dequantize_values(out, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.co
     """Write a part of a block of the values of a record; fields of a byte are tokens, some of which are decoded at a time."""
     FIELDS: tl.constexpr = PLAN.v_fields
     BLOCK: tl.constexpr = LAYOUT.v_block_size
-    out = out[0] + chunk.block * BLOCK, out[1]
+    out = block_of(out, chunk.block, BLOCK)
     BYTES: tl.constexpr = LAYOUT.page_size // FIELDS
     ROWS: tl.constexpr = PLAN.threads // STORE_RUN
     N: tl.constexpr = BLOCK // STORE_RUN
@@ -241,7 +258,7 @@ def _dequantize_values(out, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.co
 
 @triton.jit
 def dequantize_chunk(outs, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
-    """Write a chunk of a record to its place: outs[0] of keys, outs[1] of values, each (pointer, stride of tokens).
+    """Write a chunk of a record to its place: outs[0] of keys, outs[1] of values, both a `Target`.
 
     Nothing is written if only the other half of the record has such a block.
     """
