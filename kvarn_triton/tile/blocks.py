@@ -154,14 +154,13 @@ class Older(NamedTuple):
 
 
 @triton.jit
-def _join_older(x, older, token, place, mask):
+def _join_older(x, others, older, token):
     """Round tokens to the dtype of older ones, and put those before them."""
     if older.ptr.dtype.element_ty == tl.float16:
-        x = to_half(x).to(tl.float32)
+        rounded = to_half(x).to(tl.float32)
     else:
-        x = x.to(older.ptr.dtype.element_ty).to(tl.float32)
-    others = tl.load(older.ptr + place, mask & (token < older.count), other=0).to(tl.float32)
-    return tl.where(token < older.count, others, x)
+        rounded = x.to(older.ptr.dtype.element_ty).to(tl.float32)
+    return tl.where(token < older.count, others, tl.where(older.rounded > 0, rounded, x))
 
 
 @triton.jit
@@ -196,14 +195,19 @@ def load_blocks(
             for step in tl.static_range(log2(ROTATE)):
                 x = _add_and_subtract(x, ROTATE >> (step + 1))
             x = x * (ROTATE**-0.5)
-        if older is not None:
-            if older.rounded > 0:
-                older_place = _place_in_tile(CHUNK, Q, BLOCK_C, older.stride_token)[0]
-                x = _join_older(x, older, token, p * TILE_TOKENS * older.stride_token + older_place, mask)
         parts = split_last(x)
-        for k in tl.static_range(len(parts)):
-            if k % (len(parts) // CHUNK) < Q:
-                blocks = blocks + (parts[k],)
+        if older is not None:
+            older_place = _place_in_tile(CHUNK, Q, BLOCK_C, older.stride_token)[0]
+            y = tl.load(older.ptr + p * TILE_TOKENS * older.stride_token + older_place, mask & (token < older.count), other=0)
+            others = split_last(y)
+            for k in tl.static_range(len(parts)):
+                if k % (len(parts) // CHUNK) < Q:
+                    row = (p + k // (len(parts) // CHUNK)) * TILE_TOKENS + rows_of(parts[k])
+                    blocks = blocks + (_join_older(parts[k], others[k].to(tl.float32), older, row),)
+        else:
+            for k in tl.static_range(len(parts)):
+                if k % (len(parts) // CHUNK) < Q:
+                    blocks = blocks + (parts[k],)
     return blocks
 
 
