@@ -17,7 +17,7 @@ from .pages.packing import pack, unpack
 from .pages.quantization import dequantize, quantize
 from .pages.rotation import hadamard
 from .pages.store import store_pages
-from .serving.attend import attend
+from .serving.attention import attend
 from .serving.move import copy_raw_pages
 from .serving.plan import plan_step
 from .serving.read import read_tokens

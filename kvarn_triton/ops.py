@@ -25,6 +25,8 @@ from .checks import require
 from .encoder import Encoder
 from .layout import PageLayout
 from .pages import append, commit, cut, dequantize, rotation, store
+from .serving import attention, move, plan, read, write
+from .step import Step, StepInputs
 from .tables import DecodeConfig, DecodeTable, Entry
 
 _P = ParamSpec("_P")
@@ -71,6 +73,16 @@ _FORMS = {
         "int iterations, bool equivariant, bool clip, int fits, str norm",
         "encoder.iterations, encoder.equivariant, encoder.clip, encoder.fits, encoder.norm",
         "_encoder(iterations, equivariant, clip, fits, norm)",
+    ),
+    "step": _Form(
+        "str layout, int head_dim, int v_head_dim, Tensor seq_lens, Tensor? cu_seqlens_q, Tensor? block_table, "
+        "Tensor? kv_indptr, Tensor? kv_indices, Tensor raw_table, Tensor num_quantized, Tensor? sink_lens, Tensor slots, "
+        "Tensor tasks, int sink_len, int max_query_len, bool at_once",
+        "step.layout.name, step.layout.head_dim, step.layout.v_head_dim, step.seq_lens, step.cu_seqlens_q, step.block_table, "
+        "step.kv_indptr, step.kv_indices, step.raw_table, step.num_quantized, step.sink_lens, step.slots, step.tasks, "
+        "step.sink_len, step.max_query_len, step.at_once",
+        "Step(_layout(layout, head_dim, v_head_dim), seq_lens, cu_seqlens_q, block_table, kv_indptr, kv_indices, raw_table, "
+        "num_quantized, sink_lens, slots, tasks, sink_len, max_query_len, at_once)",
     ),
     "table": _Form(
         "int[]? table",
@@ -200,6 +212,12 @@ def _fake_attention(q: torch.Tensor, v_head_dim: int, return_lse: bool = False, 
     return (out, q.new_empty(q.shape[:2], dtype=torch.float32)) if return_lse else out
 
 
+def _fake_attend(q: torch.Tensor, v_head_dim: int, return_lse: bool = False, **_: Any) -> Any:
+    """Return an empty `out`, or `out` and `lse`, of a step, whose queries may come as [batch, heads, n, channels]."""
+    flat = q if q.dim() == 3 else q.transpose(1, 2).flatten(0, 1)
+    return _fake_attention(flat, v_head_dim, return_lse)
+
+
 def _like(launcher: Callable[_P, _R], value: str) -> Callable[_P, _R]:
     """Return a function with the name and the parameters of a launcher; a text says what it returns."""
     name, parameters = launcher.__name__, inspect.signature(launcher).parameters.values()
@@ -259,6 +277,8 @@ def _operator(
         _define(name + overload, written + fields, returned, run, traced)
 
     apart = ", ".join(form.apart for form in forms)
+    if "step" in parameters:
+        apart = apart.replace("_row(table, layout.", "_row(table, step.layout.")
     call = f"_OPS.{name}.default({apart})"
     if into:
         options = _keywords([x for x in _RESULTS if x in parameters])
@@ -282,4 +302,49 @@ prefill_attention = _operator(
     "Tensor",
     _fake_attention,
     into="Tensor(a!) out, Tensor(b!)? workspace, Tensor(c!)? scratch",
+)
+write_tokens = _operator(write.write_tokens, writes=("pages", "raw_pages"))
+attend = _operator(attention.attend, "Tensor", _fake_attend, into="Tensor(a!) out, Tensor(b!)? workspace, Tensor(c!)? scratch")
+read_tokens = _operator(read.read_tokens, writes=("k", "v"))
+copy_raw_pages = _operator(move.copy_raw_pages, writes=("raw_pages",))
+
+
+def _inputs(layout: str, head_dim: int, v_head_dim: int, *fields: Any) -> StepInputs:
+    """Return what an operator got as the fields of `StepInputs`."""
+    return StepInputs(_layout(layout, head_dim, v_head_dim), *fields)
+
+
+def _plan(inputs: StepInputs) -> list[torch.Tensor]:
+    """Return the tensors of a plan, in the order of `StepInputs.shapes`."""
+    step = plan.plan_from(inputs, None)
+    return [getattr(step, name) for name in inputs.shapes()]
+
+
+def _fake_plan(inputs: StepInputs) -> list[torch.Tensor]:
+    """Return the tensors of a plan, empty."""
+    return [inputs.seq_lens.new_empty(shape, dtype=dtype) for shape, dtype in inputs.shapes().values()]
+
+
+_PLANNED = [
+    *["str layout", "int head_dim", "int v_head_dim", "Tensor seq_lens", "Tensor? cu_seqlens_q", "Tensor? block_table"],
+    *["Tensor raw_table", "int num_tokens", "int max_query_len", "int sink_len", "bool sink_columns", "Tensor? rows"],
+    *["int pages_per_block", "int max_drafts", "Tensor? prefix_lens", "Tensor? kv_indptr", "Tensor? kv_indices"],
+]
+_given = f"_inputs({', '.join(_names(_PLANNED))})"
+_define("plan_step", _PLANNED, "Tensor[]", f"return _plan({_given})", f"return _fake_plan({_given})")
+
+
+def _planned(inputs: StepInputs, out: Step | None) -> Step:
+    """Return the plan of a step, by way of the operator."""
+    require(out is None, "out", "None", type(out).__name__)
+    fields = [getattr(inputs, name) for name in _names(_PLANNED[3:])]
+    layout = inputs.layout
+    tensors = _OPS.plan_step.default(layout.name, layout.head_dim, layout.v_head_dim, *fields)
+    return inputs.step_in(dict(zip(inputs.shapes(), tensors, strict=True)))
+
+
+plan_step = _like(
+    plan.plan_step,
+    "_planned(plan.inputs_of(layout, seq_lens, cu_seqlens_q, block_table, raw_table, num_tokens, max_query_len, sink_len, "
+    "sink_columns, rows, pages_per_block, max_drafts, prefix_lens, kv_indptr, kv_indices), out)",
 )

@@ -40,10 +40,11 @@ class Step:
     slots: torch.Tensor
     """int64 [num_tokens], where tokens live in the raw pool, as `append_tokens` takes it; -1 for those that don't."""
     tasks: torch.Tensor
-    """int32 [5, n], a column for each page that completes, in any order: its id (-1: none), the raw page of its older tokens, how
-    many of those there are, the number of its first token among the step's (below 0 if it is an older one), and whether its
+    """int32 [5, n], a column for each page that completes, in any order: its id (-1: none), the raw page of its older tokens,
+    how many of those there are, the number of its first token among the step's (below 0 if it is an older one), and whether its
     tokens are rounded to the dtype of raw pages first."""
     sink_len: int
+    """Tokens of a sink, where it is raw."""
     max_query_len: int
     at_once: bool
     """Whether one launch writes pages and raw tokens: no token goes where an older one is read from."""
@@ -106,7 +107,7 @@ class StepInputs:
             "tasks": ((TASK_FIELDS, num_tasks), torch.int32),
         }
         moved = self.rows is not None or self.sink_columns
-        if self.sink_columns and self.sink_len:
+        if self.sink_columns:
             shapes["sink_lens"] = (batch,), torch.int32
         if moved:
             shapes["raw_table"] = (batch, self.raw_table.shape[1]), torch.int32
@@ -119,6 +120,25 @@ class StepInputs:
     def step(self, out: Step | None = None) -> Step:
         """Return a step with memory for its plan: its own, or that of `out`."""
         shapes, device = self.shapes(), self.seq_lens.device
+        if out is None:
+            return self.step_in(
+                {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+            )
+        require(isinstance(out, Step), "out", "a Step", type(out).__name__)
+        for name, (shape, dtype) in shapes.items():
+            check_tensor(f"out.{name}", getattr(out, name), shape, dtype, device=device)
+        step = self.step_in({name: getattr(out, name) for name in shapes})
+        for field in dataclasses.fields(Step):
+            want, got = getattr(step, field.name), getattr(out, field.name)
+            if isinstance(got, torch.Tensor) and isinstance(want, torch.Tensor):
+                same = got.data_ptr() == want.data_ptr() and got.shape == want.shape
+                require(same, f"out.{field.name}", "the tensor of this call", "another one")
+            else:
+                require(got == want, f"out.{field.name}", str(want), got)
+        return out
+
+    def step_in(self, memory: dict[str, torch.Tensor]) -> Step:
+        """Return a step with this memory for its plan, by name, as `shapes` has it."""
         fields: dict[str, Any] = {
             "layout": self.layout,
             "sink_len": self.sink_len,
@@ -128,20 +148,7 @@ class StepInputs:
         }
         for name in ("seq_lens", "cu_seqlens_q", "block_table", "kv_indptr", "kv_indices", "raw_table"):
             fields[name] = getattr(self, name)
-        if out is None:
-            memory = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
-            return Step(**fields | memory)
-        require(isinstance(out, Step), "out", "a Step", type(out).__name__)
-        for field in dataclasses.fields(Step):
-            name, got = f"out.{field.name}", getattr(out, field.name)
-            if field.name in shapes:
-                check_tensor(name, got, *shapes[field.name], device=device)
-            elif isinstance(got, torch.Tensor) and isinstance(fields[field.name], torch.Tensor):
-                same = got.data_ptr() == fields[field.name].data_ptr() and got.shape == fields[field.name].shape
-                require(same, name, "the tensor of this call", "another one")
-            else:
-                require(got == fields[field.name], name, str(fields[field.name]), got)
-        return out
+        return Step(**fields | memory)
 
 
 def slots_for(num_tokens: int, page_size: int) -> int:

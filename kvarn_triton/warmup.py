@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -23,6 +24,12 @@ from .pages.commit import commit_pages
 from .pages.cut import cut_back
 from .pages.dequantize import dequantize_pages
 from .pages.store import store_pages
+from .serving.attention import attend
+from .serving.move import copy_raw_pages
+from .serving.plan import plan_step
+from .serving.read import read_tokens
+from .serving.write import write_tokens
+from .step import TASK_FIELDS, Step
 from .tables import DecodeTable
 
 
@@ -68,6 +75,8 @@ def warmup(
     prefill: bool = False,
     scratch: torch.dtype | None = None,
     dequantize: torch.dtype | None = None,
+    steps: bool = False,
+    sink_columns: bool = False,
 ) -> None:
     """Compile, and load, every kernel that a server's steps launch for one model: decode, append, commit, store, cut and merge.
 
@@ -96,7 +105,9 @@ def warmup(
         csr: whether page ids come as `kv_indptr` and `kv_indices`.
         prefill: whether `prefill_attention` is called too, on raw pages of `raw_dtype`, with and without new keys and values.
         scratch: dtype of the `scratch` that some calls of `prefill_attention` get; None if none do.
-        dequantize: dtype of what `dequantize_pages` returns; None if it is not called.
+        dequantize: dtype of what `dequantize_pages` and `read_tokens` give; None if they are not called.
+        steps: whether `plan_step`, `write_tokens`, `attend` and `copy_raw_pages` are called.
+        sink_columns: as `plan_step` gets it.
 
     Raises:
         ValueError: for a wrong option.
@@ -109,6 +120,7 @@ def warmup(
         require(prefill, "prefill", "True beside scratch", prefill)
     if dequantize is not None:
         check_choice("dequantize", dequantize, FLOATS)
+    require(steps or not sink_columns, "sink_columns", "False without steps", sink_columns)
     require(num_kv_heads >= 1 and num_q_heads % num_kv_heads == 0, "num_q_heads", "a multiple of num_kv_heads", num_q_heads)
     size = layout.page_size
     pages = torch.zeros(layout.pages_shape(2, num_kv_heads), dtype=torch.uint8, device=device)
@@ -123,10 +135,16 @@ def warmup(
         options["soft_cap"] = 1.0
     if sinks:
         options["sinks"] = torch.zeros(num_q_heads, device=device)
-    _warm_decode(layout, num_q_heads, pages, raw_pages, dtype, csr, {"table": table, **options})
-    if prefill:
-        for memory in {None, scratch}:
-            _warm_prefill(layout, num_q_heads, pages, raw_pages, dtype, csr, memory, options)
+    model = _Model(layout, num_q_heads, dtype, csr)
+    for shifted in {False, sink_columns}:
+        some = options | {"keep_sink": False} if shifted and window else options
+        _warm_decode(model, pages, raw_pages, {"table": table, **some}, shifted)
+        for memory in {None, scratch} if prefill else ():
+            _warm_prefill(model, pages, raw_pages, memory, some, shifted)
+    if steps:
+        _warm_steps(model, (k[:1], v[:1]), pages, raw_pages, sink_columns, encoder)
+        if dequantize is not None:
+            _warm_reads(model, pages, raw_pages, sink_columns, dequantize)
     for ids in (torch.int32, torch.int64):
         slots = torch.full((size,), -1, dtype=ids, device=device)
         count = configs.append_block(layout.raw_head_dim)
@@ -154,16 +172,37 @@ def _body_tables(columns: torch.Tensor, csr: bool) -> tuple[torch.Tensor | None,
     return None, {"kv_indptr": indptr, "kv_indices": columns.flatten()}
 
 
-def _warm_decode(
+def _step(
     layout: PageLayout,
-    num_q_heads: int,
-    pages: torch.Tensor,
-    raw_pages: torch.Tensor,
-    dtype: torch.dtype,
-    csr: bool,
-    options: dict[str, Any],
-) -> None:
+    lens: torch.Tensor,
+    ends: torch.Tensor | None,
+    tables: dict[str, Any],
+    raw_table: torch.Tensor,
+    shifted: bool,
+) -> Step:
+    """Return the plan of a step in which nothing happens; `shifted`: sinks are of the sequences' own lengths."""
+    none = torch.empty(TASK_FIELDS, 0, dtype=torch.int32, device=lens.device)
+    count = lens.shape[0] if ends is None else 0
+    tables = {"block_table": None, "kv_indptr": None, "kv_indices": None} | tables
+    return Step(
+        layout=layout, seq_lens=lens, cu_seqlens_q=ends, raw_table=raw_table, num_quantized=lens,
+        sink_lens=lens if shifted else None, slots=torch.full((count,), -1, device=lens.device), tasks=none, sink_len=0,
+        max_query_len=1, at_once=True, **tables,
+    )  # fmt: skip
+
+
+class _Model(NamedTuple):
+    """What all calls have in common."""
+
+    layout: PageLayout
+    num_q_heads: int
+    dtype: torch.dtype
+    csr: bool
+
+
+def _warm_decode(model: _Model, pages: torch.Tensor, raw_pages: torch.Tensor, options: dict[str, Any], shifted: bool) -> None:
     """Compile decode attention, and its merge for every number of partial results that are looked at together."""
+    layout, num_q_heads, dtype, csr = model
     device, num_kv_heads = pages.device, pages.shape[1]
     programs = gpu.num_programs(device, configs.decode_config(layout, dtype, device, options["table"]).programs_per_sm)
     num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)[1]
@@ -178,42 +217,84 @@ def _warm_decode(
         columns = torch.zeros(batch, -(-programs // (batch * num_tiles)), dtype=torch.int32, device=device)
         lens = torch.zeros(batch, dtype=torch.int32, device=device)
         block_table, indices = _body_tables(columns, csr)
+        step = _step(layout, lens, None, {"block_table": block_table, **indices}, columns, shifted)
         raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": columns, "num_quantized": lens}
-        for return_lse in (False, True):
-            for tables, split_size in itertools.product((indices, indices | raw), (None, 1)):
-                decode_attention(
-                    q, pages, block_table, lens, layout, return_lse=return_lse, split_size=split_size, **tables, **options
-                )  # fmt: skip
+        for return_lse, split_size in itertools.product((False, True), (None, 1)):
+            given = {"return_lse": return_lse, "split_size": split_size, **options}
+            if shifted:
+                attend(q, pages, raw_pages, step, **given)
+                continue
+            for tables in (indices, indices | raw):
+                decode_attention(q, pages, block_table, lens, layout, **tables, **given)
 
 
 def _warm_prefill(
-    layout: PageLayout,
-    num_q_heads: int,
+    model: _Model,
     pages: torch.Tensor,
     raw_pages: torch.Tensor,
-    dtype: torch.dtype,
-    csr: bool,
     scratch: torch.dtype | None,
     options: dict[str, Any],
+    shifted: bool,
 ) -> None:
     """Compile prefill attention for tiles of all sizes, with one run of pages, a few and many, and scratch memory if any."""
+    layout, num_q_heads, dtype, csr = model
     shape = 65, pages.shape[1]
     k, v = (torch.zeros(*shape, d, dtype=dtype, device=pages.device) for d in (layout.head_dim, layout.v_head_dim))
     lens = torch.zeros(1, dtype=torch.int32, device=pages.device)
     ends = torch.zeros(2, dtype=torch.int32, device=pages.device)
+    raw_table = torch.zeros(1, 2, dtype=torch.int32, device=pages.device)
     group = num_q_heads // pages.shape[1]
     for count in sorted({max(rows // group, 1) for rows in configs.TILE_ROWS} | {65}):
         q = torch.zeros(count, num_q_heads, layout.head_dim, dtype=dtype, device=pages.device)
         for columns, split_size in ((1, None), (2, None), (4096, None), (2, 1), (64, 1)):
             block_table, indices = _body_tables(torch.zeros(1, columns, dtype=torch.int32, device=pages.device), csr)
-            raw_table = torch.zeros(1, 2, dtype=torch.int32, device=pages.device)
+            step = _step(layout, lens, ends, {"block_table": block_table, **indices}, raw_table, shifted)
+            step = dataclasses.replace(step, slots=torch.full((count,), -1, device=pages.device))
             raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": raw_table, "num_quantized": lens}
+            memory = {}
             if scratch is not None:
-                raw["scratch"] = torch.empty(columns, *raw_pages.shape[1:], dtype=scratch, device=pages.device)
+                memory["scratch"] = torch.empty(columns, *raw_pages.shape[1:], dtype=scratch, device=pages.device)
             given: list[dict[str, Any]] = [{}, {"k": k[:count], "v": v[:count]}]
-            for keys in given:
-                for return_lse in (False, True):
-                    prefill_attention(
-                        q, pages, block_table, lens, ends, layout, return_lse=return_lse, split_size=split_size, **keys,
-                        **indices, **raw, **options,
-                    )  # fmt: skip
+            for keys, return_lse in itertools.product(given, (False, True)):
+                some = {"return_lse": return_lse, "split_size": split_size, **keys, **memory, **options}
+                if shifted:
+                    attend(q, pages, raw_pages, step, **some)
+                else:
+                    prefill_attention(q, pages, block_table, lens, ends, layout, **indices, **raw, **some)
+
+
+def _warm_steps(
+    model: _Model,
+    new: tuple[torch.Tensor, torch.Tensor],
+    pages: torch.Tensor,
+    raw_pages: torch.Tensor,
+    sink_columns: bool,
+    encoder: Encoder,
+) -> None:
+    """Compile the plan of steps with and without every argument, what they write, and copies of raw pages."""
+    layout, csr = model.layout, model.csr
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": pages.device}
+    lens, columns, ids = torch.zeros(1, **ints), torch.zeros(1, 3, **ints), torch.full((1,), -1, **ints)
+    block_table, indices = _body_tables(columns, csr)
+    sizes: list[dict[str, Any]] = [{}, {"cu_seqlens_q": torch.zeros(2, **ints), "num_tokens": 1}]
+    for size, rows, prefix_lens, per in itertools.product(sizes, (None, lens), (None, lens), (1,) if csr else (1, 2)):
+        step = plan_step(
+            layout, lens, size.get("cu_seqlens_q"), block_table, columns, num_tokens=size.get("num_tokens"), rows=rows,
+            prefix_lens=prefix_lens, pages_per_block=per, sink_columns=sink_columns,
+            sink_len=layout.page_size if sink_columns else 0, **indices,
+        )  # fmt: skip
+    write_tokens(*new, pages, raw_pages, step, encoder=encoder)
+    copy_raw_pages(raw_pages, ids, ids)
+
+
+def _warm_reads(model: _Model, pages: torch.Tensor, raw_pages: torch.Tensor, shifted: bool, dtype: torch.dtype) -> None:
+    """Compile `read_tokens`."""
+    layout, csr = model.layout, model.csr
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": pages.device}
+    lens, columns = torch.zeros(1, **ints), torch.zeros(1, 3, **ints)
+    block_table, indices = _body_tables(columns, csr)
+    step = _step(layout, lens, None, {"block_table": block_table, **indices}, columns, shifted)
+    shape = 1, pages.shape[1], 1
+    k, v = (torch.zeros(*shape, d, dtype=dtype, device=pages.device) for d in (layout.head_dim, layout.v_head_dim))
+    for starts in (None, lens):
+        read_tokens(pages, raw_pages, step, k, v, starts=starts)

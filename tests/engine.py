@@ -1,8 +1,9 @@
-"""A small engine with a prefix cache, and an oracle: what `test_serving.py` drives through `plan_step`, `write_tokens`, `attend`.
+"""A small engine with a prefix cache, and an oracle: what `test_serving.py` drives through `plan_step`, `write_tokens`,
+`attend`.
 
-The engine does what others do: it permutes its batch at every step, gives rows and slots of finished requests away in the step in
-which they end, and enters the blocks of a prompt into its prefix cache when it schedules them, so that a prompt of the same step may
-read what this step writes. The oracle keeps all tokens, and knows of pages only which tokens they hold.
+The engine does what others do: it permutes its batch at every step, gives rows and slots of finished requests away in the step
+in which they end, and enters the blocks of a prompt into its prefix cache when it schedules them, so that a prompt of the same
+step may read what this step writes. The oracle keeps all tokens, and knows of pages only which tokens they hold.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from kvarn_triton import PageLayout
+from kvarn_triton import PageLayout, plan_step
 from kvarn_triton.testing import cache_case
 
 LAYOUT = PageLayout(64, 64, 4, 2)
@@ -74,6 +74,36 @@ def valid_arguments(device: torch.device) -> dict[str, dict]:
             **options,
         },
         "merge_states": {"out_a": state, "lse_a": lse, "out_b": state, "lse_b": lse},
+        **arguments_of_steps(device),
+    }
+
+
+def arguments_of_steps(device: torch.device) -> dict[str, dict]:
+    """Return valid keyword arguments of the functions of a step, which has 5 tokens of one sequence and 4 of another."""
+    case = cache_case(LAYOUT, [150, 70], group=3, sink_len=16, device=device)
+    plan = {
+        "layout": LAYOUT,
+        "seq_lens": case.seq_lens,
+        "cu_seqlens_q": torch.tensor([0, 5, 9], dtype=torch.int32, device=device),
+        "block_table": case.block_table,
+        "raw_table": case.raw_table,
+        "num_tokens": 9,
+        "sink_len": 16,
+        "prefix_lens": torch.zeros(2, dtype=torch.int32, device=device),
+    }
+    q = torch.randn(9, 6, 64, device=device).half()
+    new = {name: torch.randn(9, 2, 64, device=device).half() for name in ("k", "v")}
+    pools = {"pages": case.pages, "raw_pages": case.raw_pages, "step": plan_step(**plan)}
+    scratch = torch.zeros(case.block_table.numel(), 2, 2, 64, 64, device=device).half()
+    attention = {"window": 100, "soft_cap": 30.0, "sinks": torch.zeros(6, device=device), "scratch": scratch}
+    ids = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    read = {name: torch.randn(2, 2, 200, 64, device=device) for name in ("k", "v")}
+    return {
+        "plan_step": plan,
+        "write_tokens": {**new, **pools},
+        "attend": {"q": q, **new, **pools, **attention, "out": torch.zeros_like(q)},
+        "read_tokens": {**read, **pools, "starts": ids},
+        "copy_raw_pages": {"raw_pages": case.raw_pages, "sources": ids, "targets": ids + 2},
     }
 
 
@@ -158,6 +188,7 @@ SCALE = [
     ("sm_scale", set_to(value), "sm_scale: expected None or a finite number .up to 1e30., got ")
     for value in (torch.tensor(0.125), float("nan"), float("inf"), "0.125", True)
 ]
+STEP = [("step", set_to(value), "step: expected a Step, got ") for value in (None, 3)]
 WRONG: dict[str, list[tuple[str, Callable, str]]] = {
     "hadamard": [
         ("x", *NOT_A_TENSOR),
@@ -325,5 +356,71 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("out_b", to(torch.float16), "expected dtype float32, got float16"),
         ("out_b", lambda x: x[:1], r"expected shape \[2, 6, 64\], got \[1, 6, 64\]"),
         ("lse_b", lambda x: x[:1], r"expected shape \[2, 6\], got \[1, 6\]"),
+    ],
+    "plan_step": [
+        *RAW_TABLE,
+        *BLOCK_TABLE[:2],
+        *BLOCK_TABLE[4:],
+        ("seq_lens", *NOT_A_TENSOR),
+        ("seq_lens", to(torch.int64), "expected dtype int32, got int64"),
+        ("cu_seqlens_q", lambda x: x[:2], r"expected shape \[3\], got \[2\]"),
+        ("num_tokens", set_to(None), "num_tokens: expected an integer of at least 0, got None"),
+        ("num_tokens", set_to(9.0), "num_tokens: expected an integer of at least 0, got 9.0"),
+        ("max_query_len", set_to(-1), "max_query_len: expected an integer of at least 0, got -1"),
+        ("rows", set_to(torch.zeros(2)), "expected dtype int32, got float32"),
+        ("rows", set_to(torch.zeros(1, dtype=torch.int32)), r"expected shape \[2\], got \[1\]"),
+        ("prefix_lens", to(torch.int64), "expected dtype int32, got int64"),
+        ("sink_columns", set_to(1), "sink_columns: expected a bool, got 1"),
+        ("sink_columns", set_to(True), "sink_columns: expected False where sink_len is no multiple of 64, got True"),
+        ("pages_per_block", set_to(0), "pages_per_block: expected an integer of at least 1, got 0"),
+        ("max_drafts", set_to(-1), "max_drafts: expected an integer of at least 0, got -1"),
+        ("max_drafts", set_to(100), "raw_table: expected at least 5 tail slots for max_drafts=100, got 2"),
+        ("out", set_to(3), "out: expected a Step, got 'int'"),
+    ],
+    "write_tokens": [
+        *PAGES,
+        *STEP,
+        ("raw_pages", lambda x: x[:, :1], r"expected shape \[\*, 2, 2, 64, 64\], got "),
+        ("raw_pages", *GAPPED),
+        ("k", to(torch.int32), "expected dtype float16 or bfloat16 or float32, got int32"),
+        ("k", lambda x: x[:8], r"expected shape \[9, 2, 64\], got \[8, 2, 64\]"),
+        ("k", lambda x: x[None].expand(2, -1, -1, -1), "k: expected 9 tokens in all, got '2 sequences'"),
+        ("k", lambda x: x[None], r"expected shape \[1, 2, 9, 64\], got \[1, 9, 2, 64\]"),
+        ("k", *GAPPED),
+        ("v", to(torch.float32), "expected dtype float16, got float32"),
+        ("v", *GAPPED),
+    ],
+    "attend": [
+        *PAGES,
+        *STEP,
+        *SCALE,
+        ("q", lambda x: x[:8], r"expected shape \[9, \*, 64\], got \[8, 6, 64\]"),
+        ("q", *NOT_A_TENSOR),
+        ("q", lambda x: x[:, :5], "expected a multiple of the 2 kv heads of pages as query heads, got 5"),
+        ("v", set_to(None), "expected a tensor beside k, and None without it, got None"),
+        ("k", lambda x: x[:8], r"expected shape \[9, 2, 64\], got \[8, 2, 64\]"),
+        ("out", lambda x: x[:1], r"expected shape \[9, 6, 64\], got \[1, 6, 64\]"),
+        ("window", set_to(0), "window: expected None or an integer from 1 to 2147483647, got 0"),
+        ("split_size", set_to(0), "split_size: expected an integer of at least 1, got 0"),
+        ("workspace", set_to(torch.zeros(8)), "expected dtype uint8, got float32"),
+        ("scratch", lambda x: x[1:], r"expected a slot for each of the (\d+) entries of block_table, got \d+"),
+    ],
+    "read_tokens": [
+        *PAGES,
+        *STEP,
+        ("k", to(torch.int32), "expected dtype float16 or bfloat16 or float32, got int32"),
+        ("k", lambda x: x[:1], r"expected shape \[2, 2, \*, 64\], got \[1, 2, 200, 64\]"),
+        ("v", lambda x: x[:, :, :199], r"expected shape \[2, 2, 200, 64\], got \[2, 2, 199, 64\]"),
+        ("v", to(torch.float16), "expected dtype float32, got float16"),
+        ("v", *GAPPED),
+        ("starts", to(torch.int64), "expected dtype int32, got int64"),
+        ("starts", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
+    ],
+    "copy_raw_pages": [
+        *RAW[:1],
+        *RAW[2:],
+        ("sources", to(torch.int64), "expected dtype int32, got int64"),
+        ("targets", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
+        ("targets", to(torch.int64), "expected dtype int32, got int64"),
     ],
 }

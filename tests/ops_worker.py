@@ -65,6 +65,62 @@ def calls() -> list[tuple]:
         (OPS.prefill_attention.into_lse, (torch.zeros_like(q5), None, torch.zeros(6, 2, 2, 64, 64).half(), *fresh)),
         (OPS.merge_states.default, (out, lse, out + 1, lse + 1)),
         *calls_with_other_values(),
+        *calls_of_steps(),
+    ]
+
+
+def fields_of(step: kvarn.Step) -> tuple:
+    """Return a plan as operators take it."""
+    s = step
+    return (
+        s.layout.name, s.layout.head_dim, s.layout.v_head_dim, s.seq_lens, s.cu_seqlens_q, s.block_table, s.kv_indptr,
+        s.kv_indices, s.raw_table, s.num_quantized, s.sink_lens, s.slots, s.tasks, s.sink_len, s.max_query_len, s.at_once,
+    )  # fmt: skip
+
+
+def calls_of_steps() -> list[tuple]:
+    """Return the operators of a step: of prompts and of decodes, with tables of both forms."""
+    case = cache_case(LAYOUT, [150, 70], sink_len=64)
+    case.pages[(case.pages == 255).all(-1)] = 0
+    case.raw_pages.nan_to_num_(0.0)
+    rows, lens = torch.tensor([1, 0], dtype=torch.int32), case.seq_lens
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+    plain = *NAMES, lens, None, case.block_table, case.raw_table, 2, 1, 64, False, None, 1, 0, None, None, None
+    csr = torch.tensor([0, 3, 6], dtype=torch.int32), torch.arange(6, dtype=torch.int32)
+    full = *NAMES, lens, cu_seqlens, None, case.raw_table, 5, 3, 64, True, rows, 1, 3, lens, *csr
+    chunk = kvarn.plan_step(
+        LAYOUT, lens, cu_seqlens, None, case.raw_table, num_tokens=5, sink_len=64, kv_indptr=csr[0], kv_indices=csr[1]
+    )  # fmt: skip
+    step = kvarn.plan_step(LAYOUT, lens, None, case.block_table, case.raw_table, sink_len=64)
+    pools, options = (case.pages, case.raw_pages), (0.1, 90, 20.0, torch.zeros(8))
+    q, new = torch.randn(5, 8, 64).half(), torch.randn(5, 2, 64).half()
+    many = q, *pools, *fields_of(chunk), new, new, *options, 2, None, False
+    one = (
+        torch.randn(2, 8, 1, 64).half(),
+        *pools,
+        *fields_of(step),
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        [2, 2, 64, 64, 4, 4, 0, 1],
+    )
+    workspace, scratch = torch.zeros(1 << 20, dtype=torch.uint8), torch.zeros(6, 2, 2, 64, 64).half()
+    read = torch.zeros(2, 2, 160, 64), torch.zeros(2, 2, 160, 64)
+    ids = torch.tensor([0, 1], dtype=torch.int32)
+    return [
+        (OPS.plan_step.default, plain),
+        (OPS.plan_step.default, full),
+        (OPS.write_tokens.default, (new, new, *pools, *fields_of(chunk), *ENCODER)),
+        (OPS.attend.default, many),
+        (OPS.attend.lse, one),
+        (OPS.attend.into, (torch.zeros_like(q), workspace, scratch, *many)),
+        (OPS.attend.into_lse, (torch.zeros_like(q), None, None, *many)),
+        (OPS.read_tokens.default, (*pools, *fields_of(step), *read, ids)),
+        (OPS.copy_raw_pages.default, (case.raw_pages, ids, ids + 2)),
     ]
 
 

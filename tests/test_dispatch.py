@@ -100,13 +100,14 @@ def test_public_names_are_documented():
 
 
 FLOORS = (
-    ("checks", "encoder", "layout"),
+    ("checks", "encoder", "layout", "step"),
     ("reference",),
     ("cache", "debugging", "gpu", "launch", "paging", "tables"),
     ("tile",),
     ("configs",),
     ("pages",),
     ("attention",),
+    ("serving",),
     ("ops", "testing", "warmup"),
 )
 """Which parts of the package stand on which: each imports from floors below it, and from its own."""

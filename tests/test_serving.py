@@ -1,4 +1,5 @@
-"""Steps of an engine through `plan_step`, `write_tokens`, `attend` and `read_tokens`, against an oracle that keeps every token."""
+"""Steps of an engine through `plan_step`, `write_tokens`, `attend` and `read_tokens`, against an oracle that keeps every
+token."""
 
 from __future__ import annotations
 

@@ -14,7 +14,10 @@ HEADS, GROUP, NUM_PAGES, NUM_RAW = 2, 4, 9, 7
 DTYPE, SCRATCH = torch.float16, torch.bfloat16
 QUICK = kvarn.Encoder(iterations=0, clip=False, fits=0, norm="balance")
 """The encoder that takes the least time to compile."""
-WARMUP = {"dtype": DTYPE, "encoder": QUICK, "prefill": True, "scratch": SCRATCH, "dequantize": torch.float32}
+WARMUP = {
+    "dtype": DTYPE, "encoder": QUICK, "prefill": True, "scratch": SCRATCH, "dequantize": torch.float32, "steps": True,
+    "sink_columns": True,
+}  # fmt: skip
 
 
 class Variants:
@@ -117,6 +120,49 @@ def warmed_calls(variants: Variants) -> dict[str, Callable[[], object]]:
     }
 
 
+def step_calls(variants: Variants) -> dict[str, Callable[[], object]]:
+    """Return calls of a step with drawn sizes and options; `warmup` compiles what they launch."""
+    v, batch, size, heads = variants, variants.pick(1, 2, 3, 16, 33), LAYOUT.page_size, HEADS * GROUP
+    tables, sink_columns = caches(variants, batch), bool(v.pick(0, 1))
+    sink_len = v.pick(0, 1) * size if sink_columns else tables["sink_len"]
+    per, tokens = v.pick(1, 2, 3), v.pick(1, 2, 4, 5, 8, 17, 40)
+    raw_table = v.ints(batch, -(-sink_len // size) + v.pick(3, 4, 16), below=NUM_RAW)
+    lens = v.place(tables["seq_lens"].cpu().clamp(max=tables["block_table"].shape[1] * size) // 2 + 1)
+    options = {"sink_len": sink_len, "sink_columns": sink_columns, "pages_per_block": per, "max_drafts": v.pick(0, 1, 16)}
+    if v.pick(0, 1):
+        options["rows"] = v.ints(batch, below=batch)
+    if v.pick(0, 1):
+        options["prefix_lens"] = v.ints(batch, below=2)
+    ends = None
+    if v.pick(0, 1):
+        ends = v.place((torch.arange(batch + 1) * tokens).int())
+        options |= {"num_tokens": batch * tokens, "max_query_len": tokens}
+    count = 1 if ends is None else tokens
+    shape = (batch, HEADS, count) if v.pick(0, 1) else (batch * count, HEADS)
+    k, values = v.floats(*shape, LAYOUT.head_dim), v.floats(*shape, LAYOUT.v_head_dim)
+    q = v.floats(shape[0], heads, *shape[2:], LAYOUT.head_dim)
+    block_table = v.ints(batch, tables["block_table"].shape[1], below=NUM_PAGES // 3)
+    pools = tables["pages"], tables["raw_pages"]
+    given = {"k": k, "v": values} if v.pick(0, 1) else {}
+    given |= {"split_size": v.pick(1, 2, 16) if v.pick(0, 1) else None, "return_lse": bool(v.pick(0, 1))}
+    read = [v.floats(batch, HEADS, v.pick(1, 5, 16, 70), d, dtype=torch.float32) for d in (LAYOUT.head_dim, LAYOUT.v_head_dim)]
+    read[1] = v.place(torch.zeros(*read[0].shape[:3], LAYOUT.v_head_dim))
+    starts = {"starts": v.ints(batch, below=3)} if v.pick(0, 1) else {}
+    ids = v.place(torch.tensor([-1, 0]).int())
+    planned: list[kvarn.Step] = []
+
+    def plan() -> None:
+        planned.append(kvarn.plan_step(LAYOUT, lens, ends, block_table, raw_table, **options))
+
+    return {
+        "plan_step": plan,
+        "write_tokens": lambda: kvarn.write_tokens(k, values, *pools, planned[0], encoder=QUICK),
+        "attend": lambda: kvarn.attend(q, *pools, planned[0], **given),
+        "read_tokens": lambda: kvarn.read_tokens(*pools, planned[0], *read, **starts),
+        "copy_raw_pages": lambda: kvarn.copy_raw_pages(pools[1], ids, ids),
+    }
+
+
 def other_calls(variants: Variants) -> dict[str, Callable[[], object]]:
     """Return calls of what `warmup` leaves out: the first call of each compiles what all others use."""
     v, count = variants, variants.pick(1, 2, 3, 16, 33)
@@ -143,10 +189,11 @@ def other_calls(variants: Variants) -> dict[str, Callable[[], object]]:
 def run(seeds: int, device: torch.device, guard: Callable) -> None:
     """Warm up, call everything else once, then call all variants inside `guard`."""
     kvarn.warmup(LAYOUT, HEADS * GROUP, HEADS, device, **WARMUP)
+    kvarn.warmup(LAYOUT, HEADS * GROUP, HEADS, device, **WARMUP | {"sink_columns": False})
     for call in other_calls(Variants(0, device)).values():
         call()
     with guard():
         for seed in range(seeds):
-            for calls in (warmed_calls, other_calls):
+            for calls in (warmed_calls, step_calls, other_calls):
                 for call in calls(Variants(seed, device)).values():
                     call()

@@ -37,9 +37,14 @@ def check_grids(kernels: list[Compiled]) -> None:
     kvarn.commit_pages(raw_pages, pages, ids, ids, flat, flat, layout, max_new_pages=10**9)
     kvarn.append_tokens(heads[:, :1], heads[:, :1], raw_pages, flat)
     kvarn.store_pages(heads[:64, :1], heads[:64, :1], pages, flat, layout, token_starts=flat)
+    step = kvarn.plan_step(layout, flat, None, ids, ids)
+    kvarn.write_tokens(heads[:, :1], heads[:, :1], pages, raw_pages, step)
+    kvarn.attend(heads, pages, raw_pages, step)
+    kvarn.read_tokens(pages, raw_pages, step, heads[:, :1, None], heads[:, :1, None])
+    kvarn.copy_raw_pages(raw_pages, flat, flat)
     kvarn.merge_states(heads, heads[..., 0].float(), heads, heads[..., 0].float())
     kvarn.hadamard(heads)
-    assert len({kernel.name for kernel in kernels}) >= 9
+    assert len({kernel.name for kernel in kernels}) >= 13
     for kernel in kernels:
         assert kernel.grid[0] < 2**31 and all(size < 2**16 for size in kernel.grid[1:]), kernel
 
@@ -84,7 +89,7 @@ def main() -> None:
             call_many_heads()
         variant_cases.run(SEEDS, torch.device("cpu"), guard)
         check_grids(kernels)
-    assert len({name for name, _ in seen}) == 18, seen
+    assert len({name for name, _ in seen}) == 22, seen
     print("\n".join(new))
 
 

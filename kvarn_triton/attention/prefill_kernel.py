@@ -205,8 +205,7 @@ def _kvarn_prefill_attention_kernel(
         tile = tile_of(cu_seqlens_ptr, row, number, head, PLAN)
         seq_len = tl.load(seq_lens_ptr + row)
         sink = sink_of(sink_len, row, row < batch)
-        if window is not None:
-            # A larger window shows no more, and could overflow what it is subtracted from.
+        if window is not None:  # a larger one shows no more, and could overflow what it is subtracted from
             window = tl.minimum(window, tl.maximum(seq_len, 1))
         seen = seen_by(
             (tile.first_query, tile.last_query, tile.num_tokens), row, seq_len, num_quantized_ptr, sink, window,

@@ -1,7 +1,8 @@
 """A step of a server in plain PyTorch: what `plan_step` says of lengths, and writing and attending as it says.
 
-A page of a table holds `page_size` tokens from position `origin + i * page_size` on; `origin` is the length of the sink, or 0 where
-the table has columns for the sink too. With at most `max_drafts` tokens that may be taken back, a sequence of L tokens has
+A page of a table holds `page_size` tokens from position `origin + i * page_size` on; `origin` is the length of the sink, or 0
+where the table has columns for the sink too. With at most `max_drafts` tokens that may be taken back, a sequence of L tokens
+has
 
     pages that end by L - max_drafts        in quantized form, and
     tokens of pages that end after L - 2 * max_drafts      in the tail ring: whatever is taken back, the ring has the rest.
@@ -230,11 +231,19 @@ def attend(
     *,
     k: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
+    sm_scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
-    **options: Any,
+    split_size: int | None = None,
+    workspace: torch.Tensor | None = None,
+    scratch: torch.Tensor | None = None,
+    table: object = None,
+    keep_sink: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attend with the queries of a step; see `kvarn_triton.attend`. `options` are those of `prefill_attention`."""
+    """Attend with the queries of a step; see `kvarn_triton.attend`."""
     q = flat_tokens(q)
     result = q.new_zeros(*q.shape[:2], step.layout.v_head_dim) if out is None else out
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
@@ -247,14 +256,13 @@ def attend(
         span = slice(int(ends[b]), int(ends[b + 1]))
         if span.start >= span.stop:
             continue
-        tables = tables_of_row(step, b)
         own = torch.tensor([0, span.stop - span.start], dtype=torch.int32, device=q.device)
-        new = {} if k is None or v is None else {"k": k[span], "v": v[span]}
-        row, row_lse = prefill_attention(
-            q[span], pages, tables.pop("block_table"), step.seq_lens[b : b + 1], own, step.layout, raw_pages=raw_pages,
-            return_lse=True, **tables, **new, **options,
+        new = (None, None) if k is None or v is None else (k[span], v[span])
+        result[span], lse[span] = prefill_attention(
+            q[span], pages, seq_lens=step.seq_lens[b : b + 1], cu_seqlens_q=own, layout=step.layout, raw_pages=raw_pages,
+            k=new[0], v=new[1], sm_scale=sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, return_lse=True,
+            keep_sink=keep_sink, **tables_of_row(step, b),
         )  # fmt: skip
-        result[span], lse[span] = row, row_lse
     return (result, lse) if return_lse else result
 
 
@@ -265,19 +273,21 @@ def read_tokens(
     step: Step,
     k: torch.Tensor,
     v: torch.Tensor,
+    *,
     starts: torch.Tensor | None = None,
 ) -> None:
     """Write the keys and values of sequences to memory; see `kvarn_triton.read_tokens`."""
     for b, length in enumerate(step.seq_lens.tolist()):
+        if length <= 0:
+            continue
         tables = tables_of_row(step, b)
-        if length > 0:
-            tables["num_quantized"] = int(tables["num_quantized"])
-            tokens = gather_cache(pages, tables.pop("block_table"), length, step.layout, row=0, raw_pages=raw_pages, **tables)
-            start = 0 if starts is None else int(starts[b])
-            for result, x in zip((k, v), tokens, strict=True):
-                first, last = max(-start, 0), min(length, result.shape[2] - start)
-                if first < last:
-                    result[b, :, start + first : start + last] = hadamard(x[:, first:last]).to(result.dtype)
+        tables["num_quantized"] = int(tables["num_quantized"])
+        tokens = gather_cache(pages, seq_len=length, layout=step.layout, row=0, raw_pages=raw_pages, **tables)
+        start = 0 if starts is None else max(int(starts[b]), 0)
+        for result, x in zip((k, v), tokens, strict=True):
+            count = min(length, result.shape[2] - start)
+            if count > 0:
+                result[b, :, start : start + count] = hadamard(x[:, :count]).to(result.dtype)
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .. import gpu, reference
@@ -41,8 +43,8 @@ def plan_step(
         seq_lens: int32 [batch], tokens of each sequence, those of this step included. 0: padding; nothing is written or read.
         cu_seqlens_q: int32 [batch + 1]; the new tokens of sequence b are those from cu_seqlens_q[b] to cu_seqlens_q[b + 1].
             Tokens before the first and after the last number are padding. None: one new token for each sequence, its last.
-        block_table: int32 [batch, max_blocks], ids that are set before pages complete; a page with an id below 0 is not written.
-            None with `kv_indptr` and `kv_indices`.
+        block_table: int32 [batch, max_blocks], ids that are set before pages complete; a page with an id below 0 is not
+            written. None with `kv_indptr` and `kv_indices`.
         raw_table: int32 [batch, num_sink_pages + num_tail_slots]. The ring needs (2 * max_drafts + page_size - 2) //
             page_size + 1 slots; with one for each page that a step's tokens and `max_drafts` can touch, a step is written by
             one launch, else by two.
@@ -50,11 +52,11 @@ def plan_step(
         max_query_len: most new tokens of a sequence; by default `num_tokens`.
         sink_len: tokens at the start of every sequence that stay raw.
         sink_columns: whether tables begin at position 0: `block_table` has columns for the pages of the sink too, and
-            `sink_len` is a multiple of `page_size`. Then sink pages are also quantized, each to its own block, and a sequence whose
-            raw id in the first column is below 0 has no raw sink: it came from a prefix cache, and its first pages are
+            `sink_len` is a multiple of `page_size`. Then sink pages are also quantized, each to its own block, and a sequence
+            whose raw id in the first column is below 0 has no raw sink: it came from a prefix cache, and its first pages are
             read from `pages` like all others.
-        rows: int32 [batch], the row of `block_table`, `raw_table` and `prefix_lens` that each sequence has: those tables then have
-            a row for each request that is alive, in any order. Not of `kv_indptr`. Below 0 is taken for 0.
+        rows: int32 [batch], the row of `block_table`, `raw_table` and `prefix_lens` that each sequence has: those tables then
+            have a row for each request that is alive, in any order. Not of `kv_indptr`. Below 0 is taken for 0.
         pages_per_block: pages of a block, if ids are those of blocks: page i of block b is `pages[b * pages_per_block + i]`.
         max_drafts: most tokens at the end of a sequence that may be taken back afterwards, by a smaller `seq_lens` in the next
             step.
@@ -71,21 +73,33 @@ def plan_step(
     Raises:
         ValueError: for a wrong shape, dtype, device or option. Ids and lengths are not read to be checked.
     """
+    return plan_from(
+        inputs_of(
+            layout, seq_lens, cu_seqlens_q, block_table, raw_table, num_tokens, max_query_len, sink_len, sink_columns, rows,
+            pages_per_block, max_drafts, prefix_lens, kv_indptr, kv_indices,
+        ),
+        out,
+    )  # fmt: skip
+
+
+def inputs_of(layout: PageLayout, seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, *others: Any) -> StepInputs:
+    """Return the arguments of `plan_step`, in its order, as one object; sizes that follow from others are set."""
+    block_table, raw_table, num_tokens, max_query_len, *options = others
     if cu_seqlens_q is None:
         for name, value in (("num_tokens", num_tokens), ("max_query_len", max_query_len)):
             require(value is None, name, "None without cu_seqlens_q", value)
         check_tensor("seq_lens", seq_lens, [None], torch.int32)
         num_tokens, max_query_len = seq_lens.shape[0], 1
-    check_count("num_tokens", num_tokens)
-    max_query_len = num_tokens if max_query_len is None else max_query_len
-    assert num_tokens is not None and max_query_len is not None
-    inputs = StepInputs(
-        layout, seq_lens, cu_seqlens_q, block_table, raw_table, num_tokens, max_query_len, sink_len, sink_columns, rows,
-        pages_per_block, max_drafts, prefix_lens, kv_indptr, kv_indices,
-    )  # fmt: skip
+    elif max_query_len is None:
+        max_query_len = num_tokens
+    return StepInputs(layout, seq_lens, cu_seqlens_q, block_table, raw_table, num_tokens, max_query_len, *options)
+
+
+def plan_from(inputs: StepInputs, out: Step | None) -> Step:
+    """Check what a step is planned from, and plan it."""
     _check(inputs)
     step = inputs.step(out)
-    if gpu.on_device(seq_lens):
+    if gpu.on_device(inputs.seq_lens):
         launch_plan_step(inputs, step)
     else:
         reference.step.fill_plan(inputs, step)
@@ -97,6 +111,7 @@ def _check(inputs: StepInputs) -> None:
     seq_lens, layout, sink_len = inputs.seq_lens, inputs.layout, inputs.sink_len
     check_tensor("seq_lens", seq_lens, [None], torch.int32)
     batch, device = seq_lens.shape[0], seq_lens.device
+    check_count("num_tokens", inputs.num_tokens)
     check_count("max_query_len", inputs.max_query_len)
     if inputs.cu_seqlens_q is not None:
         check_tensor("cu_seqlens_q", inputs.cu_seqlens_q, [batch + 1], torch.int32, device=device)
@@ -109,8 +124,8 @@ def _check(inputs: StepInputs) -> None:
         if tensor is not None:
             check_tensor(name, tensor, [length], torch.int32, device=device)
     require(isinstance(inputs.sink_columns, bool), "sink_columns", "a bool", inputs.sink_columns)
-    if inputs.sink_columns and sink_len % layout.page_size:
-        raise ValueError(f"sink_len: expected a multiple of {layout.page_size} beside sink_columns, got {sink_len}")
+    fits = not (inputs.sink_columns and sink_len % layout.page_size)
+    require(fits, "sink_columns", f"False where sink_len is no multiple of {layout.page_size}", inputs.sink_columns)
     check_count("pages_per_block", inputs.pages_per_block, least=1)
     require(not csr or inputs.pages_per_block == 1, "pages_per_block", "1 beside kv_indices", inputs.pages_per_block)
     check_count("max_drafts", inputs.max_drafts)

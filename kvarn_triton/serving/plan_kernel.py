@@ -169,7 +169,7 @@ class Tables(NamedTuple):
 
 @triton.jit
 def _copy_tables(tables, seqs, table_ptr, lengths, row, batch, pages_per_block, G: tl.constexpr):
-    """Write the tables of a sequence as attention takes them: without columns of the sink, in pages, in the order of the step."""
+    """Write the tables of a sequence as attention takes them: in pages, from the body on, in the order of the step."""
     if tables.sink_lens_ptr is not None:
         tl.store(tables.sink_lens_ptr + row, lengths.sink)
     if tables.indptr_ptr is not None:

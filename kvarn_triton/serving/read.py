@@ -1,8 +1,8 @@
 """Reading a cache back: the tokens of sequences, in order and not rotated, from the sink, from pages and from the tail.
 
 One program has the keys or the values of one page of one sequence and kv head, in one block of the rotation; it dequantizes
-them, or rotates raw tokens back. Grid: (program,), for as many pages of each sequence as the result has room for. Bytes moved: each
-byte of a record or raw token in, each element out, once.
+them, or rotates raw tokens back. Grid: (program,), for as many pages of each sequence as the result has room for. Bytes moved:
+each byte of a record or raw token in, each element out, once.
 """
 
 from __future__ import annotations

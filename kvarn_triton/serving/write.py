@@ -1,9 +1,9 @@
 """Writing a step: new tokens into the raw pool, and pages that they complete, in one launch or two.
 
-The first programs of the launch append: rotate a run of tokens of one kv head and scatter it to slots. The others encode one tile
-of a page each, or return at once if the plan has none for them. A page takes its older tokens from the raw pool and the others from
-the activations, so that no program waits for another. Where new raw tokens would go over older ones that a page still
-takes, appending is a launch of its own, after the other one. Bytes moved: each activation, raw tile and record once.
+The first programs of the launch append: rotate a run of tokens of one kv head and scatter it to slots. The others encode one
+tile of a page each, or return at once if the plan has none for them. A page takes its older tokens from the raw pool and the
+others from the activations, so that no program waits for another. Where new raw tokens would go over older ones that a page
+still takes, appending is a launch of its own, after the other one. Bytes moved: each activation, raw tile and record once.
 """
 
 from __future__ import annotations

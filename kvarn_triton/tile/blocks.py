@@ -175,8 +175,8 @@ def load_blocks(
 ):
     """Load a tile [G, D] as blocks of DTYPE, those of the first 16 tokens first.
 
-    Tokens are rotated by the Hadamard matrix in blocks of ROTATE channels (`reference.hadamard`). `older` has the first ones, if
-    they are somewhere else, as float32.
+    Tokens are rotated by the Hadamard matrix in blocks of ROTATE channels (`reference.hadamard`). `older` has the first ones,
+    if they are somewhere else, as float32.
     """
     tl.static_assert(CODEC != "")  # makes all constants of the encoder a part of the kernel's hash
     BLOCK_C: tl.constexpr = block_channels(D)

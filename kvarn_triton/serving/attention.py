@@ -8,7 +8,7 @@ from .. import configs, gpu, reference
 from ..attention.decode import launch_decode, plan_decode
 from ..attention.prefill import check_new, launch_prefill, plan_prefill
 from ..cache import Mask, Results, check_queries, check_split_size, checked_for_attention
-from ..checks import require
+from ..checks import FLOATS, check_tensor, require
 from ..step import Step
 from .write import cache_of, check_step_pools
 
@@ -35,17 +35,18 @@ def attend(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with the queries of a step, after `write_tokens`: decode attention if it has one token for each sequence.
 
-    That is so if the step was planned without `cu_seqlens_q`; otherwise it is prefill attention, for prompts, chunks and drafts.
+    That is so if the step was planned without `cu_seqlens_q`; otherwise it is prefill attention, for prompts, chunks and
+    drafts.
 
     Args:
         q: float16, bfloat16 or float32 [num_tokens, num_q_heads, head_dim], after the position encoding, not rotated. Or
-            [batch, num_q_heads, n, head_dim], whose tokens are taken one sequence after the other; that is a copy where those of two
-            sequences are not as far apart as two of one.
+            [batch, num_q_heads, n, head_dim], whose tokens are taken one sequence after the other; that is a copy where those
+            of two sequences are not as far apart as two of one.
         pages: uint8 [num_pages, num_kv_heads, page_bytes].
         raw_pages: float16, bfloat16 or float32 [num_raw_pages, 2, num_kv_heads, page_size, layout.raw_head_dim].
         step: `plan_step`.
-        k: the step's keys like `q`, as `write_tokens` got them: queries see the new tokens exactly, and not as they were written.
-            Decode attention reads them from the cache, with or without `k`.
+        k: the step's keys like `q`, as `write_tokens` got them: queries see the new tokens exactly, and not as they were
+            written. Decode attention reads them from the cache, with or without `k`.
         v: the step's values, like `k`.
         sm_scale: as in `decode_attention` and `prefill_attention`, like all that follow.
         window: how many positions a query sees, its own included.
@@ -57,8 +58,8 @@ def attend(
         workspace: uint8, contiguous, for partial results (`decode_workspace_size`, `prefill_workspace_size`).
         scratch: memory for dequantized pages, of prefill attention.
         table: launch parameters, of decode attention.
-        keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it. Not where a sequence may be without
-            a raw sink, because its plan has `sink_columns`.
+        keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it. Not where a sequence may be
+            without a raw sink, because its plan has `sink_columns`.
 
     Returns:
         `out` [num_tokens, num_q_heads, v_head_dim], or `out` and `lse` float32 [num_tokens, num_q_heads]. Rows of padding are
@@ -71,10 +72,10 @@ def attend(
     require(not (keep_sink and step.sink_lens is not None), "keep_sink", "False beside sink_columns", keep_sink)
     flat = reference.step.flat_tokens
     q, k, v = flat(q), None if k is None else flat(k), None if v is None else flat(v)
+    check_tensor("q", q, [step.num_tokens, None, step.layout.head_dim], FLOATS, device=step.seq_lens.device)
     cache = checked_for_attention(cache_of(pages, raw_pages, step), step.batch)
     mask, results = Mask(sm_scale, window, soft_cap, sinks, keep_sink), Results(out, return_lse, workspace)
     check_queries(q, cache, mask, out)
-    require(q.shape[0] == step.num_tokens, "q", f"the {step.num_tokens} tokens of the step", q.shape[0])
     check_split_size(split_size)
     ends = step.cu_seqlens_q
     if ends is None:
