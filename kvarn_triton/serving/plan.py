@@ -130,5 +130,5 @@ def _check(inputs: StepInputs) -> None:
     require(not csr or inputs.pages_per_block == 1, "pages_per_block", "1 beside kv_indices", inputs.pages_per_block)
     check_count("max_drafts", inputs.max_drafts)
     least = slots_for(2 * inputs.max_drafts, layout.page_size)
-    expected = f"at least {least} tail slots for max_drafts={inputs.max_drafts}"
-    require(inputs.num_tail_slots >= least, "raw_table", expected, inputs.num_tail_slots)
+    expected = f"a number for which the {inputs.num_tail_slots} tail slots of raw_table suffice ({least} are needed)"
+    require(inputs.num_tail_slots >= least, "max_drafts", expected, inputs.max_drafts)
