@@ -112,6 +112,47 @@ def small_functions(layout: PageLayout) -> None:
     kvarn.unpack(kvarn.pack(codes, 3, per="token"), 3, layout.page_size, layout.head_dim, per="token")
 
 
+def step_of(layout: PageLayout, ends: torch.Tensor | None, **options: object) -> tuple:
+    """Plan a step of two sequences whose sinks may be in pages; return pages, raw pages and the plan."""
+    ints = {"dtype": torch.int32}
+    sizes = {} if ends is None else {"num_tokens": 5, "max_query_len": 3}
+    step = kvarn.plan_step(
+        layout, torch.zeros(2, **ints), ends, torch.zeros(2, 4, **ints), torch.zeros(2, 3, **ints), sink_len=layout.page_size,
+        sink_columns=True, **sizes, **options,
+    )  # fmt: skip
+    pages = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8)
+    return pages, torch.zeros(4, 2, 2, layout.page_size, layout.raw_head_dim, dtype=torch.float16), step
+
+
+def plans_and_reads(layout: PageLayout) -> None:
+    """Call plan_step with and without its arguments, read_tokens and copy_raw_pages."""
+    ids = torch.zeros(2, dtype=torch.int32)
+    step_of(layout, None)
+    pages, raw_pages, step = step_of(layout, torch.zeros(3, dtype=torch.int32), rows=ids, prefix_lens=ids)
+    kvarn.plan_step(layout, ids, None, None, ids[:, None], kv_indptr=torch.zeros(3).int(), kv_indices=ids)
+    k, v = (torch.zeros(2, 2, 9, d, dtype=torch.float16) for d in (layout.head_dim, layout.v_head_dim))
+    kvarn.read_tokens(pages, raw_pages, step, k, v)
+    kvarn.copy_raw_pages(raw_pages, ids, ids)
+
+
+def attend_steps(layout: PageLayout, dtype: torch.dtype = torch.float16) -> None:
+    """Call attend for decodes and for a chunk with and without scratch memory, where a sink may be in pages."""
+    pages, raw_pages, step = step_of(layout, None)
+    q, k = (torch.zeros(5, heads, layout.head_dim, dtype=dtype) for heads in (16, 2))
+    kvarn.attend(q[:2], pages, raw_pages, step)
+    pages, raw_pages, step = step_of(layout, torch.zeros(3, dtype=torch.int32))
+    v = torch.zeros(5, 2, layout.v_head_dim, dtype=dtype)
+    for scratch in (None, torch.zeros(8, *raw_pages.shape[1:], dtype=torch.float16)):
+        kvarn.attend(q, pages, raw_pages, step, k=k, v=v, scratch=scratch)
+
+
+def write(layout: PageLayout, dtype: torch.dtype = torch.float16, *, encoder: kvarn.Encoder = PLAIN) -> None:
+    """Call write_tokens."""
+    pages, raw_pages, step = step_of(layout, torch.zeros(3, dtype=torch.int32))
+    k, v = (torch.zeros(5, 2, d, dtype=dtype) for d in (layout.head_dim, layout.v_head_dim))
+    kvarn.write_tokens(k, v, pages, raw_pages, step, encoder=encoder)
+
+
 def describe(compiled: Compiled, case: str) -> dict:
     """Return what one kernel uses."""
     used = resources(compiled)
@@ -142,6 +183,7 @@ def main_cases(target: str) -> dict[str, Call]:
         "decode": lambda: decode(MAIN),
         "decode quantized only, group 8": lambda: decode(MAIN, raw=False),
         "small": lambda: small_functions(MAIN),
+        "steps": lambda: plans_and_reads(MAIN),
     }
 
 
@@ -153,6 +195,8 @@ def decode_cases(target: str) -> dict[str, Call]:
     }
     if target in WIDE_TARGETS:
         cases |= {
+            "steps, sinks in pages": lambda: attend_steps(MAIN),
+            "steps, reads of head_dim 80 and 256": lambda: plans_and_reads(PageLayout(80, 64, 3, 8, v_head_dim=256)),
             "decode window beside the sink": lambda: decode(MAIN, window=99, keep_sink=True),
             "decode quantized only, group 1": lambda: decode(MAIN, group=1, raw=False),
             "decode bfloat16, group 16": lambda: decode(MAIN, group=16, dtype=torch.bfloat16),
@@ -221,7 +265,8 @@ def scratch_cases(target: str) -> dict[str, Call]:
 def encode_cases(target: str) -> dict[str, Call]:
     """Return calls of store_pages and commit_pages at the usual head_dim."""
     store = DEFAULT if target in ALL_STEPS_TARGETS else PLAIN
-    return {"encode": lambda: encode(MAIN, encoder=store, commit=DEFAULT if target == "sm90" and OLDEST else PLAIN)}
+    every = DEFAULT if target == "sm90" and OLDEST else PLAIN
+    return {"encode": lambda: encode(MAIN, encoder=store, commit=every), "write": lambda: write(MAIN, encoder=every)}
 
 
 def encode_other_cases(target: str) -> dict[str, Call]:
@@ -230,6 +275,7 @@ def encode_other_cases(target: str) -> dict[str, Call]:
         "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3)),
         "encode head_dim 192, float32": lambda: encode(PageLayout(192, 128, 3, 8), dtype=torch.float32),
         "encode head_dim 192 and 128": lambda: encode(OTHER_VALUES),
+        "write head_dim 192 and 128": lambda: write(OTHER_VALUES, dtype=torch.bfloat16),
     }
 
 

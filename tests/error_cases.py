@@ -374,7 +374,11 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("sink_columns", set_to(True), "sink_columns: expected False where sink_len is no multiple of 64, got True"),
         ("pages_per_block", set_to(0), "pages_per_block: expected an integer of at least 1, got 0"),
         ("max_drafts", set_to(-1), "max_drafts: expected an integer of at least 0, got -1"),
-        ("max_drafts", set_to(100), "max_drafts: expected a number for which the 2 tail slots of raw_table suffice .5 are needed.,"),
+        (
+            "max_drafts",
+            set_to(100),
+            "expected a number for which the 2 tail slots of raw_table suffice .5 are needed., got 100",
+        ),
         ("out", set_to(3), "out: expected a Step, got 'int'"),
     ],
     "write_tokens": [

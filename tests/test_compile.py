@@ -61,13 +61,13 @@ PROCESSES = [
 KERNELS = {
     "main": (
         *("append_tokens", "cut_back", "decode_attention", "dequantize", "dequantize_pages", "hadamard", "merge_splits"),
-        *("merge_states", "pack", "quantize", "unpack", "variance_normalize"),
+        *("merge_states", "pack", "quantize", "unpack", "variance_normalize", "copy_raw_pages", "plan_step", "read_tokens"),
     ),
     "decode": ("decode_attention", "merge_splits"),
     "prefill": ("merge_queries", "prefill_attention"),
     "scratch": ("expand_pages", "prefill_attention"),
-    "encode": ("advance_quantized", "commit_pages", "store_pages"),
-    "encode other": ("advance_quantized", "append_tokens", "commit_pages", "store_pages"),
+    "encode": ("advance_quantized", "commit_pages", "store_pages", "write_tokens"),
+    "encode other": ("advance_quantized", "append_tokens", "commit_pages", "store_pages", "write_tokens"),
     "encode largest": ("advance_quantized", "commit_pages", "store_pages"),
 }
 """Kernels that a part launches, all of the package together."""
@@ -134,8 +134,8 @@ def check_budgets(part: str, kernels: list[dict]) -> None:
             prefill = find("prefill_attention", case)
             assert 0 < prefill["page_loop"] * prefill["num_warps"] <= most, prefill
     else:
-        for name in ("store_pages", "commit_pages"):
-            encode = find(name, "encode")
+        for name, case in (("store_pages", "encode"), ("commit_pages", "encode"), ("write_tokens", "write")):
+            encode = find(name, case)
             assert 0 < encode["largest_loop"] * encode["num_warps"] <= INSTRUCTIONS_PER_STEP, encode
             assert encode["largest_loop_spills"] == 0, encode
 

@@ -12,12 +12,15 @@ from helpers import ON_GPU, assert_same_bits, draw
 from kvarn_triton import (
     PageLayout,
     append_tokens,
+    attend,
     commit_pages,
     decode_attention,
     decode_workspace_size,
+    plan_step,
     prefill_attention,
     prefill_workspace_size,
     raw_slots,
+    write_tokens,
 )
 from kvarn_triton.testing import cache_case
 
@@ -79,6 +82,23 @@ class Step:
         self.raw_pages.zero_()
 
 
+class TwoCalls(Step):
+    """The same step as a plan and two calls, over tables with a row for each request; drafts of up to two tokens."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.rows = torch.arange(BATCH, dtype=torch.int32, device=device)
+
+    def run(self) -> None:
+        """Append one token to each active sequence and attend."""
+        self.seq_lens += self.active
+        step = plan_step(
+            LAYOUT, self.seq_lens, None, self.block_table, self.raw_table, sink_len=SINK_LEN, rows=self.rows, max_drafts=2
+        )  # fmt: skip
+        write_tokens(self.k, self.v, self.pages, self.raw_pages, step)
+        attend(self.q, self.pages, self.raw_pages, step, out=self.out, workspace=self.workspace)
+
+
 @contextlib.contextmanager
 def without_synchronization() -> Iterator[None]:
     """Make everything fail that waits for the GPU."""
@@ -118,6 +138,39 @@ def test_replayed_steps_equal_eager_steps(device):
     for expected, out in outs:
         assert_same_bits(out, expected)
         assert (out[PADDED_ROW] == 0).all()
+
+
+def test_replayed_plan(device):
+    """One graph of a plan and two calls serves steps of any lengths and request rows, with the bits of eager steps."""
+    eager, replayed = TwoCalls(device), TwoCalls(device)
+    for step in (eager, replayed):
+        step.run()  # compiles
+        step.restart()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed.run()
+    replayed.restart()
+    tokens = draw(STEPS, BATCH, 2 * KV_HEADS + Q_HEADS, LAYOUT.head_dim, seed=1, dtype=torch.float16, device=device)
+    orders = [torch.randperm(BATCH, generator=torch.Generator().manual_seed(i)).int().to(device) for i in range(STEPS)]
+    by_request = torch.tensor(STARTS, dtype=torch.int32, device=device)
+    outs = []
+    with without_synchronization():
+        for i in range(STEPS):
+            for step in (eager, replayed):
+                for value, new in zip((step.k, step.v, step.q), tokens[i].split((KV_HEADS, KV_HEADS, Q_HEADS), 1), strict=True):
+                    value.copy_(new)
+                step.rows.copy_(orders[i])
+                step.seq_lens.copy_(by_request[orders[i].long()])
+                step.active.fill_(1)
+            eager.run()
+            graph.replay()
+            by_request[orders[i].long()] = eager.seq_lens
+            outs.append((eager.out.clone(), replayed.out.clone()))
+    for expected, out in outs:
+        assert_same_bits(out, expected)
+    assert_same_bits(replayed.pages, eager.pages)
+    assert_same_bits(replayed.raw_pages, eager.raw_pages)
+    assert int(by_request.max()) > SINK_LEN + 2 * LAYOUT.page_size
     assert_same_bits(replayed.pages, eager.pages)
     lens = [0 if row == PADDED_ROW else start + STEPS for row, start in enumerate(STARTS)]
     assert replayed.seq_lens.tolist() == lens

@@ -3,13 +3,17 @@ token."""
 
 from __future__ import annotations
 
+import dataclasses
+from random import Random
+
 import pytest
 import torch
-from engine import Case, Engine
-from helpers import ON_GPU
+from engine import ENCODER, Case, Engine
+from helpers import ON_GPU, bits_of
 
 import kvarn_triton
 from kvarn_triton import PageLayout, reference
+from kvarn_triton.step import slots_for
 
 SMALL = PageLayout(64, 64, 4, 2)
 CASES = {
@@ -54,3 +58,89 @@ def test_everything_happens():
             engines[-1].step()
     for name in ("hits", "same_step_hits", "rejected", "preempted"):
         assert sum(getattr(engine, name) for engine in engines) >= 3, name
+
+
+def random_plan(random: Random, device: torch.device) -> tuple[tuple, dict]:
+    """Return arguments of plan_step, among them lengths and ids that nobody means to give."""
+    batch, size, requests = random.randint(0, 5), SMALL.page_size, 6
+
+    def ints(*shape: int, least: int, most: int) -> torch.Tensor:
+        numbers = [random.randint(least, most) for _ in range(torch.Size(shape).numel())]
+        return torch.tensor(numbers, dtype=torch.int32, device=device).view(shape)
+
+    sink_columns = random.random() < 0.5
+    sink_len = random.choice((0, 64, 128)) if sink_columns else random.choice((0, 16, 64, 100))
+    drafts = random.choice((0, 0, 1, 5, 70))
+    options = {"sink_columns": sink_columns, "sink_len": sink_len, "max_drafts": drafts}
+    raw_table = ints(requests, -(-sink_len // size) + slots_for(2 * drafts, size) + random.randint(0, 2), least=-1, most=40)
+    count = requests
+    if random.random() < 0.6:
+        options["rows"] = ints(batch, least=-1, most=requests - 1)
+    else:
+        count, raw_table = batch, raw_table[:batch]
+    if random.random() < 0.5:
+        options["prefix_lens"] = ints(count, least=-5, most=300)
+    ends = None
+    if random.random() < 0.7:
+        counts = [random.choice((0, 1, 1, 2, 5, 64, 130, 300)) for _ in range(batch)]
+        ends = torch.tensor([0, *counts]).cumsum(0).int().to(device) + random.randint(0, 3)
+        options |= {"num_tokens": int(ends[-1]) + random.randint(0, 140), "max_query_len": max([1, *counts])}
+    lens = ints(batch, least=random.choice((-3, 1)), most=random.choice((3, 130, 700)))
+    if random.random() < 0.3:
+        ids = ints(9 * batch, least=-1, most=60)
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * random.randint(0, 9)
+        return (SMALL, lens, ends, None, raw_table), options | {"kv_indptr": starts, "kv_indices": ids}
+    options["pages_per_block"] = random.choice((1, 1, 2, 3))
+    return (SMALL, lens, ends, ints(count, random.randint(1, 9), least=-1, most=60), raw_table), options
+
+
+def test_plans(device):
+    """Plans of the kernel are those of the reference, number by number, whatever lengths and ids there are."""
+    for seed in range(1500 if ON_GPU else 120):
+        arguments, options = random_plan(Random(seed), device)
+        plan, expected = (api.plan_step(*arguments, **options) for api in (kvarn_triton, reference))
+        for field in dataclasses.fields(plan):
+            got, want = getattr(plan, field.name), getattr(expected, field.name)
+            if field.name == "tasks":  # what is said of no page means nothing
+                got, want = (torch.where(x[:1] >= 0, x, -1) if x.shape[1] else x for x in (got, want))
+            same = torch.equal(got, want) if isinstance(got, torch.Tensor) else got == want
+            assert same, (seed, field.name, got, want)
+        again = kvarn_triton.plan_step(*arguments, **options, out=plan)
+        assert again is plan and torch.equal(plan.slots, expected.slots)
+
+
+@pytest.mark.parametrize("layout", [SMALL, PageLayout(80, 64, 3, 4, v_head_dim=64)], ids=str)
+def test_four_dimensions(layout, device):
+    """Activations [batch, heads, n, channels] of any strides are written and attended to as [tokens, heads, channels] are."""
+    batch, heads, n, ints = 3, 2, 70, {"dtype": torch.int32, "device": device}
+    lens = torch.tensor([70, 130, 200], **ints)
+    ends = torch.arange(batch + 1, **ints) * n
+    tables = torch.arange(12, **ints).view(batch, 4), torch.arange(6, **ints).view(batch, 2)
+    step = kvarn_triton.plan_step(layout, lens, ends, *tables, num_tokens=batch * n, max_query_len=n, sink_len=16)
+    generator = torch.Generator().manual_seed(0)
+    head_dims = layout.head_dim, layout.v_head_dim
+    k, v = (torch.randn(batch, heads, n, d, generator=generator).half().to(device) for d in head_dims)
+    q = torch.randn(batch, 2 * heads, n, layout.head_dim, generator=generator).half().to(device)
+    results = []
+    forms = (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: x.transpose(1, 2).flatten(0, 1))
+    for form in forms:
+        pages = torch.zeros(layout.pages_shape(12, heads), dtype=torch.uint8, device=device)
+        raw_pages = torch.zeros(6, 2, heads, 64, layout.raw_head_dim, dtype=torch.float16, device=device)
+        kvarn_triton.write_tokens(form(k), form(v), pages, raw_pages, step, encoder=ENCODER)
+        out = kvarn_triton.attend(form(q), pages, raw_pages, step, k=form(k), v=form(v))
+        results.append((pages, raw_pages, out))
+    assert (results[0][0] != 0).any() and (results[0][1] != 0).any()
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(bits_of(one), bits_of(two))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_copies_of_raw_pages(dtype, device):
+    """Pages are copied bit by bit, all channels of keys and values; ids below 0 copy nothing."""
+    raw_pages = torch.randn(7, 2, 3, 64, 80).to(dtype).to(device)
+    expected = raw_pages.clone()
+    sources, targets = torch.tensor([0, 2, -1, 6, 3]), torch.tensor([1, 4, 5, -1, 3])
+    expected[[1, 4]] = raw_pages[[0, 2]]
+    kvarn_triton.copy_raw_pages(raw_pages, sources.int().to(device), targets.int().to(device))
+    assert torch.equal(raw_pages, expected)

@@ -86,7 +86,7 @@ def fill_plan(inputs: StepInputs, step: Step) -> None:
         tables["num_quantized"].append(max(max(row.end, row.floor) - skipped, 0))
         tables["sink_lens"].append(row.sink_len)
         tables["raw_table"].append(row.raw_ids[shift:] + [-1] * shift)
-        tables["block_table"].append(row.ids[skipped:] + [-1] * skipped)
+        tables["block_table"].append(row.ids[skipped:] + [-1] * min(skipped, len(row.ids)))
         tables["kv_indptr"].append(min(row.first_id + skipped, row.first_id + len(row.ids)))
     if inputs.kv_indptr is not None:
         tables["kv_indptr"].append(int(inputs.kv_indptr[-1]))

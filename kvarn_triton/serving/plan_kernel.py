@@ -265,6 +265,8 @@ def launch_plan_step(inputs: StepInputs, step: Step) -> None:
     if batch == 0:
         step.slots.fill_(-1)
         step.tasks.fill_(-1)
+        if step.kv_indptr is not None and inputs.kv_indptr is not None:
+            step.kv_indptr.copy_(inputs.kv_indptr)
         return
     on(ids, _kvarn_plan_step_kernel)[(batch + -(-step.num_tokens // BLOCK.value),)](
         step.slots,
