@@ -18,7 +18,7 @@ from .. import configs, gpu, reference
 from ..checks import FLOATS, INDICES, check_choice, check_pages, check_tensor, require
 from ..launch import aligned, as_pages, copy_back, on
 from ..layout import PageLayout, fields_per_byte
-from ..tile.dequantize import ELEMENTS, Chunk, ReadPlan, Target, block_of, dequantize_chunk, store_tokens
+from ..tile.dequantize import ELEMENTS, Chunk, ReadPlan, Target, dequantize_chunk, store_tokens
 
 
 @functools.lru_cache
@@ -47,7 +47,7 @@ def _store_zeros(out, chunk, G: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.co
     """Write zeros to a chunk of pages of G tokens and BLOCKS blocks of BLOCK channels."""
     ROWS: tl.constexpr = min(ELEMENTS * PLAN.threads // BLOCK, G)
     if (PLAN.blocks == BLOCKS) or (chunk.block < BLOCKS):
-        out = block_of(out, chunk.block, BLOCK)
+        out = Target(out.ptr + chunk.block * BLOCK, out.stride_token, out.num_tokens)
         for first in range(chunk.part * ROWS, G, chunk.parts * ROWS):
             store_tokens(out, tl.zeros((ROWS, BLOCK), tl.float32), first + tl.arange(0, ROWS))
 

@@ -19,7 +19,7 @@ from ..pages.dequantize import chunk_of_program, read_plan
 from ..paging import ids_of_row, sink_of
 from ..step import Step
 from ..tile.arithmetic import hadamard
-from ..tile.dequantize import ELEMENTS, Target, block_of, dequantize_chunk, store_tokens
+from ..tile.dequantize import ELEMENTS, Target, dequantize_chunk, store_tokens
 from .write import as_batch, cache_of, check_step_pools
 
 
@@ -30,7 +30,7 @@ def _read_raw(
     """Rotate a chunk of a raw page back, and write it."""
     ROWS: tl.constexpr = min(ELEMENTS * PLAN.threads // BLOCK, G)
     if (PLAN.blocks == BLOCKS) or (chunk.block < BLOCKS):
-        out = block_of(out, chunk.block, BLOCK)
+        out = Target(out.ptr + chunk.block * BLOCK, out.stride_token, out.num_tokens)
         tile_ptr += chunk.block * BLOCK
         for first in range(chunk.part * ROWS, G, chunk.parts * ROWS):
             token = first + tl.arange(0, ROWS)

@@ -65,12 +65,6 @@ class Target(NamedTuple):
 
 
 @triton.jit
-def block_of(target, block, BLOCK: tl.constexpr):
-    """Return the place of a block of channels."""
-    return Target(target.ptr + block * BLOCK, target.stride_token, target.num_tokens)
-
-
-@triton.jit
 def _index(SIZE: tl.constexpr, AXIS: tl.constexpr):
     """Return 0 ... SIZE - 1 along an axis of [lanes, rows, m, fields, n], in the order of axes that loads have.
 
@@ -183,7 +177,7 @@ def _dequantize_keys(out, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.cons
     FIELDS: tl.constexpr = PLAN.k_fields
     G: tl.constexpr = LAYOUT.page_size
     BLOCK: tl.constexpr = LAYOUT.block_size
-    out = block_of(out, chunk.block, BLOCK)
+    out = Target(out.ptr + chunk.block * BLOCK, out.stride_token, out.num_tokens)
     BYTES: tl.constexpr = BLOCK // FIELDS
     LANES: tl.constexpr = min(BYTES, STORE_RUN)
     ROWS: tl.constexpr = PLAN.threads // LANES
@@ -221,7 +215,7 @@ def _dequantize_values(out, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.co
     """Write a part of a block of the values of a record; fields of a byte are tokens, some of which are decoded at a time."""
     FIELDS: tl.constexpr = PLAN.v_fields
     BLOCK: tl.constexpr = LAYOUT.v_block_size
-    out = block_of(out, chunk.block, BLOCK)
+    out = Target(out.ptr + chunk.block * BLOCK, out.stride_token, out.num_tokens)
     BYTES: tl.constexpr = LAYOUT.page_size // FIELDS
     ROWS: tl.constexpr = PLAN.threads // STORE_RUN
     N: tl.constexpr = BLOCK // STORE_RUN
