@@ -53,6 +53,7 @@ class Task:
     def cost(self) -> float:
         """Seconds in the interpreter."""
         import gate_attention  # noqa: F401
+        import gate_steps  # noqa: F401
         from gate_checks import CHECKS
 
         return CHECKS[self.check][1] * (SHAPE_COST if self.preset and self.head_dim > 64 else 1.0)
@@ -71,6 +72,7 @@ def selected_shapes(options: Options) -> list[Shape]:
 def gate_tasks(options: Options) -> list[Task]:
     """Return what to check: all options on a small format, then what is timed, shapes of the same heads once."""
     import gate_attention  # noqa: F401
+    import gate_steps  # noqa: F401
     from gate_checks import CHECKS
 
     interpreted = device_of_gate() == "cpu"
@@ -96,6 +98,7 @@ def gate_tasks(options: Options) -> list[Task]:
 def run_task(task: Task, device: str) -> tuple[list[Row], dict[str, set[str]]]:
     """Return the rows of a check and the public functions that it called, with the names of their arguments."""
     import gate_attention  # noqa: F401
+    import gate_steps  # noqa: F401
     from gate_checks import CHECKS, SMALL, Recorder, Subject
 
     operation, _, run = CHECKS[task.check]

@@ -258,6 +258,7 @@ def _warm(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     ends, q = torch.tensor([0, 3], dtype=torch.int32, device=device), subject.draw(3, 8, layout.head_dim).to(device)
     kinds = {"window": True, "keep_sink": True, "soft_cap": True, "sinks": True, "csr": True, "prefill": True, "scratch": dtype}
     others = {"raw_dtype": dtype, "encoder": PUBLISHED, "dequantize": torch.float32, "table": table}
+    others |= {"steps": True, "sink_columns": True}
     with _launches(device) as launches:
         kvarn.warmup(layout, 8, 2, device, dtype=dtype, **kinds, **others)
         before = set(launches)
@@ -265,6 +266,12 @@ def _warm(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
             kvarn.decode_attention(case.q, **case.kwargs | options, table=table)
             kvarn.prefill_attention(q, cu_seqlens_q=ends, **case.kwargs | options)
             kvarn.dequantize_pages(case.pages, case.block_table[0], layout, dtype=torch.float32)
+            ids = options["kv_indptr"], options["kv_indices"]
+            step = kvarn.plan_step(
+                layout, case.seq_lens, None, None, case.raw_table, sink_columns=True, kv_indptr=ids[0], kv_indices=ids[1]
+            )  # fmt: skip
+            k, v = (torch.zeros(1, 2, d, dtype=dtype, device=device) for d in (layout.head_dim, layout.v_head_dim))
+            kvarn.write_tokens(k, v, case.pages, case.raw_pages, step, encoder=PUBLISHED)
     new = ", ".join(sorted({name for name, _ in set(launches) - before}))
     yield {"operation": "warmup", "criterion": "nothing is compiled after it", "detail": new or "nothing", "ok": not new}
 

@@ -72,7 +72,7 @@ def _decode_calls(step: _Step) -> dict[str, Sequence[Call]]:
     }
     for name, now in (("nothing completes", length - size // 2), ("every sequence completes a page", length)):
         planned, body = step.plan(now), step.plan(now, plain=True)
-        counts = (body.num_quantized - 1).clamp_min(0)
+        counts = body.num_quantized - int(now == length)
         tables = step.raw_table, body.block_table, body.seq_lens, counts
         options = {"sink_len": SINK_LEN, "advance": False}
 

@@ -138,6 +138,11 @@ def test_replayed_steps_equal_eager_steps(device):
     for expected, out in outs:
         assert_same_bits(out, expected)
         assert (out[PADDED_ROW] == 0).all()
+    assert_same_bits(replayed.pages, eager.pages)
+    lens = [0 if row == PADDED_ROW else start + STEPS for row, start in enumerate(STARTS)]
+    assert replayed.seq_lens.tolist() == lens
+    quantized = [max(length - SINK_LEN, 0) // LAYOUT.page_size for length in lens]
+    assert replayed.num_quantized.tolist() == eager.num_quantized.tolist() == quantized
 
 
 def test_replayed_plan(device):
@@ -171,11 +176,6 @@ def test_replayed_plan(device):
     assert_same_bits(replayed.pages, eager.pages)
     assert_same_bits(replayed.raw_pages, eager.raw_pages)
     assert int(by_request.max()) > SINK_LEN + 2 * LAYOUT.page_size
-    assert_same_bits(replayed.pages, eager.pages)
-    lens = [0 if row == PADDED_ROW else start + STEPS for row, start in enumerate(STARTS)]
-    assert replayed.seq_lens.tolist() == lens
-    quantized = [max(length - SINK_LEN, 0) // LAYOUT.page_size for length in lens]
-    assert replayed.num_quantized.tolist() == eager.num_quantized.tolist() == quantized
 
 
 @pytest.mark.parametrize("scratch", [False, True])

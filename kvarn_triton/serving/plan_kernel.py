@@ -17,6 +17,8 @@ from ..step import Step, StepInputs
 
 BLOCK = tl.constexpr(128)
 """Tokens of a program, sequences or columns that are looked at together."""
+COLUMNS = tl.constexpr(1024)
+"""Columns of a table that are copied together: one wait for the tables of most servers."""
 
 
 class Sequences(NamedTuple):
@@ -186,8 +188,8 @@ def _copy_tables(tables, seqs, table_ptr, lengths, row, batch, pages_per_block, 
             tl.store(tables.raw_table_ptr + row.to(tl.int64) * columns + column, page, column < columns)
     if tables.block_table_ptr is not None:
         columns = tables.block_columns
-        for first in range(0, columns, BLOCK):
-            column = first + tl.arange(0, BLOCK)
+        for first in range(0, columns, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
             source = column + lengths.skipped
             block = tl.load(table_ptr + source // pages_per_block, source < seqs.max_pages, other=-1)
             page = tl.where(block >= 0, block * pages_per_block + source % pages_per_block, -1)
