@@ -5,7 +5,7 @@ from .attention.decode import decode_attention
 from .attention.merge import merge_states
 from .attention.prefill import prefill_attention, prefill_workspace_size
 from .attention.workspace import decode_workspace_size
-from .debugging import check_cache
+from .debugging import check_cache, check_step
 from .encoder import DEFAULT, PUBLISHED, Encoder
 from .layout import FORMAT_VERSION, PRESETS, PageLayout
 from .pages.append import append_tokens, raw_slots
@@ -18,7 +18,7 @@ from .pages.quantization import dequantize, quantize
 from .pages.rotation import hadamard
 from .pages.store import store_pages
 from .serving.attention import attend
-from .serving.move import copy_raw_pages
+from .serving.move import copy_raw_pages, cut_tokens
 from .serving.plan import plan_step
 from .serving.read import read_tokens
 from .serving.write import write_tokens
@@ -42,9 +42,11 @@ __all__ = [
     "append_tokens",
     "attend",
     "check_cache",
+    "check_step",
     "commit_pages",
     "copy_raw_pages",
     "cut_back",
+    "cut_tokens",
     "decode_attention",
     "decode_workspace_size",
     "dequantize",

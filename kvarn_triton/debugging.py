@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from .cache import check_body_tables, check_raw_pages, check_raw_table
-from .checks import check_pages, check_tensor
+from .cache import Cache, check_body_tables, check_raw_pages, check_raw_table
+from .checks import check_pages, check_tensor, require
 from .layout import PageLayout
+from .step import Step
 
 
 class _Entry(NamedTuple):
@@ -66,51 +67,88 @@ def check_cache(
     num_kv_heads = check_pages(pages, layout)
     batch = check_body_tables(block_table, kv_indptr, kv_indices, None, pages.device)
     check_tensor("seq_lens", seq_lens, [batch], torch.int32, device=pages.device)
-    lens, size = seq_lens.tolist(), layout.page_size
-    counts = [-(-max(length - sink_len, 0) // size) for length in lens]
-    raw_ids: list[list[int]] = []
     if raw_pages is not None:
         check_raw_pages(raw_pages, num_kv_heads, pages.device)
         check_tensor("raw_table", raw_table, [batch, None], torch.int32, device=pages.device)
         check_tensor("num_quantized", num_quantized, [batch], torch.int32, device=pages.device)
-        assert raw_table is not None and num_quantized is not None
-        check_raw_table(raw_table, sink_len, size)
-        raw_ids, counts = raw_table.tolist(), num_quantized.tolist()
-    ids, name = _page_ids(block_table, kv_indptr, kv_indices)
-    num_sink_pages = -(-sink_len // size)
+        assert raw_table is not None
+        check_raw_table(raw_table, sink_len, layout.page_size)
+    cache = Cache(
+        layout, pages, seq_lens, block_table, kv_indptr, kv_indices, raw_pages, raw_table, num_quantized, sink_len
+    )  # fmt: skip
+    _check(cache, window, keep_sink)
+
+
+def check_step(
+    pages: torch.Tensor, raw_pages: torch.Tensor, step: Step, *, window: int | None = None, keep_sink: bool = False
+) -> None:
+    """Read the plan of a step back, after its tokens are written, and raise for the first entry that is wrong.
+
+    For development: it waits for the GPU. What it looks for is what `check_cache` says; tables are those of the plan, in the
+    order of the step.
+
+    Args:
+        pages: uint8 [num_pages, num_kv_heads, page_bytes].
+        raw_pages: float16, bfloat16 or float32 [num_raw_pages, 2, num_kv_heads, page_size, layout.raw_head_dim].
+        step: `plan_step`.
+        window: the largest window of a call; entries of pages before it are not looked at.
+        keep_sink: as given to attention.
+
+    Raises:
+        ValueError: for the first wrong entry, by name and index, or a wrong shape, dtype, device or option. Nothing is written.
+    """
+    require(isinstance(step, Step), "step", "a Step", type(step).__name__)
+    check_raw_pages(raw_pages, check_pages(pages, step.layout), pages.device)
+    cache = Cache(
+        step.layout, pages, step.seq_lens, step.block_table, step.kv_indptr, step.kv_indices, raw_pages, step.raw_table,
+        step.num_quantized, step.sink_len, step.sink_lens,
+    )  # fmt: skip
+    _check(cache, window, keep_sink)
+
+
+def _check(cache: Cache, window: int | None, keep_sink: bool) -> None:
+    """Raise for the first entry of the tables of a cache that is wrong."""
+    pages, raw_pages, size = cache.pages, cache.raw_pages, cache.layout.page_size
+    lens = cache.seq_lens.tolist()
+    sinks = [cache.sink_len] * len(lens) if cache.sink_lens is None else cache.sink_lens.tolist()
+    counts = [-(-max(length - sink, 0) // size) for length, sink in zip(lens, sinks, strict=True)]
+    raw_ids: list[list[int]] = []
+    if cache.raw_table is not None and cache.num_quantized is not None:
+        raw_ids, counts = cache.raw_table.tolist(), cache.num_quantized.tolist()
+    ids, name = _page_ids(cache.block_table, cache.kv_indptr, cache.kv_indices)
+    slots = cache.max_raw_pages - cache.num_sink_pages
     used: list[_Entry] = []
-    sinks: list[_Entry] = []
+    sunk: list[_Entry] = []
     tails: list[_Entry] = []
-    for row, length in enumerate(lens):
+    for row, (length, sink_len) in enumerate(zip(lens, sinks, strict=True)):
         _expect(length >= 0, f"seq_lens[{row}]", "at least 0", length)
         if length == 0:
             continue
         body, count = max(length - sink_len, 0), counts[row]
         start = 0 if window is None else max(length - window, 0)
         first = max(start - sink_len, 0) // size
-        if raw_pages is not None:
-            slots = len(raw_ids[row]) - num_sink_pages
+        if raw_ids:
             least, most = max(-(-body // size) - slots, 0), body // size
             expected = f"from {least} to {most} at a length of {length} with {slots} tail slots"
             _expect(least <= count <= most, f"num_quantized[{row}]", expected, count)
             for j in range(max(count, first), -(-body // size)):
-                column = num_sink_pages + j % slots
+                column = -(-sink_len // size) + j % slots
                 tails.append(_Entry(f"raw_table[{row}, {column}]", raw_ids[row][column], j))
             for j in range(0 if keep_sink else start // size, -(-min(length, sink_len) // size)):
-                sinks.append(_Entry(f"raw_table[{row}, {j}]", raw_ids[row][j], j))
+                sunk.append(_Entry(f"raw_table[{row}, {j}]", raw_ids[row][j], j))
         _expect(count <= len(ids[row]), f"seq_lens[{row}]", f"no more pages than the {len(ids[row])} of its table", length)
-        used += [_Entry(name(row, j), ids[row][j], j) for j in range(first, count)]
+        used += [_Entry(name(row, j), ids[row][j], sink_len // size + j) for j in range(first, count)]
     for entry in used:
         _expect(0 <= entry.page < pages.shape[0], entry.name, f"a page id from 0 to {pages.shape[0] - 1}", entry.page)
-    for entry in sinks + tails:
+    for entry in sunk + tails:
         most = 0 if raw_pages is None else raw_pages.shape[0]
         _expect(0 <= entry.page < most, entry.name, f"a raw page id from 0 to {most - 1}", entry.page)
     _check_places(used)
-    owners = _check_places(sinks)
+    owners = _check_places(sunk)
     for entry in tails:
         owner = owners.setdefault(entry.page, entry)
         _expect(owner is entry, entry.name, f"a raw page of its own, not that of {owner.name}", entry.page)
-    _check_records(pages, used, layout)
+    _check_records(pages, used, cache.layout)
 
 
 def _expect(condition: bool, name: str, expected: str, got: object) -> None:

@@ -307,6 +307,7 @@ write_tokens = _operator(write.write_tokens, writes=("pages", "raw_pages"))
 attend = _operator(attention.attend, "Tensor", _fake_attend, into="Tensor(a!) out, Tensor(b!)? workspace, Tensor(c!)? scratch")
 read_tokens = _operator(read.read_tokens, writes=("k", "v"))
 copy_raw_pages = _operator(move.copy_raw_pages, writes=("raw_pages",))
+cut_tokens = _operator(move.cut_tokens, writes=("raw_pages",))
 
 
 def _inputs(layout: str, head_dim: int, v_head_dim: int, *fields: Any) -> StepInputs:
@@ -330,8 +331,9 @@ _PLANNED = [
     *["Tensor raw_table", "int num_tokens", "int max_query_len", "int sink_len", "bool sink_columns", "Tensor? rows"],
     *["int pages_per_block", "int max_drafts", "Tensor? prefix_lens", "Tensor? kv_indptr", "Tensor? kv_indices"],
 ]
-_given = f"_inputs({', '.join(_names(_PLANNED))})"
-_define("plan_step", _PLANNED, "Tensor[]", f"return _plan({_given})", f"return _fake_plan({_given})")
+_define(
+    "plan_step", _PLANNED, "Tensor[]", *(f"return {f}(_inputs({', '.join(_names(_PLANNED))}))" for f in ("_plan", "_fake_plan"))
+)
 
 
 def _planned(inputs: StepInputs, out: Step | None) -> Step:

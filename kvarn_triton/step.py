@@ -40,8 +40,8 @@ class Step:
     slots: torch.Tensor
     """int64 [num_tokens], where tokens live in the raw pool, as `append_tokens` takes it; -1 for those that don't."""
     tasks: torch.Tensor
-    """int32 [5, n], a column for each page that completes, in any order: its id (-1: none), the raw page of its older tokens, how
-    many of those there are, the number of its first token among the step's (below 0 if it is an older one), and whether its
+    """int32 [5, n], a column for each page that completes, in any order: its id (-1: none), the raw page of its older tokens,
+    how many of those there are, the number of its first token among the step's (below 0 if it is an older one), and whether its
     tokens are rounded to the dtype of raw pages first."""
     sink_len: int
     """Tokens of a sink, where it is raw."""

@@ -25,7 +25,7 @@ from .pages.cut import cut_back
 from .pages.dequantize import dequantize_pages
 from .pages.store import store_pages
 from .serving.attention import attend
-from .serving.move import copy_raw_pages
+from .serving.move import copy_raw_pages, cut_tokens
 from .serving.plan import plan_step
 from .serving.read import read_tokens
 from .serving.write import write_tokens
@@ -284,6 +284,7 @@ def _warm_steps(
             sink_len=layout.page_size if sink_columns else 0, **indices,
         )  # fmt: skip
     write_tokens(*new, pages, raw_pages, step, encoder=encoder)
+    cut_tokens(pages, raw_pages, step, lens)
     copy_raw_pages(raw_pages, ids, ids)
 
 

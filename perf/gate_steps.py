@@ -56,11 +56,14 @@ def _step(kvarn: Recorder, subject: Subject, csr: bool, attention: dict[str, Any
         api.write_tokens(k, v, pages, raw_pages, step, encoder=PUBLISHED)
         read = [torch.zeros(3, 2, int(call["seq_lens"].max()) + 3, x.shape[2]).to(where) for x in activations]
         starts = torch.tensor([0, 3, 1], dtype=torch.int32).to(where)
+        if api is kvarn:
+            kvarn.check_step(pages, raw_pages, step, window=100, keep_sink=False)
         api.read_tokens(pages, raw_pages, step, *read, starts=starts)
         options = moved(attention, where) if api is kvarn else {n: x for n, x in attention.items() if n in ("window", "sinks")}
         out, lse = api.attend(q.to(where), pages, raw_pages, step, k=k, v=v, return_lse=True, **options)
         ids = torch.tensor([0, 3], dtype=torch.int32).to(where)
         api.copy_raw_pages(raw_pages, ids, ids + 1)
+        api.cut_tokens(pages, raw_pages, step, given["seq_lens"] // 2 + 9)
         plan = {x.name: getattr(step, x.name) for x in dataclasses.fields(step)}
         plan = {name: x for name, x in plan.items() if isinstance(x, torch.Tensor)}
         plan["tasks"] = torch.where(plan["tasks"][:1] >= 0, plan["tasks"], -1)

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from kvarn_triton import Encoder, PageLayout, Step, reference
+from kvarn_triton import Encoder, PageLayout, Step, check_step, reference
 from kvarn_triton.reference.cache import decode_records, encode_records
 
 ENCODER = Encoder(iterations=1)
@@ -237,6 +237,7 @@ class Engine:
         for request, new in chosen:
             self.expect_pages(request, new)
         assert torch.equal(self.pages.cpu(), self.expected), (self.pages.cpu() != self.expected).any(-1).nonzero().tolist()
+        check_step(self.pages, self.raw_pages, step)
         self.check_attention(batch, step)
         for request, new in chosen:
             kept = new.shape[1]

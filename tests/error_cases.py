@@ -103,6 +103,7 @@ def arguments_of_steps(device: torch.device) -> dict[str, dict]:
         "write_tokens": {**new, **pools},
         "attend": {"q": q, **new, **pools, **attention, "out": torch.zeros_like(q)},
         "read_tokens": {**read, **pools, "starts": ids},
+        "cut_tokens": {**pools, "new_lens": case.seq_lens - 30},
         "copy_raw_pages": {"raw_pages": case.raw_pages, "sources": ids, "targets": ids + 2},
     }
 
@@ -419,6 +420,13 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("v", *GAPPED),
         ("starts", to(torch.int64), "expected dtype int32, got int64"),
         ("starts", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
+    ],
+    "cut_tokens": [
+        *PAGES,
+        *STEP,
+        ("raw_pages", *GAPPED),
+        ("new_lens", to(torch.int64), "expected dtype int32, got int64"),
+        ("new_lens", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
     ],
     "copy_raw_pages": [
         *RAW[:1],

@@ -121,6 +121,7 @@ def calls_of_steps() -> list[tuple]:
         (OPS.attend.into_lse, (torch.zeros_like(q), None, None, *many)),
         (OPS.read_tokens.default, (*pools, *fields_of(step), *read, ids)),
         (OPS.copy_raw_pages.default, (case.raw_pages, ids, ids + 2)),
+        (OPS.cut_tokens.default, (*pools, *fields_of(step), lens - 60)),
     ]
 
 

@@ -18,7 +18,8 @@ from kvarn_triton import reference
 PACKAGE = Path(kvarn.__file__).parent
 FUNCTIONS = [name for name in kvarn.__all__ if inspect.isfunction(getattr(kvarn, name))]
 WITHOUT_TWIN = {
-    "check_cache", "decode_workspace_size", "load_table", "no_compilation", "prefill_workspace_size", "save_table", "warmup",
+    "check_cache", "check_step", "decode_workspace_size", "load_table", "no_compilation", "prefill_workspace_size",
+    "save_table", "warmup",
 }  # fmt: skip
 """The reference needs no workspace and compiles nothing; a look at tables is the same everywhere."""
 

@@ -345,6 +345,7 @@ def test_example():
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     command = [sys.executable, str(ROOT / "docs" / "server_loop.py")]
     lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert any("B: sink and 5 pages of A" in line and "(5 shared)" in line for line in lines)
+    assert any("B: 4 pages of A" in line and "(4 shared)" in line for line in lines)
+    assert any("A finished" in line and "(0 shared)" in line for line in lines)
     errors = [float(error) for line in lines if "relative error" in line for error in line.split(":")[1].split(",")]
     assert len(errors) == 5 and max(errors) < 0.2  # random keys and values at 4 bits, the worst there is

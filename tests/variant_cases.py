@@ -159,6 +159,7 @@ def step_calls(variants: Variants) -> dict[str, Callable[[], object]]:
         "write_tokens": lambda: kvarn.write_tokens(k, values, *pools, planned[0], encoder=QUICK),
         "attend": lambda: kvarn.attend(q, *pools, planned[0], **given),
         "read_tokens": lambda: kvarn.read_tokens(*pools, planned[0], *read, **starts),
+        "cut_tokens": lambda: kvarn.cut_tokens(*pools, planned[0], v.place(lens.cpu() // 2)),
         "copy_raw_pages": lambda: kvarn.copy_raw_pages(pools[1], ids, ids),
     }
 

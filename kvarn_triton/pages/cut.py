@@ -15,7 +15,7 @@ from .. import configs, gpu, reference
 from ..cache import Cache, checked_for_completion
 from ..launch import on
 from ..layout import PageLayout
-from ..paging import ids_of_row
+from ..paging import ids_of_row, sink_of
 from ..tile.dequantize import Target, dequantize_chunk
 from .dequantize import chunk_of_program, read_plan
 
@@ -43,11 +43,12 @@ def _kvarn_cut_back_kernel(
 ):
     chunk = chunk_of_program(num_kv_heads, parts, PLAN)
     row = chunk.entry
-    length = tl.maximum(tl.load(seq_lens_ptr + row) - sink_len, 0)
+    sink = sink_of(sink_len, row, row >= 0)
+    length = tl.maximum(tl.load(seq_lens_ptr + row) - sink, 0)
     body = length // LAYOUT.page_size
     if (body < tl.load(num_quantized_ptr + row)) & (length % LAYOUT.page_size > 0):
         page = tl.load(ids_of_row(table_ptr, indptr_ptr, row, stride_table) + body).to(tl.int64)
-        column = tl.cdiv(sink_len, LAYOUT.page_size) + body % num_tail_slots
+        column = tl.cdiv(sink, LAYOUT.page_size) + body % num_tail_slots
         raw_page = tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + column).to(tl.int64)
         if (page >= 0) & (raw_page >= 0):
             record_ptr = pages.ptr + page * pages.stride_page + chunk.head * pages.stride_head
@@ -106,12 +107,20 @@ def cut_back(
             sink_len=sink_len, advance=advance, kv_indptr=kv_indptr, kv_indices=kv_indices,
         )  # fmt: skip
         return
-    plan = read_plan(layout, pages.device, rotated=True)
+    launch_cut_back(cache)
+    if advance and cache.batch and cache.num_kv_heads:
+        reference.cache.lower_counts(num_quantized, new_lens, layout, sink_len)
+
+
+def launch_cut_back(cache: Cache) -> None:
+    """Dequantize pages that the lengths of a cache end inside of; nothing is checked."""
+    layout, device = cache.layout, cache.pages.device
+    plan = read_plan(layout, device, rotated=True)
     programs = plan.blocks * 2 * cache.num_kv_heads * cache.batch
     if programs == 0:
         return
-    parts = configs.gather_parts(programs, pages.device)
-    on(pages, _kvarn_cut_back_kernel)[(programs * parts,)](
+    parts = configs.gather_parts(programs, device)
+    on(cache.pages, _kvarn_cut_back_kernel)[(programs * parts,)](
         cache.quantized,
         **cache.tables(),
         **cache.raw_tables(),
@@ -122,5 +131,3 @@ def cut_back(
         num_warps=plan.num_warps,
         enable_fp_fusion=False,
     )
-    if advance:
-        reference.cache.lower_counts(num_quantized, new_lens, layout, sink_len)

@@ -14,7 +14,7 @@ from .attention import decode_attention, gather_cache, merge_states, prefill_att
 from .cache import append_tokens, commit_pages, cut_back, dequantize_pages, raw_slots, store_pages
 from .codec import encode
 from .packing import pack, unpack
-from .step import attend, copy_raw_pages, plan_step, read_tokens, write_tokens
+from .step import attend, copy_raw_pages, cut_tokens, plan_step, read_tokens, write_tokens
 
 dequantize = torch.no_grad()(codec.dequantize)
 hadamard = torch.no_grad()(codec.hadamard)
@@ -30,6 +30,7 @@ __all__ = [
     "commit_pages",
     "copy_raw_pages",
     "cut_back",
+    "cut_tokens",
     "decode_attention",
     "dequantize",
     "dequantize_pages",

@@ -24,7 +24,7 @@ from ..layout import PageLayout
 from ..step import Step, StepInputs
 from .arithmetic import KERNEL_ORDER, Arithmetic
 from .attention import gather_cache, prefill_attention
-from .cache import append_tokens, encode_records
+from .cache import append_tokens, cut_back, encode_records
 from .codec import HALF_MAX, hadamard, working_dtype
 
 
@@ -295,3 +295,12 @@ def copy_raw_pages(raw_pages: torch.Tensor, sources: torch.Tensor, targets: torc
     """Copy raw pages; see `kvarn_triton.copy_raw_pages`."""
     kept = (sources >= 0) & (targets >= 0)
     raw_pages[targets[kept].long()] = raw_pages[sources[kept].long()]
+
+
+@torch.no_grad()
+def cut_tokens(pages: torch.Tensor, raw_pages: torch.Tensor, step: Step, new_lens: torch.Tensor) -> None:
+    """Cut the sequences of a step back; see `kvarn_triton.cut_tokens`."""
+    for b in range(step.batch):
+        cut_back(
+            raw_pages, pages, new_lens=new_lens[b : b + 1], layout=step.layout, advance=False, **tables_of_row(step, b)
+        )  # fmt: skip

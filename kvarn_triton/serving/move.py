@@ -1,6 +1,7 @@
-"""Copies of raw pages, for sequences that begin as others: beams, several answers to one prompt.
+"""What happens to a cache between steps: raw pages are copied for beams, sequences are cut back.
 
-One program copies the keys or the values of one page and kv head. Grid: (page, kv head, keys or values).
+One program copies the keys or the values of one page and kv head. Grid: (page, kv head, keys or values). Cutting back is the
+launch of `cut_back`, over the tables of a step.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import triton
 import triton.language as tl
 
 from .. import gpu, reference
-from ..cache import check_raw_pages
+from ..cache import check_raw_pages, checked_for_completion
 from ..checks import check_tensor
 from ..launch import as_tokens, check_pool, on
+from ..pages.cut import launch_cut_back
+from ..step import Step
+from .write import cache_of, check_step_pools
 
 
 @triton.jit(do_not_specialize_on_alignment=["sources_ptr", "targets_ptr"])
@@ -62,3 +66,30 @@ def copy_raw_pages(raw_pages: torch.Tensor, sources: torch.Tensor, targets: torc
         on(raw_pages, _kvarn_copy_raw_pages_kernel)[(sources.shape[0], num_kv_heads, 2)](
             as_tokens(raw_pages), sources, targets, G=page_size, D=head_dim, num_warps=4
         )
+
+
+def cut_tokens(pages: torch.Tensor, raw_pages: torch.Tensor, step: Step, new_lens: torch.Tensor) -> None:
+    """Cut the sequences of a step back to `new_lens` tokens, into quantized pages too: a conversation is edited.
+
+    The page that a new end is inside of is dequantized into its slot of the tail ring; it is not written, for others may share
+    it. The next step is planned with lengths that follow from `new_lens`, and with `prefix_lens` of at least `new_lens` if it
+    has `max_drafts`. Nothing is to be done where no more than `max_drafts` tokens are taken back.
+
+    Args:
+        pages: uint8 [num_pages, num_kv_heads, page_bytes].
+        raw_pages: float16, bfloat16 or float32 [num_raw_pages, 2, num_kv_heads, page_size, layout.raw_head_dim], written in
+            place.
+        step: the last step of the sequences, which has been written.
+        new_lens: int32 [batch], tokens that each sequence keeps; for sequences that are not cut their length.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, device or stride; nothing is written. Lengths are not read to be checked.
+    """
+    check_step_pools(pages, raw_pages, step)
+    check_tensor("new_lens", new_lens, [step.batch], torch.int32, device=pages.device)
+    if not gpu.on_device(pages):
+        reference.cut_tokens(pages, raw_pages, step, new_lens)
+        return
+    cache = cache_of(pages, raw_pages, step)
+    cache.seq_lens = new_lens
+    launch_cut_back(checked_for_completion(cache, "new_lens"))
