@@ -55,10 +55,10 @@ extern "C" __global__ void planted(const float* x, float* y, int fault) {
   if (fault == 0) y[(1 << 20) + i] = 1.0f;
   if (fault == 1) { s[i] = i; y[i] = s[(i + 33) % 64]; }
   if (fault == 2) y[i] = x[i];
-  if (fault == 3 && i < 48) __syncthreads();
+  if (fault == 3) { if (i < 16) __syncthreads(); y[i] = 1.0f; __syncthreads(); }
 }
 """
-"""A store past the end, a race of two warps, a load of what nobody wrote, a barrier that a part of a warp doesn't reach."""
+"""A store past the end, a race of two warps, a load of what nobody wrote, a barrier that half of a warp doesn't reach."""
 
 
 def fault_tasks() -> list[Task]:
