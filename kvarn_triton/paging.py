@@ -70,7 +70,8 @@ def seen_by(queries, row, seq_len, num_quantized_ptr, sink_len, window, PAGE_SIZ
     if window is None:
         oldest = -sink_len
     else:
-        oldest = tl.maximum(shift + first_query - window + 1, -sink_len)
+        # Not the larger of a number and -sink_len: ptxas loses the sign where it takes the larger of three numbers at once.
+        oldest = tl.maximum(seq_len - num_tokens + first_query - window + 1, 0) - sink_len
     quantized = tl.cdiv(tl.maximum(num_valid, 0), PAGE_SIZE)
     if num_quantized_ptr is not None:
         quantized = tl.minimum(tl.maximum(tl.load(num_quantized_ptr + row), 0), quantized)

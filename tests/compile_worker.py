@@ -167,6 +167,7 @@ def describe(compiled: Compiled, case: str) -> dict:
         "page_loop": used.product_loop.total(),
         "unset": used.unset,
         "overwritten": used.overwritten,
+        "negated": used.negated,
         "loop_spills": used.product_loop["LDL"] + used.product_loop["STL"],
         "loops": [loop.total() for loop in used.loops],
         "starts_early": getattr(compiled.kernel.metadata, "launch_pdl", False),

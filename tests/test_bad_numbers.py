@@ -10,7 +10,7 @@ from helpers import ON_GPU, draw
 from prefill_cases import new_scratch, prefill_case
 
 from kvarn_triton import PageLayout, configs, decode_attention, merge_states, prefill_attention, reference
-from kvarn_triton.testing import relative_error
+from kvarn_triton.testing import attention_in, relative_error
 
 LAYOUT = PageLayout(64, 64, 4, 4)
 
@@ -59,6 +59,24 @@ def test_values_that_are_not_seen(number, device):
         assert torch.equal(decode_attention(**arguments | {"pages": pages}, **options), expected)
         exact = reference.decode_attention(**arguments | {"pages": pages}, **options)
         assert relative_error(expected, exact) < 1e-3
+
+
+@pytest.mark.parametrize(("ratio", "most"), [(1, 2.0), (10, 2.0), (100, 20.0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16])
+def test_channels_far_apart(dtype, ratio, most, device):
+    """Decode rounds products of queries and key scales relative to the largest of each: errors as `docs/numerics.md` says."""
+    layout, tokens = PageLayout(128, 64, 4, 4), 256
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
+    factors = float(ratio) ** torch.linspace(-0.5, 0.5, 128)[order]
+    keys, values = reference.hadamard(draw(tokens, 1, 128) * factors), draw(tokens, 1, 128, seed=1)
+    pages = torch.zeros(layout.pages_shape(4, 1), dtype=torch.uint8)
+    reference.store_pages(keys, values, pages, torch.arange(4), layout)
+    arguments = {"q": reference.hadamard(draw(1, 8, 128, seed=2) / factors).to(dtype).to(device), "layout": layout}
+    arguments |= {"pages": pages.to(device), "block_table": torch.arange(4, dtype=torch.int32, device=device)[None]}
+    arguments["seq_lens"] = torch.tensor([tokens], dtype=torch.int32, device=device)
+    exact = reference.decode_attention(**arguments | {"q": arguments["q"].double()})
+    plain = relative_error(attention_in(dtype, arguments), exact)
+    assert relative_error(decode_attention(**arguments), exact) <= most * plain
 
 
 CALLS = ("decode", "dequantized", "registers", "folded", "scratch", "new")

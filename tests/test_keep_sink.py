@@ -23,7 +23,7 @@ def expected_of(case, window: int) -> torch.Tensor:
             case.pages, case.block_table, length, case.layout, row=row, dtype=torch.float64, raw_pages=case.raw_pages,
             raw_table=case.raw_table, num_quantized=int(case.num_quantized[row]), sink_len=SINK,
         )  # fmt: skip
-        position = torch.arange(length)
+        position = torch.arange(length, device=case.q.device)
         seen = (position >= length - window) | (position < SINK)
         q = reference.hadamard(case.q[row].double()).unflatten(0, (k.shape[0], -1))
         scores = torch.einsum("hgd,htd->hgt", q, k) * case.layout.head_dim**-0.5
@@ -55,8 +55,8 @@ def test_hidden_pages_are_not_read(device):
 @pytest.mark.parametrize("new", [False, True])
 @pytest.mark.parametrize("queries", [[3, 1], [40, 150], [150, 30]])
 def test_prefill(queries, new, device):
-    """Several query tokens, in the cache or new; of a first chunk the sink itself is new."""
-    arguments = prefill_case(SMALL, [290, 150], queries, new=new, group=2, sink_len=SINK, device=device)
+    """Several query tokens, in the cache or new; of a first chunk the sink itself is new; a body that is seen as a whole."""
+    arguments = prefill_case(SMALL, [290, 150, 42], [*queries, 5], new=new, group=2, sink_len=SINK, device=device)
     for window in (1, 70):
         options = {"window": window, "keep_sink": True, "return_lse": True}
         expected, expected_lse = reference.prefill_attention(**arguments, **options)

@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_wait
 from .. import configs, gpu, reference
 from ..checks import FLOATS, check_tensor
 from ..launch import aligned, as_rows, on
-from ..tile.arithmetic import LOG2E, hadamard
+from ..tile.arithmetic import LOG2E, hadamard, scaled
 from .schedule import Tiles, Units, Work, piece_of_unit, plan, row_units, start_of_row
 from .softmax import with_sink
 
@@ -76,7 +76,7 @@ def _merged(partial_ptr, partial_lse_ptr, count, stride, PLAN: tl.constexpr):
         l_i = l_i * alpha + tl.sum(weights, axis=0)
         acc = acc * alpha[:, None] + tl.sum(partial * weights[:, None], axis=0)[None, :]
         m_i = m_new
-    return acc / tl.where(l_i > 0, l_i, 1.0)[:, None], m_i + tl.log2(l_i)
+    return scaled(acc, 1.0 / tl.where(l_i > 0, l_i, 1.0)), m_i + tl.log2(l_i)
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def launch_merge_splits(
         work.split_size,
         PLAN=plan,
         num_warps=num_warps,
-        enable_fp_fusion=True,
+        enable_fp_fusion=False,
         **({"launch_pdl": True} if early else {}),
     )
 
@@ -253,7 +253,7 @@ def launch_merge_queries(
         int(tiles.fill),
         PLAN=plan,
         num_warps=num_warps,
-        enable_fp_fusion=True,
+        enable_fp_fusion=False,
         **({"launch_pdl": True} if early else {}),
     )
 
@@ -334,6 +334,6 @@ def merge_states(
             BLOCK_D=block_d,
             BLOCK_R=block_r,
             num_warps=4,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
     return out, lse

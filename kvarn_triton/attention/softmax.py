@@ -11,7 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..tile.arithmetic import LOG2E
+from ..tile.arithmetic import LOG2E, scaled
 
 
 class State(NamedTuple):
@@ -69,7 +69,7 @@ def with_sink(out, lse, logit):
     weight = tl.where(lse == top, 1.0, tl.exp2(lse - top))
     total = weight + tl.where((logit == top) & (logit > float("-inf")), 1.0, tl.exp2(logit - top))
     total = tl.where(top == float("-inf"), 1.0, total)
-    return out * (weight / total)[:, None], top + tl.log2(total)
+    return scaled(out, weight / total), top + tl.log2(total)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..tile.arithmetic import LOG2E, hadamard, store_rows
+from ..tile.arithmetic import LOG2E, hadamard, scaled, store_rows
 from .merge import LN2
 from .schedule import free_token
 from .softmax import log_sum_exp, with_sink
@@ -46,7 +46,7 @@ def store_results(
     out, lse_ptr, sinks_ptr, state, tile, tokens, split, num_q_heads, ROTATION: tl.constexpr, PLAN: tl.constexpr
 ):  # fmt: skip
     """Store the results of a tile, rotated back in blocks of ROTATION channels, or its partial results, as they are."""
-    acc = state.acc * (1.0 / tl.where(state.l > 0, state.l, 1.0))[:, None]
+    acc = scaled(state.acc, 1.0 / tl.where(state.l > 0, state.l, 1.0))
     lse = log_sum_exp(state)
     place = tile.token
     mask = tile.mask

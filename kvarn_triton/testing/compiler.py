@@ -114,6 +114,8 @@ class Resources:
             program; ptxas 12.8 has lost the copy of a descriptor of a matrix in shared memory.
         overwritten: products of a loop whose left operand is in registers from before the loop, and does not outlive the first
             trip (NVIDIA). There are none in a right program; ptxas 12.8 has lost the copy of such an operand too.
+        negated: extremes of three integers, one of them negated, in what the assembler is given (NVIDIA). ptxas 12.8 to 13.0
+            lose the sign for sm90 and sm100, so that kernels are written without them.
     """
 
     registers: int
@@ -124,6 +126,7 @@ class Resources:
     loops: list[collections.Counter[str]] = field(default_factory=list)
     unset: list[str] = field(default_factory=list)
     overwritten: list[str] = field(default_factory=list)
+    negated: list[str] = field(default_factory=list)
 
     @property
     def product_loop(self) -> collections.Counter[str]:
@@ -237,6 +240,19 @@ def reads_of_unset_registers(sass: str) -> list[str]:
     return found
 
 
+def negated_extremes(ptx: str) -> list[str]:
+    """Return the instructions of PTX that take an extreme of integers, one negated, and belong to an extreme of three."""
+    negated = set(re.findall(r"neg\.s32\s+(%r\d+)", ptx))
+    extremes = re.findall(r"((max|min)(?:\.relu)?\.s32\s+(%r\d+), (%r\d+), (\S+);)", ptx)
+    kinds = {result: kind for _, kind, result, *_ in extremes}
+    used = {(kind, operand) for _, kind, _, *operands in extremes for operand in operands}
+    return [
+        " ".join(text.split())
+        for text, kind, result, *operands in extremes
+        if negated.intersection(operands) and ((kind, result) in used or kind in map(kinds.get, operands))
+    ]
+
+
 def resources(compiled: Compiled) -> Resources:
     """Return what a compiled kernel uses, from the compiler's metadata and the disassembly."""
     metadata, asm = compiled.kernel.metadata, compiled.kernel.asm
@@ -266,4 +282,5 @@ def resources(compiled: Compiled) -> Resources:
         loops=find_loops(sass),
         unset=reads_of_unset_registers(sass),
         overwritten=overwritten_operands(sass),
+        negated=negated_extremes(asm["ptx"]),
     )

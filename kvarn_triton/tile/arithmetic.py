@@ -66,6 +66,16 @@ def hadamard(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def scaled(x, factor):
+    """Return float32 x [rows, channels] times factor [rows], a product that is rounded before anything is added to it.
+
+    A plain one may be fused with sums that follow, those of a rotation, and is in some kernels and not in others: bits would
+    depend on what else a kernel does.
+    """
+    return fma(x, tl.broadcast_to(factor[:, None], x.shape), tl.zeros_like(x))
+
+
+@triton.jit
 def power_of_two(exponent):
     """Return 2**exponent as float32 for an int32 exponent of a normal number."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
