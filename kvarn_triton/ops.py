@@ -207,15 +207,10 @@ def _fake_states(out_a: torch.Tensor, lse_a: torch.Tensor, **_: Any) -> tuple[to
 
 
 def _fake_attention(q: torch.Tensor, v_head_dim: int, return_lse: bool = False, **_: Any) -> Any:
-    """Return an empty `out`, or `out` and `lse`, of attention."""
-    out = q.new_empty(*q.shape[:2], v_head_dim)
-    return (out, q.new_empty(q.shape[:2], dtype=torch.float32)) if return_lse else out
-
-
-def _fake_attend(q: torch.Tensor, v_head_dim: int, return_lse: bool = False, **_: Any) -> Any:
-    """Return an empty `out`, or `out` and `lse`, of a step, whose queries may come as [batch, heads, n, channels]."""
-    flat = q if q.dim() == 3 else q.transpose(1, 2).flatten(0, 1)
-    return _fake_attention(flat, v_head_dim, return_lse)
+    """Return an empty `out`, or `out` and `lse`, of attention; queries of a step may be [batch, heads, n, channels]."""
+    rows = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[2]
+    out = q.new_empty(rows, q.shape[1], v_head_dim)
+    return (out, q.new_empty(rows, q.shape[1], dtype=torch.float32)) if return_lse else out
 
 
 def _like(launcher: Callable[_P, _R], value: str) -> Callable[_P, _R]:
@@ -304,7 +299,9 @@ prefill_attention = _operator(
     into="Tensor(a!) out, Tensor(b!)? workspace, Tensor(c!)? scratch",
 )
 write_tokens = _operator(write.write_tokens, writes=("pages", "raw_pages"))
-attend = _operator(attention.attend, "Tensor", _fake_attend, into="Tensor(a!) out, Tensor(b!)? workspace, Tensor(c!)? scratch")
+attend = _operator(
+    attention.attend, "Tensor", _fake_attention, into="Tensor(a!) out, Tensor(b!)? workspace, Tensor(c!)? scratch"
+)
 read_tokens = _operator(read.read_tokens, writes=("k", "v"))
 copy_raw_pages = _operator(move.copy_raw_pages, writes=("raw_pages",))
 cut_tokens = _operator(move.cut_tokens, writes=("raw_pages",))
