@@ -9,7 +9,7 @@ from random import Random
 import pytest
 import torch
 from engine import ENCODER, Case, Engine
-from helpers import ON_GPU, bits_of
+from helpers import ON_GPU, SLOW, bits_of
 
 import kvarn_triton
 from kvarn_triton import PageLayout, reference
@@ -40,7 +40,7 @@ def run(api, name: str, device: torch.device, seeds: range, steps: int) -> Engin
 @pytest.mark.parametrize("name", CASES)
 def test_reference(name):
     """Steps of the reference."""
-    run(reference, name, torch.device("cpu"), range(6), 14)
+    run(reference, name, torch.device("cpu"), range(4), 12)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -144,3 +144,33 @@ def test_copies_of_raw_pages(dtype, device):
     expected[[1, 4]] = raw_pages[[0, 2]]
     kvarn_triton.copy_raw_pages(raw_pages, sources.int().to(device), targets.int().to(device))
     assert torch.equal(raw_pages, expected)
+
+
+@pytest.mark.parametrize("options", [{}, *(pytest.param(x, marks=SLOW) for x in ({"window": 90}, {"split_size": 1}))], ids=str)
+def test_sinks_of_sequences(options, device):
+    """Sequences with and without a raw sink in one batch, each by its own tables: decodes, chunks, reads, cuts."""
+    heads, ints = 2, {"dtype": torch.int32, "device": device}
+    lens = torch.tensor([140, 150, 130, 75], **ints)
+    block_table = torch.randperm(20, generator=torch.Generator().manual_seed(1)).int().view(4, 5).to(device)
+    raw_table = torch.tensor([[0, 1, 2], [-1, 3, 4], [5, 6, 7], [-1, 8, 9]], **ints)
+    generator = torch.Generator().manual_seed(0)
+    pages = torch.zeros(SMALL.pages_shape(20, heads), dtype=torch.uint8, device=device)
+    filled = (torch.randn(20 * 64, heads, 64, generator=generator).to(device) for _ in range(2))
+    kvarn_triton.store_pages(*filled, pages, torch.arange(20, **ints), SMALL, encoder=ENCODER)
+    raw_pages = torch.randn(10, 2, heads, 64, 64, generator=generator).half().to(device)
+    for count in (1, 6):
+        q, k, v = (torch.randn(4 * count, n, 64, generator=generator).half().to(device) for n in (4, heads, heads))
+        ends = None if count == 1 else torch.arange(5, **ints) * count
+        sizes = {} if count == 1 else {"num_tokens": 4 * count, "max_query_len": count}
+        given = {} if count == 1 else {"k": k, "v": v}
+        results = []
+        for api in (kvarn_triton, reference):
+            step = api.plan_step(SMALL, lens, ends, block_table, raw_table, sink_len=64, sink_columns=True, **sizes)
+            pools = pages.clone(), raw_pages.clone()
+            out = api.attend(q, *pools, step, **given, **options)
+            read = [torch.zeros(4, heads, 150, 64, device=device) for _ in range(2)]
+            api.read_tokens(*pools, step, *read)
+            api.cut_tokens(*pools, step, lens // 2)
+            results.append((out.float(), *read, pools[1].float()))
+        for got, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3)
