@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from .layer import ATTENTION_NAMES, HANDOVER, LAYERS, KVarNLayer, Scores
+from .layer import ATTENTION_NAMES, HANDOVER, LAYERS, PAGES, KVarNLayer, Scores
 
 SCORES = 2**26
 """Most scores that attention without pages has in memory at once, where PyTorch has no kernel for it."""
@@ -33,11 +33,14 @@ def register_attention(name: str = "kvarn") -> None:
     ATTENTION_NAMES.add(name)
 
 
-def kvarn_mask(*, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+def kvarn_mask(
+    *, kv_length: int, kv_offset: int = 0, attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor | None:
     """Return the mask of a step, from what transformers gives such a function.
 
     Args:
-        kv_length: keys that attention gets. 0: it reads pages.
+        kv_length: keys that attention gets: the new ones if it reads pages.
+        kv_offset: position of the first of them. `PAGES`: attention reads pages.
         attention_mask: bool [batch, positions], which of all positions are tokens and no padding; None: all.
         kwargs: as `sdpa_mask` takes them.
 
@@ -48,15 +51,17 @@ def kvarn_mask(*, kv_length: int, attention_mask: torch.Tensor | None = None, **
     Raises:
         ValueError: if a layer with pages is to have another mask than a causal one.
     """
-    if kv_length:
-        return sdpa_mask(kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+    if kv_offset != PAGES:
+        return sdpa_mask(kv_length=kv_length, kv_offset=kv_offset, attention_mask=attention_mask, **kwargs)
     if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
         raise ValueError(
-            "attention mask: expected a causal one with padding for pages, got another one (bidirectional, blocks, images); say "
-            "KVarNCache(..., attend_pages=False) and another attention implementation"
+            "attention mask: expected a causal one with padding for pages, got another one (bidirectional, blocks, images); "
+            "say KVarNCache(..., attend_pages=False) and another attention implementation"
         )
-    count = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]
-    return None if attention_mask is None else attention_mask[:, None, None, -count:].bool()
+    if attention_mask is None:
+        return None
+    # A copy, because strides of a view grow with the mask, and graphs are compiled for strides.
+    return attention_mask[:, None, None, -kv_length:].bool().clone(memory_format=torch.contiguous_format)
 
 
 def kvarn_attention(
@@ -90,8 +95,8 @@ def kvarn_attention(
         None if sinks is None else sinks.float(),
     )  # fmt: skip
     layer, HANDOVER.layer = HANDOVER.layer, None
-    shares = layer is None and isinstance(getattr(key, "kvarn_layer", None), KVarNLayer)
-    if layer is None and not shares:
+    sharing: KVarNLayer | None = None if layer else getattr(key, "kvarn_layer", None)
+    if layer is None and sharing is None:
         if soft_cap is None and sinks is None:
             kwargs.pop("softcap", None)
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -103,14 +108,14 @@ def kvarn_attention(
             raise ValueError(f"{name}: expected None with pages, got a tensor; say KVarNCache(..., attend_pages=False)")
     if kwargs.get("is_causal") is False or kwargs.get("output_attentions"):
         raise ValueError("is_causal, output_attentions: expected causal attention without weights, as pages have no others")
-    if shares:
-        return key.kvarn_layer.read(query, scores), None
+    if sharing is not None:
+        return sharing.read(query, scores), None
     assert layer is not None
     layer.shared.waiting = None
     index = getattr(module, "layer_idx", layer.index)
     if index != layer.index or key.shape[2] != query.shape[2]:
         raise RuntimeError(
-            f"layer {index}: expected attention to what update() returned for layer {layer.index}, {query.shape[2]} new tokens, "
+            f"layer {index}: expected attention to the {query.shape[2]} tokens that update() returned for layer {layer.index}, "
             f"got {key.shape[2]} tokens; say KVarNCache(..., attend_pages=False)"
         )
     mask = new_tokens_of(attention_mask, query)
@@ -154,7 +159,7 @@ def attend_captured(
 
 
 @attend_captured.register_fake
-def _(query, key, value, mask, sinks, scales, window, layer):  # type: ignore[no-untyped-def]
+def _(query, key, value, mask, sinks, scales, window, layer):
     """Return an empty result."""
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
@@ -168,7 +173,7 @@ def attention_without_pages(
         q: [batch, num_q_heads, n, head_dim].
         k: [batch, num_kv_heads, num_keys, head_dim].
         v: [batch, num_kv_heads, num_keys, v_head_dim].
-        mask: bool [batch, 1, n, num_keys]; None: causal, where queries are the last tokens, or the first of an empty static cache.
+        mask: bool [batch, 1, n, num_keys]. None: causal; one query is the last token, several are the first ones.
         scores: how scores become weights; the window is in the mask.
 
     Returns:

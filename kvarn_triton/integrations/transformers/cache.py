@@ -41,8 +41,9 @@ class KVarNCache(Cache):
     Layers of full attention are in pages: the first tokens in 16 bits, then quantized pages, then the last tokens in 16 bits.
     Other layers (sliding windows, linear attention, layers that share keys) are transformers' own.
 
-    With the attention implementation of `register_attention`, kernels read the pages. With any other one a layer returns all of
-    its keys and values, dequantized: memory is saved, time is not, and padding is stored like tokens. `attends_pages` says which.
+    With the attention implementation of `register_attention`, kernels read the pages. With any other one a layer returns all
+    of its keys and values, dequantized: memory is saved, time is not, and padding is stored like tokens. `attends_pages` says
+    which.
 
     Args:
         config: `model.config`.
@@ -53,7 +54,7 @@ class KVarNCache(Cache):
         max_len: positions of the longest row, padding included. Memory is then allocated at once, at fixed addresses, and
             `generate` captures decode steps as it does with `StaticCache`. None: memory grows.
         encoder: options of the encoder.
-        attend_pages: whether the attention function reads pages; None: as `config` has it when tokens come.
+        attend_pages: False to return all keys and values in any case.
 
     Raises:
         ValueError: for an option, or a model that `supports` refuses.
@@ -68,7 +69,7 @@ class KVarNCache(Cache):
         rollback: int = 0,
         max_len: int | None = None,
         encoder: Encoder = DEFAULT,
-        attend_pages: bool | None = None,
+        attend_pages: bool = True,
     ) -> None:
         reason = self.supports(config, layout)
         if reason is not None:
@@ -78,7 +79,7 @@ class KVarNCache(Cache):
         if max_len is not None:
             check_count("max_len", max_len, least=1)
         require(isinstance(encoder, Encoder), "encoder", "an Encoder", type(encoder).__name__)
-        require(attend_pages in (None, True, False), "attend_pages", "None or a bool", attend_pages)
+        require(isinstance(attend_pages, bool), "attend_pages", "a bool", attend_pages)
         config = config.get_text_config(decoder=True)
         self.shared = Shared(config, Settings(layout, sink_len, rollback, max_len, encoder), attend_pages)
         layers, full = _layers_of(config, max_len)

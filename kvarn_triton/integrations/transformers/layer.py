@@ -11,13 +11,16 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ...layout import PageLayout
-from ...serving.attend import attend
+from ...serving.attention import attend
 from ...serving.read import read_tokens
 from ...serving.write import write_tokens
 from .rows import Rows, Settings
 
 ATTENTION_NAMES: set[str] = set()
 """Attention implementations that `register_attention` added."""
+
+PAGES = -1
+"""Where keys begin that attention gets from a layer with pages: no other layer says so."""
 
 
 class Handover(threading.local):
@@ -44,7 +47,7 @@ class Scores(NamedTuple):
 class Shared:
     """What the layers of a cache share on all devices."""
 
-    def __init__(self, config: Any, settings: Settings, attend_pages: bool | None) -> None:
+    def __init__(self, config: Any, settings: Settings, attend_pages: bool) -> None:
         self.config, self.settings, self.attend_pages = config, settings, attend_pages
         self.rows: dict[tuple[torch.device, PageLayout], Rows] = {}
         self.waiting: int | None = None
@@ -53,15 +56,13 @@ class Shared:
     @property
     def attends_pages(self) -> bool:
         """Whether layers leave reading pages to the attention function."""
-        if self.attend_pages is not None:
-            return self.attend_pages
-        return getattr(self.config, "_attn_implementation", None) in ATTENTION_NAMES
+        return self.attend_pages and getattr(self.config, "_attn_implementation", None) in ATTENTION_NAMES
 
     def check_answered(self) -> None:
         """Refuse to go on after attention to new tokens alone."""
         if self.waiting is not None:
             raise RuntimeError(
-                f"attn_implementation: layer {self.waiting} expected attention that reads pages, and none asked for its pages; call "
+                f"attn_implementation: layer {self.waiting} expected attention that reads pages, and none asked for them; call "
                 "register_attention() and model.set_attn_implementation('kvarn'), or say KVarNCache(..., attend_pages=False). "
                 "reset() the cache before you use it again"
             )
@@ -83,7 +84,7 @@ class KVarNLayer(CacheLayerMixin):
         LAYERS[self.number] = self
 
     @property
-    def is_compileable(self) -> bool:
+    def is_compileable(self) -> bool:  # type: ignore[override]
         """Whether a decode step can be a captured graph: memory stays where it is, and lengths are on the device."""
         return self.shared.settings.max_len is not None and self.shared.attends_pages
 
@@ -137,7 +138,7 @@ class KVarNLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new keys and values [batch, num_kv_heads, n, channels]; return what attention is to be called with.
 
-        That is the new ones if the attention function reads pages, and writes the new ones, too. Otherwise they are written here,
+        That is the new ones if the attention function reads pages, which writes them, too. Otherwise they are written here,
         and all keys and values are returned, dequantized.
         """
         self.shared.check_answered()
@@ -189,7 +190,13 @@ class KVarNLayer(CacheLayerMixin):
         write_tokens(k, v, self.pages, self.raw_pages, self.rows.step, encoder=self.shared.settings.encoder)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scores: Scores, captured: bool = False
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scores: Scores,
+        captured: bool = False,
     ) -> torch.Tensor:
         """Write k and v [batch, num_kv_heads, n, channels], and attend with q [batch, num_q_heads, n, head_dim].
 
@@ -222,7 +229,7 @@ class KVarNLayer(CacheLayerMixin):
         return fits and q.shape[2] > 1 and scores[1:] == (None, None, None)
 
     def read(self, q: torch.Tensor, scores: Scores, new: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """Attend with q [batch, num_q_heads, n, head_dim] to the tokens that were written; `new` are the keys and values of the step."""
+        """Attend with q [batch, num_q_heads, n, head_dim] to what was written; `new` are the keys and values of the step."""
         rows, (batch, num_q_heads, count) = self.rows, q.shape[:3]
         if rows.step is None or rows.count != count or self.epoch != rows.epoch:
             raise RuntimeError(f"layer {self.index}: expected queries of its last step, got {count} tokens of another one")
@@ -242,14 +249,14 @@ class KVarNLayer(CacheLayerMixin):
         self.pages, self.raw_pages = self.pages[page_ids], self.raw_pages[raw_ids]
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
-        """Return how many keys attention gets, and where they begin; no keys at all if it reads pages.
+        """Return how many keys attention gets, and where they begin: new ones only, from `PAGES` on, if it reads pages.
 
         transformers 5.0 gives the positions of the queries instead of their number.
         """
         self.shared.check_answered()
-        if self.shared.attends_pages:
-            return 0, 0
         count = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
+        if self.shared.attends_pages:
+            return count, PAGES
         return (int(self.rows.length) if self.is_initialized else 0) + count, 0
 
     def get_seq_length(self) -> int:
@@ -275,7 +282,7 @@ class KVarNLayer(CacheLayerMixin):
         """Refuse what only the cache can do."""
         raise NotImplementedError("a layer of KVarNCache: expected this call of the cache, whose layers share their tables")
 
-    crop = reorder_cache = batch_select_indices = batch_repeat_interleave = _refuse
+    crop = reorder_cache = batch_select_indices = batch_repeat_interleave = _refuse  # type: ignore[assignment]
 
     def offload(self) -> None:
         """Refuse: kernels read pages where they are."""

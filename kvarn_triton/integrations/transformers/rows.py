@@ -1,7 +1,7 @@
 """What the layers of a cache share on one device: lengths, tables, the plan of a step, and how rows of a batch move.
 
-Quantized page j of row b has the id j * batch + b until rows move. Rows that begin as one row share its quantized pages by their
-ids; raw pages are never shared.
+Quantized page j of row b has the id j * batch + b until rows move. Rows that go on as one row share its quantized pages by
+their ids; raw pages are never shared.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Rows:
         self.layout, self.batch, self.device, self.settings = layout, batch, device, settings
         page_size = layout.page_size
         self.columns = -(-settings.sink_len // page_size) + slots_for(2 * settings.rollback, page_size)
-        ints = {"dtype": torch.int32, "device": device}
-        self.lens = torch.zeros(batch, **ints)
-        self.step_lens = torch.zeros(batch, **ints)
-        self.raw_table = torch.arange(batch * self.columns, **ints).view(batch, self.columns)
-        self.block_table = torch.empty(batch, 0, **ints)
+        self.lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.step_lens = torch.zeros_like(self.lens)
+        raw_ids = torch.arange(batch * self.columns, dtype=torch.int32, device=device)
+        self.raw_table = raw_ids.view(batch, self.columns)
+        self.block_table = raw_ids.new_empty(batch, 0)
         self.kept = torch.ones(batch, settings.rollback, dtype=torch.bool, device=device)
         """Which of the last positions are tokens and no padding."""
         self.length: int | torch.Tensor = 0
@@ -69,7 +69,7 @@ class Rows:
         return self.raw_table.nbytes + self.block_table.nbytes + self.lens.nbytes + self.step_lens.nbytes + self.kept.nbytes
 
     def begin(self, count: int, mask: torch.Tensor | None) -> None:
-        """Plan a step of `count` new positions for each row, which a bool mask [batch, count] takes for tokens or for padding."""
+        """Plan a step of `count` new positions for each row; a bool mask [batch, count] has which of them are no padding."""
         max_len = self.settings.max_len
         self.fresh = self.epoch == 0
         self.epoch, self.count, self.padded = self.epoch + 1, count, self.padded or mask is not None
@@ -168,8 +168,8 @@ class Rows:
         """Let row i go on as row order[i], with as many rows as before, and wait for nothing.
 
         Returns:
-            Ids of raw pages that are to be copied and where to, as `copy_raw_pages` takes them. A row that is there for the first
-            time keeps its raw pages; one that is there again gets those of a row that is not there any more.
+            Ids of raw pages that are to be copied and where to, as `copy_raw_pages` takes them. A row that is there for the
+            first time keeps its raw pages; one that is there again gets those of a row that is not there any more.
         """
         again = (order[:, None] == order).tril(-1).any(dim=1)
         taken = (order[:, None] == torch.arange(self.batch, device=self.device)).any(dim=0)
@@ -195,7 +195,7 @@ class Rows:
         return (torch.where(quantized, number, free) + column * self.batch).int()
 
     def select(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Become a batch of these rows, any number of them. Returns the ids of pages and of raw pages that new pools consist of."""
+        """Become a batch of these rows, any number of them; return the ids of pages and raw pages that pools consist of."""
         if self.settings.max_len is not None:
             raise ValueError(f"max_len: expected None to change the batch from {self.batch} to {len(rows)} rows")
         width = self.block_table.shape[1]
