@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import weakref
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ from .rows import Rows, Settings
 ATTENTION_NAMES: set[str] = set()
 """Attention implementations that `register_attention` added."""
 
+SCRATCH_TOKENS = 256
+"""New tokens of a row from which on its pages are dequantized once, to memory, and not once for every 128 rows of queries."""
+SCRATCH_BYTES = 2**30
 PAGES = -1
 """Where keys begin that attention gets from a layer with pages: no other layer says so."""
 
@@ -154,12 +158,19 @@ class KVarNLayer(CacheLayerMixin):
             return key_states, value_states
         return self._write_and_read(key_states, value_states)
 
+    def fill(self, k: torch.Tensor, v: torch.Tensor) -> Rows:
+        """Write new keys and values [batch, num_kv_heads, n, channels] without attention; call it for all layers in turn."""
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+        rows = self._begin(k.shape[2], None)
+        self._write(k, v)
+        return rows
+
     def _write_and_read(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new tokens; return all tokens, the new ones as they are."""
-        rows, count = self._begin(k.shape[2], None), k.shape[2]
-        if rows.padded:
+        if self.rows.padded:
             raise ValueError("attn_implementation: expected 'kvarn' for the whole of a padded batch, got another one")
-        self._write(k, v)
+        rows, count = self.fill(k, v), k.shape[2]
         if rows.fresh:
             return k, v
         assert rows.step is not None
@@ -235,6 +246,7 @@ class KVarNLayer(CacheLayerMixin):
             raise RuntimeError(f"layer {self.index}: expected queries of its last step, got {count} tokens of another one")
         k, v = (None, None) if new is None or count == 1 else new
         options = {"sm_scale": scores.sm_scale, "window": scores.window, "soft_cap": scores.soft_cap, "sinks": scores.sinks}
+        options["scratch"] = self._scratch(q)
         packed = q if rows.order is None else q.transpose(1, 2)[rows.order]
         result = attend(packed, self.pages, self.raw_pages, rows.step, k=k, v=v, **options)  # type: ignore[arg-type]
         assert isinstance(result, torch.Tensor)
@@ -243,6 +255,14 @@ class KVarNLayer(CacheLayerMixin):
         out = result.new_empty(batch, count, num_q_heads, result.shape[-1])
         out[rows.order] = result
         return out
+
+    def _scratch(self, q: torch.Tensor) -> torch.Tensor | None:
+        """Return memory for dequantized pages, where a chunk of a prompt is worth it and it isn't much."""
+        shape = self.rows.num_pages, 2, *self.raw_pages.shape[2:]
+        size = q.element_size() * math.prod(shape)
+        if q.shape[2] < SCRATCH_TOKENS or not q.is_cuda or not 0 < size <= SCRATCH_BYTES:
+            return None
+        return torch.empty(shape, dtype=q.dtype, device=q.device)
 
     def move(self, page_ids: torch.Tensor, raw_ids: torch.Tensor) -> None:
         """Make new pools of these pages, after `Rows.select`."""
