@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
+import os
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -461,6 +465,38 @@ def test_attention_without_pages():
             patch.setattr("kvarn_triton.integrations.transformers.attention.SCORES", 2000)
             got = attention_without_pages(q, k, v, seen, Scores(0.3, None, 3.0, sinks))
         torch.testing.assert_close(got, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_document(llama):
+    """The lines that the document begins with run as they are."""
+    text = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text()
+    program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0].replace("cache=cache", f"{KEY}=cache")
+    scope = {"model": llama, "inputs": {"input_ids": tokens(1, 20), "max_new_tokens": 4}}
+    exec(program, scope)
+    assert scope["cache"].nbytes_16bit > 0
+
+
+def test_measurement(tmp_path):
+    """The measurement of `perf/hf.py` runs with a tiny model."""
+    if KEY == "past_key_values":
+        pytest.skip("it passes cache=, which this version of transformers doesn't have")
+    file = tmp_path / "hf.json"
+    command = [
+        sys.executable,
+        str(Path(__file__).parent.parent / "perf" / "hf.py"),
+        "--tiny",
+        "--layers",
+        "1",
+        "--json",
+        str(file),
+    ]
+    options = ["--point", "2x200", "--context", "150", "--cache", "max_len", "--cache", "dynamic"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    subprocess.run([*command, *options], check=True, env=environment, capture_output=True)
+    rows = json.loads(file.read_text())["sweeps"]["transformers"]
+    assert len(rows) == 4
+    assert all(row.get("tokens_per_s", 1) > 0 and row.get("largest_batch", 1) > 0 for row in rows)
 
 
 def test_import():
