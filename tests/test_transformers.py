@@ -29,7 +29,7 @@ transformers = pytest.importorskip(
 from transformers import DynamicCache, GenerationConfig  # noqa: E402
 
 from kvarn_triton.integrations.transformers import KVarNCache, register_attention  # noqa: E402
-from kvarn_triton.integrations.transformers.attention import attention_without_pages, kvarn_mask  # noqa: E402
+from kvarn_triton.integrations.transformers.attention import attention_without_pages, kvarn_attention, kvarn_mask  # noqa: E402
 from kvarn_triton.integrations.transformers.layer import Scores  # noqa: E402
 
 SIZES: dict[str, Any] = {
@@ -42,6 +42,22 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {}),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {"query_pre_attn_scalar": 64, "attn_logit_softcapping": 2.0, **HYBRID}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {"query_pre_attn_scalar": 64, **HYBRID}),
+    "gemma3n": (  # layers share keys and values
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        {
+            "num_hidden_layers": 5,
+            "num_kv_shared_layers": 2,
+            "sliding_window": 48,
+            "hidden_size_per_layer_input": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "vocab_size_per_layer_input": 128,
+            "altup_num_inputs": 2,
+            "laurel_rank": 4,
+            "intermediate_size": [64] * 5,
+            "activation_sparsity_pattern": [0.0] * 5,
+        },
+    ),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {"num_local_experts": 2, "num_experts_per_tok": 1, **HYBRID}),
 }
 LAYOUT = "k8v8_g64"
@@ -149,7 +165,7 @@ def test_16_bits(name, attention, models):
 def test_attention_reads_the_same_pages(name, models):
     """Attention over pages, and attention over what the same pages are dequantized to, are the same."""
     model, ids = models[name], tokens(2, 260)
-    chunks = [200, 30, *[1] * 30]
+    chunks = [180, 50, *[1] * 30]  # the second completes a page, which its own tokens don't see yet
     model.set_attn_implementation("kvarn")
     paged = feed(model, ids, new(model, "k4v2_g64"), chunks)
     model.set_attn_implementation("eager")
@@ -158,6 +174,14 @@ def test_attention_reads_the_same_pages(name, models):
     difference = (paged - read).abs()
     assert difference.mean() < 0.01
     torch.testing.assert_close(paged[:, :230], read[:, :230], atol=NEAR, rtol=0)
+
+
+def test_growth(llama):
+    """Memory that grows keeps what it has: logits are those of a cache that was allocated at once."""
+    ids, chunks = tokens(2, 1003), [150, 200, 350, 300, 1, 1, 1]
+    grown, whole = new(llama, "k4v2_g64"), new(llama, "k4v2_g64", max_len=1003)
+    assert torch.equal(feed(llama, ids, grown, chunks), feed(llama, ids, whole, chunks))
+    assert grown.layers[0].pages.shape[0] > 2 * 14
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -390,6 +414,25 @@ def test_bytes(llama):
     assert cache.nbytes_16bit == 2 * 2 * 2000 * 2 * 64
     assert cache.nbytes < 0.45 * cache.nbytes_16bit
     assert "2 of 2 layers in pages, attention reads pages" in repr(cache)
+
+
+def test_shared_keys(llama):
+    """A layer that attends to the keys and values of another one reads that layer's pages; it isn't the step's first reader."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 131, 64, generator=generator) for heads in (2, 1, 1))
+    cache = new(llama, sink_len=256)
+    first, second = (layer.self_attn for layer in llama.model.layers)
+    for span in (slice(0, 90), slice(90, 130), slice(130, 131)):
+        key, value = cache.update(k[:, :, span], v[:, :, span], 0)
+        kvarn_attention(first, q[:, :, span] + 1, key, value)
+        got = kvarn_attention(second, q[:, :, span], key, value)[0]
+        seen = torch.ones(131, 131, dtype=torch.bool).tril()[span, : span.stop]
+        tokens_seen = [x[:, :, : span.stop].expand(-1, 2, -1, -1) for x in (k, v)]
+        expected = torch.nn.functional.scaled_dot_product_attention(q[:, :, span], *tokens_seen, attn_mask=seen)
+        torch.testing.assert_close(got, expected.transpose(1, 2), atol=1e-4, rtol=0)
+    key, value = cache.update(k[:, :, :1], v[:, :, :1], 0)
+    with pytest.raises(RuntimeError, match="layer 1: expected attention to the 1 tokens"):
+        kvarn_attention(second, q[:, :, :1], key, value)
 
 
 def test_lost_handle(models):

@@ -51,6 +51,8 @@ def kvarn_mask(
     Raises:
         ValueError: if a layer with pages is to have another mask than a causal one.
     """
+    if "local_size" not in kwargs and not torch.compiler.is_compiling():
+        HANDOVER.paged = kv_offset == PAGES
     if kv_offset != PAGES:
         return sdpa_mask(kv_length=kv_length, kv_offset=kv_offset, attention_mask=attention_mask, **kwargs)
     if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
@@ -97,6 +99,11 @@ def kvarn_attention(
     layer, HANDOVER.layer = HANDOVER.layer, None
     sharing: KVarNLayer | None = None if layer else getattr(key, "kvarn_layer", None)
     if layer is None and sharing is None:
+        if getattr(module, "is_kv_shared_layer", False) and HANDOVER.paged and kwargs.get("sliding_window") is None:
+            raise RuntimeError(
+                "a layer that shares keys: expected the tensor that update() returned, got a copy (device_map?); say "
+                "KVarNCache(..., attend_pages=False)"
+            )
         if soft_cap is None and sinks is None:
             kwargs.pop("softcap", None)
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

@@ -99,13 +99,16 @@ class KVarNCache(Cache):
         if getattr(config, "is_encoder_decoder", False):
             return "expected a decoder, got an encoder-decoder model"
         config = config.get_text_config(decoder=True)
-        if not _layers_of(config, None)[1]:
+        full = _layers_of(config, None)[1]
+        if not full:
             return "expected a model with layers of full attention, got one without"
-        head_dim, v_head_dim = _head_dims(config)
-        try:
-            PageLayout.from_name(layout, head_dim=head_dim, v_head_dim=v_head_dim)
-        except ValueError as error:
-            return str(error)
+        each = getattr(config, "per_layer_config", None)  # for models whose layers differ
+        for i in full:
+            head_dim, v_head_dim = _head_dims(config if each is None else each[i])
+            try:
+                PageLayout.from_name(layout, head_dim=head_dim, v_head_dim=v_head_dim)
+            except ValueError as error:
+                return str(error)
         return None
 
     def __repr__(self) -> str:

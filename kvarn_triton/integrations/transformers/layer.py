@@ -31,6 +31,8 @@ class Handover(threading.local):
     """The layer whose `update` was called last in a thread, for the attention function, which gets no cache."""
 
     layer: KVarNLayer | None = None
+    paged = False
+    """Whether the last mask of full attention was one for pages."""
 
 
 HANDOVER = Handover()
@@ -54,6 +56,8 @@ class Shared:
     def __init__(self, config: Any, settings: Settings, attend_pages: bool) -> None:
         self.config, self.settings, self.attend_pages = config, settings, attend_pages
         self.rows: dict[tuple[torch.device, PageLayout], Rows] = {}
+        modes = getattr(config, "kv_sharing_modes", None) or ()
+        self.shares_keys = "reuse" in modes or bool(getattr(config, "num_kv_shared_layers", 0))
         self.waiting: int | None = None
         """The layer that returned new tokens only, until attention asks it for the others."""
 
@@ -90,7 +94,8 @@ class KVarNLayer(CacheLayerMixin):
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
         """Whether a decode step can be a captured graph: memory stays where it is, and lengths are on the device."""
-        return self.shared.settings.max_len is not None and self.shared.attends_pages
+        # Layers that share keys know them by the tensor, which graphs don't have.
+        return self.shared.settings.max_len is not None and self.shared.attends_pages and not self.shared.shares_keys
 
     @torch.compiler.disable
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -152,7 +157,10 @@ class KVarNLayer(CacheLayerMixin):
             raise ValueError(f"batch: expected {self.rows.batch} rows, as the cache has, got {key_states.shape[0]}")
         if self.shared.attends_pages:
             self.shared.waiting, HANDOVER.layer = self.index, self
-            if not torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                if not self.is_compileable:
+                    raise ValueError("max_len: expected a number, and layers that share no keys, where a model is compiled")
+            else:
                 key_states = key_states.view(key_states.shape)
                 key_states.kvarn_layer = self  # type: ignore[attr-defined]
             return key_states, value_states
