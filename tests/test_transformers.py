@@ -471,6 +471,11 @@ def test_refusals(llama):
     feed(llama, ids, cache, [20])
     with pytest.raises(ValueError, match="batch: expected 2 rows"):
         feed(llama, ids[:1], cache, [1])
+    k, cache_of_two = torch.zeros(2, 1, 3, 64), new(llama, attend_pages=False)
+    for _ in range(2):
+        cache_of_two.update(k, k, 0)
+    with pytest.raises(RuntimeError, match="layer 1: expected one step"):
+        cache_of_two.update(k, k, 1)
     with pytest.raises(NotImplementedError, match="expected this call of the cache"):
         cache.layers[0].crop(-1)
     with pytest.raises(NotImplementedError, match="offloading"):
