@@ -353,16 +353,16 @@ def test_crop(llama):
     torch.testing.assert_close(got, expected[:, 140:], atol=NEAR, rtol=0)
 
 
-def compiled(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
+def compiled(model: Any, ids: torch.Tensor, cache: Any, fullgraph: bool = True, **options: Any) -> torch.Tensor:
     """Return what compiled decode steps generate."""
-    config = transformers.CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    config = transformers.CompileConfig(backend="aot_eager", fullgraph=fullgraph, mode=None)
     config._compile_all_devices = True
     return generate(model, ids, cache, generation_config=GenerationConfig(compile_config=config), **options)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_compiled_decode(name, models):
-    """Decode steps are one graph, with padding too and after a reset; chunks of a prompt are another one."""
+    """Decode steps are one graph, with padding too and after a reset; chunks of a prompt are compiled as well."""
     model = models[name]
     model.set_attn_implementation("kvarn")
     ids, mask = tokens(2, 150), torch.ones(2, 150, dtype=torch.long)
@@ -383,6 +383,14 @@ def test_compiled_decode(name, models):
     cache.reset()
     expected = generate(model, ids, new(model, rollback=3), attention_mask=mask)
     assert torch.equal(compiled(model, ids, cache, attention_mask=mask), expected)
+    if name == "llama":
+        torch._dynamo.reset()
+        expected = generate(model, ids, new(model, sink_len=256), attention_mask=mask)
+        cache = new(model, sink_len=256, max_len=200)
+        options = {"attention_mask": mask, "prefill_chunk_size": 70, "fullgraph": False}
+        for _ in range(2):  # memory is allocated in the first chunk of the first time
+            assert torch.equal(compiled(model, ids, cache, **options), expected)
+            cache.reset()
 
 
 def test_max_len(llama):
@@ -473,8 +481,8 @@ def test_refusals(llama):
     with pytest.raises(ValueError, match="batch: expected 2 rows"):
         feed(llama, ids[:1], cache, [1])
     k, cache_of_two = torch.zeros(2, 1, 3, 64), new(llama, attend_pages=False)
-    for _ in range(2):
-        cache_of_two.update(k, k, 0)
+    for layer in (0, 1, 0, 0):
+        cache_of_two.update(k, k, layer)
     with pytest.raises(RuntimeError, match="layer 1: expected one step"):
         cache_of_two.update(k, k, 1)
     with pytest.raises(NotImplementedError, match="expected this call of the cache"):

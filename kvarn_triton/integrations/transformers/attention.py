@@ -1,7 +1,7 @@
 """The attention implementation "kvarn": over pages where a layer has some, else what "sdpa" and "eager" compute.
 
 transformers calls a layer's `update`, and then the attention function without the cache. The layer that was updated last in a
-thread is handed over by `HANDOVER`; a model that attends to the same keys again, in another layer, is known by the tensor.
+thread is handed over by `take_layer`; a model that attends to the same keys again, in another layer, is known by the tensor.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from .layer import ATTENTION_NAMES, HANDOVER, LAYERS, PAGES, KVarNLayer, Scores
+from .layer import KVarNLayer, Scores
+from .shared import ATTENTION_NAMES, HANDOVER, LAYERS, PAGES, take_layer
 
 SCORES = 2**26
 """Most scores that attention without pages has in memory at once, where PyTorch has no kernel for it."""
@@ -96,7 +97,7 @@ def kvarn_attention(
         query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("sliding_window"), soft_cap,
         None if sinks is None else sinks.float(),
     )  # fmt: skip
-    layer, HANDOVER.layer = HANDOVER.layer, None
+    layer = take_layer()
     sharing: KVarNLayer | None = None if layer else getattr(key, "kvarn_layer", None)
     if layer is None and sharing is None:
         if getattr(module, "is_kv_shared_layer", False) and HANDOVER.paged and kwargs.get("sliding_window") is None:
@@ -118,7 +119,6 @@ def kvarn_attention(
     if sharing is not None:
         return sharing.read(query, scores), None
     assert layer is not None
-    layer.shared.waiting = None
     index = getattr(module, "layer_idx", layer.index)
     if index != layer.index or key.shape[2] != query.shape[2]:
         raise RuntimeError(
@@ -162,7 +162,7 @@ def attend_captured(
     result its queries come from.
     """
     scores = Scores(scales[0], window, scales[1] or None, sinks)
-    return LAYERS[layer].attend(query, key, value, mask, scores, captured=True).contiguous()
+    return LAYERS[layer].attend_captured(q=query, k=key, v=value, mask=mask, scores=scores).contiguous()
 
 
 @attend_captured.register_fake

@@ -12,8 +12,9 @@ from ...checks import check_count, require
 from ...encoder import DEFAULT, Encoder
 from ...layout import PageLayout
 from ...serving.move import copy_raw_pages
-from .layer import KVarNLayer, Shared
+from .layer import KVarNLayer
 from .rows import Rows, Settings
+from .shared import Shared
 
 
 def _layers_of(config: Any, max_len: int | None) -> tuple[list[Any], list[int]]:
@@ -84,6 +85,7 @@ class KVarNCache(Cache):
         self.shared = Shared(config, Settings(layout, sink_len, rollback, max_len, encoder), attend_pages)
         layers, full = _layers_of(config, max_len)
         self.paged_layers = [KVarNLayer(self.shared, i) for i in full]
+        self.shared.num_layers = len(full)
         for layer in self.paged_layers:
             layers[layer.index] = layer
         super().__init__(layers=layers)

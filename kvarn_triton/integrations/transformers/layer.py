@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -15,29 +13,12 @@ from ...layout import PageLayout
 from ...serving.attention import attend
 from ...serving.read import read_tokens
 from ...serving.write import write_tokens
-from .rows import Rows, Settings
-
-ATTENTION_NAMES: set[str] = set()
-"""Attention implementations that `register_attention` added."""
+from .rows import Rows
+from .shared import HANDOVER, LAYERS, PAGES, TRACED, Shared
 
 SCRATCH_TOKENS = 256
 """New tokens of a row from which on its pages are dequantized once, to memory, and not once for every 128 rows of queries."""
 SCRATCH_BYTES = 2**30
-PAGES = -1
-"""Where keys begin that attention gets from a layer with pages: no other layer says so."""
-
-
-class Handover(threading.local):
-    """The layer whose `update` was called last in a thread, for the attention function, which gets no cache."""
-
-    layer: KVarNLayer | None = None
-    paged = False
-    """Whether the last mask of full attention was one for pages."""
-
-
-HANDOVER = Handover()
-LAYERS: weakref.WeakValueDictionary[int, KVarNLayer] = weakref.WeakValueDictionary()
-"""Layers by their numbers: operators take numbers."""
 _NUMBERS = itertools.count()
 
 
@@ -48,32 +29,6 @@ class Scores(NamedTuple):
     window: int | None = None
     soft_cap: float | None = None
     sinks: torch.Tensor | None = None
-
-
-class Shared:
-    """What the layers of a cache share on all devices."""
-
-    def __init__(self, config: Any, settings: Settings, attend_pages: bool) -> None:
-        self.config, self.settings, self.attend_pages = config, settings, attend_pages
-        self.rows: dict[tuple[torch.device, PageLayout], Rows] = {}
-        modes = getattr(config, "kv_sharing_modes", None) or ()
-        self.shares_keys = "reuse" in modes or bool(getattr(config, "num_kv_shared_layers", 0))
-        self.waiting: int | None = None
-        """The layer that returned new tokens only, until attention asks it for the others."""
-
-    @property
-    def attends_pages(self) -> bool:
-        """Whether layers leave reading pages to the attention function."""
-        return self.attend_pages and getattr(self.config, "_attn_implementation", None) in ATTENTION_NAMES
-
-    def check_answered(self) -> None:
-        """Refuse to go on after attention to new tokens alone."""
-        if self.waiting is not None:
-            raise RuntimeError(
-                f"attn_implementation: layer {self.waiting} expected attention that reads pages, and none asked for them; call "
-                "register_attention() and model.set_attn_implementation('kvarn'), or say KVarNCache(..., attend_pages=False). "
-                "reset() the cache before you use it again"
-            )
 
 
 class KVarNLayer(CacheLayerMixin):
@@ -105,13 +60,14 @@ class KVarNLayer(CacheLayerMixin):
         self.layout = PageLayout.from_name(
             shared.settings.layout, head_dim=key_states.shape[-1], v_head_dim=value_states.shape[-1]
         )
-        place = device, self.layout
-        if place not in shared.rows:
-            shared.rows[place] = Rows(self.layout, batch, device, shared.settings)
-        self.rows = shared.rows[place]
+        key = device, self.layout
+        if key not in shared.rows:
+            shared.rows[key] = Rows(self.layout, batch, device, shared.settings)
+        self.rows = shared.rows[key]
         self.is_first, self.epoch = self.rows.num_layers == 0, self.rows.epoch
-        if self.is_first is False and self.rows.epoch:
+        if not self.is_first and self.rows.epoch:
             self.epoch -= 1  # the step that the first layer began
+        self.place = self.rows.num_layers
         self.rows.num_layers += 1
         raw_shape = batch * self.rows.columns, 2, self.num_kv_heads, self.layout.page_size, self.layout.raw_head_dim
         self.raw_pages = torch.empty(raw_shape, dtype=self.dtype, device=device)
@@ -156,12 +112,12 @@ class KVarNLayer(CacheLayerMixin):
         if key_states.shape[0] != self.rows.batch:
             raise ValueError(f"batch: expected {self.rows.batch} rows, as the cache has, got {key_states.shape[0]}")
         if self.shared.attends_pages:
-            self.shared.waiting, HANDOVER.layer = self.index, self
+            self.shared.waiting, TRACED.layer = self.index, self
             if torch.compiler.is_compiling():
                 if not self.is_compileable:
                     raise ValueError("max_len: expected a number, and layers that share no keys, where a model is compiled")
             else:
-                key_states = key_states.view(key_states.shape)
+                HANDOVER.layer, key_states = self, key_states.view(key_states.shape)
                 key_states.kvarn_layer = self  # type: ignore[attr-defined]
             return key_states, value_states
         return self._write_and_read(key_states, value_states)
@@ -241,6 +197,20 @@ class KVarNLayer(CacheLayerMixin):
             )
             return out.transpose(1, 2)
         return self.read(q, scores, (k, v))
+
+    def attend_captured(self, **arguments: Any) -> torch.Tensor:
+        """Call `attend` where the call may be replayed: what a graph's memory is used for isn't kept after its last layer."""
+        out = self.attend(**arguments, captured=True)
+        rows, shared = self.rows, self.shared
+        everywhere = sum(each.num_layers for each in shared.rows.values())
+        if rows.count > 1 and self.is_last and everywhere == shared.num_layers:
+            rows.step = rows.order = None
+        return out
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the last layer of its device."""
+        return self.place == self.rows.num_layers - 1
 
     def _is_plain(self, q: torch.Tensor, v: torch.Tensor, scores: Scores) -> bool:
         """Return whether PyTorch has a kernel for a whole prompt that needs no memory for scores."""
