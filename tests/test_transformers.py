@@ -360,7 +360,7 @@ def compiled(model: Any, ids: torch.Tensor, cache: Any, fullgraph: bool = True, 
     return generate(model, ids, cache, generation_config=GenerationConfig(compile_config=config), **options)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow("the compiler"))])
 def test_compiled_decode(name, models):
     """Decode steps are one graph, with padding too and after a reset; chunks of a prompt are compiled as well."""
     model = models[name]
