@@ -110,6 +110,7 @@ FLOORS = (
     ("attention",),
     ("serving",),
     ("ops", "testing", "warmup"),
+    ("integrations",),
 )
 """Which parts of the package stand on which: each imports from floors below it, and from its own."""
 
