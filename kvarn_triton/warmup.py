@@ -283,7 +283,8 @@ def _warm_steps(
             prefix_lens=prefix_lens, pages_per_block=per, sink_columns=sink_columns,
             sink_len=layout.page_size if sink_columns else 0, **indices,
         )  # fmt: skip
-    write_tokens(*new, pages, raw_pages, step, encoder=encoder)
+    for at_once in (True, False):
+        write_tokens(*new, pages, raw_pages, dataclasses.replace(step, at_once=at_once), encoder=encoder)
     cut_tokens(pages, raw_pages, step, lens)
     copy_raw_pages(raw_pages, ids, ids)
 

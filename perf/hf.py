@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ TINY = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, 
 POINTS = ((1, 8192), (16, 8192), (1, 32768), (4, 32768), (1, 131072))
 CONTEXTS = (8192, 32768, 131072)
 WARM, TIMED, CHUNK = 8, 64, 2048
+KEY = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
+"""What `generate` calls a cache in this version of transformers."""
 MOST_ROWS = 4096
 
 
@@ -156,18 +159,18 @@ def speed(model: Any, kind: Kind, batch: int, context: int, prompt: bool) -> Row
     start = time.perf_counter()
     if prompt:
         options = {"max_new_tokens": 1, "do_sample": False, "prefill_chunk_size": CHUNK, "disable_compile": True}
-        model.generate(ids[:, :context], cache=cache, **options)
+        model.generate(ids[:, :context], **{KEY: cache}, **options)
         synchronize()
         row["prompt_s"] = time.perf_counter() - start
     else:
         fill(cache, model, batch, context)
     options = {"do_sample": False}
     start = time.perf_counter()
-    ids = model.generate(ids, cache=cache, max_new_tokens=WARM, **options)
+    ids = model.generate(ids, max_new_tokens=WARM, **{KEY: cache}, **options)
     synchronize()
     row["warm_s"] = time.perf_counter() - start
     start = time.perf_counter()
-    model.generate(ids, cache=cache, max_new_tokens=TIMED, **options)
+    model.generate(ids, max_new_tokens=TIMED, **{KEY: cache}, **options)
     synchronize()
     row["tokens_per_s"] = batch * TIMED / (time.perf_counter() - start)
     row |= {"cache_mb": bytes_of(cache) / 1e6, "peak_mb": peak() / 1e6}
@@ -182,7 +185,7 @@ def fits(model: Any, kind: Kind, batch: int, context: int) -> bool:
         cache = kind.make(model.config, context + WARM)
         fill(cache, model, batch, context)
         ids = torch.full((batch, context + 1), 2, device=model.device)
-        model.generate(ids, cache=cache, max_new_tokens=WARM - 1, do_sample=False, disable_compile=True)
+        model.generate(ids, **{KEY: cache}, max_new_tokens=WARM - 1, do_sample=False, disable_compile=True)
         synchronize()
     except torch.cuda.OutOfMemoryError:
         return False

@@ -5,6 +5,7 @@ A process of its own, because kernels that the interpreter has decorated can't b
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -150,7 +151,8 @@ def write(layout: PageLayout, dtype: torch.dtype = torch.float16, *, encoder: kv
     """Call write_tokens."""
     pages, raw_pages, step = step_of(layout, torch.zeros(3, dtype=torch.int32))
     k, v = (torch.zeros(5, 2, d, dtype=dtype) for d in (layout.head_dim, layout.v_head_dim))
-    kvarn.write_tokens(k, v, pages, raw_pages, step, encoder=encoder)
+    for at_once in (True, False):
+        kvarn.write_tokens(k, v, pages, raw_pages, dataclasses.replace(step, at_once=at_once), encoder=encoder)
 
 
 def describe(compiled: Compiled, case: str) -> dict:

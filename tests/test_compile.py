@@ -66,7 +66,7 @@ KERNELS = {
     "decode": ("decode_attention", "merge_splits"),
     "prefill": ("merge_queries", "prefill_attention"),
     "scratch": ("expand_pages", "prefill_attention"),
-    "encode": ("advance_quantized", "commit_pages", "store_pages", "write_tokens"),
+    "encode": ("advance_quantized", "append_new", "commit_pages", "store_pages", "write_tokens"),
     "encode other": ("advance_quantized", "append_tokens", "commit_pages", "store_pages", "write_tokens"),
     "encode largest": ("advance_quantized", "commit_pages", "store_pages"),
 }

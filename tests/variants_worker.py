@@ -89,7 +89,7 @@ def main() -> None:
             call_many_heads()
         variant_cases.run(SEEDS, torch.device("cpu"), guard)
         check_grids(kernels)
-    assert len({name for name, _ in seen}) == 22, seen
+    assert len({name for name, _ in seen}) == 23, seen
     print("\n".join(new))
 
 

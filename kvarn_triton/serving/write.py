@@ -3,7 +3,8 @@
 The first programs of the launch append: rotate a run of tokens of one kv head and scatter it to slots. The others encode one
 tile of a page each, or return at once if the plan has none for them. A page takes its older tokens from the raw pool and the
 others from the activations, so that no program waits for another. Where new raw tokens would go over older ones that a page
-still takes, appending is a launch of its own, after the other one. Bytes moved: each activation, raw tile and record once.
+still takes, appending is a launch of its own, after the other one: of small programs, for most tokens of a chunk have no slot.
+Bytes moved: each activation, raw tile and record once.
 """
 
 from __future__ import annotations
@@ -66,9 +67,11 @@ def _of_half(k, v, half):
 
 
 @triton.jit
-def _append(raw, x, slots_ptr, first, num_tokens, count, half, head, G: tl.constexpr, D: tl.constexpr):
-    """Rotate APPEND_BLOCK tokens of one head and store them to their slots, where they have one."""
-    token = first + tl.arange(0, APPEND_BLOCK)
+def _append(
+    raw, x, slots_ptr, index, num_tokens, count, half, head, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Rotate a run of BLOCK tokens of one head and store them to their slots, where they have one."""
+    token = index * BLOCK + tl.arange(0, BLOCK)
     slots = tl.load(slots_ptr + token, token < num_tokens, other=-1)
     if tl.max(slots, axis=0) >= 0:
         offs_d = tl.arange(0, triton.next_power_of_2(D))[None, :]
@@ -76,6 +79,37 @@ def _append(raw, x, slots_ptr, first, num_tokens, count, half, head, G: tl.const
         place += head * x.stride_head
         rows = tl.load(x.ptr + place[:, None] + offs_d, (slots >= 0)[:, None] & (offs_d < D), other=0.0)
         store_rotated(raw, rows.to(tl.float32), half, head, slots, G, D)
+
+
+@triton.jit
+def _append_half(
+    raw, k, v, slots_ptr, index, num_tokens, count, half, head,
+    G: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Append the keys or the values of a run of tokens of one head."""
+    if D == D_V:
+        _append(raw, _of_half(k, v, half), slots_ptr, index, num_tokens, count, half, head, G, D, BLOCK)
+    elif half == 0:
+        _append(raw, k, slots_ptr, index, num_tokens, count, half, head, G, D, BLOCK)
+    else:
+        _append(raw, v, slots_ptr, index, num_tokens, count, half, head, G, D_V, BLOCK)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "count"], do_not_specialize_on_alignment=["slots_ptr"])
+def _kvarn_append_new_kernel(
+    raw,  # Tokens
+    k,  # Batch
+    v,  # Batch
+    slots_ptr,  # int64 [num_tokens]
+    num_tokens,
+    count,  # tokens of a sequence
+    G: tl.constexpr,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    head, half = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    _append_half(raw, k, v, slots_ptr, tl.program_id(0), num_tokens, count, half, head, G, D, D_V, BLOCK)
 
 
 @triton.jit
@@ -117,13 +151,7 @@ def _kvarn_write_tokens_kernel(
     head = (tl.program_id(0) // 2 % num_kv_heads).to(tl.int64)
     index = tl.program_id(0) // 2 // num_kv_heads
     if index < num_appends:
-        first = index * APPEND_BLOCK
-        if D == D_V:
-            _append(raw, _of_half(k, v, half), slots_ptr, first, num_tokens, count, half, head, G, D)
-        elif half == 0:
-            _append(raw, k, slots_ptr, first, num_tokens, count, half, head, G, D)
-        else:
-            _append(raw, v, slots_ptr, first, num_tokens, count, half, head, G, D_V)
+        _append_half(raw, k, v, slots_ptr, index, num_tokens, count, half, head, G, D, D_V, APPEND_BLOCK)
     else:
         task_ptr = tasks_ptr + index - num_appends
         page = tl.load(task_ptr)
@@ -182,32 +210,36 @@ def write_tokens(
         reference.write_tokens(k, v, pages, raw_pages, step, encoder=encoder, arithmetic=reference.ANY_ORDER)
         return
     num_tokens = step.num_tokens
-    if num_tokens == 0 or num_kv_heads == 0:
+    if num_tokens == 0 or num_kv_heads == 0 or step.batch == 0:
         return
     layout, count = step.layout, 2**30 if k.dim() == 3 else k.shape[2]
     pages, raw_pages, k, v = aligned(pages), check_pool("raw_pages", raw_pages), aligned(k), aligned(v)
-    runs, num_tasks = -(-num_tokens // APPEND_BLOCK.value), step.tasks.shape[1]
-    for num_appends, num_pages in ((runs, num_tasks),) if step.at_once else ((0, num_tasks), (runs, 0)):
-        if num_appends + num_pages:
-            on(pages, _kvarn_write_tokens_kernel)[((num_appends + num_pages) * num_kv_heads * 2,)](
-                as_pages(pages),
-                as_tokens(raw_pages),
-                as_batch(k),
-                as_batch(v),
-                step.slots,
-                step.tasks,
-                num_tokens,
-                num_tasks,
-                num_kv_heads,
-                num_appends,
-                count,
-                LAYOUT=layout,
-                K_FIELDS=fields_per_byte(layout.k_bits),
-                V_FIELDS=fields_per_byte(layout.v_bits),
-                ENCODER=encoder,
-                **configs.encode_options(layout, pages.device),
-                enable_fp_fusion=False,
-            )
+    raw, new = as_tokens(raw_pages), (as_batch(k), as_batch(v))
+    runs, num_tasks = -(-num_tokens // APPEND_BLOCK.value) if step.at_once else 0, step.tasks.shape[1]
+    on(pages, _kvarn_write_tokens_kernel)[((runs + num_tasks) * num_kv_heads * 2,)](
+        as_pages(pages),
+        raw,
+        *new,
+        step.slots,
+        step.tasks,
+        num_tokens,
+        num_tasks,
+        num_kv_heads,
+        runs,
+        count,
+        LAYOUT=layout,
+        K_FIELDS=fields_per_byte(layout.k_bits),
+        V_FIELDS=fields_per_byte(layout.v_bits),
+        ENCODER=encoder,
+        **configs.encode_options(layout, pages.device),
+        enable_fp_fusion=False,
+    )
+    if not step.at_once:
+        block = configs.append_block(layout.raw_head_dim)
+        on(pages, _kvarn_append_new_kernel)[(-(-num_tokens // block), num_kv_heads, 2)](
+            raw, *new, step.slots, num_tokens, count, G=layout.page_size, D=layout.head_dim, D_V=layout.v_head_dim,
+            BLOCK=block, num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def check_step_pools(pages: torch.Tensor, raw_pages: torch.Tensor, step: Step) -> int:

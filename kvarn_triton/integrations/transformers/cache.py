@@ -160,7 +160,7 @@ class KVarNCache(Cache):
         if hasattr(Cache, "activate_past_recording"):
             super().activate_past_recording()
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
         """Take the last tokens of every row back.
 
         Args:
@@ -169,6 +169,7 @@ class KVarNCache(Cache):
         Raises:
             ValueError: if `rollback` is smaller; it counts from the longest that rows were since `reset`.
         """
+        tokens_to_remove = int(tokens_to_remove)  # a tensor on the GPU, where transformers counts matches there
         for rows in self.shared.rows.values():
             length = int(rows.length)
             count = -tokens_to_remove if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0)
