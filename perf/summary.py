@@ -91,7 +91,7 @@ def screen(results: dict[str, list[Row]]) -> list[str]:
     timed = any(row.get("us") or "fail" in row for row in results.get("decode", []))
     measured, means, loses = timed_texts(results) if timed else counted_texts(results)
     more = [
-        "sweep.py decode, prefill, store, write, ragged, peers (GPU); gate, error, compile, real (with or without)",
+        "sweep.py decode, prefill, store, write, steps, ragged, peers (GPU); gate, error, compile, real (with or without)",
         "sweep.py --help lists all; sweep.py --all runs them; --json FILE keeps the numbers",
     ]
     texts = {"checked": checked_texts(results.get("gate", [])), "measured": measured}
