@@ -152,7 +152,7 @@ def test_sinks_of_sequences(options, device):
     heads, ints = 2, {"dtype": torch.int32, "device": device}
     lens = torch.tensor([140, 150, 130, 75], **ints)
     block_table = torch.randperm(20, generator=torch.Generator().manual_seed(1)).int().view(4, 5).to(device)
-    raw_table = torch.tensor([[0, 1, 2], [-1, 3, 4], [5, 6, 7], [-1, 8, 9]], **ints)
+    raw_table = torch.tensor([[-1, 0, 1], [2, 3, 4], [-1, 5, 6], [7, 8, 9]], **ints)
     generator = torch.Generator().manual_seed(0)
     pages = torch.zeros(SMALL.pages_shape(20, heads), dtype=torch.uint8, device=device)
     filled = (torch.randn(20 * 64, heads, 64, generator=generator).to(device) for _ in range(2))
