@@ -1,7 +1,7 @@
-"""Greedy tokens of vLLM with pages of kvarn_triton beside those with its own cache, by hand: python perf/vllm_text.py --model FOLDER
+"""Greedy tokens of vLLM with pages of kvarn_triton beside those with its own cache: python perf/vllm_text.py --model FOLDER
 
-Each run is a process of its own with 8 requests over 4 slots in chunks of 128 tokens. It needs vLLM and a model; with k8v8_g64 all
-but near ties of logits should agree. `--random FOLDER` writes a small random Llama first, which needs no download.
+Each run is a process of its own with 8 requests over 4 slots in chunks of 128 tokens. It needs vLLM and a model; with k8v8_g64
+all but near ties of logits should agree. `--random FOLDER` writes a small random Llama first, which needs no download.
 """
 
 from __future__ import annotations
