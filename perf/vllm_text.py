@@ -75,7 +75,7 @@ def generate(case: dict, model: str, layout: str | None, new_tokens: int) -> dic
         options["attention_backend"] = "CUSTOM"
         options["additional_config"] = {"kvarn_layout": layout, "kvarn_sink_pages": case.get("sink_pages", 1)}
     llm = LLM(
-        model=model, dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=4, max_num_batched_tokens=128,
+        model=model, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4, max_num_batched_tokens=128,
         kv_cache_memory_bytes=1 << 28, disable_log_stats=False, skip_tokenizer_init=True, **({"block_size": 64} | options),
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)

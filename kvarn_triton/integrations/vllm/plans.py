@@ -10,7 +10,7 @@ import torch
 
 from ...layout import PageLayout
 from ...serving import plan
-from ...step import Step, StepInputs
+from ...step import TASK_FIELDS, Step, StepInputs
 from .choice import Choice
 from .slots import Rows, SlotsByBlock, SlotsByRow
 
@@ -112,18 +112,21 @@ class Planner:
     def _fixed(self, inputs: StepInputs) -> Step:
         """Plan decodes in the memory that all of them share; steps run one after the other."""
         batch, width = inputs.ids.shape
-        seq_lens = self._part("seq_lens", (batch,), torch.int32, width)
+        key = batch, width
+        step = self.steps.get(key)
+        seq_lens = self._part("seq_lens", (batch,), torch.int32, key) if step is None else step.seq_lens
         seq_lens.copy_(inputs.seq_lens)
         inputs = self._inputs(seq_lens, None, inputs.block_table, inputs.raw_table)
-        if (batch, width) not in self.steps:
-            memory = {name: self._part(name, *shape, width) for name, shape in inputs.shapes().items()}
-            self.steps[batch, width] = inputs.step_in(memory)
-        step = self.steps[batch, width]
+        if step is None:
+            memory = {name: self._part(name, *shape, key) for name, shape in inputs.shapes().items()}
+            step = self.steps[key] = inputs.step_in(memory)
         return plan.plan_from(inputs, step)
 
-    def _part(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, width: int) -> torch.Tensor:
-        """Return the first numbers of a tensor's memory, which is made for the largest batch."""
-        if name not in self.memory:
-            most = self.choice.max_requests * max(width, self.choice.columns, 5)
+    def _part(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, key: tuple[int, int]) -> torch.Tensor:
+        """Return the first numbers of a tensor's memory. A batch of more than the largest, with padding, gets a larger one:
+        steps that are planned keep theirs."""
+        count = math.prod(shape)
+        if name not in self.memory or self.memory[name].numel() < count:
+            most = max(self.choice.max_requests, key[0]) * max(key[1], self.choice.columns, TASK_FIELDS)
             self.memory[name] = torch.zeros(most, dtype=dtype, device=self.device)
-        return self.memory[name][: math.prod(shape)].view(shape)
+        return self.memory[name][:count].view(shape)
