@@ -73,7 +73,11 @@ def generate(case: dict, model: str, layout: str | None, new_tokens: int) -> dic
         options["speculative_config"] = drafts
     if layout is not None:
         options["attention_backend"] = "CUSTOM"
-        options["additional_config"] = {"kvarn_layout": layout, "kvarn_sink_pages": case.get("sink_pages", 1)}
+        options["additional_config"] = {"kvarn_sink_pages": case.get("sink_pages", 1)}
+        if layout.startswith("kvarn_"):
+            options["kv_cache_dtype"] = layout
+        else:
+            options["additional_config"]["kvarn_layout"] = layout
     llm = LLM(
         model=model, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4, max_num_batched_tokens=128,
         kv_cache_memory_bytes=1 << 28, disable_log_stats=False, skip_tokenizer_init=True, **({"block_size": 64} | options),
@@ -109,7 +113,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder in Hugging Face's format")
     parser.add_argument("--random", help="write a small random model to this folder and take it")
-    parser.add_argument("--layout", default="k8v8_g64")
+    parser.add_argument("--layout", default="k8v8_g64", help="or a name of a cache dtype, where vLLM takes one: kvarn_k8v8_g64")
     parser.add_argument("--new-tokens", type=int, default=40)
     parser.add_argument("--only", nargs="*", default=list(CASES), help="names of cases")
     parser.add_argument("--log", action="store_true", help="show what the plug-in logs")

@@ -149,6 +149,60 @@ def test_plans_stay_where_they_are():
     assert len(seen) > 1 and all(len(each) == 1 for each in seen.values())
 
 
+@pytest.mark.slow("the interpreter")
+@pytest.mark.parametrize("case", CASES[1:4:2], ids=["prefix", "drafts"])
+def test_server_kernels(case: dict, device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    """The same through kernels, plans of decodes in their memory included."""
+    monkeypatch.setattr(gpu, "on_device", lambda tensor: True)
+    server = Server(dataclasses.replace(BASE, **case), 5, device, fixed=True)
+    for _ in range(60):
+        while len(server.waiting) < 3:
+            server.arrive()
+        server.step()
+        assert server.worst < 0.02, (server.worst, server.seen)
+    assert server.worst > 1e-4, "no page was read"
+
+
+class Captured(Server):
+    """A server whose steps of decodes alone are replays of one CUDA graph, captured in a dummy step."""
+
+    graph: Any = None
+
+    def padding(self, count: int) -> int:
+        """Fill the batch that was captured."""
+        return self.choice.max_requests - count
+
+    def forward(self, plans: Any, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """Replay, if the step is one of decodes alone."""
+        if plans.prefills is not None or len(q) != self.choice.max_requests:
+            return super().forward(plans, q, kv)
+        if self.graph is None:
+            self.inputs = q.clone(), kv.clone()
+            super().forward(plans, *self.inputs)
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.out = super().forward(plans, *self.inputs)
+        for mine, given in zip(self.inputs, (q, kv), strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        self.seen["replays"] = self.seen.get("replays", 0) + 1
+        return self.out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("case", CASES[:3], ids=["plain", "prefix", "prefix, no sink"])
+def test_captured(case: dict, device: torch.device):
+    """One captured graph serves all steps of decodes, and dummy steps write nothing."""
+    server = Captured(dataclasses.replace(BASE, **case), 0, device, fixed=True)
+    for _ in range(300):
+        while len(server.waiting) < 3:
+            server.arrive()
+        server.step()
+        assert server.worst < 0.02, (server.worst, server.seen)
+    assert server.seen["replays"] > 20, server.seen
+
+
 def rows_of(*rows: tuple[int, int, int]) -> Rows:
     """Return rows of (tokens before the step, tokens after it, first block)."""
     columns = [torch.tensor(column, dtype=torch.int32) for column in zip(*rows, strict=True)]

@@ -205,6 +205,10 @@ class Server:
             req_idx=np.array(rows, dtype=np.intp) if self.choice.known_rows else None,
         )  # fmt: skip
 
+    def padding(self, count: int) -> int:
+        """Return how many rows of padding a step of decodes gets."""
+        return self.random.randint(0, 2)
+
     def plan(self, common: Any) -> Plans:
         """Plan a step, with the split that vLLM computes."""
         starts = common.query_start_loc_cpu
@@ -225,7 +229,7 @@ class Server:
 
     def run(self, requests: list[Request], counts: list[int], sequences: list[list[int]]) -> None:
         """Run the layer for chosen requests and compare it with the formula."""
-        padding = self.random.randint(0, 2) if max(counts) == 1 and self.fixed else 0
+        padding = self.padding(len(counts)) if max(counts) == 1 and self.fixed else 0
         lengths = [len(sequence) for sequence in sequences]
         common = self.common(counts, lengths, [each.blocks for each in requests], [each.row for each in requests], padding)
         plans = self.plan(common)
