@@ -19,13 +19,13 @@ LENGTHS = 20, 150, 63, 64, 65, 129, 190, 7
 CASES = {
     "plain": {"enable_prefix_caching": False},
     "no sink": {"enable_prefix_caching": False, "sink_pages": 0},
-    "preemption": {"enable_prefix_caching": False, "num_gpu_blocks_override": 8},
+    "preemption": {"enable_prefix_caching": False, "num_gpu_blocks_override": 7},
     "prefix caching": {"shared": 130, "twice": True},
     "prefix caching, no sink": {"shared": 130, "twice": True, "sink_pages": 0},
-    "prefix caching, preemption": {"shared": 130, "num_gpu_blocks_override": 9},
-    "blocks of two pages": {"enable_prefix_caching": False, "block_size": 128, "num_gpu_blocks_override": 10},
+    "prefix caching, preemption": {"shared": 130, "num_gpu_blocks_override": 6},
+    "blocks of two pages": {"enable_prefix_caching": False, "block_size": 128},
     "drafts": {"enable_prefix_caching": False, "drafts": 5, "repeat": 24},
-    "drafts, preemption": {"enable_prefix_caching": False, "drafts": 5, "repeat": 24, "num_gpu_blocks_override": 8},
+    "drafts, preemption": {"enable_prefix_caching": False, "drafts": 5, "repeat": 24, "num_gpu_blocks_override": 7},
     "processes": {"enable_prefix_caching": False, "multiprocessing": True},
 }
 """What each run changes; `own` runs take the same but for the cache."""

@@ -129,6 +129,7 @@ class KVarNBuilder(AttentionMetadataBuilder[Plans]):
         self.choice = choice_of(vllm_config)
         size = self.choice.page_size
         require(kv_cache_spec.block_size % size == 0, "block_size", f"a multiple of {size}", kv_cache_spec.block_size)
+        require(kv_cache_spec.uses_slot_mapping, "uses_slot_mapping", "True, by which dummy steps are known", False)
         device = torch.device(device)
         require(
             self.choice.known_rows or device.type == "cpu",
@@ -148,23 +149,21 @@ class KVarNBuilder(AttentionMetadataBuilder[Plans]):
         return self.planner.plan(common_attn_metadata, num_decodes, num_decode_tokens)
 
     def _report(self) -> None:
-        """Log what the cache holds."""
-        layers = self.vllm_config.compilation_config.static_forward_context
-        cache, impl = layers[self.layer_names[0]].kv_cache, layers[self.layer_names[0]].impl
-        if not cache.numel():
+        """Log what the cache holds, once vLLM has allocated it."""
+        config, spec = self.vllm_config.cache_config, self.kv_cache_spec  # the spec is that of kernels: of a page
+        impl = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]].impl
+        if not config.num_gpu_blocks:
             return
         self.reported = True
         choice, count, mib = self.choice, len(self.layer_names), 2.0**20
         raw = count * impl.raw_pages.numel() * impl.raw_pages.element_size()
-        num_pages = cache.shape[0]
-        bytes_of_page = cache[0].numel() * count
+        tokens = config.num_gpu_blocks * config.block_size
+        pages = tokens * spec.page_size_bytes * count / spec.block_size
         logger.info(
-            "kvarn_triton: %d layers in %s: %d pages of %d tokens are %d tokens in %.0f MiB (%.0f bytes a token), beside "
-            "%.0f MiB of 16-bit tokens for %d requests (%d of sink, %d of tail each); all of it is %.0f bytes a token.",
-            count, choice.layout_name, num_pages, choice.page_size, num_pages * choice.page_size,
-            num_pages * bytes_of_page / mib, bytes_of_page / choice.page_size, raw / mib, choice.num_slots, choice.sink_len,
-            choice.tail_slots * choice.page_size,
-            (num_pages * bytes_of_page + raw) / max(num_pages * choice.page_size, 1),
+            "kvarn_triton: %d layers in %s: blocks of %d tokens in %.0f MiB (%.0f bytes a token), beside %.0f MiB of 16-bit "
+            "tokens for %d requests (%d of sink, %d of tail each). With those, a token of %d takes %.0f bytes.",
+            count, choice.layout_name, tokens, pages / mib, pages / tokens, raw / mib, choice.num_slots, choice.sink_len,
+            choice.tail_slots * choice.page_size, tokens, (pages + raw) / tokens,
         )  # fmt: skip
 
 

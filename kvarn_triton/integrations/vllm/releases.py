@@ -67,7 +67,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "FullAttentionSpec",
         (
             "block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "tokens_per_state", "state_content_bytes",
-            "page_size_bytes",
+            "page_size_bytes", "uses_slot_mapping",
         ),
     ),
     (_CACHE, "KVCacheLayout", ("LBHNC",)),
@@ -86,7 +86,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     ("vllm.config", "AttentionConfig", ("backend", "backend_per_kind")),
-    ("vllm.config", "CacheConfig", ("cache_dtype", "enable_prefix_caching")),
+    ("vllm.config", "CacheConfig", ("block_size", "cache_dtype", "enable_prefix_caching", "num_gpu_blocks")),
     ("vllm.config", "CompilationConfig", ("static_forward_context",)),
     (
         "vllm.config",
