@@ -18,7 +18,7 @@ from vllm_server import Server
 
 from kvarn_triton import PageLayout, gpu
 from kvarn_triton.integrations.vllm import choice as choices
-from kvarn_triton.integrations.vllm import releases
+from kvarn_triton.integrations.vllm import register, releases
 from kvarn_triton.integrations.vllm.choice import Choice, asked, choice_of, names
 from kvarn_triton.integrations.vllm.slots import Rows, SlotsByBlock, SlotsByRow
 
@@ -255,6 +255,14 @@ def test_entry_point():
     assert "kvarn_triton.integrations.vllm:register" in [point.value for point in points]
     code = "import sys, kvarn_triton, kvarn_triton.integrations.vllm; assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_other_release(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """A release that the plug-in isn't for, and that lacks everything, is left alone but for a sentence of the log."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.27.1"))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", None)
+    register()
+    assert [record.message for record in caplog.records] == [releases.refusal("0.27.1")]
 
 
 @needs_vllm

@@ -5,6 +5,7 @@ vllm serve MODEL --attention-backend CUSTOM --additional-config '{"kvarn_layout"
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from .choice import names
@@ -17,19 +18,33 @@ _HERE = "kvarn_triton.integrations.vllm"
 def register() -> None:
     """Tell vLLM of the attention backend CUSTOM and of the cache dtypes `kvarn_*`. vLLM calls it in each of its processes.
 
-    Nothing changes for a configuration that doesn't select CUSTOM. A release that the plug-in isn't for is refused in one
-    sentence as soon as one does.
+    Nothing changes for a configuration that doesn't select CUSTOM. On a release that the plug-in isn't for, a sentence of the log
+    says so, and selecting CUSTOM is an error with the same sentence where vLLM asks for it (not on CPUs).
     """
     import vllm
-    from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from .releases import refusal
 
+    reason = refusal(vllm.__version__)
+    if reason is not None:
+        logging.getLogger("vllm.kvarn_triton").warning(reason)
+    try:
+        _register(reason is None)
+    except (ImportError, AttributeError):
+        if reason is None:
+            raise  # a release may lack what is used here only if it is one that the plug-in isn't for
+
+
+def _register(taken: bool) -> None:
+    """Tell vLLM of the backend, and of the rest if the release is one that the plug-in is for."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
     register_backend(AttentionBackendEnum.CUSTOM, f"{_HERE}.backend.KVarNBackend")
-    if current_platform.is_cpu() and refusal(vllm.__version__) is None:
+    if taken and current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{_HERE}.cpu.Backend")
-    _register_names()
+    if taken:
+        _register_names()
 
 
 def _register_names() -> None:
