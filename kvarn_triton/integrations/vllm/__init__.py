@@ -1,4 +1,4 @@
-"""A plug-in for vLLM: its KV cache in pages of 2 to 8 bits. vLLM finds it by an entry point; nothing is to be imported.
+"""A plug-in for vLLM: its KV cache in pages of 2 to 8 bits. vLLM finds it by an entry point.
 
 vllm serve MODEL --attention-backend CUSTOM --additional-config '{"kvarn_layout": "k4v2_g64"}'
 """
@@ -18,8 +18,8 @@ _HERE = "kvarn_triton.integrations.vllm"
 def register() -> None:
     """Tell vLLM of the attention backend CUSTOM and of the cache dtypes `kvarn_*`. vLLM calls it in each of its processes.
 
-    Nothing changes for a configuration that doesn't select CUSTOM. On a release that the plug-in isn't for, a sentence of the log
-    says so, and selecting CUSTOM is an error with the same sentence where vLLM asks for it (not on CPUs).
+    Nothing changes for a configuration that doesn't select CUSTOM. On a release that the plug-in isn't for, a sentence of the
+    log says so, and selecting CUSTOM is an error with the same sentence where vLLM asks for it (not on CPUs).
     """
     import vllm
 
