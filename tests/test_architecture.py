@@ -33,7 +33,9 @@ def most_parameters(path: Path, function: ast.FunctionDef) -> int | None:
     if any("triton." in ast.unparse(decorator) for decorator in function.decorator_list):
         return JIT_PARAMETERS
     public = function.name in (*kvarn_triton.__all__, "cache_case") or path.is_relative_to(PACKAGE / "reference")
-    return None if public else PYTHON_PARAMETERS
+    # An engine says what its backends are called with.
+    given = path.is_relative_to(PACKAGE / "integrations") and function.name in ("__init__", "forward")
+    return None if public or given else PYTHON_PARAMETERS
 
 
 def test_sizes():
