@@ -19,6 +19,7 @@ import common
 import gate
 import gate_attention
 import gate_checks
+import gate_steps  # noqa: F401
 import peers
 import sixteen_bit
 import summary
@@ -43,9 +44,7 @@ def run_checks(names=None) -> tuple[list[dict], list[dict]]:
 
 def test_registry():
     """Every sweep has a subcommand and a line of help; every name that documents use is there."""
-    names = (
-        "gate decode ragged prefill peers tune write store dequantize hadamard overhead host capacity error compile accuracy"
-    )
+    names = "gate decode ragged prefill peers tune write steps store dequantize hadamard overhead host capacity error compile accuracy"
     assert set(common.SWEEPS) == {*names.split(), "accuracy", "encoders", "raw_tokens", "real", "model"}
     for name, entry in common.SWEEPS.items():
         assert sweep.parser().parse_args([name]).command == name
