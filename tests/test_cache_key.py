@@ -57,6 +57,8 @@ def test_constexpr_functions_read_what_is_hashed():
     """They read constexprs, other functions and Triton; of modules of the package only the encoder's constants (`CODEC`)."""
     seen = 0
     for path in sorted(PACKAGE.rglob("*.py")):
+        if "constexpr_function" not in path.read_text():
+            continue  # those of integrations import what may not be installed
         module = importlib.import_module(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and any("constexpr_function" in ast.unparse(d) for d in node.decorator_list):
