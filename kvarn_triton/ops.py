@@ -26,7 +26,7 @@ from .encoder import Encoder
 from .layout import PageLayout
 from .pages import append, commit, cut, dequantize, rotation, store
 from .serving import attention, move, plan, read, write
-from .step import Step, StepInputs
+from .step import Step, StepInputs, inputs_of  # noqa: F401, a text below names it
 from .tables import DecodeConfig, DecodeTable, Entry
 
 _P = ParamSpec("_P")
@@ -344,6 +344,6 @@ def _planned(inputs: StepInputs, out: Step | None) -> Step:
 
 plan_step = _like(
     plan.plan_step,
-    "_planned(plan.inputs_of(layout, seq_lens, cu_seqlens_q, block_table, raw_table, num_tokens, max_query_len, sink_len, "
+    "_planned(inputs_of(layout, seq_lens, cu_seqlens_q, block_table, raw_table, num_tokens, max_query_len, sink_len, "
     "sink_columns, rows, pages_per_block, max_drafts, prefix_lens, kv_indptr, kv_indices), out)",
 )

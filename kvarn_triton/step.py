@@ -154,3 +154,16 @@ class StepInputs:
 def slots_for(num_tokens: int, page_size: int) -> int:
     """Return how many pages `num_tokens` tokens in a row touch at most; one if there are none."""
     return (max(num_tokens, 1) + page_size - 2) // page_size + 1
+
+
+def inputs_of(layout: PageLayout, seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, *others: Any) -> StepInputs:
+    """Return the arguments of `plan_step`, in its order, as one object; sizes that follow from others are set."""
+    block_table, raw_table, num_tokens, max_query_len, *options = others
+    if cu_seqlens_q is None:
+        for name, value in (("num_tokens", num_tokens), ("max_query_len", max_query_len)):
+            require(value is None, name, "None without cu_seqlens_q", value)
+        check_tensor("seq_lens", seq_lens, [None], torch.int32)
+        num_tokens, max_query_len = seq_lens.shape[0], 1
+    elif max_query_len is None:
+        max_query_len = num_tokens
+    return StepInputs(layout, seq_lens, cu_seqlens_q, block_table, raw_table, num_tokens, max_query_len, *options)

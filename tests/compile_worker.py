@@ -287,6 +287,7 @@ def encode_largest_cases(target: str) -> dict[str, Call]:
     return {
         "encode head_dim 512": lambda: encode(PageLayout(512, 64, 8, 4)),
         "encode head_dim 64 and 256": lambda: encode(PageLayout(64, 64, 4, 2, v_head_dim=256)),
+        "write head_dim 512": lambda: write(PageLayout(512, 64, 8, 4), dtype=torch.float32),
         "encode head_dim 512, all steps": lambda: encode(PageLayout(512, 64, 8, 4), encoder=DEFAULT, commit=None),
     }
 

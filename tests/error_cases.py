@@ -371,6 +371,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("rows", set_to(torch.zeros(2)), "expected dtype int32, got float32"),
         ("rows", set_to(torch.zeros(1, dtype=torch.int32)), r"expected shape \[2\], got \[1\]"),
         ("prefix_lens", to(torch.int64), "expected dtype int32, got int64"),
+        ("prefix_lens", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
         ("sink_columns", set_to(1), "sink_columns: expected a bool, got 1"),
         ("sink_columns", set_to(True), "sink_columns: expected False where sink_len is no multiple of 64, got True"),
         ("pages_per_block", set_to(0), "pages_per_block: expected an integer of at least 1, got 0"),

@@ -34,7 +34,7 @@ def most_parameters(path: Path, function: ast.FunctionDef) -> int | None:
         return JIT_PARAMETERS
     public = function.name in (*kvarn_triton.__all__, "cache_case") or path.is_relative_to(PACKAGE / "reference")
     # An engine says what its backends are called with.
-    given = path.is_relative_to(PACKAGE / "integrations") and function.name in ("__init__", "forward")
+    given = path == PACKAGE / "integrations" / "vllm" / "backend.py" and function.name in ("__init__", "forward")
     return None if public or given else PYTHON_PARAMETERS
 
 

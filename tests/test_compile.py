@@ -68,7 +68,7 @@ KERNELS = {
     "scratch": ("expand_pages", "prefill_attention"),
     "encode": ("advance_quantized", "append_new", "commit_pages", "store_pages", "write_tokens"),
     "encode other": ("advance_quantized", "append_tokens", "commit_pages", "store_pages", "write_tokens"),
-    "encode largest": ("advance_quantized", "commit_pages", "store_pages"),
+    "encode largest": ("advance_quantized", "commit_pages", "store_pages", "write_tokens"),
 }
 """Kernels that a part launches, all of the package together."""
 

@@ -94,19 +94,43 @@ def random_plan(random: Random, device: torch.device) -> tuple[tuple, dict]:
     return (SMALL, lens, ends, ints(count, random.randint(1, 9), least=-1, most=60), raw_table), options
 
 
+def compare_plans(arguments: tuple, options: dict, name: object) -> None:
+    """Compare the plan of the kernel with that of the reference, number by number."""
+    plan, expected = (api.plan_step(*arguments, **options) for api in (kvarn_triton, reference))
+    for field in dataclasses.fields(plan):
+        got, want = getattr(plan, field.name), getattr(expected, field.name)
+        if field.name == "tasks":  # what is said of no page means nothing
+            got, want = (torch.where(x[:1] >= 0, x, -1) if x.shape[1] else x for x in (got, want))
+        same = torch.equal(got, want) if isinstance(got, torch.Tensor) else got == want
+        assert same, (name, field.name, got, want)
+    again = kvarn_triton.plan_step(*arguments, **options, out=plan)
+    assert again is plan and torch.equal(plan.slots, expected.slots)
+
+
 def test_plans(device):
-    """Plans of the kernel are those of the reference, number by number, whatever lengths and ids there are."""
+    """Plans of the kernel are those of the reference, whatever lengths and ids there are."""
     for seed in range(1500 if ON_GPU else 120):
-        arguments, options = random_plan(Random(seed), device)
-        plan, expected = (api.plan_step(*arguments, **options) for api in (kvarn_triton, reference))
-        for field in dataclasses.fields(plan):
-            got, want = getattr(plan, field.name), getattr(expected, field.name)
-            if field.name == "tasks":  # what is said of no page means nothing
-                got, want = (torch.where(x[:1] >= 0, x, -1) if x.shape[1] else x for x in (got, want))
-            same = torch.equal(got, want) if isinstance(got, torch.Tensor) else got == want
-            assert same, (seed, field.name, got, want)
-        again = kvarn_triton.plan_step(*arguments, **options, out=plan)
-        assert again is plan and torch.equal(plan.slots, expected.slots)
+        compare_plans(*random_plan(Random(seed), device), seed)
+
+
+@pytest.mark.parametrize("one_each", [False, True])
+def test_large_plans(one_each, device):
+    """More sequences, pages of a chunk, columns and raw columns than a kernel looks at together: three times as many."""
+    batch, ints = 300, {"dtype": torch.int32, "device": device}
+    generator = torch.Generator().manual_seed(0)
+    lens = torch.randint(1, 700, (batch,), generator=generator)
+    counts = torch.minimum(lens, torch.randint(0, 70, (batch,), generator=generator))
+    lens[[7, 290]], counts[[7, 290]] = 140 * 64 + 5, 138 * 64  # more than 128 pages each
+    block_table = torch.randint(0, 9999, (batch, 1100), generator=generator)
+    raw_table = torch.randint(0, 9999, (batch, 2 + 300), generator=generator)
+    raw_table[::3, 0] = -1
+    tables = block_table.to(**ints), raw_table.to(**ints)
+    options = {"sink_len": 128, "sink_columns": True, "rows": torch.randperm(batch, generator=generator).to(**ints)}
+    ends = None
+    if not one_each:
+        ends = torch.cat((torch.zeros(1), counts.cumsum(0))).to(**ints)
+        options |= {"num_tokens": int(ends[-1]) + 9, "max_drafts": 3}
+    compare_plans((SMALL, lens.to(**ints), ends, *tables), options, one_each)
 
 
 @pytest.mark.parametrize("layout", [SMALL, PageLayout(80, 64, 3, 4, v_head_dim=64)], ids=str)

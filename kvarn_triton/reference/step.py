@@ -21,7 +21,7 @@ import torch
 
 from ..encoder import DEFAULT, Encoder
 from ..layout import PageLayout
-from ..step import Step, StepInputs
+from ..step import Step, StepInputs, inputs_of
 from .arithmetic import KERNEL_ORDER, Arithmetic
 from .attention import gather_cache, prefill_attention
 from .cache import append_tokens, cut_back, encode_records
@@ -54,13 +54,9 @@ def plan_step(
     out: Step | None = None,
 ) -> Step:
     """Plan a step; see `kvarn_triton.plan_step`."""
-    if cu_seqlens_q is None:
-        num_tokens, max_query_len = seq_lens.shape[0], 1
-    assert num_tokens is not None
-    inputs = StepInputs(
-        layout, seq_lens, cu_seqlens_q, block_table, raw_table, num_tokens,
-        num_tokens if max_query_len is None else max_query_len, sink_len, sink_columns, rows, pages_per_block, max_drafts,
-        prefix_lens, kv_indptr, kv_indices,
+    inputs = inputs_of(
+        layout, seq_lens, cu_seqlens_q, block_table, raw_table, num_tokens, max_query_len, sink_len, sink_columns, rows,
+        pages_per_block, max_drafts, prefix_lens, kv_indptr, kv_indices,
     )  # fmt: skip
     step = inputs.step(out)
     fill_plan(inputs, step)

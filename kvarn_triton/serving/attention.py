@@ -10,7 +10,7 @@ from ..attention.prefill import check_new, launch_prefill, plan_prefill
 from ..cache import Mask, Results, check_queries, check_split_size, checked_for_attention
 from ..checks import FLOATS, check_tensor, require
 from ..step import Step
-from .write import cache_of, check_step_pools
+from .write import cache_of
 
 
 def attend(
@@ -68,12 +68,11 @@ def attend(
     Raises:
         ValueError: for a wrong shape, dtype, device, stride or option; nothing is written.
     """
-    check_step_pools(pages, raw_pages, step)
+    cache = checked_for_attention(cache_of(pages, raw_pages, step), step.batch)
     require(not (keep_sink and step.sink_lens is not None), "keep_sink", "False beside sink_columns", keep_sink)
     flat = reference.step.flat_tokens
     q, k, v = flat(q), None if k is None else flat(k), None if v is None else flat(v)
     check_tensor("q", q, [step.num_tokens, None, step.layout.head_dim], FLOATS, device=step.seq_lens.device)
-    cache = checked_for_attention(cache_of(pages, raw_pages, step), step.batch)
     mask, results = Mask(sm_scale, window, soft_cap, sinks, keep_sink), Results(out, return_lse, workspace)
     check_queries(q, cache, mask, out)
     check_split_size(split_size)

@@ -16,7 +16,7 @@ from ..checks import check_tensor
 from ..launch import as_tokens, check_pool, on
 from ..pages.cut import launch_cut_back
 from ..step import Step
-from .write import cache_of, check_step_pools
+from .write import cache_of
 
 
 @triton.jit(do_not_specialize_on_alignment=["sources_ptr", "targets_ptr"])
@@ -85,11 +85,10 @@ def cut_tokens(pages: torch.Tensor, raw_pages: torch.Tensor, step: Step, new_len
     Raises:
         ValueError: for a wrong shape, dtype, device or stride; nothing is written. Lengths are not read to be checked.
     """
-    check_step_pools(pages, raw_pages, step)
-    check_tensor("new_lens", new_lens, [step.batch], torch.int32, device=pages.device)
+    cache = cache_of(pages, raw_pages, step)
+    cache.seq_lens = new_lens
+    cache = checked_for_completion(cache, "new_lens")
     if not gpu.on_device(pages):
         reference.cut_tokens(pages, raw_pages, step, new_lens)
         return
-    cache = cache_of(pages, raw_pages, step)
-    cache.seq_lens = new_lens
-    launch_cut_back(checked_for_completion(cache, "new_lens"))
+    launch_cut_back(cache)

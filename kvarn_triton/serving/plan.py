@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .. import gpu, reference
 from ..cache import check_body_tables, check_raw_table
 from ..checks import check_count, check_tensor, require
 from ..layout import PageLayout
-from ..step import Step, StepInputs, slots_for
+from ..step import Step, StepInputs, inputs_of, slots_for
 from .plan_kernel import launch_plan_step
 
 
@@ -64,8 +62,8 @@ def plan_step(
             `max_drafts` is above 0.
         kv_indptr: int32 [batch + 1], rising; where the page ids of each sequence begin in `kv_indices`, and the last one's end.
         kv_indices: int32 [n], page ids.
-        out: the plan of another step with the same sizes and options, to be written to: for captured graphs that don't
-            capture this call.
+        out: the plan of another step with the same tensors, sizes and options, to be written to: for captured graphs that
+            don't capture this call.
 
     Returns:
         `Step`. It has views of tables that are needed as they are; the others are copied once for all layers.
@@ -80,19 +78,6 @@ def plan_step(
         ),
         out,
     )  # fmt: skip
-
-
-def inputs_of(layout: PageLayout, seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, *others: Any) -> StepInputs:
-    """Return the arguments of `plan_step`, in its order, as one object; sizes that follow from others are set."""
-    block_table, raw_table, num_tokens, max_query_len, *options = others
-    if cu_seqlens_q is None:
-        for name, value in (("num_tokens", num_tokens), ("max_query_len", max_query_len)):
-            require(value is None, name, "None without cu_seqlens_q", value)
-        check_tensor("seq_lens", seq_lens, [None], torch.int32)
-        num_tokens, max_query_len = seq_lens.shape[0], 1
-    elif max_query_len is None:
-        max_query_len = num_tokens
-    return StepInputs(layout, seq_lens, cu_seqlens_q, block_table, raw_table, num_tokens, max_query_len, *options)
 
 
 def plan_from(inputs: StepInputs, out: Step | None) -> Step:
@@ -115,10 +100,9 @@ def _check(inputs: StepInputs) -> None:
     check_count("max_query_len", inputs.max_query_len)
     if inputs.cu_seqlens_q is not None:
         check_tensor("cu_seqlens_q", inputs.cu_seqlens_q, [batch + 1], torch.int32, device=device)
-    requests = batch if inputs.rows is None else None
-    csr = inputs.block_table is None
+    check_tensor("raw_table", inputs.raw_table, [batch if inputs.rows is None else None, None], torch.int32, device=device)
+    requests, csr = inputs.raw_table.shape[0], inputs.block_table is None
     check_body_tables(inputs.block_table, inputs.kv_indptr, inputs.kv_indices, batch if csr else requests, device)
-    check_tensor("raw_table", inputs.raw_table, [requests, None], torch.int32, device=device)
     check_raw_table(inputs.raw_table, sink_len, layout.page_size)
     for name, tensor, length in (("rows", inputs.rows, batch), ("prefix_lens", inputs.prefix_lens, requests)):
         if tensor is not None:

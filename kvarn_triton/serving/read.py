@@ -20,7 +20,7 @@ from ..paging import ids_of_row, sink_of
 from ..step import Step
 from ..tile.arithmetic import hadamard
 from ..tile.dequantize import ELEMENTS, Target, dequantize_chunk, store_tokens
-from .write import as_batch, cache_of, check_step_pools
+from .write import as_batch, cache_of
 
 
 @triton.jit
@@ -132,7 +132,8 @@ def read_tokens(
     Raises:
         ValueError: for a wrong shape, dtype, device or stride; nothing is written.
     """
-    num_kv_heads, layout, device = check_step_pools(pages, raw_pages, step), step.layout, step.seq_lens.device
+    cache = checked_for_attention(cache_of(pages, raw_pages, step), step.batch)
+    num_kv_heads, layout, device = cache.num_kv_heads, step.layout, step.seq_lens.device
     check_tensor("k", k, [step.batch, num_kv_heads, None, layout.head_dim], FLOATS, device=device)
     limit = k.shape[2]
     check_tensor("v", v, [step.batch, num_kv_heads, limit, layout.v_head_dim], k.dtype, device=device)
@@ -146,7 +147,6 @@ def read_tokens(
     programs = plan.blocks * 2 * num_kv_heads * step.batch * columns
     if programs == 0 or limit == 0:
         return
-    cache = checked_for_attention(cache_of(pages, raw_pages, step), step.batch)
     k_memory, v_memory = aligned(k), aligned(v)
     parts = configs.gather_parts(programs, device)
     on(pages, _kvarn_read_tokens_kernel)[(programs * parts,)](

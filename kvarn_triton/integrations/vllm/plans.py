@@ -10,7 +10,7 @@ import torch
 
 from ...layout import PageLayout
 from ...serving import plan
-from ...step import TASK_FIELDS, Step, StepInputs
+from ...step import TASK_FIELDS, Step, StepInputs, inputs_of
 from .choice import Choice
 from .slots import Rows, SlotsByBlock, SlotsByRow
 
@@ -107,7 +107,7 @@ class Planner:
         """Return what a step is planned from: lengths, ends, the tables and, beside ends, both sizes."""
         block_table, raw_table, *sizes = others
         options = self.choice.sink_len, True, None, 1, self.choice.max_drafts, None, None, None
-        return plan.inputs_of(self.layout, seq_lens, ends, block_table, raw_table, *(sizes or (None, None)), *options)
+        return inputs_of(self.layout, seq_lens, ends, block_table, raw_table, *(sizes or (None, None)), *options)
 
     def _fixed(self, inputs: StepInputs) -> Step:
         """Plan decodes in the memory that all of them share; steps run one after the other."""
