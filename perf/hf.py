@@ -5,7 +5,7 @@ python perf/hf.py --layers 4 --point 8x32K --no-capacity   minutes: speed and me
 python perf/hf.py --tiny                                  the same on a CPU with a tiny model: whether it runs
 
 Caches are filled with random keys and values, in chunks: what is timed and what takes memory does not depend on them. Then
-`generate` runs, twice: it warms up and compiles, and it is timed. With `--prompt` a real prompt is computed and timed, too.
+`generate` runs: once to warm up and compile, then it is timed. With `--prompt` a real prompt is computed and timed, too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import functools
 import gc
 import inspect
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,7 @@ LLAMA_8B = {
 TINY = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 256}
 POINTS = ((1, 8192), (16, 8192), (1, 32768), (4, 32768), (1, 131072))
 CONTEXTS = (8192, 32768, 131072)
-WARM, TIMED, CHUNK = 8, 64, 2048
+WARM, TIMED, REPEATS, CHUNK = 8, 64, 3, 2048
 KEY = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
 """What `generate` calls a cache in this version of transformers."""
 MOST_ROWS = 4096
@@ -65,9 +66,12 @@ def kvarn(config: Any, length: int, layout: str, static: bool) -> KVarNCache:
 
 
 def quantized(config: Any, length: int, backend: str, nbits: int) -> Any:
-    """Return a quantized cache of transformers."""
+    """Return a quantized cache of transformers; ImportError if this version or machine has no such backend."""
     options = {} if backend == "fp8" else {"nbits": nbits}
-    return transformers.QuantizedCache(backend=backend, config=config, **options)
+    try:
+        return transformers.QuantizedCache(backend=backend, config=config, **options)
+    except ValueError as error:
+        raise ImportError(str(error)) from error
 
 
 def kinds(layouts: Sequence[str]) -> list[Kind]:
@@ -148,11 +152,11 @@ def bytes_of(cache: Any) -> int:
 
 @torch.inference_mode()
 def speed(model: Any, kind: Kind, batch: int, context: int, prompt: bool) -> Row:
-    """Return tokens per second of `generate` behind a context, and memory."""
+    """Return tokens per second of `generate` behind a context (median, least and most of `REPEATS`), and memory."""
     clean()
     peak(reset=True)
     model.set_attn_implementation(kind.attention)
-    cache = kind.make(model.config, context + WARM + TIMED + 8)
+    cache = kind.make(model.config, context + WARM + REPEATS * TIMED + 8)
     ids = torch.randint(2, model.config.vocab_size, (batch, context + 1), device=model.device)
     row: Row = {"cache": kind.name, "batch": batch, "context": context}
     synchronize()
@@ -169,10 +173,13 @@ def speed(model: Any, kind: Kind, batch: int, context: int, prompt: bool) -> Row
     ids = model.generate(ids, max_new_tokens=WARM, **{KEY: cache}, **options)
     synchronize()
     row["warm_s"] = time.perf_counter() - start
-    start = time.perf_counter()
-    model.generate(ids, max_new_tokens=TIMED, **{KEY: cache}, **options)
-    synchronize()
-    row["tokens_per_s"] = batch * TIMED / (time.perf_counter() - start)
+    rates = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        ids = model.generate(ids, max_new_tokens=TIMED, **{KEY: cache}, **options)
+        synchronize()
+        rates.append(batch * TIMED / (time.perf_counter() - start))
+    row |= {"tokens_per_s": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)}
     row |= {"cache_mb": bytes_of(cache) / 1e6, "peak_mb": peak() / 1e6}
     return row
 
@@ -193,16 +200,37 @@ def fits(model: Any, kind: Kind, batch: int, context: int) -> bool:
 
 
 def capacity(model: Any, kind: Kind, context: int) -> Row:
-    """Return the largest batch that fits; 0 if none does."""
+    """Return the largest batch that fits, within 3 %; 0 if none does. The search starts beside what two small batches tell."""
     model.set_attn_implementation(kind.attention)
     most = MOST_ROWS if torch.cuda.is_available() else 2
     low, high = 0, 1
-    while high <= most and fits(model, kind, high, context):
+    used: list[int] = []
+    while high <= most and len(used) < 2:
+        peak(reset=True)
+        if not fits(model, kind, high, context):
+            break
+        used.append(peak())
         low, high = high, 2 * high
+    if len(used) == 2 and used[1] > used[0]:
+        expected = int((torch.cuda.mem_get_info()[1] - 2 * used[0] + used[1]) / (used[1] - used[0]))
+        low, high = bracket(model, kind, context, low, min(expected, most))
     while high - low > max(low // 32, 1):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(model, kind, middle, context) else (low, middle)
     return {"cache": kind.name, "context": context, "largest_batch": low}
+
+
+def bracket(model: Any, kind: Kind, context: int, low: int, expected: int) -> tuple[int, int]:
+    """Return a batch that fits and one that doesn't, near the expected one; `low` fits."""
+    high = 2 * expected
+    for part in (34, 31, 28, 24, 16):
+        batch = expected * part // 32
+        if batch <= low:
+            break
+        if fits(model, kind, batch, context):
+            return batch, high
+        high = batch
+    return low, max(high, low + 1)
 
 
 def measured(work: list[tuple[str, Callable[[], Row]]]) -> Iterator[Row]:

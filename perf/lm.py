@@ -76,8 +76,9 @@ CONFIGS = {
     "d128": LMConfig(head_dim=128),
     "tiny": LMConfig(num_layers=2, model_dim=128, mlp_dim=352, seq_len=384, steps=500, learning_rate=2e-3),
     "lab64": LMConfig(**_LAB, head_dim=64, num_q_heads=8),
-    "lab64b": LMConfig(**_LAB, head_dim=64, num_q_heads=8, key_bias=6.0),
     "lab128": LMConfig(**_LAB, head_dim=128, num_q_heads=4, qk_norm=True),
+    "lab64b": LMConfig(**_LAB, head_dim=64, num_q_heads=8, qk_norm=True, key_bias=6.0),
+    "lab128b": LMConfig(**_LAB, head_dim=128, num_q_heads=4, qk_norm=True, key_bias=6.0),
 }
 """Configs by name: `default` for numbers, `d128` for head_dim 128, `tiny` for unit tests, `lab*` for the accuracy sweep."""
 
@@ -94,7 +95,7 @@ class TinyLM(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith(("attention_out.weight", "mlp_out.weight")):
                 nn.init.zeros_(weight)
-            elif weight.dim() == 2:
+            elif weight.dim() == 2 and not name.endswith("key_bias"):
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         nn.init.normal_(self.embedding.weight, std=0.02)
 

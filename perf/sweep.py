@@ -24,10 +24,10 @@ from common import SWEEPS, Options, Row, environment, say, title  # noqa: E402
 
 MODULES = (
     "gate", "decode_sweeps", "prefill_sweeps", "peers", "stream_sweeps", "write_sweeps", "step_sweeps", "overhead_sweeps",
-    "offline_sweeps", "compile_sweep", "accuracy_sweeps", "real_sweep", "tune",
+    "offline_sweeps", "compile_sweep", "accuracy_sweeps", "real_sweep", "predict_sweeps", "tune",
 )  # fmt: skip
 """What registers sweeps, in the order of `--help` and `--all`."""
-SEARCHES = ("tune", "encoders", "raw_tokens")
+SEARCHES = ("tune", "encoders", "raw_tokens", "predicts")
 """What `--all` leaves out: searches for what the package has by now, hours of them."""
 
 
@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
         "--model",
         action="append",
         choices=list(CONFIGS),
-        help="of accuracy, encoders and raw_tokens: which language models; may be repeated",
+        help="of accuracy, encoders, raw_tokens and predicts: which language models; may be repeated",
     )
     add("--seed", type=int, help="of all random inputs; 0 by default")
     result = argparse.ArgumentParser(
