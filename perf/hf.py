@@ -200,37 +200,16 @@ def fits(model: Any, kind: Kind, batch: int, context: int) -> bool:
 
 
 def capacity(model: Any, kind: Kind, context: int) -> Row:
-    """Return the largest batch that fits, within 3 %; 0 if none does. The search starts beside what two small batches tell."""
+    """Return the largest batch that fits, within 3 %; 0 if none does."""
     model.set_attn_implementation(kind.attention)
     most = MOST_ROWS if torch.cuda.is_available() else 2
     low, high = 0, 1
-    used: list[int] = []
-    while high <= most and len(used) < 2:
-        peak(reset=True)
-        if not fits(model, kind, high, context):
-            break
-        used.append(peak())
+    while high <= most and fits(model, kind, high, context):
         low, high = high, 2 * high
-    if len(used) == 2 and used[1] > used[0]:
-        expected = int((torch.cuda.mem_get_info()[1] - 2 * used[0] + used[1]) / (used[1] - used[0]))
-        low, high = bracket(model, kind, context, low, min(expected, most))
     while high - low > max(low // 32, 1):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(model, kind, middle, context) else (low, middle)
     return {"cache": kind.name, "context": context, "largest_batch": low}
-
-
-def bracket(model: Any, kind: Kind, context: int, low: int, expected: int) -> tuple[int, int]:
-    """Return a batch that fits and one that doesn't, near the expected one; `low` fits."""
-    high = 2 * expected
-    for part in (34, 31, 28, 24, 16):
-        batch = expected * part // 32
-        if batch <= low:
-            break
-        if fits(model, kind, batch, context):
-            return batch, high
-        high = batch
-    return low, max(high, low + 1)
 
 
 def measured(work: list[tuple[str, Callable[[], Row]]]) -> Iterator[Row]:
