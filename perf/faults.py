@@ -4,6 +4,7 @@ python perf/faults.py                           all parts below; exit code 1 if 
 python perf/faults.py cases --processes 16      a case of every kernel, right or not; compiles what the tools need
 python perf/faults.py memcheck racecheck initcheck synccheck --limit 300
 python perf/faults.py streams channels
+python perf/faults.py cases memcheck --only write_tokens --only attend
 
 A tool of compute-sanitizer first has to find a planted fault of its kind: a silent tool says nothing.
 """
@@ -61,12 +62,15 @@ extern "C" __global__ void planted(const float* x, float* y, int fault) {
 """A store past the end, a race of two warps, a load of what nobody wrote, a barrier that half of a warp doesn't reach."""
 
 
-def fault_tasks() -> list[Task]:
-    """Return the cases: those of the gate on the small format and on the heads that are timed, then other formats."""
+def fault_tasks(words: Sequence[str] = ()) -> list[Task]:
+    """Return the cases: those of the gate on the small format and on the heads that are timed, then other formats.
+
+    With words: those in whose label one of them is.
+    """
     tasks = gate_tasks(Options(quick=True, shapes=("Llama-3.1-8B",)))
     for preset, group, head_dim, dtype in FORMATS:
         tasks += [Task(name, preset, group, head_dim, dtype) for name in ON_SHAPES if name != "hadamard"]
-    return tasks
+    return [task for task in tasks if not words or any(word in task.label for word in words)]
 
 
 def unlaunched_kernels() -> list[str]:
@@ -80,10 +84,10 @@ def unlaunched_kernels() -> list[str]:
     )
 
 
-def run_cases(part: int, parts: int) -> int:
+def run_cases(part: int, parts: int, words: Sequence[str]) -> int:
     """Run every `parts`-th case in this process; print a line for each, and the kernels that none launched."""
     wrong = 0
-    for task in fault_tasks()[part::parts]:
+    for task in fault_tasks(words)[part::parts]:
         start = time.perf_counter()
         rows, _ = run_task(task, "cuda" if torch.cuda.is_available() else "cpu")
         red = [f"{row['operation']}: {row['detail']}" for row in rows if not row["ok"]]
@@ -141,12 +145,13 @@ def judged_cases(texts: Sequence[str]) -> tuple[int, list[str], list[str]]:
 
 def check_cases(options: argparse.Namespace) -> Iterator[tuple[bool, str]]:
     """Run the cases without a tool."""
-    count = options.processes
-    texts = side_by_side([functools.partial(output_of, worker("case", i, count), options.limit) for i in range(count)])
+    count, expected = options.processes, len(fault_tasks(options.only))
+    calls = [functools.partial(output_of, worker("case", i, count, *options.only), options.limit) for i in range(count)]
+    texts = side_by_side(calls)
     ended, wrong, never = judged_cases(texts)
     save(options, "cases", texts)
-    yield not wrong and not never and ended == len(fault_tasks()), f"{ended} of {len(fault_tasks())} cases, {len(wrong)} wrong"
-    yield not never, f"kernels that no case launched: {', '.join(never) or 'none'}"
+    yield not wrong and ended == expected, f"{ended} of {expected} cases, {len(wrong)} wrong"
+    yield not never or bool(options.only), f"kernels that no case launched: {', '.join(never) or 'none'}"
     yield from ((False, line) for line in wrong)
 
 
@@ -158,7 +163,7 @@ def check_tool(tool: str, options: argparse.Namespace) -> Iterator[tuple[bool, s
     run = functools.partial(output_of, limit=options.limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     count = options.processes
     calls = [functools.partial(run, command + worker("planted", TOOLS.index(tool)))]
-    calls += [functools.partial(run, command + worker("case", i, count)) for i in range(count)]
+    calls += [functools.partial(run, command + worker("case", i, count, *options.only)) for i in range(count)]
     planted, *texts = side_by_side(calls)
     save(options, tool, [planted, *texts])
     if "Device not supported" in planted:
@@ -171,7 +176,8 @@ def check_tool(tool: str, options: argparse.Namespace) -> Iterator[tuple[bool, s
     total = sum(x or 0 for x in errors)
     summaries = f"{errors.count(None)} of {count} processes without a summary" if None in errors else "all summaries there"
     # What is wrong without the tool shows in `cases`; a kernel that is slower here has no other result.
-    yield not total and not wrong, f"{ended} of {len(fault_tasks())} cases, {total} errors, {len(wrong)} wrong, {summaries}"
+    cases = f"{ended} of {len(fault_tasks(options.only))} cases"
+    yield not total and not wrong, f"{cases}, {total} errors, {len(wrong)} wrong, {summaries}"
     yield True, f"kernels that no case launched: {', '.join(never) or 'none'}"
     for text in texts:
         if errors_of(text):
@@ -237,7 +243,7 @@ def save(options: argparse.Namespace, name: str, texts: Sequence[str]) -> None:
 def main() -> int:
     """Run the parts that are named, or all of them."""
     if sys.argv[1:2] == ["case"]:
-        return int(run_cases(*map(int, sys.argv[2:])) > 0)
+        return int(run_cases(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]) > 0)
     if sys.argv[1:2] == ["planted"]:
         return run_planted(int(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,6 +251,9 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=4, help="among which the cases are divided, for each tool")
     parser.add_argument("--limit", type=float, default=3600, help="seconds after which a process is stopped")
     parser.add_argument("--logs", metavar="FOLDER", help="where to keep what the tools print")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="WORD", help="only cases whose name has this word; may be repeated"
+    )
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")

@@ -77,8 +77,8 @@ CONFIGS = {
     "tiny": LMConfig(num_layers=2, model_dim=128, mlp_dim=352, seq_len=384, steps=500, learning_rate=2e-3),
     "lab64": LMConfig(**_LAB, head_dim=64, num_q_heads=8),
     "lab128": LMConfig(**_LAB, head_dim=128, num_q_heads=4, qk_norm=True),
-    "lab64b": LMConfig(**_LAB, head_dim=64, num_q_heads=8, qk_norm=True, key_bias=6.0),
-    "lab128b": LMConfig(**_LAB, head_dim=128, num_q_heads=4, qk_norm=True, key_bias=6.0),
+    "lab64b": LMConfig(**_LAB | {"steps": 1800}, head_dim=64, num_q_heads=8, qk_norm=True, key_bias=6.0),
+    "lab128b": LMConfig(**_LAB | {"steps": 1800}, head_dim=128, num_q_heads=4, qk_norm=True, key_bias=6.0),
 }
 """Configs by name: `default` for numbers, `d128` for head_dim 128, `tiny` for unit tests, `lab*` for the accuracy sweep."""
 

@@ -1,7 +1,7 @@
 """The sweep `predicts`: whether models that are trained here rank encoders of keys as the pretrained model does.
 
 Keys are quantized to 2 bits, values stay exact, because that is where encoders differ most. What a model finds is measured the
-way `real.py` does it: the prompt is computed exactly, its pages are quantized, then answers are asked for. The pretrained
+way `real.py` does it: a context is computed exactly, its pages are quantized, then answers are asked for. The pretrained
 model's rows come from `perf/results/real_choice_h200.json`.
 """
 
@@ -61,16 +61,20 @@ ENCODERS: dict[str, tuple[str, Variant]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much is measured: problems, their lines and questions, texts of the context's length, and pages."""
+    """How much is measured: lists, their lines and those asked for; texts, their bytes and passages; pages."""
 
     problems: int = 250
     lines: int = 180
     queries: int = 40
-    texts: int = 16
+    texts: int = 64
+    text_len: int = 1408
+    passages: int = 8
     page_size: int = 128
 
 
-LARGE, SMALL = Size(), Size(problems=4, lines=30, queries=4, texts=2, page_size=64)
+LARGE, SMALL = Size(), Size(problems=4, lines=30, queries=4, texts=2, text_len=400, passages=2, page_size=64)
+GIVEN, FOLLOWING = 24, 32
+"""Bytes of a passage."""
 
 
 def real_rows() -> dict[str, Row]:
@@ -86,36 +90,63 @@ def real_rows() -> dict[str, Row]:
 
 @dataclasses.dataclass
 class Asked:
-    """Problems whose prompts are computed.
+    """Contexts that are computed, and what is asked behind each.
 
     Args:
-        cache: the 16-bit cache behind the prompts, with room for the answers.
-        answers: int64 [problems, n], from the last token of the prompt on.
+        cache: the 16-bit cache behind the contexts, with room for one question.
+        questions: int64 [questions, contexts, n], each asked alone.
+        counted: bool [n - 1], which of the tokens after the first are to be found.
+        answer_len: tokens of one answer; a question may have several.
     """
 
     cache: accuracy.CodecCache
-    answers: torch.Tensor
+    questions: torch.Tensor
+    counted: torch.Tensor
+    answer_len: int
 
 
 @torch.no_grad()
-def ask(model: lm.TinyLM, size: Size, seed: int, options: Row) -> Asked:
-    """Draw problems and compute their prompts."""
+def computed(model: lm.TinyLM, contexts: torch.Tensor, room: int, options: Row) -> accuracy.CodecCache:
+    """Return the 16-bit cache behind contexts int64 [contexts, n], with room for as many tokens more."""
+    capacity = contexts.shape[1] + room
+    cache = accuracy.CodecCache(model.config, None, batch=len(contexts), capacity=capacity, **options)
+    for _ in accuracy.feed(model, cache, contexts):
+        pass
+    return cache
+
+
+def ask_lines(model: lm.TinyLM, size: Size, seed: int, options: Row) -> Asked:
+    """Draw lists of numbered lines, some of which are asked for."""
     generator = torch.Generator().manual_seed(seed + 3000)
     problems = lm_tasks.retrieval(size.problems, size.lines, size.queries, generator)
     prompts, answers = (part.to(options["device"]) for part in problems)
-    capacity = prompts.shape[1] + answers.shape[1]
-    cache = accuracy.CodecCache(model.config, None, batch=len(prompts), capacity=capacity, **options)
-    for _ in accuracy.feed(model, cache, prompts[:, :-1]):
-        pass
-    return Asked(cache, torch.cat((prompts[:, -1:], answers), dim=1))
+    questions = torch.cat((prompts[:, -1:], answers), dim=1)[None]
+    place = torch.arange(answers.shape[1])
+    counted = (place % (1 + lm_tasks.NUM_DIGITS) > 0) & (place < answers.shape[1] - 1)
+    cache = computed(model, prompts[:, :-1], questions.shape[2], options)
+    return Asked(cache, questions, counted, lm_tasks.NUM_DIGITS)
+
+
+def ask_passages(model: lm.TinyLM, size: Size, seed: int, options: Row) -> Asked:
+    """Draw texts, and passages of them that begin once more: `GIVEN` bytes are given, `FOLLOWING` have to follow."""
+    texts, _ = lm_text.heldout_prompts([size.text_len] * size.texts, 1, seed=seed + 4000)
+    contexts, span = torch.stack(texts).to(options["device"]), GIVEN + FOLLOWING
+    generator = torch.Generator().manual_seed(seed + 4000)
+    last = size.text_len - size.page_size - span
+    starts = torch.randint(size.page_size, last, (size.passages, size.texts, 1), generator=generator)
+    places = (starts + torch.arange(span)).to(contexts.device)
+    questions = contexts.expand(size.passages, -1, -1).gather(2, places)
+    counted = torch.arange(span - 1) >= GIVEN - 1
+    return Asked(computed(model, contexts, span, options), questions, counted, FOLLOWING)
 
 
 @torch.no_grad()
 def found(model: lm.TinyLM, asked: Asked, codec: accuracy.Codec | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ask problems with their prompt's pages quantized.
+    """Ask with the context's pages quantized.
 
     Returns:
-        Nats a digit of the right lines float64 [problems], and whether lines are right bool [problems, lines]; on the CPU.
+        Nats a token of the right answers float64 [questions * contexts], and whether answers are right bool [the same,
+        answers]; on the CPU.
     """
     exact = asked.cache
     k, v = exact.k.clone(), exact.v.clone()
@@ -125,23 +156,26 @@ def found(model: lm.TinyLM, asked: Asked, codec: accuracy.Codec | None) -> tuple
         for layer in range(len(k) if codec is not None else 0):
             quantized = accuracy.quantized(codec, k[layer, :, :, page], v[layer, :, :, page])
             k[layer, :, :, page], v[layer, :, :, page] = quantized
-    length, tokens = exact.length, asked.answers[:, :-1]
+    length = exact.length
 
     def attend(layer: int, q: torch.Tensor, own_k: torch.Tensor, own_v: torch.Tensor) -> torch.Tensor:
         end = length + own_k.shape[1]
         k[layer, :, :, length:end], v[layer, :, :, length:end] = own_k.transpose(1, 2), own_v.transpose(1, 2)
         return accuracy.attention(q, k[layer, :, :, :end], v[layer, :, :, :end])
 
-    positions = torch.arange(length, length + tokens.shape[1], device=tokens.device).expand_as(tokens)
-    logits, targets = model(tokens, positions=positions, attend=attend).float(), asked.answers[:, 1:]
-    nats = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    right = logits.argmax(-1) == targets
-    nats, right = (x[:, :-1].unflatten(1, (-1, 1 + lm_tasks.NUM_DIGITS))[..., 1:].cpu() for x in (nats, right))
-    return nats.double().mean((1, 2)), right.all(-1)
+    nats, right = [], []
+    for question in asked.questions:
+        tokens, targets = question[:, :-1], question[:, 1:]
+        positions = torch.arange(length, length + tokens.shape[1], device=tokens.device).expand_as(tokens)
+        logits = model(tokens, positions=positions, attend=attend).float()
+        lost = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        nats.append(lost.cpu()[:, asked.counted])
+        right.append((logits.argmax(-1) == targets).cpu()[:, asked.counted])
+    return torch.cat(nats).double().mean(1), torch.cat(right).unflatten(1, (-1, asked.answer_len)).all(-1)
 
 
 def channel_means(cache: accuracy.CodecCache) -> float:
-    """Return the largest mean of a key channel over its standard deviation, in the median head of the first problem."""
+    """Return the largest mean of a key channel over its standard deviation, in the median head of the first context."""
     k = cache.k[:, 0, :, cache.sink_len : cache.length].float().flatten(0, 1)
     return (k.mean(1).abs() / k.std(1)).amax(-1).median().item()
 
@@ -156,8 +190,14 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
     return torch.corrcoef(torch.stack((ranks(x), ranks(y))))[0, 1].item()
 
 
-AGAINST = {"codes": "code_more", "passages": "passage_more", "kl": "kl_relative"}
-"""Measures of the pretrained model by the name of their rank correlation here, with the column of its results."""
+AGAINST = {
+    "lines_codes": ("lines_more", "code_more"),
+    "passages_codes": ("passages_more", "code_more"),
+    "passages_passages": ("passages_more", "passage_more"),
+    "kl_codes": ("kl_relative", "code_more"),
+    "kl_kl": ("kl_relative", "kl_relative"),
+}
+"""Rank correlations by name: the measure here, and that of the pretrained model."""
 
 
 def tabulated(rows: list[Row]) -> list[Row]:
@@ -166,14 +206,13 @@ def tabulated(rows: list[Row]) -> list[Row]:
     for model in dict.fromkeys((row["model"], row["seed"]) for row in rows):
         own = [row for row in rows if (row["model"], row["seed"]) == model and row["method"] in ENCODERS]
         exact = next(row for row in rows if (row["model"], row["seed"]) == model and row["method"] == "16 bits")
-        shown: Row = {key: exact[key] for key in ("model", "seed", "channel_means", "lines_right")}
+        shown: Row = {key: exact[key] for key in ("model", "seed", "channel_means", "lines_nats", "passages_nats")}
         others = [row for row in own if row["method"] != "published"]
-        for name, column in AGAINST.items():
-            lab = [row["kl_relative" if name == "kl" else "more"] for row in others]
-            shown[name] = rank_correlation(lab, [row["real"][column] for row in others])
-        shown["by_kl"] = rank_correlation([row["kl_relative"] for row in others], [row["real"]["code_more"] for row in others])
-        agreed = [(row["more"] > 0) == (row["real"]["code_more"] > 0) for row in others if resolved(row["real"])]
-        shown["signs"] = f"{sum(agreed)} of {len(agreed)}"
+        for name, (here, there) in AGAINST.items():
+            shown[name] = rank_correlation([row[here] for row in others], [row["real"][there] for row in others])
+        for kind in ("lines", "passages"):
+            agreed = [(row[f"{kind}_more"] > 0) == (row["real"]["code_more"] > 0) for row in others if resolved(row["real"])]
+            shown[f"{kind}_signs"] = f"{sum(agreed)} of {len(agreed)}"
         table.append(shown)
     return table
 
@@ -187,17 +226,20 @@ HEADERS = {
     "model": "model",
     "seed": "seed",
     "channel_means": "channel means",
-    "lines_right": "lines right, 16 bits",
-    "codes": "rank: codes",
-    "passages": "rank: passages",
-    "by_kl": "rank: codes by KL",
-    "kl": "rank: KL",
-    "signs": "signs",
+    "lines_nats": "lines, 16 bits",
+    "passages_nats": "passages, 16 bits",
+    "lines_codes": "lines: codes",
+    "passages_codes": "passages: codes",
+    "passages_passages": "passages: passages",
+    "kl_codes": "KL: codes",
+    "kl_kl": "KL: KL",
+    "lines_signs": "signs, lines",
+    "passages_signs": "signs, passages",
 }
 NOTE = """whether models trained here rank encoders of 2-bit keys as the pretrained model does (values exact). Channel means:
-largest mean of a key channel over its standard deviation, median head. Ranks: Spearman's correlation of the nats of lines found
-here with the pretrained model's codes and passages; of the KL here with its codes, and with its KL. Signs: encoders whose codes
-differ from those of the published one by two standard errors there, and are better or worse here as there."""
+largest mean of a key channel over its standard deviation, median head. 16 bits: nats a digit of lines, nats a byte of passages.
+Then Spearman's rank correlation of what is lost here with what is lost there, "here: there". Signs: encoders whose codes differ
+from those of the published one by two standard errors there, and are better or worse here as there."""
 
 
 @sweep("predicts", needs="any", headers=HEADERS, note=NOTE, tabulate=tabulated)
@@ -220,20 +262,22 @@ def measured(model: lm.TinyLM, run: Row, references: dict[str, Row], quick: bool
     size, device, config = SMALL if quick else LARGE, run["device"], model.config
     dtype = torch.float16 if device == "cuda" else torch.float32
     options = {"page_size": size.page_size, "sink_len": size.page_size, "dtype": dtype, "device": device}
-    asked = ask(model, size, run["seed"], options)
-    texts, _ = lm_text.heldout_prompts([config.seq_len] * size.texts, 1, seed=run["seed"] + 1)
+    asked = {"lines": ask_lines(model, size, run["seed"], options), "passages": ask_passages(model, size, run["seed"], options)}
+    texts, _ = lm_text.heldout_prompts([config.seq_len] * (size.texts // 4 or 1), 1, seed=run["seed"] + 1)
     options.pop("device")
     text = accuracy.exact_run(model, torch.stack(texts).to(device), **options)
-    nats, right = found(model, asked, None)
-    exact = {"nats": nats.mean().item(), "lines_right": right.float().mean().item()}
-    yield run | {"method": "16 bits", "channel_means": channel_means(asked.cache)} | exact
+    exact = {f"{kind}_nats": found(model, what, None)[0].mean().item() for kind, what in asked.items()}
+    yield run | {"method": "16 bits", "channel_means": channel_means(asked["lines"].cache)} | exact
     layout = PageLayout.from_name(f"k{BITS}v4_g{size.page_size}", head_dim=config.head_dim)
-    published: tuple[torch.Tensor, float] | None = None
+    published: Row = {}
     for name in progress(f"predicts {run['model']} {run['seed']}", list(ENCODERS)):
         codec = variants.codec(layout, ENCODERS[name][1], None, name)
-        nats, right = found(model, asked, codec)
         kl = accuracy.accumulated_errors(model, codec, text, from_token=2 * size.page_size)["kl"]
-        published = published or (nats, kl)
-        more, error = real.paired(nats, published[0])
-        row = {"nats": nats.mean().item(), "lines_right": right.float().mean().item(), "more": more, "more_error": error}
-        yield run | {"method": name, "kl": kl, "kl_relative": kl / published[1], "real": references[name]} | row
+        published.setdefault("kl", kl)
+        row: Row = {"kl": kl, "kl_relative": kl / published["kl"], "real": references[name]}
+        for kind, what in asked.items():
+            nats, right = found(model, what, codec)
+            more, error = real.paired(nats, published.setdefault(kind, nats))
+            row |= {f"{kind}_nats": nats.mean().item(), f"{kind}_right": right.float().mean().item()}
+            row |= {f"{kind}_more": more, f"{kind}_more_error": error}
+        yield run | {"method": name} | row
