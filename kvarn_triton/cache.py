@@ -12,6 +12,7 @@ import torch
 from .checks import FLOATS, check_aligned, check_choice, check_pages, check_tensor, require
 from .launch import Pages, Tokens, aligned, as_pages, as_tokens, check_pool
 from .layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, PageLayout
+from .step import Step
 
 INT32_MAX = 2**31 - 1
 
@@ -164,6 +165,24 @@ def check_body_tables(
     assert kv_indptr is not None
     require(kv_indptr.shape[0] >= 1, "kv_indptr", "at least 1 element", kv_indptr.shape[0])
     return kv_indptr.shape[0] - 1
+
+
+def check_plan(pages: object, step: object) -> None:
+    """Check that a step is one, and that pages are where its tables are."""
+    require(isinstance(step, Step), "step", "a Step", type(step).__name__)
+    assert isinstance(step, Step)
+    device = step.seq_lens.device
+    if isinstance(pages, torch.Tensor) and pages.device != device:
+        raise ValueError(f"pages: expected device {device}, got {pages.device}")
+
+
+def cache_of(pages: torch.Tensor, raw_pages: torch.Tensor, step: Step) -> Cache:
+    """Return the cache that a plan and the pools of a layer are, as it is given."""
+    check_plan(pages, step)
+    return Cache(
+        step.layout, pages, step.seq_lens, step.block_table, step.kv_indptr, step.kv_indices, raw_pages, step.raw_table,
+        step.num_quantized, step.sink_len, step.sink_lens,
+    )  # fmt: skip
 
 
 def checked_for_attention(cache: Cache, batch: int | None) -> Cache:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from .cache import Cache, check_body_tables, check_raw_pages, check_raw_table
-from .checks import check_pages, check_tensor, require
+from .cache import Cache, cache_of, check_body_tables, check_raw_pages, check_raw_table
+from .checks import check_pages, check_tensor
 from .layout import PageLayout
 from .step import Step
 
@@ -97,12 +97,8 @@ def check_step(
     Raises:
         ValueError: for the first wrong entry, by name and index, or a wrong shape, dtype, device or option. Nothing is written.
     """
-    require(isinstance(step, Step), "step", "a Step", type(step).__name__)
+    cache = cache_of(pages, raw_pages, step)
     check_raw_pages(raw_pages, check_pages(pages, step.layout), pages.device)
-    cache = Cache(
-        step.layout, pages, step.seq_lens, step.block_table, step.kv_indptr, step.kv_indices, raw_pages, step.raw_table,
-        step.num_quantized, step.sink_len, step.sink_lens,
-    )  # fmt: skip
     _check(cache, window, keep_sink)
 
 

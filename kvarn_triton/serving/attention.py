@@ -7,10 +7,9 @@ import torch
 from .. import configs, gpu, reference
 from ..attention.decode import launch_decode, plan_decode
 from ..attention.prefill import check_new, launch_prefill, plan_prefill
-from ..cache import Mask, Results, check_queries, check_split_size, checked_for_attention
+from ..cache import Mask, Results, cache_of, check_queries, check_split_size, checked_for_attention
 from ..checks import FLOATS, check_tensor, require
 from ..step import Step
-from .write import cache_of
 
 
 def attend(

@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 
 from .. import gpu, reference
-from ..cache import check_raw_pages, checked_for_completion
+from ..cache import cache_of, check_raw_pages, checked_for_completion
 from ..checks import check_tensor
 from ..launch import as_tokens, check_pool, on
 from ..pages.cut import launch_cut_back
 from ..step import Step
-from .write import cache_of
 
 
 @triton.jit(do_not_specialize_on_alignment=["sources_ptr", "targets_ptr"])

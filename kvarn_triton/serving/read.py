@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .. import configs, gpu, reference
-from ..cache import checked_for_attention
+from ..cache import cache_of, checked_for_attention
 from ..checks import FLOATS, check_tensor
 from ..launch import aligned, copy_back, on
 from ..pages.dequantize import chunk_of_program, read_plan
@@ -20,7 +20,7 @@ from ..paging import ids_of_row, sink_of
 from ..step import Step
 from ..tile.arithmetic import hadamard
 from ..tile.dequantize import ELEMENTS, Target, dequantize_chunk, store_tokens
-from .write import as_batch, cache_of
+from .write import as_batch
 
 
 @triton.jit

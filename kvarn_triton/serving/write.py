@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .. import configs, gpu, reference
-from ..cache import Cache
+from ..cache import check_plan
 from ..checks import FLOATS, check_pages, check_tensor, require
 from ..encoder import DEFAULT, Encoder
 from ..launch import aligned, as_pages, as_tokens, check_pool, on
@@ -249,24 +249,6 @@ def check_step_pools(pages: torch.Tensor, raw_pages: torch.Tensor, step: Step) -
     num_kv_heads = check_pages(pages, layout)
     check_tensor("raw_pages", raw_pages, [None, 2, num_kv_heads, layout.page_size, layout.raw_head_dim], FLOATS, device=device)
     return num_kv_heads
-
-
-def check_plan(pages: object, step: object) -> None:
-    """Check that a step is one, and that pages are where its tables are."""
-    require(isinstance(step, Step), "step", "a Step", type(step).__name__)
-    assert isinstance(step, Step)
-    device = step.seq_lens.device
-    if isinstance(pages, torch.Tensor) and pages.device != device:
-        raise ValueError(f"pages: expected device {device}, got {pages.device}")
-
-
-def cache_of(pages: torch.Tensor, raw_pages: torch.Tensor, step: Step) -> Cache:
-    """Return the cache that a plan and the pools of a layer are, as it is given."""
-    check_plan(pages, step)
-    return Cache(
-        step.layout, pages, step.seq_lens, step.block_table, step.kv_indptr, step.kv_indices, raw_pages, step.raw_table,
-        step.num_quantized, step.sink_len, step.sink_lens,
-    )  # fmt: skip
 
 
 def check_new_tokens(k: object, v: object, num_kv_heads: int, step: Step) -> None:
