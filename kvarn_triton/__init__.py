@@ -23,7 +23,7 @@ from .serving.plan import plan_step
 from .serving.read import read_tokens
 from .serving.write import write_tokens
 from .step import Step
-from .tables import DecodeConfig, DecodeTable, load_table, save_table
+from .tables import DecodeConfig, DecodeTable, PrefillConfig, load_table, save_table
 from .warmup import CompilationError, no_compilation, warmup
 
 __version__ = "0.2.0"
@@ -38,6 +38,7 @@ __all__ = [
     "DecodeTable",
     "Encoder",
     "PageLayout",
+    "PrefillConfig",
     "Step",
     "append_tokens",
     "attend",

@@ -9,9 +9,10 @@ import torch
 import triton.language as tl
 
 from . import gpu
+from .checks import require
 from .layout import PageLayout, fields_per_byte
 from .reference.arithmetic import BLOCK_TOKENS, block_channels
-from .tables import DecodeConfig, DecodeTable, builtin_table
+from .tables import DecodeConfig, DecodeTable, PrefillConfig, builtin_table
 from .tile.dequantize import STORE_RUN
 
 
@@ -93,31 +94,16 @@ def _decode_config(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class PrefillConfig:
-    """Launch parameters of `prefill_attention`."""
-
-    block_m: int
-    """Query rows of a tile."""
-    num_warps: int
-    block_t: int
-    """Tokens of pages of one product with keys."""
-    block_r: int
-    """Raw or new tokens of one step."""
-    num_stages: int = 2
-    programs_per_sm: int = 2
-    block_d: int = 128
-    """Channels of one product with values, unless pages are dequantized to shared memory."""
-    form: str = "dequantized"
-    """Of the loop over pages: they are "dequantized" to shared memory (`attention.dequantized`), in "registers"
-    (`attention.registers`), or
-    left as they are, with scales "folded" into queries and weights (`attention.halves`)."""
-
-    def options(self) -> dict[str, int]:
-        """Return launch options: on NVIDIA GPUs as many registers as let `programs_per_sm` programs run side by side."""
-        if not gpu.uses_ptx():
-            return {}
-        return {"maxnreg": min(65536 // (32 * self.num_warps * self.programs_per_sm) // 8 * 8, 255)}
+def check_prefill_config(config: object, layout: PageLayout, dtype: torch.dtype, scratch: bool) -> None:
+    """Check launch parameters that a call got, for queries of `dtype`, with scratch memory or not."""
+    require(isinstance(config, PrefillConfig), "config", "a PrefillConfig", type(config).__name__)
+    assert isinstance(config, PrefillConfig)
+    for name in ("block_t", "block_r"):
+        value = getattr(config, name)
+        require(value <= layout.page_size, f"config.{name}", f"at most {layout.page_size}, the page_size", value)
+    form = "dequantized" if scratch else "folded" if _only_folded(layout, dtype) else config.form
+    why = " with scratch" if scratch else f" for {str(dtype).removeprefix('torch.')} and {layout.raw_head_dim} channels"
+    require(config.form == form, "config.form", form + why, config.form)
 
 
 TILE_ROWS = 16, 32, 64
@@ -141,9 +127,25 @@ def prefill_config(
     """
     if scratch:
         return _scratch_config(layout, dtype, device)
-    channels = padded(layout.raw_head_dim)
     rows = -(-total_tokens // max(batch, 1)) * group if split_size is None else None
-    form = "folded" if dtype == torch.float32 or channels > 256 else prefill_form(device, rows)
+    return config_of_form(prefill_form(device, rows), layout, dtype, device, rows)
+
+
+def _only_folded(layout: PageLayout, dtype: torch.dtype) -> bool:
+    """Return whether there is but one form of the loop over pages."""
+    return dtype == torch.float32 or padded(layout.raw_head_dim) > 256
+
+
+def config_of_form(
+    form: str, layout: PageLayout, dtype: torch.dtype, device: torch.device, rows: int | None = None
+) -> PrefillConfig:
+    """Return the parameters for a form of the loop over pages; where there is no choice of forms, those of the only one.
+
+    `rows` are those of a sequence and kv head, None in the batch-invariant mode.
+    """
+    channels = padded(layout.raw_head_dim)
+    if _only_folded(layout, dtype):
+        form = "folded"
     if form == "dequantized":
         if channels == 256:
             return PrefillConfig(64, 4, 64, 32, programs_per_sm=1)

@@ -7,8 +7,8 @@ is an error of PyTorch. Attention refuses `workspace` and `scratch` without `out
 There are no gradients: results never require any, whatever their arguments do.
 
 Operators take tensors, numbers and strings: a layout travels as its name and both head_dims, an encoder as its options, a table
-of launch parameters as the row that the call needs. Overloads named `into` write to tensors that the schema declares; those
-with `lse` return the log-sum-exp too.
+of launch parameters as the row that the call needs, a configuration as its numbers. Overloads named `into` write to tensors
+that the schema declares; those with `lse` return the log-sum-exp too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .layout import PageLayout
 from .pages import append, commit, cut, dequantize, rotation, store
 from .serving import attention, move, plan, read, write
 from .step import Step, StepInputs, inputs_of  # noqa: F401, a text below names it
-from .tables import DecodeConfig, DecodeTable, Entry
+from .tables import DecodeConfig, DecodeTable, Entry, PrefillConfig
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -37,22 +37,18 @@ _OPS = torch.ops.kvarn_triton
 
 _layout = functools.lru_cache(PageLayout.from_name)
 _encoder = functools.lru_cache(Encoder)
+_config = functools.lru_cache(PrefillConfig.of_numbers)
 
 
 def _row(table: DecodeTable, head_dim: int) -> list[int]:
     """Return the launch parameters that a table has for a head_dim, in the order of `DecodeConfig`."""
-    c = table.find(head_dim)
-    return [
-        c.num_warps, c.num_stages, c.block_t, c.block_d, c.programs_per_sm, c.few_programs_per_sm, c.maxnreg or 0,
-        int(c.early_merge),
-    ]  # fmt: skip
+    return table.find(head_dim).numbers()
 
 
 @functools.lru_cache
 def _table(row: tuple[int, ...]) -> DecodeTable:
     """Return a table that has a row made by `_row` for every head_dim."""
-    config = DecodeConfig(row[0], row[1], row[2], row[3], row[4], row[5], row[6] or None, bool(row[7]))
-    return DecodeTable("given", (Entry(0, config, "given"),))
+    return DecodeTable("given", (Entry(0, DecodeConfig.of_numbers(row), "given"),))
 
 
 class _Form(NamedTuple):
@@ -89,10 +85,11 @@ _FORMS = {
         "table if table is None else _row(table, layout.raw_head_dim)",
         "table if table is None else _table(tuple(table))",
     ),
+    "config": _Form("int[]? config", "config and config.numbers()", "config and _config(tuple(config))"),
 }
 """Parameters of types that no schema can have."""
 
-_LAST = ("token_starts", "kv_indptr", "kv_indices", "split_size", "table", "keep_sink")
+_LAST = ("token_starts", "kv_indptr", "kv_indices", "split_size", "table", "keep_sink", "config")
 """Parameters that stand last in a schema, wherever the launcher has them: the order of a schema is kept."""
 
 _RESULTS = ("out", "workspace", "scratch", "return_lse")

@@ -1,4 +1,4 @@
-"""Tables of launch parameters of the decode kernel: what they hold, files of them, and the package's own.
+"""Launch parameters: what they hold, and tables of those of the decode kernel: files of them, and the package's own.
 
 A table belongs to one architecture. `perf/sweep.py tune` measures one on the GPU at hand and writes it to a file;
 `decode_attention` takes it as `table`. The package's own tables are in `decode_tables.json`, each entry with its source:
@@ -13,7 +13,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checks import require
+from . import gpu
+from .checks import check_choice, check_count, require
 
 TABLE_VERSION = 2
 _BUILTIN = Path(__file__).with_name("decode_tables.json")
@@ -46,6 +47,84 @@ class DecodeConfig:
     def options(self) -> dict[str, int]:
         """Return the launch options that only some GPUs have."""
         return {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+
+    def numbers(self) -> list[int]:
+        """Return the fields as numbers, as an operator takes them."""
+        sizes = [self.num_warps, self.num_stages, self.block_t, self.block_d, self.programs_per_sm, self.few_programs_per_sm]
+        return [*sizes, self.maxnreg or 0, int(self.early_merge)]
+
+    @classmethod
+    def of_numbers(cls, n: tuple[int, ...]) -> DecodeConfig:
+        """Return the launch parameters of which `n` are the numbers."""
+        return cls(n[0], n[1], n[2], n[3], n[4], n[5], n[6] or None, bool(n[7]))
+
+
+def _check_power(name: str, value: object, low: int, high: int) -> None:
+    fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high and not value & (value - 1)
+    require(fits, name, f"a power of two from {low} to {high}", value)
+
+
+FORMS = "dequantized", "registers", "folded"
+"""Of the loop over pages of prefill attention: `PrefillConfig.form`."""
+MOST_WARPS = 64
+"""Of all programs of a multiprocessor."""
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """Launch parameters of `prefill_attention`. That they fit a GPU is for the compiler to say.
+
+    Args:
+        block_m: query rows of a tile: 16 to 256; 16 or 32 in the form "registers".
+        num_warps: warps of a program.
+        block_t: tokens of pages of one product with keys: 16 to the size of a page.
+        block_r: raw or new tokens of one step: 16 to the size of a page.
+        num_stages: stages of the software pipeline.
+        programs_per_sm: programs of one multiprocessor, for which registers are shared out; at most 64 warps together.
+        block_d: most channels of one product with values, from 16 on, unless pages are dequantized to shared memory.
+        form: of the loop over pages. They are "dequantized" to shared memory (`attention.dequantized`), in "registers"
+            (`attention.registers`), or left as they are, with scales "folded" into queries and weights (`attention.halves`),
+            which is the form of float32 queries and of more than 256 channels. With `scratch` memory "dequantized".
+
+    Raises:
+        ValueError: for numbers that are no powers of two, or out of range, and for another form.
+    """
+
+    block_m: int
+    num_warps: int
+    block_t: int
+    block_r: int
+    num_stages: int = 2
+    programs_per_sm: int = 2
+    block_d: int = 128
+    form: str = "dequantized"
+
+    def __post_init__(self) -> None:
+        check_choice("form", self.form, FORMS)
+        most = 32 if self.form == "registers" else 256
+        for name, low, high in (("block_m", 16, most), ("num_warps", 1, 16), ("block_t", 16, 128), ("block_r", 16, 128)):
+            _check_power(name, getattr(self, name), low, high)
+        _check_power("block_d", self.block_d, 16, 512)
+        for name in ("num_stages", "programs_per_sm"):
+            check_count(name, getattr(self, name), 1)
+        programs = MOST_WARPS // self.num_warps
+        require(self.programs_per_sm <= programs, "programs_per_sm", f"at most {programs}", self.programs_per_sm)
+
+    def options(self) -> dict[str, int]:
+        """Return launch options: on NVIDIA GPUs as many registers as let `programs_per_sm` programs run side by side."""
+        if not gpu.uses_ptx():
+            return {}
+        return {"maxnreg": min(65536 // (32 * self.num_warps * self.programs_per_sm) // 8 * 8, 255)}
+
+    def numbers(self) -> list[int]:
+        """Return the fields as numbers, as an operator takes them."""
+        sizes = [self.block_m, self.num_warps, self.block_t, self.block_r, self.num_stages, self.programs_per_sm, self.block_d]
+        return [*sizes, FORMS.index(self.form)]
+
+    @classmethod
+    def of_numbers(cls, n: tuple[int, ...]) -> PrefillConfig:
+        """Return the launch parameters of which `n` are the numbers."""
+        return cls(n[0], n[1], n[2], n[3], n[4], n[5], n[6], FORMS[n[7]])
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from .serving.plan import plan_step
 from .serving.read import read_tokens
 from .serving.write import write_tokens
 from .step import TASK_FIELDS, Step
-from .tables import DecodeTable
+from .tables import DecodeTable, PrefillConfig
 
 
 class CompilationError(RuntimeError):
@@ -67,6 +67,7 @@ def warmup(
     raw_dtype: torch.dtype | None = None,
     encoder: Encoder = DEFAULT,
     table: DecodeTable | None = None,
+    config: PrefillConfig | None = None,
     window: bool = False,
     keep_sink: bool = False,
     soft_cap: bool = False,
@@ -87,7 +88,8 @@ def warmup(
     Tensors of a few pages are allocated and dropped.
 
     Five options, from `window` on, are one kind of attention call, which all layers of many models share. Where layers differ,
-    as in models that have a window in every other layer, call it once for each kind: what they share is compiled once.
+    as in models that have a window in every other layer, call it once for each kind: what they share is compiled once. The same
+    goes for calls of prefill attention that get another `config`, or none.
 
     Args:
         layout: the page format.
@@ -98,6 +100,7 @@ def warmup(
         raw_dtype: dtype of the raw pages; by default `dtype`.
         encoder: options of the encoder.
         table: as given to `decode_attention`.
+        config: as given to `prefill_attention`, with `scratch` and without.
         window: whether attention gets a `window`; of any size.
         keep_sink: as attention gets it.
         soft_cap: whether attention gets a `soft_cap`.
@@ -118,6 +121,9 @@ def warmup(
     if scratch is not None:
         check_choice("scratch", scratch, (torch.float32,) if dtype == torch.float32 else (torch.float16, torch.bfloat16))
         require(prefill, "prefill", "True beside scratch", prefill)
+    if config is not None:
+        require(prefill, "prefill", "True beside config", prefill)
+        configs.check_prefill_config(config, layout, dtype, scratch is not None)
     if dequantize is not None:
         check_choice("dequantize", dequantize, FLOATS)
     require(steps or not sink_columns, "sink_columns", "False without steps", sink_columns)
@@ -140,7 +146,7 @@ def warmup(
         some = options | {"keep_sink": False} if shifted and window else options
         _warm_decode(model, pages, raw_pages, {"table": table, **some}, shifted)
         for memory in {None, scratch} if prefill else ():
-            _warm_prefill(model, pages, raw_pages, memory, some, shifted)
+            _warm_prefill(model, pages, raw_pages, memory, {"config": config, **some}, shifted)
     if steps:
         _warm_steps(model, (k[:1], v[:1]), pages, raw_pages, sink_columns, encoder)
         if dequantize is not None:

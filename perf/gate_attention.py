@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from cases import ERROR_RATIO, attention_of_row
 from common import Row
-from gate_checks import UNEQUAL, Recorder, Subject, as_csr, check, moved, some_table
+from gate_checks import SOME_CONFIG, UNEQUAL, Recorder, Subject, as_csr, check, moved, some_table
 
 from kvarn_triton import reference
 from kvarn_triton.testing import cache_case, relative_error
@@ -83,7 +83,7 @@ def prefill_call(subject: Subject, new: bool, queries: tuple[int, int], pages_on
 def attention_row(kvarn: Recorder, operation: str, call: Call, device: str) -> Row:
     """Make a call of attention on the device; compare its result and log-sum-exp with float64."""
     out, lse = getattr(kvarn, operation)(**moved(call, device), return_lse=True)
-    seen = {name: x for name, x in call.items() if name not in ("out", "workspace", "table", "split_size", "scratch")}
+    seen = {name: x for name, x in call.items() if name not in ("out", "workspace", "table", "config", "split_size", "scratch")}
     exact, exact_lse = getattr(reference, operation)(**seen | {"q": call["q"].double()}, return_lse=True)
     plain = torch.cat([attention_of_row(call, row, call["q"].dtype) for row in range(len(call["seq_lens"]))])
     error, allowed = relative_error(out.cpu(), exact), max(ERROR_RATIO * relative_error(plain, exact), FLOAT32_ERROR)
@@ -108,7 +108,7 @@ def workspace_of(kvarn: Recorder, operation: str, call: Call, device: str) -> to
         sizes = (*sizes, call["layout"], ids.shape[-1], torch.device(device))
         return torch.full((kvarn.decode_workspace_size(*sizes, **options),), 0xFF, dtype=torch.uint8)
     sizes = (sizes[0], len(call["seq_lens"]), *sizes[1:], call["layout"], ids.shape[-1], torch.device(device))
-    size = kvarn.prefill_workspace_size(*sizes, **options, scratch="scratch" in call)
+    size = kvarn.prefill_workspace_size(*sizes, **options, scratch="scratch" in call, config=call.get("config"))
     return torch.full((size,), 0xFF, dtype=torch.uint8)
 
 
@@ -128,6 +128,8 @@ def _check_prefill(kvarn: Recorder, subject: Subject, option: str) -> Iterator[R
         subject, new=form != "drafts", queries=(40, 5) if form == "chunk" else (7, 3), pages_only=option == "pages only"
     )
     call |= OPTIONS[option](kvarn, call)
+    if option == "split size, workspace":
+        call["config"] = SOME_CONFIG
     if form == "scratch":
         ids = call["block_table"] if call["block_table"] is not None else call["kv_indices"]
         shape = (ids.numel(), 2, 2, subject.layout.page_size, subject.layout.raw_head_dim)

@@ -21,12 +21,14 @@ from common import Row
 from triton.runtime import interpreter
 
 import kvarn_triton
-from kvarn_triton import PUBLISHED, DecodeConfig, DecodeTable, PageLayout, gpu, reference
+from kvarn_triton import PUBLISHED, DecodeConfig, DecodeTable, PageLayout, PrefillConfig, gpu, reference
 from kvarn_triton.tables import Entry
 from kvarn_triton.testing import cache_case, relative_error
 
 SMALL = PageLayout(64, 64, 4, 2)
 UNEQUAL = PageLayout(64, 64, 4, 2, v_head_dim=80)
+SOME_CONFIG = PrefillConfig(64, 4, 32, 32)
+"""Launch parameters of prefill attention that are nobody's own."""
 
 
 @dataclass(frozen=True)
@@ -258,13 +260,13 @@ def _warm(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     ends, q = torch.tensor([0, 3], dtype=torch.int32, device=device), subject.draw(3, 8, layout.head_dim).to(device)
     kinds = {"window": True, "keep_sink": True, "soft_cap": True, "sinks": True, "csr": True, "prefill": True, "scratch": dtype}
     others = {"raw_dtype": dtype, "encoder": PUBLISHED, "dequantize": torch.float32, "table": table}
-    others |= {"steps": True, "sink_columns": True}
+    others |= {"config": SOME_CONFIG, "steps": True, "sink_columns": True}
     with _launches(device) as launches:
         kvarn.warmup(layout, 8, 2, device, dtype=dtype, **kinds, **others)
         before = set(launches)
         with kvarn.no_compilation():
             kvarn.decode_attention(case.q, **case.kwargs | options, table=table)
-            kvarn.prefill_attention(q, cu_seqlens_q=ends, **case.kwargs | options)
+            kvarn.prefill_attention(q, cu_seqlens_q=ends, **case.kwargs | options, config=SOME_CONFIG)
             kvarn.dequantize_pages(case.pages, case.block_table[0], layout, dtype=torch.float32)
             ids = options["kv_indptr"], options["kv_indices"]
             step = kvarn.plan_step(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from common import Row
-from gate_checks import Recorder, Subject, check, equal, moved, some_table
+from gate_checks import SOME_CONFIG, Recorder, Subject, check, equal, moved, some_table
 
 from kvarn_triton import PUBLISHED, reference
 from kvarn_triton.testing import relative_error
@@ -86,7 +86,7 @@ def _blocks(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     memory = {"workspace": torch.full((size,), 0xFF, dtype=torch.uint8)}
     memory["scratch"] = torch.full((12, 2, 2, layout.page_size, layout.raw_head_dim), torch.nan, dtype=subject.dtype)
     sinks = torch.linspace(-2, 4, 2 * subject.group)
-    yield from _step(kvarn, subject, False, {"window": 90, "sinks": sinks, "split_size": 2, **memory})
+    yield from _step(kvarn, subject, False, {"window": 90, "sinks": sinks, "split_size": 2, "config": SOME_CONFIG, **memory})
 
 
 @check("step: page ids in one list, sinks in pages", "write_tokens", 8.0)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from kvarn_triton import PageLayout, plan_step
+from kvarn_triton import PageLayout, PrefillConfig, plan_step
 from kvarn_triton.testing import cache_case
 
 LAYOUT = PageLayout(64, 64, 4, 2)
@@ -346,6 +346,9 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("scratch", to(torch.float32), "expected dtype float16 or bfloat16, got float32"),
         ("scratch", lambda x: x[:, :1], r"expected shape \[\*, 2, 2, 64, 64\], got \[.*, 1, 2, 64, 64\]"),
         ("scratch", lambda x: x[1:], r"expected a slot for each of the (\d+) entries of block_table, got \d+"),
+        ("config", set_to({}), "config: expected a PrefillConfig, got 'dict'"),
+        ("config", set_to(PrefillConfig(16, 4, 64, 128)), "config.block_r: expected at most 64, the page_size, got 128"),
+        ("config", set_to(PrefillConfig(16, 2, 64, 16, form="registers")), "config.form: expected dequantized with scratch"),
         ("scratch", *GAPPED),
     ],
     "merge_states": [

@@ -6,7 +6,7 @@ import torch
 from helpers import ON_GPU, draw
 
 import kvarn_triton
-from kvarn_triton import PageLayout
+from kvarn_triton import PageLayout, configs
 from kvarn_triton.testing import cache_case
 
 SMALL = PageLayout(64, 64, 4, 2)
@@ -28,6 +28,21 @@ def new_scratch(arguments: dict, dtype: torch.dtype | None = None) -> torch.Tens
 def with_scratch(**arguments) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Call prefill_attention with new scratch memory."""
     return kvarn_triton.prefill_attention(**arguments, scratch=new_scratch(arguments))
+
+
+def in_form(form: str, arguments: dict, split_size: int | None = None) -> dict:
+    """Return the options of a call in one form of its loop over pages, wherever there is a choice: what a caller would give.
+
+    Those are launch parameters, whatever the GPU and the number of rows; in the form "scratch" memory for pages.
+    """
+    options: dict = {"split_size": split_size}
+    if form == "scratch":
+        return options | {"scratch": new_scratch(arguments)}
+    q, rows = arguments["q"], None
+    if split_size is None:
+        batch, heads = len(arguments["seq_lens"]), arguments["pages"].shape[1]
+        rows = -(-len(q) // batch) * (q.shape[1] // heads)
+    return options | {"config": configs.config_of_form(form, arguments["layout"], q.dtype, q.device, rows)}
 
 
 def prefill_case(

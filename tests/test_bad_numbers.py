@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 from helpers import ON_GPU, draw
-from prefill_cases import new_scratch, prefill_case
+from prefill_cases import in_form, prefill_case
 
-from kvarn_triton import PageLayout, configs, decode_attention, merge_states, prefill_attention, reference
+from kvarn_triton import PageLayout, decode_attention, merge_states, prefill_attention, reference
 from kvarn_triton.testing import attention_in, relative_error
 
 LAYOUT = PageLayout(64, 64, 4, 4)
@@ -87,10 +85,9 @@ def called(form: str, arguments: dict, call=None) -> tuple[torch.Tensor, torch.T
     arguments = arguments | {"return_lse": True}
     if form == "decode":
         return (call or decode_attention)(**arguments)
-    with mock.patch.object(configs, "prefill_form", lambda device, rows: "registers" if form in ("new", "scratch") else form):
-        if form == "scratch" and call is None:
-            arguments["scratch"] = new_scratch(arguments)
-        return (call or prefill_attention)(**arguments)
+    if call is None:
+        arguments |= in_form("registers" if form == "new" else form, arguments, arguments.get("split_size"))
+    return (call or prefill_attention)(**arguments)
 
 
 def case_of(form: str, device) -> dict:

@@ -6,14 +6,12 @@ boundary falls on one exact token, and there by an error of a tenth.
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 from helpers import ON_GPU, draw
-from prefill_cases import new_scratch, prefill_case
+from prefill_cases import in_form, prefill_case
 
-from kvarn_triton import PageLayout, configs, decode_attention, prefill_attention, reference
+from kvarn_triton import PageLayout, decode_attention, prefill_attention, reference
 from kvarn_triton.testing import cache_case, relative_error
 
 LAYOUT = PageLayout(64, 64, 8, 8)
@@ -50,8 +48,7 @@ def test_decode(lengths, window, device):
 
 def called(form: str, arguments: dict) -> torch.Tensor:
     """Call prefill_attention in one form of its loop over pages."""
-    with mock.patch.object(configs, "prefill_form", lambda device, rows: "registers" if form == "scratch" else form):
-        return prefill_attention(**arguments, scratch=new_scratch(arguments) if form == "scratch" else None)
+    return prefill_attention(**arguments, **in_form(form, arguments))
 
 
 @FORMS

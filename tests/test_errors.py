@@ -11,7 +11,7 @@ from error_cases import WRONG, gapped, set_to, to, valid_arguments
 from helpers import ON_GPU, bits_of
 
 import kvarn_triton as kvarn
-from kvarn_triton import Encoder, PageLayout
+from kvarn_triton import Encoder, PageLayout, PrefillConfig
 from kvarn_triton.testing import cache_case
 
 
@@ -169,6 +169,38 @@ def test_encoder(options, message):
     """Options of the encoder are checked when it is made."""
     with pytest.raises(ValueError, match=message):
         Encoder(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "halves"}, "form: expected one of dequantized, registers, folded, got 'halves'"),
+        ({"block_m": 48}, "block_m: expected a power of two from 16 to 256, got 48"),
+        ({"block_m": 64, "form": "registers"}, "block_m: expected a power of two from 16 to 32, got 64"),
+        ({"num_warps": 0}, "num_warps: expected a power of two from 1 to 16, got 0"),
+        ({"block_t": 8}, "block_t: expected a power of two from 16 to 128, got 8"),
+        ({"block_r": 256}, "block_r: .* got 256"),
+        ({"block_d": True}, "block_d: .* got True"),
+        ({"num_stages": 0}, "num_stages: expected an integer of at least 1, got 0"),
+        ({"programs_per_sm": 17}, "programs_per_sm: expected at most 16, got 17"),
+    ],
+)
+def test_prefill_config(options, message):
+    """Launch parameters are checked when they are made."""
+    with pytest.raises(ValueError, match=f"^{message}"):
+        PrefillConfig(**{"block_m": 32, "num_warps": 4, "block_t": 64, "block_r": 32} | options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "message"),
+    [(torch.float32, 64, "folded for float32 and 64 channels"), (torch.float16, 512, "folded for float16 and 512 channels")],
+)
+def test_the_only_form(dtype, head_dim, message, device):
+    """Queries of float32, and many channels, have one form of the loop over pages; parameters of another are refused."""
+    case = cache_case(PageLayout(head_dim, 64, 4, 2), [70], dtype=dtype, group=1, num_kv_heads=1, device=device)
+    arguments = case.kwargs | {"q": case.q, "cu_seqlens_q": torch.tensor([0, 1], dtype=torch.int32, device=device)}
+    with pytest.raises(ValueError, match=f"^config.form: expected {message}, got 'dequantized'"):
+        kvarn.prefill_attention(**arguments, config=PrefillConfig(16, 4, 64, 32))
 
 
 @pytest.mark.parametrize("function", ["decode_attention", "prefill_attention"])

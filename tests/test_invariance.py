@@ -14,9 +14,9 @@ import torch
 from helpers import DTYPES, ON_GPU, assert_same_bits, draw
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from prefill_cases import SMALL, new_scratch, prefill_case
+from prefill_cases import SMALL, in_form, prefill_case
 
-from kvarn_triton import configs, decode_attention, decode_workspace_size, gpu, prefill_attention, prefill_workspace_size
+from kvarn_triton import decode_attention, decode_workspace_size, gpu, prefill_attention, prefill_workspace_size
 
 SINK_LEN, SLOTS, GROUP = 20, 3, 2
 FORMS = ("decode", "dequantized", "registers", "folded", "scratch")
@@ -106,10 +106,7 @@ def result_of_row(row: dict, form: str, around: Surroundings, options: dict) -> 
     q, layout, csr = arguments["q"], arguments["layout"], arguments["block_table"] is None
     table = arguments["kv_indices"] if csr else arguments["block_table"]
     batch, heads, device = len(arguments["seq_lens"]), q.shape[1], q.device
-    with (
-        mock.patch.object(gpu, "num_multiprocessors", lambda device: around.multiprocessors),
-        mock.patch.object(configs, "prefill_form", lambda device, rows: form),
-    ):
+    with mock.patch.object(gpu, "num_multiprocessors", lambda device: around.multiprocessors):
         shared = {"split_size": options["split_size"], "dtype": q.dtype}
         if form == "decode":
             ends = arguments.pop("cu_seqlens_q")[1:]
@@ -119,11 +116,11 @@ def result_of_row(row: dict, form: str, around: Surroundings, options: dict) -> 
                 max_raw_pages=arguments["raw_table"].shape[1], **shared,
             )  # fmt: skip
         else:
+            options = options | in_form(form, arguments, options["split_size"])
             size = prefill_workspace_size(
-                len(q), batch, heads, 1, layout, table.shape[-1], device, scratch=form == "scratch", **shared
-            )
-        if form == "scratch":
-            arguments["scratch"] = new_scratch(arguments)
+                len(q), batch, heads, 1, layout, table.shape[-1], device, scratch=form == "scratch",
+                config=options.get("config"), **shared,
+            )  # fmt: skip
         if around.memory:
             arguments["out"] = torch.full_like(q, torch.nan)
             arguments["workspace"] = torch.full((size,), 255, dtype=torch.uint8, device=device)

@@ -11,7 +11,7 @@ from helpers import bits_of, layout_id
 from test_dispatch import run_python
 
 import kvarn_triton as kvarn
-from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, ops
+from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, PrefillConfig, ops
 from kvarn_triton.tables import Entry
 from kvarn_triton.testing import cache_case
 
@@ -147,6 +147,26 @@ def test_rows_of_tables(config):
     """Launch parameters survive the way through an operator's schema."""
     row = ops._row(DecodeTable("any", (Entry(128, config, "measured"),)), 64)
     assert ops._table(tuple(row)).find(64) == config
+
+
+@pytest.mark.parametrize("config", [PrefillConfig(64, 4, 32, 16), PrefillConfig(16, 2, 64, 32, 3, 5, 128, "registers")])
+def test_prefill_configs(config, device, monkeypatch):
+    """Launch parameters of prefill attention arrive, in a compiled graph too."""
+    seen = []
+    launch = ops.prefill.prefill_attention
+    monkeypatch.setattr(
+        ops.prefill, "prefill_attention", lambda *args, **kwargs: seen.append(kwargs["config"]) or launch(*args, **kwargs)
+    )
+    case = cache_case(LAYOUT, [70], dtype=torch.float16, device=device)
+    ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
+
+    def step(q):
+        return ops.prefill_attention(q, **case.kwargs, cu_seqlens_q=ends, config=config)
+
+    expected = kvarn.prefill_attention(case.q, **case.kwargs, cu_seqlens_q=ends, config=config)
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        assert torch.equal(run(case.q), expected)
+    assert seen == [config, config]
 
 
 def test_refusals(device):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 
-import helpers
 import pytest
 import torch
 from helpers import ALL_LAYOUTS, DTYPES, LAYOUTS, ON_GPU, assert_same_bits, check, draw, layout_id, strided
-from prefill_cases import SMALL, prefill_case, with_scratch
+from prefill_cases import SMALL, in_form, prefill_case
 
 from kvarn_triton import (
     PageLayout,
+    PrefillConfig,
     append_tokens,
     configs,
     decode_attention,
@@ -26,24 +26,12 @@ from kvarn_triton import (
     raw_slots,
     reference,
 )
+from kvarn_triton.attention.prefill import plan_prefill
+from kvarn_triton.cache import Cache, Results
 from kvarn_triton.testing import cache_case, relative_error
 
 LAYOUTS_OF_VALUES = pytest.mark.parametrize("layout", [SMALL, PageLayout(64, 64, 4, 2, v_head_dim=80)], ids=layout_id)
-FORMS = pytest.mark.parametrize("form", ["dequantized", "registers", "folded", "scratch"], indirect=True)
-
-
-@pytest.fixture
-def form(request, monkeypatch) -> str:
-    """Have one form of the loop over pages wherever there is a choice, whatever the GPU and the number of rows.
-
-    Or have pages dequantized once for all rows, in scratch memory that is NaN where nothing is written.
-    """
-    if request.param == "scratch":
-        for names in (globals(), vars(helpers)):
-            monkeypatch.setitem(names, "prefill_attention", with_scratch)
-    else:
-        monkeypatch.setattr(configs, "prefill_form", lambda device, rows: request.param)
-    return request.param
+FORMS = pytest.mark.parametrize("form", ["dequantized", "registers", "folded", "scratch"])
 
 
 @FORMS
@@ -58,14 +46,15 @@ def test_layouts(index, form, device):
     options = {"group": group, "num_tail_slots": 1, "dtype": dtype, "sink_len": sink_len}
     arguments = prefill_case(layout, lengths, queries, new=new, device=device, **options)
     assert arguments["num_quantized"].tolist() == ([1, 0] if new else [2, 1])
-    check(arguments)
+    check(arguments, **in_form(form, arguments))
 
 
 @FORMS
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16, 20])
 def test_groups(group, form, device):
     """Tiles of rows begin and end inside tokens, and a token may take several tiles."""
-    check(prefill_case(SMALL, [150, 70, 3], [7, 1, 3], new=group % 2 == 0, group=group, sink_len=16, device=device))
+    arguments = prefill_case(SMALL, [150, 70, 3], [7, 1, 3], new=group % 2 == 0, group=group, sink_len=16, device=device)
+    check(arguments, **in_form(form, arguments))
 
 
 @pytest.mark.parametrize("new", [False, True])
@@ -80,7 +69,8 @@ def test_query_counts(queries, new, device):
 @pytest.mark.parametrize("queries", [[4, 3], [50, 30]])
 def test_queries_inside_quantized_pages(queries, form, device):
     """Drafts may be quantized too: pages are causal within themselves."""
-    check(prefill_case(SMALL, [192, 128], queries, num_tail_slots=1, device=device), split_size=3)
+    arguments = prefill_case(SMALL, [192, 128], queries, num_tail_slots=1, device=device)
+    check(arguments, **in_form(form, arguments, split_size=3))
 
 
 @FORMS
@@ -89,17 +79,16 @@ def test_lengths_inside_quantized_pages(new, form, device):
     """Of a quantized page only the first tokens may count: a sequence was cut short."""
     arguments = prefill_case(SMALL, [200, 136], [8, 8], new=new, num_tail_slots=1, device=device)
     arguments["seq_lens"] -= 22
-    check(arguments)
+    check(arguments, **in_form(form, arguments))
 
 
 @pytest.mark.parametrize(("half", "sm_scale"), [("k", 4.0), ("v", None)])
-def test_the_mean_code_is_taken_out(half, sm_scale, device, monkeypatch):
+def test_the_mean_code_is_taken_out(half, sm_scale, device):
     """Numbers near the middle of their range, with a zero that makes them small: a mean code multiplies no rounding error.
 
     All codes are the two in the middle of 256. Their mean times the rounding error of a folded query or weight is more than 10
     times the error that plain attention may have.
     """
-    monkeypatch.setattr(configs, "prefill_form", lambda device, rows: "folded")
     layout = PageLayout(64, 64, 8, 8)
     arguments = prefill_case(layout, [192, 128], [4, 3], num_tail_slots=1)
     offset, size = getattr(layout, f"{half}_codes_offset"), getattr(layout, f"{half}_codes_bytes")
@@ -110,7 +99,8 @@ def test_the_mean_code_is_taken_out(half, sm_scale, device, monkeypatch):
     scales_and_zeros = params.contiguous().view(torch.float16).unflatten(-1, (64, 2))
     scales_and_zeros[..., 1] = -127.5 * scales_and_zeros[..., 0]
     params.copy_(scales_and_zeros.flatten(-2).view(torch.uint8))
-    check({name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}, sm_scale=sm_scale)
+    arguments = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    check(arguments, sm_scale=sm_scale, **in_form("folded", arguments))
 
 
 @LAYOUTS_OF_VALUES
@@ -137,7 +127,7 @@ def test_window(window, new, form, device):
         unseen = max(length - count - window + 1 - 70, 0) // 64
         freed[b, :unseen] = 2**28
     split_size = 100 if window > 64 else None  # all pages to one program
-    out = check(arguments, {"window": window}, split_size=split_size)
+    out = check(arguments, {"window": window}, **in_form(form, arguments, split_size))
     raw = arguments["raw_table"].clone()
     for b, (length, count) in enumerate(zip([272, 90], queries, strict=True)):
         cached, oldest = length - (count if new else 0), max(length - count - window + 1, 0)
@@ -146,7 +136,7 @@ def test_window(window, new, form, device):
             used.add(2 + p // 64 % 3)
         raw[b, [column for column in range(5) if column not in used]] = 2**28
     freed_arguments = arguments | {"block_table": freed, "raw_table": raw}
-    assert_same_bits(prefill_attention(**freed_arguments, window=window, split_size=split_size), out)
+    assert_same_bits(prefill_attention(**freed_arguments, window=window, **in_form(form, arguments, split_size)), out)
 
 
 @pytest.mark.parametrize("new", [False, True])
@@ -168,8 +158,8 @@ def test_soft_cap_and_sinks(new, layout, form, device):
     arguments = prefill_case(layout, [200, 90], queries, new=new, sink_len=20, num_tail_slots=3, k_scale=3, device=device)
     sinks = torch.tensor([1.0, -torch.inf], device=device)
     for seen in ({"soft_cap": 20.0}, {"sinks": sinks}, {"soft_cap": 20.0, "sinks": sinks, "window": 80}):
-        check(arguments, seen)
-        check(arguments, seen, split_size=1)
+        for split_size in (None, 1):
+            check(arguments, seen, **in_form(form, arguments, split_size))
 
 
 @FORMS
@@ -178,7 +168,7 @@ def test_magnitudes(scale, form, device):
     """Keys and values of any size neither overflow nor vanish (KF 7)."""
     arguments = prefill_case(SMALL, [192], [6], num_tail_slots=1, k_scale=scale, v_scale=scale, device=device)
     arguments["q"] = (arguments["q"].float() / scale).to(torch.float16) if scale > 1 else arguments["q"]
-    check(arguments)
+    check(arguments, **in_form(form, arguments))
 
 
 @FORMS
@@ -190,7 +180,7 @@ def test_pages_of_different_magnitude(form, device):
     pages = arguments["pages"].cpu()
     reference.store_pages(k, v, pages, arguments["block_table"][0].cpu(), SMALL)
     for split_size in (None, 4):  # a page to a program, all pages to one
-        check(arguments | {"pages": pages.to(device)}, split_size=split_size)
+        check(arguments | {"pages": pages.to(device)}, **in_form(form, arguments, split_size))
 
 
 def test_equals_decode(device):
@@ -217,13 +207,14 @@ def test_appended_equals_new(device):
 def test_splits_and_batch_invariance(split_size, new, form, device):
     """The bits of a sequence are the same alone, beside others and in another place; padding is not written."""
     arguments = prefill_case(SMALL, [330, 70, 200], [6, 2, 17], new=new, sink_len=16, device=device)
-    out = check(arguments, split_size=split_size)
-    again = prefill_attention(**arguments, split_size=split_size)
+    out = check(arguments, **in_form(form, arguments, split_size))
+    again = prefill_attention(**arguments, **in_form(form, arguments, split_size))
     assert_same_bits(again, out)
     alone = {name: arguments[name][2:] for name in ("block_table", "seq_lens", "raw_table", "num_quantized")}
     alone |= {name: arguments[name][8:] for name in ("q", "k", "v") if name in arguments}
     alone["cu_seqlens_q"] = torch.tensor([0, 17], dtype=torch.int32, device=device)
-    assert_same_bits(prefill_attention(**arguments | alone, split_size=split_size), out[8:])
+    alone = arguments | alone
+    assert_same_bits(prefill_attention(**alone, **in_form(form, alone, split_size)), out[8:])
 
 
 def test_padding(device):
@@ -300,6 +291,19 @@ def test_launch_parameters(monkeypatch):
     assert config(4) == few and config(2048) == config(4, 8) == more
     monkeypatch.setattr(gpu, "arch_of", lambda device: "gfx942")
     assert config(4) == config(2048) == config(4, 8) == folded
+
+
+@pytest.mark.parametrize("given", [PrefillConfig(128, 4, 32, 16), PrefillConfig(32, 2, 16, 64, form="registers")])
+def test_takes_launch_parameters(given, device):
+    """A caller's launch parameters are those of the call, and its workspace follows them."""
+    arguments = prefill_case(SMALL, [200, 90], [9, 2], new=True, group=3, sink_len=16, device=device)
+    q, ends, size = arguments["q"], arguments["cu_seqlens_q"], (11, 2, 3, 1, SMALL, arguments["block_table"].shape[1], device)
+    cache = Cache(SMALL, arguments["pages"], arguments["seq_lens"], arguments["block_table"], *[None] * 5, 0)
+    plan = plan_prefill(q, ends, cache, Results(None, False, None), None, None, given)
+    assert plan.tiles.config == given
+    num_bytes = prefill_workspace_size(*size, config=given)
+    assert plan.num_bytes <= num_bytes
+    check(arguments, config=given, workspace=torch.empty(num_bytes, dtype=torch.uint8, device=device))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs 2.4 GB of pages and a long loop")

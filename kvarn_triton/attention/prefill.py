@@ -41,6 +41,7 @@ def prefill_workspace_size(
     dtype: torch.dtype = torch.float16,
     split_size: int | None = None,
     scratch: bool = False,
+    config: configs.PrefillConfig | None = None,
 ) -> int:
     """Return how many bytes of workspace `prefill_attention` needs at most.
 
@@ -59,6 +60,7 @@ def prefill_workspace_size(
         dtype: dtype of the queries.
         split_size: as given to `prefill_attention`.
         scratch: whether `prefill_attention` gets a `scratch`.
+        config: as given to `prefill_attention`.
     """
     row_bytes = 4 * (layout.v_head_dim + 1)
     if split_size is not None:
@@ -68,7 +70,7 @@ def prefill_workspace_size(
     # Tiles times splits are no more than programs, and rows no more than those of all tiles.
     rows = total_tokens * num_q_heads
     sizes = [least for least in (1, *(most + 1 for most in configs.TILE_ROWS)) if least <= rows]
-    tiles = [configs.prefill_config(layout, dtype, device, least, 1, 1, None, scratch) for least in sizes]
+    tiles = [config or configs.prefill_config(layout, dtype, device, least, 1, 1, None, scratch) for least in sizes]
     programs = [gpu.num_programs(device, config.programs_per_sm) * config.block_m for config in tiles]
     return row_bytes * min(max(programs, default=0), max_pages * rows)
 
@@ -98,6 +100,7 @@ def prefill_attention(
     split_size: int | None = None,
     workspace: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
+    config: configs.PrefillConfig | None = None,
     keep_sink: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with several query tokens per sequence, causally: chunked prefill, verification of drafts, first chunks.
@@ -142,6 +145,8 @@ def prefill_attention(
             slots are neither read nor written. Keys and values are rounded to the dtype of `scratch`, in which they are
             multiplied too; what is beyond the range of float16 becomes infinite (`dequantize_pages`). None: every tile of
             query rows dequantizes the pages itself.
+        config: launch parameters; by default the package's own for the device and the numbers of tokens and heads. In the
+            batch-invariant mode the bits of a row depend on them too.
         keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it (StreamingLLM, arXiv 2309.17453).
 
     Returns:
@@ -149,7 +154,8 @@ def prefill_attention(
         logarithm, sinks included). A query that sees nothing gives zeros and lse = -inf.
 
     Raises:
-        ValueError: for a wrong shape, dtype, device or stride; nothing is written. Ids and lengths are not read to be checked.
+        ValueError: for a wrong shape, dtype, device, stride or option; nothing is written. Ids and lengths are not read to be
+            checked.
     """
     cache = Cache(
         layout, pages, seq_lens, block_table, kv_indptr, kv_indices, raw_pages, raw_table, num_quantized, sink_len
@@ -160,7 +166,7 @@ def prefill_attention(
     check_new(q, k, v, cu_seqlens_q, cache)
     check_split_size(split_size)
     results = Results(out, return_lse, workspace)
-    plan = plan_prefill(q, cu_seqlens_q, cache, results, split_size, scratch)
+    plan = plan_prefill(q, cu_seqlens_q, cache, results, split_size, scratch, config)
     if not gpu.on_device(q):
         return reference.prefill_attention(
             q, pages, block_table, seq_lens, cu_seqlens_q, layout, k=k, v=v, raw_pages=cache.raw_pages, raw_table=raw_table,
@@ -186,12 +192,20 @@ def plan_prefill(
     results: Results,
     split_size: int | None,
     scratch: torch.Tensor | None,
+    config: configs.PrefillConfig | None,
 ) -> PrefillPlanned:
-    """Return how a call is computed, and check the memory that it got for partial results and pages."""
+    """Return how a call is computed, and check its launch parameters and the memory for partial results and pages."""
+    if config is not None:
+        configs.check_prefill_config(config, cache.layout, q.dtype, scratch is not None)
+    else:
+        group = q.shape[1] // max(cache.num_kv_heads, 1)
+        config = configs.prefill_config(
+            cache.layout, q.dtype, q.device, q.shape[0], cache.batch, group, split_size, scratch is not None
+        )
     if scratch is not None:
         check_scratch(scratch, q.dtype, cache)
         scratch = check_pool("scratch", scratch)
-    tiles = _plan_tiles(q, cu_seqlens_q, cache, split_size, scratch is not None, fill=results.out is None)
+    tiles = _plan_tiles(q, cu_seqlens_q, cache, split_size, config, fill=results.out is None)
     num_bytes = 0
     if tiles.num_splits > 1:
         num_bytes = len(tiles.tokens) * _token_bytes(tiles.num_splits, q.shape[1], cache.layout)
@@ -242,13 +256,17 @@ def check_new(
 
 
 def _plan_tiles(
-    q: torch.Tensor, cu_seqlens_q: torch.Tensor, cache: Cache, split_size: int | None, scratch: bool, fill: bool
+    q: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cache: Cache,
+    split_size: int | None,
+    config: configs.PrefillConfig,
+    fill: bool,
 ) -> Tiles:
     """Return how the work of a call is cut: the tiles of its first round, which has as many tokens as the others at least."""
     total_tokens, num_q_heads = q.shape[:2]
     num_kv_heads, layout = cache.num_kv_heads, cache.layout
     group = num_q_heads // max(num_kv_heads, 1)
-    config = configs.prefill_config(layout, q.dtype, q.device, total_tokens, cache.batch, group, split_size, scratch)
     if split_size is not None:
         splits = max(-(-cache.max_pages // split_size), 1)
     else:

@@ -131,6 +131,7 @@ def prefill_attention(
     split_size: int | None = None,
     workspace: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
+    config: object = None,
     keep_sink: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with several query tokens per sequence; see `kvarn_triton.prefill_attention`."""

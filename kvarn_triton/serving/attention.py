@@ -30,6 +30,7 @@ def attend(
     workspace: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
     table: configs.DecodeTable | None = None,
+    config: configs.PrefillConfig | None = None,
     keep_sink: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with the queries of a step, after `write_tokens`: decode attention if it has one token for each sequence.
@@ -57,6 +58,7 @@ def attend(
         workspace: uint8, contiguous, for partial results (`decode_workspace_size`, `prefill_workspace_size`).
         scratch: memory for dequantized pages, of prefill attention.
         table: launch parameters, of decode attention.
+        config: launch parameters, of prefill attention.
         keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it. Not where a sequence may be
             without a raw sink, because its plan has `sink_columns`.
 
@@ -81,7 +83,7 @@ def attend(
         decode = plan_decode(q, cache, mask, results, split_size, table)
     else:
         check_new(q, k, v, ends, cache)
-        prefill = plan_prefill(q, ends, cache, results, split_size, scratch)
+        prefill = plan_prefill(q, ends, cache, results, split_size, scratch, config)
     if not gpu.on_device(q):
         return reference.attend(
             q, pages, raw_pages, step, k=k, v=v, sm_scale=mask.sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, out=out,
