@@ -1,9 +1,8 @@
-"""What a call is about: a cache and what a query sees of it. Each is one object, made and checked once per call."""
+"""What a call is about: a cache, and where results go. Each is one object, made and checked once per call."""
 
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,8 @@ import torch
 from .checks import FLOATS, check_aligned, check_choice, check_pages, check_tensor, require
 from .launch import Pages, Tokens, aligned, as_pages, as_tokens, check_pool
 from .layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, PageLayout
+from .masking import Mask, check_mask
 from .step import Step
-
-INT32_MAX = 2**31 - 1
 
 
 @dataclass(eq=False)
@@ -230,17 +228,6 @@ def checked_for_completion(cache: Cache, lens_name: str) -> Cache:
 
 
 @dataclass(eq=False)
-class Mask:
-    """What queries see of the keys before them, and how scores become weights: arguments of the same names."""
-
-    sm_scale: float | None
-    window: int | None
-    soft_cap: float | None
-    sinks: torch.Tensor | None
-    keep_sink: bool
-
-
-@dataclass(eq=False)
 class Results:
     """Where the results of an attention call go: arguments of the same names."""
 
@@ -250,34 +237,16 @@ class Results:
 
 
 def check_queries(q: torch.Tensor, cache: Cache, mask: Mask, out: torch.Tensor | None) -> None:
-    """Check the queries of an attention call, what they see and where results go; `sm_scale` becomes a Python number.
-
-    A tensor is refused as a scale, because reading its number would wait for the GPU.
-    """
+    """Check the queries of an attention call, what they see and where results go."""
     layout, device, num_kv_heads = cache.layout, cache.pages.device, cache.num_kv_heads
     check_tensor("q", q, [None, None, layout.head_dim], FLOATS, device=device)
     num_q_heads = q.shape[1]
     group = num_q_heads // max(num_kv_heads, 1)
     if group * num_kv_heads != num_q_heads or group < 1:
         raise ValueError(f"q: expected a multiple of the {num_kv_heads} kv heads of pages as query heads, got {num_q_heads}")
-    window, soft_cap, sm_scale = mask.window, mask.soft_cap, mask.sm_scale
-    if window is not None:
-        fits = isinstance(window, int) and not isinstance(window, bool) and 1 <= window <= INT32_MAX
-        require(fits, "window", f"None or an integer from 1 to {INT32_MAX}", window)
-    if soft_cap is not None:
-        # Times log2(e), and one over it, are float32 numbers that are neither 0 nor infinite.
-        fits = isinstance(soft_cap, (int, float)) and not isinstance(soft_cap, bool) and 1e-30 <= soft_cap <= 1e30
-        require(fits, "soft_cap", "None or a number above 0 (from 1e-30 to 1e30)", soft_cap)
-    require(isinstance(mask.keep_sink, bool), "keep_sink", "a bool", mask.keep_sink)
-    if mask.sinks is not None:
-        check_tensor("sinks", mask.sinks, [num_q_heads], torch.float32, device=device)
+    check_mask(mask, num_q_heads, device)
     if out is not None:
         check_tensor("out", out, [*q.shape[:2], layout.v_head_dim], q.dtype, device=device)
-    if sm_scale is None:
-        return
-    if not isinstance(sm_scale, numbers.Real) or isinstance(sm_scale, bool) or not -1e30 <= float(sm_scale) <= 1e30:
-        raise ValueError(f"sm_scale: expected None or a finite number (up to 1e30), got {sm_scale!r}")
-    mask.sm_scale = float(sm_scale)
 
 
 def check_split_size(split_size: object) -> None:

@@ -7,7 +7,7 @@ strides are multiples of 16, which loads of whole rows are made for. What remain
 
 A tensor of rows or pages comes with its strides, as one argument: `Rows`, `Pages`, `Tokens`; None stands for one that is not
 there, and a kernel knows when it is compiled. Tables and lengths are arguments of their own, because exemptions don't reach
-into tuples.
+into tuples; an integer that may change is made one that needs none (`masking.changing`).
 """
 
 from __future__ import annotations

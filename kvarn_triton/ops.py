@@ -89,8 +89,9 @@ _FORMS = {
 }
 """Parameters of types that no schema can have."""
 
-_LAST = ("token_starts", "kv_indptr", "kv_indices", "split_size", "table", "keep_sink", "config")
-"""Parameters that stand last in a schema, wherever the launcher has them: the order of a schema is kept."""
+_LAST = ("token_starts", "kv_indptr", "kv_indices")
+"""Parameters that stand last in a schema, wherever the launcher has them: the order of a schema is kept. Behind them are those
+that attention has behind `return_lse`; a new one stands at the end of both."""
 
 _RESULTS = ("out", "workspace", "scratch", "return_lse")
 """Parameters that choose an overload."""
@@ -248,8 +249,9 @@ def _operator(
     """
     name, parameters = launcher.__name__, inspect.signature(launcher).parameters
     taken = [p for p in parameters.values() if p.name not in _RESULTS]
-    taken.sort(key=lambda p: _LAST.index(p.name) if p.name in _LAST else -1)
-    has_lse = "return_lse" in parameters
+    has_lse, names = "return_lse" in parameters, list(parameters)
+    behind = names[names.index("return_lse") :] if has_lse else []
+    taken.sort(key=lambda p: _LAST.index(p.name) if p.name in _LAST else len(_LAST) if p.name in behind else -1)
     # Only schemas of attention have defaults.
     forms = [_form(p, writes, has_default=has_lse) for p in taken]
     fields, memory = ", ".join(form.fields for form in forms).split(", "), into.split(", ") if into else []

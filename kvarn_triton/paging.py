@@ -7,6 +7,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .masking import first_seen
+
 
 @triton.jit
 def ids_of_row(table_ptr, indptr_ptr, row, stride_table):
@@ -61,7 +63,7 @@ class Seen(NamedTuple):
 def seen_by(queries, row, seq_len, num_quantized_ptr, sink_len, window, PAGE_SIZE: tl.constexpr, NEW: tl.constexpr):
     """Return what queries see of the cached body of a row: `queries` are (first, last) of its last tokens, and their number.
 
-    A window is no larger than the sequence. NEW: the keys of those tokens are not in the cache.
+    A window (of `masking.Windows`, or None) is no larger than the sequence. NEW: the keys of those tokens are not in the cache.
     """
     first_query, last_query, num_tokens = queries
     shift = seq_len - num_tokens - sink_len
@@ -71,7 +73,7 @@ def seen_by(queries, row, seq_len, num_quantized_ptr, sink_len, window, PAGE_SIZ
         oldest = -sink_len
     else:
         # Not the larger of a number and -sink_len: ptxas loses the sign where it takes the larger of three numbers at once.
-        oldest = tl.maximum(seq_len - num_tokens + first_query - window + 1, 0) - sink_len
+        oldest = first_seen(seq_len - num_tokens + first_query + 1, window) - sink_len
     quantized = tl.cdiv(tl.maximum(num_valid, 0), PAGE_SIZE)
     if num_quantized_ptr is not None:
         quantized = tl.minimum(tl.maximum(tl.load(num_quantized_ptr + row), 0), quantized)

@@ -12,8 +12,8 @@ from helpers import assert_same_bits, check, draw, layout_id
 
 from kvarn_triton import PageLayout, decode_attention, decode_workspace_size, merge_states, reference
 from kvarn_triton.attention.schedule import Units, row_units
-from kvarn_triton.attention.softmax import capped
 from kvarn_triton.attention.workspace import MostWork, num_partials
+from kvarn_triton.masking import Mask, capped
 from kvarn_triton.testing import CacheCase, cache_case, relative_error
 
 LAYOUT = PageLayout(64, 64, 4, 2)
@@ -75,11 +75,11 @@ def test_window_over_quantized_pages_only(window, device):
     torch.testing.assert_close(lse, exact_lse, rtol=0, atol=5e-3)
 
 
-@triton.jit(do_not_specialize=["sink_len", "window", "batch"])
-def _row_units_kernel(out_ptr, seq_lens_ptr, num_quantized_ptr, sink_len, window, batch, UNITS: tl.constexpr):
+@triton.jit(do_not_specialize=["sink_len", "batch"])
+def _row_units_kernel(out_ptr, seq_lens_ptr, num_quantized_ptr, sink_len, windows, batch, UNITS: tl.constexpr):
     row = tl.arange(0, 512)
     mask = row < batch
-    rows = (seq_lens_ptr, num_quantized_ptr, sink_len, window)
+    rows = (seq_lens_ptr, num_quantized_ptr, sink_len, windows)
     _, start, begins, counts = row_units(rows, row, mask, UNITS)
     tl.store(out_ptr + row * 7, start, mask)
     for part in tl.static_range(3):
@@ -94,8 +94,8 @@ def test_units_of_a_window(sink_len, device):
     quantized = ((lengths - sink_len).clamp_min(0) // 64 - lengths % 2).clamp_min(0)
     for window in (1, 15, 16, 17, 63, 64, 65, 100, 230, 298, 299, 300):
         out = torch.empty(300, 7, dtype=torch.int32, device=device)
-        units = Units(64, 16, has_raw=True, has_window=True)
-        _row_units_kernel[(1,)](out, lengths, quantized, sink_len, window, 300, units)
+        windows = Mask(None, window, None, None, keep_sink=False).windows
+        _row_units_kernel[(1,)](out, lengths, quantized, sink_len, windows, 300, Units(64, 16, has_raw=True))
         for length, count, found in zip(lengths.tolist(), quantized.tolist(), out.tolist(), strict=True):
             start = max(length - window, 0)
             body = [position - sink_len for position in range(max(start, sink_len), length)]

@@ -103,7 +103,7 @@ def test_public_names_are_documented():
 FLOORS = (
     ("checks", "encoder", "layout", "step"),
     ("reference",),
-    ("cache", "debugging", "gpu", "launch", "paging", "tables"),
+    ("cache", "debugging", "gpu", "launch", "masking", "paging", "tables"),
     ("tile",),
     ("configs",),
     ("pages",),

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 
 from .. import configs, gpu, reference
-from ..cache import Cache, Mask, Results, check_queries, check_split_size, check_workspace, checked_for_attention
+from ..cache import Cache, Results, check_queries, check_split_size, check_workspace, checked_for_attention
 from ..launch import aligned, copy_back
 from ..layout import PageLayout
+from ..masking import Mask
 from .decode_kernel import launch_decode_pieces
 from .merge import launch_merge_splits
 from .schedule import Units, Work
@@ -170,6 +171,5 @@ def _plan_work(
     programs = min(programs, max(num_tiles * most_units(round_rows, most), 1))
     few_programs = min(programs, gpu.num_programs(q.device, config.few_programs_per_sm))
     has_raw = cache.raw_pages is not None
-    has_window = mask.window is not None
-    units = Units(layout.page_size, configs.RAW_BLOCK, has_raw, has_window, has_window and mask.keep_sink)
-    return Work(cache, mask.window, split_size, programs, few_programs, units), round_rows, num_bytes
+    units = Units(layout.page_size, configs.RAW_BLOCK, has_raw)
+    return Work(cache, mask.windows, split_size, programs, few_programs, units), round_rows, num_bytes

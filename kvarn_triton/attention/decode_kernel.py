@@ -17,11 +17,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .. import configs, gpu
-from ..cache import Mask
 from ..launch import as_rows, on
 from ..layout import PageLayout, fields_per_byte
+from ..masking import Mask, first_of_sink
 from ..paging import load_page_id, prefetch, sink_of
-from ..tile.arithmetic import LOG2E
 from .pages import attend_pages_once, records_of
 from .query import load_query, rotate_query
 from .schedule import Units, Work, find_row, plan, row_units, start_of_piece
@@ -83,7 +82,7 @@ def _find_part(
     last = tl.minimum(first + end - unit, units_of_row)
     first_page = begins[1] + tl.maximum(first - num_sinks, 0)
     last_page = begins[1] + tl.minimum(last - num_sinks, num_paged)
-    if UNITS.has_window:
+    if rows[3].body is not None:
         last_page = tl.where(first_page < last_page, last_page, 0)  # no id is read where there is no page
     first_tail = tl.maximum(first - num_sinks - num_paged, 0)
     num_runs = tl.maximum(tl.minimum(last, num_sinks) - first, 0), tl.maximum(last - num_sinks - num_paged - first_tail, 0)
@@ -109,7 +108,7 @@ def _store_partial(partial_ptr, partial_lse_ptr, number, state, LAYOUT: tl.const
 
 
 _NOT_SPECIALIZED = [
-    "batch", "num_tiles", "sink_len", "num_tail_slots", "window", "split_size", "few_programs", "stride_table",
+    "batch", "num_tiles", "sink_len", "num_tail_slots", "split_size", "few_programs", "stride_table",
     "stride_raw_table",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
@@ -128,13 +127,11 @@ def _kvarn_decode_attention_kernel(
     seq_lens_ptr,  # int32 [batch]
     raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots], None without raw pages
     num_quantized_ptr,  # int32 [batch], None without raw pages
-    qk_scale,  # sm_scale * log2(e)
-    cap,  # soft cap of the scores, times log2(e), or None
+    masking,  # Masking
     batch,
     num_tiles,  # of query heads: num_kv_heads * ceil(group / tile)
     sink_len,
     num_tail_slots,
-    window,
     split_size,
     few_programs,
     stride_table,
@@ -146,7 +143,7 @@ def _kvarn_decode_attention_kernel(
     if PLAN.early_merge:
         gdc_launch_dependents()
     UNITS: tl.constexpr = PLAN.units
-    rows = (seq_lens_ptr, num_quantized_ptr, sink_len, window)
+    rows = (seq_lens_ptr, num_quantized_ptr, sink_len, masking.windows)
     pieces, size, longer, split = plan(rows, batch, num_tiles, num_programs, few_programs, split_size, UNITS)
     for piece in range(tl.program_id(0), pieces, num_programs):
         unit = start_of_piece(piece, size, longer)
@@ -163,21 +160,20 @@ def _kvarn_decode_attention_kernel(
                 page = load_page_id(records.ids_ptr, part.span[0], part.span[1], PLAN.ptx)
                 prefetch(records.ptr + page.to(tl.int64) * pages.stride_page, LAYOUT.page_bytes, "L2", PLAN.ptx)
             planes, q_factor = rotate_query(loaded, LAYOUT, PLAN)
-            q_factor = q_factor * qk_scale
+            q_factor = q_factor * masking.scores.scale
             sink = sink_of(sink_len, part.row, part.row >= 0)
             seen = (part.start - sink, part.seq_len - sink)
-            sink_start = 0 if UNITS.keep_sink else part.start
             state = new_state(PLAN.block_n, PLAN.channels)
-            state = attend_pages_once(state, planes, q_factor, cap, records, page, part.span, seen, LAYOUT, PLAN)
+            state = attend_pages_once(state, planes, q_factor, masking, records, page, part.span, seen, LAYOUT, PLAN)
             if raw is not None:
                 state = attend_raw_once(
-                    state, planes, q_factor, cap, of_head(raw, part.head),
+                    state, planes, q_factor, masking, of_head(raw, part.head),
                     raw_table_ptr + part.row.to(tl.int64) * stride_raw_table,
                     Runs(
                         part.runs[0], part.runs[1], part.runs[2], part.runs[3], part.runs[4],
                         tl.cdiv(sink, LAYOUT.page_size), num_tail_slots,
                     ),
-                    (sink_start, tl.minimum(part.seq_len, sink)), seen, LAYOUT, PLAN,
+                    (first_of_sink(part.start, masking.windows), tl.minimum(part.seq_len, sink)), seen, LAYOUT, PLAN,
                 )  # fmt: skip
             _store_partial(partial_ptr, partial_lse_ptr, part.number, state, LAYOUT, PLAN)
             unit = part.next_unit
@@ -220,7 +216,6 @@ def launch_decode_pieces(
     """Attend to the pieces of a decode call; nothing is checked."""
     cache, num_q_heads = work.cache, q.shape[1]
     layout, raw_dtype = cache.layout, q.dtype if cache.raw_pages is None else cache.raw_pages.dtype
-    scale = layout.head_dim**-0.5 if mask.sm_scale is None else mask.sm_scale
     on(q, _kvarn_decode_attention_kernel)[(work.num_programs,)](
         partial,
         partial_lse,
@@ -228,11 +223,9 @@ def launch_decode_pieces(
         cache.quantized,
         **cache.tables(),
         **cache.raw_tables(),
-        qk_scale=scale * LOG2E.value,
-        cap=None if mask.soft_cap is None else mask.soft_cap * LOG2E.value,
+        masking=mask.masking(layout.head_dim),
         batch=cache.batch,
         num_tiles=configs.head_tiles(num_q_heads, cache.num_kv_heads)[1],
-        window=work.window or 0,
         split_size=work.split_size,
         few_programs=work.few_programs,
         LAYOUT=layout,

@@ -90,7 +90,7 @@ def _store_result(out_ptr, lse_ptr, out, lse, PLAN: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["num_tiles", "num_programs", "few_programs", "sink_len", "window", "split_size"],
+    do_not_specialize=["num_tiles", "num_programs", "few_programs", "sink_len", "split_size"],
     do_not_specialize_on_alignment=["lse_ptr", "seq_lens_ptr", "num_quantized_ptr", "sinks_ptr"],
 )
 def _kvarn_merge_splits_kernel(
@@ -105,7 +105,7 @@ def _kvarn_merge_splits_kernel(
     num_programs,
     few_programs,
     sink_len,
-    window,
+    windows,  # Windows
     split_size,
     PLAN: tl.constexpr,
 ):
@@ -116,7 +116,7 @@ def _kvarn_merge_splits_kernel(
     batch = tl.num_programs(0) // num_q_heads
     tile = q_head // GROUP * triton.cdiv(GROUP, TILE) + q_head % GROUP // TILE
     UNITS: tl.constexpr = PLAN.units
-    rows = (seq_lens_ptr, num_quantized_ptr, sink_len, window)
+    rows = (seq_lens_ptr, num_quantized_ptr, sink_len, windows)
     _, size, longer, split = plan(rows, batch, num_tiles, num_programs, few_programs, split_size, UNITS)
     row_start = start_of_row(rows, row, num_tiles, split, UNITS)
     _, _, _, counts = row_units(rows, row, row >= 0, UNITS)
@@ -169,7 +169,7 @@ def launch_merge_splits(
         work.num_programs,
         work.few_programs,
         cache.sinks,
-        work.window or 0,
+        work.windows,
         work.split_size,
         PLAN=plan,
         num_warps=num_warps,

@@ -11,13 +11,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ..masking import hides, visible, weighed
 from ..paging import ids_of_row, load_page_id
 from .dequantized import LEAST_UNIT, add_dequantized_values, dequantized_scores
 from .digits import add_digit_values, digit_scores
 from .halves import add_half_values, half_scores
 from .operands import split_planes
 from .registers import add_register_values, register_scores, token_in_order
-from .softmax import State, capped, visible
+from .softmax import State
 
 
 class Records(NamedTuple):
@@ -40,7 +41,7 @@ def attend_pages_once(
     state,
     planes,
     q_factor,
-    cap,
+    masking,
     records,
     page,
     span,
@@ -57,14 +58,14 @@ def attend_pages_once(
     for i in tl.range(span[0], tl.minimum(span[1], tl.cdiv(num_valid, G)), num_stages=PLAN.num_stages):
         record_ptr = records.ptr + page.to(tl.int64) * records.stride_page
         page = load_page_id(records.ids_ptr, i + 1, span[1], PLAN.ptx)
-        scores = capped(digit_scores(record_ptr, planes, q_factor, LAYOUT, PLAN), cap)
+        scores = weighed(digit_scores(record_ptr, planes, q_factor, LAYOUT, PLAN), masking)
         params = tl.load((record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32)) + tl.arange(0, G))
         at_edge = (i + 1) * G > num_valid
-        if PLAN.units.has_window:
+        if masking.windows.body is not None:
             at_edge |= i * G < first_seen
         if at_edge:
             valid = i * G + tl.arange(0, G) < num_valid
-            if PLAN.units.has_window:
+            if masking.windows.body is not None:
                 valid &= i * G + tl.arange(0, G) >= first_seen
             scores = tl.where(valid[None, :], scores, float("-inf"))
             params = tl.where(valid, params, 0)  # a token that isn't seen may be of any magnitude, or not a number
@@ -77,12 +78,11 @@ def attend_pages(
     state,
     q,
     q_factor,
-    cap,
+    masking,
     records,
     span,
     num_valid,
     queries,
-    window,
     LAYOUT: tl.constexpr,
     PLAN: tl.constexpr,
 ):
@@ -113,13 +113,13 @@ def attend_pages(
             scores = half_scores(record_ptr, planes, factor, LAYOUT, PLAN)
         else:
             scores = dequantized_scores(record_ptr, q, q_factor, LAYOUT, PLAN)
-        scores = capped(scores, cap)
+        scores = weighed(scores, masking)
         hidden = (i + 1) * G > tl.minimum(num_valid, first_position + 1)
-        if window is not None:
-            hidden = hidden | (i * G <= last_position - window)
+        if masking.windows.body is not None:
+            hidden = hidden | hides(masking.windows.body, i * G, last_position)
         if hidden:
             key = i * G + column
-            seen = visible(position, key, window) & (key < num_valid)[None, :]
+            seen = visible(position, key, masking.windows.body) & (key < num_valid)[None, :]
             scores = tl.where(seen, scores, float("-inf"))
         if PLAN.form == "registers":
             state = add_register_values(state, scores, record_ptr, LAYOUT, PLAN)

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 
 from .. import configs, gpu, reference
-from ..cache import Cache, Mask, Results, check_queries, check_scratch, check_split_size, check_workspace, checked_for_attention
+from ..cache import Cache, Results, check_queries, check_scratch, check_split_size, check_workspace, checked_for_attention
 from ..checks import check_tensor, require
 from ..launch import Rows, aligned, as_rows, check_pool, copy_back
 from ..layout import PageLayout
+from ..masking import Mask
 from ..pages.expand import launch_expand_pages
 from . import workspace as workspaces
 from .merge import launch_merge_queries
@@ -100,8 +101,8 @@ def prefill_attention(
     split_size: int | None = None,
     workspace: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
-    config: configs.PrefillConfig | None = None,
     keep_sink: bool = False,
+    config: configs.PrefillConfig | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with several query tokens per sequence, causally: chunked prefill, verification of drafts, first chunks.
 
@@ -145,9 +146,9 @@ def prefill_attention(
             slots are neither read nor written. Keys and values are rounded to the dtype of `scratch`, in which they are
             multiplied too; what is beyond the range of float16 becomes infinite (`dequantize_pages`). None: every tile of
             query rows dequantizes the pages itself.
+        keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it (StreamingLLM, arXiv 2309.17453).
         config: launch parameters; by default the package's own for the device and the numbers of tokens and heads. In the
             batch-invariant mode the bits of a row depend on them too.
-        keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it (StreamingLLM, arXiv 2309.17453).
 
     Returns:
         `out` [total_tokens, num_q_heads, v_head_dim], or `out` and `lse` float32 [total_tokens, num_q_heads] (natural
@@ -237,7 +238,7 @@ def launch_prefill(
     q, memory = aligned(q), aligned(out)
     new = None if k is None or v is None else (as_rows(aligned(k)), as_rows(aligned(v)))
     if scratch is not None:
-        launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.window, has_new=k is not None)
+        launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.windows, has_new=k is not None)
     _attend((memory, lse), q, new, scratch, mask, tiles, workspace[:num_bytes])
     copy_back(memory, out)
     return out if lse is None else (out, lse)

@@ -18,11 +18,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .. import configs, gpu
-from ..cache import Mask
 from ..launch import Rows, as_rows, as_tokens, on
 from ..layout import PageLayout, fields_per_byte
+from ..masking import Mask, Masking, Windows, clamped, first_of_new, first_of_sink
 from ..paging import first_slot, seen_by, sink_of
-from ..tile.arithmetic import LOG2E, hadamard, load_rows
+from ..tile.arithmetic import hadamard, load_rows
 from .pages import attend_pages, records_of
 from .query import rotate_planes, rotate_rows, rows_of_planes
 from .schedule import Tiles, find_tile, share_of_tile
@@ -49,7 +49,6 @@ class PrefillPlan:
     query_operand: tl.dtype
     raw_operand: tl.dtype
     scratch_operand: tl.dtype
-    keep_sink: bool  # beside a window
     form: str  # of the loop over pages (`configs.PrefillConfig`)
     single: bool  # one share: the result itself is written
     ptx: bool
@@ -92,10 +91,10 @@ def _rotate(q_ptr, place, mask, some, SCRATCH: tl.constexpr, LAYOUT: tl.constexp
 
 
 @triton.jit
-def _shares(split, num_splits, split_size, seen, sink_len, RAW: tl.constexpr, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+def _shares(split, num_splits, split_size, seen, sink_len, windows, RAW: tl.constexpr, LAYOUT: tl.constexpr):
     """Return (first, last) of what is seen of the sink and of the tail, and a program's share of raw units and of pages."""
     spans = (
-        (0 if PLAN.keep_sink else seen.oldest + sink_len, tl.minimum(seen.num_valid + sink_len, sink_len)),
+        (first_of_sink(seen.oldest + sink_len, windows), tl.minimum(seen.num_valid + sink_len, sink_len)),
         (tl.maximum(seen.oldest, seen.quantized * LAYOUT.page_size), seen.num_valid),
     )
     num_raw = 0
@@ -107,7 +106,7 @@ def _shares(split, num_splits, split_size, seen, sink_len, RAW: tl.constexpr, LA
 
 @triton.jit
 def _attend_cached(
-    q, q_factor, cap, records, expanded, raw_tokens, raw_share, span, seen, tile, shifts, window,
+    q, q_factor, masking, records, expanded, raw_tokens, raw_share, span, seen, tile, shifts,
     LAYOUT: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Return the state of rotated queries after a share of the cache: pages, from `expanded` memory or not, and raw tokens."""
@@ -117,41 +116,35 @@ def _attend_cached(
     state = new_state(PLAN.block_m, PLAN.v_channels)
     if expanded is not None:
         state = attend_scratch(
-            state, q, q_factor, cap, expanded[0], expanded[1], span, seen.num_valid, queries, window, LAYOUT, PLAN
+            state, q, q_factor, masking, expanded[0], expanded[1], span, seen.num_valid, queries, LAYOUT, PLAN
         )  # fmt: skip
     elif PLAN.form != "registers":
-        state = attend_pages(state, q, q_factor, cap, records, span, seen.num_valid, queries, window, LAYOUT, PLAN)
+        state = attend_pages(state, q, q_factor, masking, records, span, seen.num_valid, queries, LAYOUT, PLAN)
     if raw_tokens is not None and raw_share[0] < raw_share[1]:
         raw, table_ptr, columns, spans = raw_tokens
         state = attend_raw_units(
-            state, rows_of_planes(q) if PLAN.form == "registers" else q, q_factor, cap, raw, table_ptr, columns, raw_share,
-            spans, (position + sink_len, position), (None if PLAN.keep_sink else window, window), LAYOUT, PLAN,
+            state, rows_of_planes(q) if PLAN.form == "registers" else q, q_factor, masking, raw, table_ptr, columns, raw_share,
+            spans, (position + sink_len, position), LAYOUT, PLAN,
         )  # fmt: skip
     if PLAN.form == "registers":
         # Rows, joined of planes, are not needed beside pages.
-        state = attend_pages(state, q, q_factor, cap, records, span, seen.num_valid, queries, window, LAYOUT, PLAN)
+        state = attend_pages(state, q, q_factor, masking, records, span, seen.num_valid, queries, LAYOUT, PLAN)
     return state
 
 
 @triton.jit
 def _attend_new(
-    state, q, new, tile, head, scales, window, num_sinks, LAYOUT: tl.constexpr, PLAN: tl.constexpr
+    state, q, new, tile, head, masking, num_sinks, LAYOUT: tl.constexpr, PLAN: tl.constexpr
 ):  # fmt: skip
     """Advance the state of queries, not rotated, by the new tokens of their sequence, the first num_sinks of them sinks."""
-    first = 0
-    kept = None
-    if window is not None:
-        first = tl.maximum(tile.first_query - window + 1, 0)
-        if PLAN.keep_sink:
-            first = tl.where(num_sinks > 0, 0, first)
-            kept = num_sinks
+    first = first_of_new(tile.first_query, num_sinks, masking.windows)
     queries = tile.query, tile.first_query, tile.last_query
     k, v = _of_sequence(new[0], tile.row_start, head), _of_sequence(new[1], tile.row_start, head)
-    return attend_new(state, q, scales[0], scales[1], k, v, (first, tile.last_query + 1), queries, window, kept, LAYOUT, PLAN)
+    return attend_new(state, q, masking, k, v, (first, tile.last_query + 1), queries, num_sinks, LAYOUT, PLAN)
 
 
 _NOT_SPECIALIZED = [
-    "batch", "num_kv_heads", "num_splits", "sink_len", "num_tail_slots", "split_size", "window", "stride_table",
+    "batch", "num_kv_heads", "num_splits", "sink_len", "num_tail_slots", "split_size", "stride_table",
     "stride_raw_table", "first_token", "total_tokens", "fill", "max_pages",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
@@ -176,8 +169,7 @@ def _kvarn_prefill_attention_kernel(
     raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots], None without raw pages
     num_quantized_ptr,  # int32 [batch], None without raw pages
     sinks_ptr,  # float32 [num_q_heads], or None
-    scales,  # (sm_scale * log2(e), soft cap of the scores times log2(e) or None)
-    window,  # or None
+    masking,  # Masking
     batch,
     num_kv_heads,
     num_splits,
@@ -205,13 +197,14 @@ def _kvarn_prefill_attention_kernel(
         tile = tile_of(cu_seqlens_ptr, row, number, head, PLAN)
         seq_len = tl.load(seq_lens_ptr + row)
         sink = sink_of(sink_len, row, row < batch)
-        if window is not None:  # a larger one shows no more, and could overflow what it is subtracted from
-            window = tl.minimum(window, tl.maximum(seq_len, 1))
+        if masking.windows.body is not None:  # made here, because no function returns a tuple with None in it
+            window = clamped(masking.windows.body, seq_len)
+            masking = Masking(masking.scores, Windows(None if masking.windows.sink is None else window, window))
         seen = seen_by(
-            (tile.first_query, tile.last_query, tile.num_tokens), row, seq_len, num_quantized_ptr, sink, window,
+            (tile.first_query, tile.last_query, tile.num_tokens), row, seq_len, num_quantized_ptr, sink, masking.windows.body,
             LAYOUT.page_size, new is not None,
         )  # fmt: skip
-        spans, raw_share, span = _shares(split, num_splits, split_size, seen, sink, raw is not None, LAYOUT, PLAN)
+        spans, raw_share, span = _shares(split, num_splits, split_size, seen, sink, masking.windows, raw is not None, LAYOUT)
         q_place = tile.token * q.stride_token + tile.q_head.to(tl.int64) * q.stride_head
         some = seen.num_valid > -sink  # otherwise nothing is cached
         rows, rotated, q_factor = _rotate(q.ptr, q_place, tile.mask, some, scratch is not None, LAYOUT, PLAN)
@@ -225,8 +218,8 @@ def _kvarn_prefill_attention_kernel(
             columns = tl.cdiv(sink, LAYOUT.page_size), num_tail_slots
             raw_tokens = of_head(raw, head), raw_table_ptr + row.to(tl.int64) * stride_raw_table, columns, spans
         state = _attend_cached(
-            rotated, q_factor * scales[0], scales[1], records, expanded, raw_tokens, raw_share, span, seen, tile,
-            (shift, sink), window, LAYOUT, PLAN,
+            rotated, q_factor * masking.scores.scale, masking, records, expanded, raw_tokens, raw_share, span, seen, tile,
+            (shift, sink), LAYOUT, PLAN,
         )  # fmt: skip
         if new is not None and (scratch is None or some):
             state = State(hadamard(state.acc, LAYOUT.v_block_size), state.m, state.l)
@@ -236,7 +229,7 @@ def _kvarn_prefill_attention_kernel(
                 plain = load_rows(q.ptr, q_place, tile.mask, LAYOUT.head_dim, PLAN.k_channels)
             else:
                 plain = rows
-            state = _attend_new(state, plain.to(PLAN.query_operand), new, tile, head, scales, window, -shift, LAYOUT, PLAN)
+            state = _attend_new(state, plain.to(PLAN.query_operand), new, tile, head, masking, -shift, LAYOUT, PLAN)
         ROTATION: tl.constexpr = LAYOUT.v_block_size if new is None else 1
         store_results(out, lse_ptr, sinks_ptr, state, tile, tokens, split, num_q_heads, ROTATION, PLAN)
     elif PLAN.single:
@@ -250,7 +243,6 @@ def _plan(
     group: int,
     single: bool,
     early: bool,
-    keep_sink: bool,
     ptx: bool,
     config: configs.PrefillConfig,
 ) -> PrefillPlan:
@@ -272,7 +264,6 @@ def _plan(
         query_operand=configs.operand(q_dtype, q_dtype),
         raw_operand=configs.operand(q_dtype, raw_dtype),
         scratch_operand=configs.operand(q_dtype, scratch_dtype or q_dtype),
-        keep_sink=keep_sink,
         form=config.form,
         single=single,
         ptx=ptx,
@@ -299,7 +290,6 @@ def launch_prefill_tiles(
     cache, config, tokens = tiles.cache, tiles.config, tiles.tokens
     layout, num_kv_heads = cache.layout, cache.num_kv_heads
     group, single = q.shape[1] // num_kv_heads, tiles.num_splits == 1
-    scale = layout.head_dim**-0.5 if mask.sm_scale is None else mask.sm_scale
     raw_dtype = q.dtype if cache.raw_pages is None else cache.raw_pages.dtype
     early = not single and gpu.launches_early(q.device)
     dtypes = q.dtype, raw_dtype, None if scratch is None else scratch.dtype
@@ -315,8 +305,7 @@ def launch_prefill_tiles(
         **cache.tables(),
         **cache.raw_tables(),
         sinks_ptr=mask.sinks,
-        scales=(scale * LOG2E.value, None if mask.soft_cap is None else mask.soft_cap * LOG2E.value),
-        window=mask.window,
+        masking=mask.masking(layout.head_dim),
         batch=cache.batch,
         num_kv_heads=num_kv_heads,
         num_splits=tiles.num_splits,
@@ -326,7 +315,7 @@ def launch_prefill_tiles(
         split_size=tiles.split_size,
         max_pages=cache.max_pages,
         LAYOUT=layout,
-        PLAN=_plan(layout, dtypes, group, single, early, mask.window is not None and mask.keep_sink, gpu.uses_ptx(), config),
+        PLAN=_plan(layout, dtypes, group, single, early, gpu.uses_ptx(), config),
         num_warps=config.num_warps,
         enable_fp_fusion=True,
         **config.options(),

@@ -13,7 +13,7 @@ one unit.
 Invariant (split_size > 0): pieces of split_size units, from the first one of each head. Where a sequence is cut then depends on
 its own lengths alone.
 
-Kernels pass on what the units of a row follow from as one tuple `rows`: (seq_lens_ptr, num_quantized_ptr, sink_len, window).
+Kernels pass on what the units of a row follow from as one tuple `rows`: (seq_lens_ptr, num_quantized_ptr, sink_len, windows).
 
 The part of piece p that belongs to head h (of sequence h // num_kv_heads) is partial result number h + p: both only grow
 along the line, so no number occurs twice.
@@ -29,6 +29,7 @@ import triton.language as tl
 
 from ..cache import Cache
 from ..configs import PrefillConfig
+from ..masking import Windows, first_seen
 from ..paging import sink_of
 
 ROWS_AT_ONCE = tl.constexpr(128)
@@ -48,8 +49,6 @@ class Units:
     page_size: int
     raw_block: int
     has_raw: bool
-    has_window: bool
-    keep_sink: bool = False  # beside a window
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Work:
     """Which tokens a decode call attends to, and how that is cut: what both of its kernels have to agree on."""
 
     cache: Cache
-    window: int | None
+    windows: Windows
     split_size: int  # 0: balanced
     num_programs: int
     few_programs: int
@@ -86,7 +85,7 @@ def row_units(rows, row, mask, UNITS: tl.constexpr):
     """
     G: tl.constexpr = UNITS.page_size
     BLOCK_R: tl.constexpr = UNITS.raw_block
-    seq_lens_ptr, num_quantized_ptr, sink_len, window = rows
+    seq_lens_ptr, num_quantized_ptr, sink_len, windows = rows
     sink_len = sink_of(sink_len, row, mask)
     seq_len = tl.maximum(tl.load(seq_lens_ptr + row, mask, other=0), 0)
     body = tl.maximum(seq_len - sink_len, 0)
@@ -102,13 +101,13 @@ def row_units(rows, row, mask, UNITS: tl.constexpr):
     first_sink = zero
     first_page = zero
     first_tail = zero
-    if UNITS.has_window:
-        start = tl.maximum(seq_len - window, 0)
+    if windows.body is not None:
+        start = first_seen(seq_len, windows.body)
         body_start = tl.maximum(start - sink_len, 0)
         first_page = tl.minimum(body_start // G, pages)
         if UNITS.has_raw:
             # The last run of a sink may reach past its end: no run at all if the window begins there.
-            if not UNITS.keep_sink:
+            if windows.sink is not None:
                 first_sink = tl.where(start < sink_len, start // BLOCK_R, sinks)
             first_tail = tl.maximum(body_start - pages * G, 0) // BLOCK_R
     return seq_len, start, (first_sink, first_page, first_tail), (sinks - first_sink, pages - first_page, tails - first_tail)

@@ -1,4 +1,4 @@
-"""The softmax that is computed as tokens come, its state, masks and caps. Scores are kept times log2(e), in base 2.
+"""The softmax that is computed as tokens come, and its state. Scores are kept times log2(e), in base 2.
 
 The state of a row is the largest score so far, m, and the sums relative to it: of weights, l, and of weighted values, acc
 (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135).
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..tile.arithmetic import LOG2E, scaled
+from ..tile.arithmetic import scaled
 
 
 class State(NamedTuple):
@@ -70,32 +70,3 @@ def with_sink(out, lse, logit):
     total = weight + tl.where((logit == top) & (logit > float("-inf")), 1.0, tl.exp2(logit - top))
     total = tl.where(top == float("-inf"), 1.0, total)
     return scaled(out, weight / total), top + tl.log2(total)
-
-
-@triton.jit
-def capped(scores, cap):
-    """Return cap * tanh(scores / cap), to the last places of float32 for small and large scores alike; scores if cap is None.
-
-    Scores and cap may be in any unit, but in the same one: natural ones, or times log2(e). Below 0.625 tanh is an odd
-    polynomial, that of tanhf in the Cephes library; above it follows from the exponential.
-    """
-    if cap is None:
-        result = scores
-    else:
-        x = scores * (1.0 / cap)
-        size = tl.abs(x)
-        far = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2E)) + 1.0)
-        square = x * x
-        odd = ((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square
-        odd = ((odd + 1.33314422036e-1) * square - 3.33332819422e-1) * square
-        result = cap * tl.where(size < 0.625, x + x * odd, tl.where(x < 0, -far, far))
-    return result
-
-
-@triton.jit
-def visible(position, key, window):
-    """Return which keys [tokens] the queries at `position` [rows] see: those up to its own and within the window, if any."""
-    seen = key[None, :] <= position[:, None]
-    if window is not None:
-        seen = seen & (key[None, :] > position[:, None] - window)
-    return seen

@@ -8,11 +8,12 @@ import triton
 import triton.language as tl
 
 from ..launch import Tokens
+from ..masking import hides, recent, weighed
 from ..paging import load_page_id
 from .operands import sum_of_terms, two_terms
 from .query import channel_in_order, plane_channels, raw_query
 from .schedule import RAW_UNIT
-from .softmax import State, advance, capped
+from .softmax import State, advance
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def attend_raw_once(
     state,
     planes,
     q_factor,
-    cap,
+    masking,
     raw,
     table_ptr,
     runs,
@@ -83,7 +84,7 @@ def attend_raw_once(
         page = load_page_id(table_ptr, column, num_columns, PLAN.ptx)
         offs_t = tl.arange(0, BLOCK_R)
         valid = start + offs_t < tl.where(in_sink, sink_seen[1], body_seen[1])
-        if PLAN.units.has_window:
+        if masking.windows.body is not None:
             valid &= start + offs_t >= tl.where(in_sink, sink_seen[0], body_seen[0])
         place = (start % G + offs_t) * raw.stride_token
         product = tl.zeros((terms[0].shape[0], BLOCK_R), tl.float32)
@@ -91,7 +92,7 @@ def attend_raw_once(
             channel, mask = plane_channels(f, LAYOUT, FIELDS, byte)
             keys = tl.load(page_ptr + place[None, :] + channel[:, None], valid[None, :] & mask[:, None], other=0.0)
             product = tl.dot(terms[f], keys.to(OPERAND), product, input_precision="ieee")
-        scores = capped(sum_of_terms(product) * q_factor[:, None], cap)
+        scores = weighed(sum_of_terms(product) * q_factor[:, None], masking)
         scores = tl.where(valid[None, :], scores, float("-inf"))
         weights, alpha, m, l_sum = advance(state, scores, True)
         mask = valid[:, None] & (offs_d < LAYOUT.v_head_dim)[None, :]
@@ -113,14 +114,13 @@ def attend_raw_units(
     state,
     q,
     q_factor,
-    cap,
+    masking,
     raw,
     table_ptr,
     columns,
     share,
     spans,
     positions,
-    windows,
     LAYOUT: tl.constexpr,
     PLAN: tl.constexpr,
 ):
@@ -128,7 +128,7 @@ def attend_raw_units(
 
     `columns` of the raw table are those of sinks and those of the tail. `spans` of both are the tokens that some query sees,
     (first, last), counted from the start of the sequence and of the body; `positions` [rows] of the queries are counted so
-    too. `windows` of both may be None.
+    too.
     """
     before = 0
     for part in tl.static_range(2):
@@ -138,8 +138,8 @@ def attend_raw_units(
         last_of_part = tl.minimum(share[1] - before, units)
         end = tl.where(first_of_part < last_of_part, tl.minimum(first + last_of_part * RAW_UNIT, last), 0)
         state = _attend_raw_run(
-            state, q, q_factor, cap, raw, table_ptr, (columns[0] * part, tl.maximum(columns[part], 1)),
-            (first + first_of_part * RAW_UNIT, end), positions[part], windows[part], LAYOUT, PLAN,
+            state, q, q_factor, masking, raw, table_ptr, (columns[0] * part, tl.maximum(columns[part], 1)),
+            (first + first_of_part * RAW_UNIT, end), positions[part], masking.windows[part], LAYOUT, PLAN,
         )  # fmt: skip
         before += units
     return state
@@ -150,7 +150,7 @@ def _attend_raw_run(
     state,
     q,
     q_factor,
-    cap,
+    masking,
     raw,
     table_ptr,
     columns,
@@ -180,7 +180,7 @@ def _attend_raw_run(
         valid = (token >= first) & (token < last)
         place = (start % G + offs_t) * raw.stride_token
         state = _attend_step(
-            state, q, q_factor, cap,
+            state, q, q_factor, masking,
             (page_ptr + place[None, :] + channel[:, None], page_ptr + raw.stride_half + place[:, None] + offs_d[None, :]),
             (valid[None, :] & mask_c[:, None], valid[:, None] & (offs_d < LAYOUT.v_head_dim)[None, :]),
             token, valid, True, position, position, window, None, OPERAND,
@@ -193,7 +193,7 @@ def _attend_step(
     state,
     q,
     q_factor,
-    cap,
+    masking,
     ptrs,
     masks,
     token,
@@ -202,26 +202,23 @@ def _attend_step(
     newest,
     position,
     window,
-    kept,
+    sink_end,
     OPERAND: tl.constexpr,
 ):
     """Advance the state by tokens whose keys are at ptrs[0] [channels, tokens] and values at ptrs[1] [tokens, channels].
 
     Masks of loads, and `valid`, may be None. Only where `hidden` some token may be newer than `newest` [rows], too old for the
-    window of a query at `position` [rows], or not valid. A window hides no token before `kept`, which may be None.
+    window of a query at `position` [rows], or not valid. Tokens before `sink_end` are of the sink. Both may be None.
     """
     k_mask, v_mask = masks
     keys = tl.load(ptrs[0], k_mask, other=None if k_mask is None else 0.0)
-    scores = capped(tl.dot(q.to(OPERAND), keys.to(OPERAND), input_precision="ieee") * q_factor, cap)
+    scores = weighed(tl.dot(q.to(OPERAND), keys.to(OPERAND), input_precision="ieee") * q_factor, masking)
     if hidden:
         seen = token[None, :] <= newest[:, None]
         if valid is not None:
             seen = seen & valid[None, :]
         if window is not None:
-            recent = token[None, :] > position[:, None] - window
-            if kept is not None:
-                recent = recent | (token < kept)[None, :]
-            seen = seen & recent
+            seen = seen & recent(token, position, window, masking.windows, sink_end)
         scores = tl.where(seen, scores, float("-inf"))
     weights, alpha, m, l_sum = advance(state, scores, False)
     values = tl.load(ptrs[1], v_mask, other=None if v_mask is None else 0.0)
@@ -234,13 +231,12 @@ def attend_scratch(
     state,
     q,
     q_factor,
-    cap,
+    masking,
     scratch,
     slot,
     span,
     num_valid,
     queries,
-    window,
     LAYOUT: tl.constexpr,
     PLAN: tl.constexpr,
 ):
@@ -262,15 +258,16 @@ def attend_scratch(
         v_mask = offs_v < LAYOUT.v_head_dim
     newest = tl.minimum(position, num_valid - 1)
     OPERAND: tl.constexpr = PLAN.scratch_operand
+    window = masking.windows.body
     q = q.to(OPERAND)
     for start in tl.range(span[0] * G, tl.minimum(span[1] * G, num_valid), BLOCK_T, num_stages=PLAN.token_stages):
         page_ptr = scratch.ptr + (slot + start // G) * scratch.stride_page
         place = (start % G + offs_t) * scratch.stride_token
         hidden = start + BLOCK_T > tl.minimum(num_valid, first_position + 1)
         if window is not None:
-            hidden = hidden | (start <= last_position - window)
+            hidden = hidden | hides(window, start, last_position)
         state = _attend_step(
-            state, q, q_factor, cap,
+            state, q, q_factor, masking,
             (page_ptr + place[None, :] + offs_k, page_ptr + scratch.stride_half + place[:, None] + offs_v), (k_mask, v_mask),
             start + offs_t, None, hidden, newest, position, window, None, OPERAND,
         )  # fmt: skip
@@ -281,21 +278,19 @@ def attend_scratch(
 def attend_new(
     state,
     q,
-    qk_scale,
-    cap,
+    masking,
     k,
     v,
     span,
     queries,
-    window,
-    kept,
+    sink_end,
     LAYOUT: tl.constexpr,
     PLAN: tl.constexpr,
 ):
     """Advance the state of a tile of queries by new tokens span[0] to span[1] of one sequence and kv head.
 
-    Neither they nor `q` [rows, channels] are rotated. `queries` are as in `pages.attend_pages`, but count new tokens. A window
-    hides no token before `kept`, which may be None.
+    Neither they nor `q` [rows, channels] are rotated. `queries` are as in `pages.attend_pages`, but count new tokens. Those
+    before `sink_end` are of the sink.
     """
     BLOCK_R: tl.constexpr = PLAN.block_r
     position, first_position, last_position = queries
@@ -310,15 +305,16 @@ def attend_new(
         v_mask = offs_v < LAYOUT.v_head_dim
     first, last = span
     newest = tl.minimum(position, last - 1)
+    window = masking.windows.body
     for start in tl.range(first, last, BLOCK_R, num_stages=PLAN.token_stages):
         # Past the last token that some query sees, it is loaded again.
         place = tl.minimum(start + offs_t, last - 1).to(tl.int64)
         hidden = start + BLOCK_R > tl.minimum(last, first_position + 1)
         if window is not None:
-            hidden = hidden | (start <= last_position - window)
+            hidden = hidden | hides(window, start, last_position)
         state = _attend_step(
-            state, q, qk_scale, cap,
+            state, q, masking.scores.scale, masking,
             (k.ptr + place[None, :] * k.stride_token + offs_k, v.ptr + place[:, None] * v.stride_token + offs_v),
-            (k_mask, v_mask), start + offs_t, None, hidden, newest, position, window, kept, q.dtype,
+            (k_mask, v_mask), start + offs_t, None, hidden, newest, position, window, sink_end, q.dtype,
         )  # fmt: skip
     return state

@@ -14,13 +14,14 @@ import triton.language as tl
 from .. import configs
 from ..cache import Cache
 from ..launch import as_tokens, on
+from ..masking import Windows, clamped
 from ..paging import first_slot, ids_of_row, seen_by, sink_of
 from ..tile.dequantize import Target, dequantize_chunk
 from .dequantize import chunk_of_program, read_plan
 
 
 @triton.jit(
-    do_not_specialize=["sink_len", "window", "num_kv_heads", "parts", "columns", "max_pages", "stride_table"],
+    do_not_specialize=["sink_len", "num_kv_heads", "parts", "columns", "max_pages", "stride_table"],
     do_not_specialize_on_alignment=["table_ptr", "indptr_ptr", "seq_lens_ptr", "cu_seqlens_ptr", "num_quantized_ptr"],
 )
 def _kvarn_expand_pages_kernel(
@@ -32,7 +33,7 @@ def _kvarn_expand_pages_kernel(
     cu_seqlens_ptr,  # int32 [batch + 1]
     num_quantized_ptr,  # int32 [batch], None without raw pages
     sink_len,
-    window,  # or None
+    window,  # of Windows, that of the body, or None
     num_kv_heads,
     parts,
     columns,  # programs that share the pages of a row
@@ -50,7 +51,7 @@ def _kvarn_expand_pages_kernel(
         seq_len = tl.load(seq_lens_ptr + row)
         sink = sink_of(sink_len, row, row >= 0)
         if window is not None:
-            window = tl.minimum(window, tl.maximum(seq_len, 1))  # as in prefill attention
+            window = clamped(window, seq_len)
         seen = seen_by(
             (0, num_tokens - 1, num_tokens), row, seq_len, num_quantized_ptr, sink, window,
             LAYOUT.page_size, HAS_NEW,
@@ -69,7 +70,7 @@ def _kvarn_expand_pages_kernel(
 
 
 def launch_expand_pages(
-    scratch: torch.Tensor, cu_seqlens_q: torch.Tensor, cache: Cache, window: int | None, has_new: bool
+    scratch: torch.Tensor, cu_seqlens_q: torch.Tensor, cache: Cache, windows: Windows, has_new: bool
 ) -> None:
     """Write the quantized pages that some query sees to their slots of `scratch`; nothing is checked."""
     layout, pages, num_kv_heads = cache.layout, cache.pages, cache.num_kv_heads
@@ -85,7 +86,7 @@ def launch_expand_pages(
         cache.quantized,
         **cache.tables(),
         cu_seqlens_ptr=cu_seqlens_q,
-        window=window,
+        window=windows.body,
         num_kv_heads=num_kv_heads,
         parts=parts,
         columns=columns,

@@ -131,8 +131,8 @@ def prefill_attention(
     split_size: int | None = None,
     workspace: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
-    config: object = None,
     keep_sink: bool = False,
+    config: object = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with several query tokens per sequence; see `kvarn_triton.prefill_attention`."""
     dtype = working_dtype(q.dtype)

@@ -237,8 +237,8 @@ def attend(
     workspace: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
     table: object = None,
-    config: object = None,
     keep_sink: bool = False,
+    config: object = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with the queries of a step; see `kvarn_triton.attend`."""
     q = flat_tokens(q)

@@ -7,8 +7,9 @@ import torch
 from .. import configs, gpu, reference
 from ..attention.decode import launch_decode, plan_decode
 from ..attention.prefill import check_new, launch_prefill, plan_prefill
-from ..cache import Mask, Results, cache_of, check_queries, check_split_size, checked_for_attention
+from ..cache import Results, cache_of, check_queries, check_split_size, checked_for_attention
 from ..checks import FLOATS, check_tensor, require
+from ..masking import Mask
 from ..step import Step
 
 
@@ -30,8 +31,8 @@ def attend(
     workspace: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
     table: configs.DecodeTable | None = None,
-    config: configs.PrefillConfig | None = None,
     keep_sink: bool = False,
+    config: configs.PrefillConfig | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with the queries of a step, after `write_tokens`: decode attention if it has one token for each sequence.
 
@@ -58,9 +59,9 @@ def attend(
         workspace: uint8, contiguous, for partial results (`decode_workspace_size`, `prefill_workspace_size`).
         scratch: memory for dequantized pages, of prefill attention.
         table: launch parameters, of decode attention.
-        config: launch parameters, of prefill attention.
         keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it. Not where a sequence may be
             without a raw sink, because its plan has `sink_columns`.
+        config: launch parameters, of prefill attention.
 
     Returns:
         `out` [num_tokens, num_q_heads, v_head_dim], or `out` and `lse` float32 [num_tokens, num_q_heads]. Rows of padding are
