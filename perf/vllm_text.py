@@ -1,14 +1,19 @@
 """Greedy tokens of vLLM with pages of kvarn_triton beside those with its own cache: python perf/vllm_text.py --model FOLDER
 
 Each run is a process of its own with 8 requests over 4 slots in chunks of 128 tokens. It needs vLLM and a model; with k8v8_g64
-all but near ties of logits should agree. `--random FOLDER` writes a small random Llama first, which needs no download.
+all but near ties of logits should agree: where tokens differ first, the distance of the two best logits is printed. `--random
+FOLDER` writes a small random Llama first, which needs no download. `--oracle CASE` compares pages and attention in each step.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
+import re
+import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,13 +27,30 @@ CASES = {
     "preemption": {"enable_prefix_caching": False, "num_gpu_blocks_override": 7},
     "prefix caching": {"shared": 130, "twice": True},
     "prefix caching, no sink": {"shared": 130, "twice": True, "sink_pages": 0},
+    "prefixes without caching, no sink": {"enable_prefix_caching": False, "shared": 130, "twice": True, "sink_pages": 0},
     "prefix caching, preemption": {"shared": 130, "num_gpu_blocks_override": 6},
     "blocks of two pages": {"enable_prefix_caching": False, "block_size": 128},
     "drafts": {"enable_prefix_caching": False, "drafts": 5, "repeat": 24},
     "drafts, preemption": {"enable_prefix_caching": False, "drafts": 5, "repeat": 24, "num_gpu_blocks_override": 7},
     "processes": {"enable_prefix_caching": False, "multiprocessing": True},
+    "compiled": {"enable_prefix_caching": False, "enforce_eager": False},
 }
 """What each run changes; `own` runs take the same but for the cache."""
+
+OURS = "shared", "twice", "repeat", "sink_pages", "drafts", "multiprocessing"
+"""Options of a case that aren't vLLM's."""
+
+REFUSED = {
+    "no layout": {"additional_config": {}},
+    "fp8": {"kv_cache_dtype": "fp8"},
+    "KV transfer": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+    "a sliding window": {
+        "hf_overrides": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}
+    },
+    "drafts beside prefix caching": {"enable_prefix_caching": True, "drafts": 5},
+    "blocks of 32 tokens": {"block_size": 32},
+}
+"""What ends in an error when a server starts."""
 
 
 def random_llama(folder: Path) -> None:
@@ -58,38 +80,43 @@ def prompts_of(case: dict, vocabulary: int) -> list[dict]:
     return prompts
 
 
-def generate(case: dict, model: str, layout: str | None, new_tokens: int) -> dict:
-    """Run one server; return the tokens of each request and what vLLM counted."""
+def generate(case: dict, model: str, layout: str | None, new_tokens: int, oracle: bool) -> dict:
+    """Run one server; return the tokens of each request, the best two logits at each and what vLLM counted."""
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(case.get("multiprocessing", False)))
     from vllm import LLM, SamplingParams
 
-    options = {name: value for name, value in case.items() if name in ("enable_prefix_caching", "block_size")}
-    blocks = case.get("num_gpu_blocks_override")
-    if blocks is not None:
-        options["num_gpu_blocks_override"] = blocks
+    options = {name: value for name, value in case.items() if name not in OURS}
     if case.get("drafts"):
         drafts = {"method": "ngram", "num_speculative_tokens": case["drafts"], "prompt_lookup_max": 3, "prompt_lookup_min": 1}
         options["speculative_config"] = drafts
     if layout is not None:
-        options["attention_backend"] = "CUSTOM"
-        options["additional_config"] = {"kvarn_sink_pages": case.get("sink_pages", 1)}
-        if layout.startswith("kvarn_"):
-            options["kv_cache_dtype"] = layout
-        else:
-            options["additional_config"]["kvarn_layout"] = layout
+        sink = {"kvarn_sink_pages": case.get("sink_pages", 1)}
+        named = layout.startswith("kvarn_")
+        ours = {"kv_cache_dtype": layout} if named else {}
+        ours["additional_config"] = sink if named else sink | {"kvarn_layout": layout}
+        options = {"attention_backend": "CUSTOM"} | ours | options
+    watched = None
+    if oracle and layout is not None:
+        import vllm_oracle
+
+        watched = vllm_oracle.watch()
     llm = LLM(
-        model=model, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4, max_num_batched_tokens=128,
-        kv_cache_memory_bytes=1 << 28, disable_log_stats=False, skip_tokenizer_init=True, **({"block_size": 64} | options),
+        model=model, dtype="float32", max_model_len=256, max_num_seqs=4, max_num_batched_tokens=128,
+        kv_cache_memory_bytes=1 << 28, disable_log_stats=False, skip_tokenizer_init=True,
+        **({"block_size": 64, "enforce_eager": True} | options),
     )  # fmt: skip
-    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=2)
     prompts = prompts_of(case, llm.model_config.get_vocab_size())
     begin = time.time()
     results = [llm.generate(prompts, sampling, use_tqdm=False) for _ in range(1 + bool(case.get("twice")))]
     counted = {each.name: getattr(each, "value", None) for each in llm.get_metrics()}
     wanted = ("num_preemptions", "prefix_cache_hits", "num_accepted_tokens", "num_draft_tokens")
+    outputs = [each.outputs[0] for result in results for each in result]
     return {
-        "tokens": [list(each.outputs[0].token_ids) for result in results for each in result],
+        "tokens": [list(each.token_ids) for each in outputs],
+        "best": [[{token: one.logprob for token, one in two.items()} for two in each.logprobs or ()] for each in outputs],
+        "oracle": "" if watched is None else str(watched),
         "seconds": round(time.time() - begin, 1),
         "counted": {name: value for name, value in counted.items() if name.endswith(wanted) and value},
     }
@@ -101,11 +128,81 @@ def run(name: str, args: argparse.Namespace, layout: str | None) -> dict:
         path = Path(folder) / "tokens.json"
         command = [sys.executable, __file__, "--model", args.model, "--case", name, "--write", str(path)]
         command += ["--new-tokens", str(args.new_tokens)] + (["--layout", layout] if layout else ["--own"])
+        command += ["--oracle", name] if name in args.oracle else []
         done = subprocess.run(command, capture_output=True, text=True)
         if args.log or done.returncode:
             log = done.stdout + done.stderr
             print(log[-4000:] if done.returncode else "\n".join(line for line in log.splitlines() if "kvarn" in line))
-        return json.loads(path.read_text()) if path.exists() else {"tokens": [], "counted": {}, "seconds": 0}
+        return json.loads(path.read_text()) if path.exists() else {"tokens": [], "counted": {}, "seconds": 0, "oracle": ""}
+
+
+def refusal(name: str, args: argparse.Namespace) -> str | None:
+    """Start a server that should be refused; return the sentence, or None if it started."""
+    command = [sys.executable, __file__, "--model", args.model, "--case", name, "--write", os.devnull, "--layout", args.layout]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if not done.returncode:
+        return None
+    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines()]
+    errors = [
+        line for line in lines if re.search(r"Error: |Value error, |: expected ", line) and "Engine core init" not in line
+    ]
+    return re.sub(r"^.*?(?=\w*Error: |Value error, )", "", errors[-1]) if errors else "with no sentence"
+
+
+def heading(args: argparse.Namespace) -> str:
+    """Return what was measured, at which commit, and how."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "transformers"))
+    engine = next(each for name in ("vllm-cpu", "vllm") if (each := version(name)))
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    return (
+        f"GPU: none, a CPU; vLLM {engine}, {versions}\nCommit: {commit or 'unknown'}{'+changes' if changes else ''}\n"
+        f"Command: {shlex.join(['python', 'perf/vllm_text.py', *words])}\n\n"
+        f"{Path(args.model).name}, float32, {args.layout} beside vLLM's own cache (own), {args.new_tokens} new tokens each.\n"
+    )
+
+
+def version(distribution: str) -> str | None:
+    """Return the version of what is installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def distance(best: dict[str, float], first: int, second: int) -> float | None:
+    """Return how far the logit of one token is above that of another; None if they aren't both among the best two."""
+    known = str(first) in best and str(second) in best
+    return best[str(first)] - best[str(second)] if known else None
+
+
+def distances(own: dict, ours: dict) -> list[str]:
+    """Return a line for each request whose tokens differ, and one of how far distances of the two best logits move in pages.
+
+    Up to the first token that differs both had the same ones. Differences of log-probabilities are those of logits.
+    """
+    lines, moved = [], []
+    for request, (a, b) in enumerate(zip(own["tokens"], ours["tokens"], strict=False)):
+        for at, (mine, other) in enumerate(zip(a, b, strict=False)):
+            pair = own["best"][request][at]
+            others = [int(token) for token in pair if int(token) != mine] if mine == other else [other]
+            values = [distance(run["best"][request][at], mine, others[0]) for run in (own, ours)]
+            if None not in values:
+                moved.append(abs(values[0] - values[1]))
+            if mine != other:
+                words = ["not among the best two" if value is None else f"{value:.4f}" for value in values]
+                lines.append(
+                    f"    request {request}, token {at} is the first to differ: by logits {words[0]}, in pages {words[1]}"
+                )
+                break
+    if moved:
+        middle, most = statistics.median(moved), max(moved)
+        lines.append(
+            f"    distances of the two best logits move by {middle:.4f} (median) and {most:.4f} (most of {len(moved)})"
+        )
+    return lines
 
 
 def main() -> int:
@@ -116,19 +213,29 @@ def main() -> int:
     parser.add_argument("--layout", default="k8v8_g64", help="or a name of a cache dtype, where vLLM takes one: kvarn_k8v8_g64")
     parser.add_argument("--new-tokens", type=int, default=40)
     parser.add_argument("--only", nargs="*", default=list(CASES), help="names of cases")
+    parser.add_argument("--refusals", action="store_true", help="first start servers that should be refused")
+    oracle = "cases in which what is read and written is compared in each step; not for drafts and processes of their own"
+    parser.add_argument("--oracle", nargs="*", default=[], metavar="CASE", help=oracle)
     parser.add_argument("--log", action="store_true", help="show what the plug-in logs")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--own", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--write", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write:
-        result = generate(CASES[args.case], args.model, None if args.own else args.layout, args.new_tokens)
+        result = generate(
+            (CASES | REFUSED)[args.case], args.model, None if args.own else args.layout, args.new_tokens, args.oracle
+        )
         Path(args.write).write_text(json.dumps(result))
         return 0
     if args.random:
         random_llama(Path(args.random))
         args.model = args.random
     failed = 0
+    print(heading(args), flush=True)
+    for name in REFUSED if args.refusals else ():
+        sentence = refusal(name, args)
+        failed += sentence is None
+        print(f"{name}: {'NOT refused' if sentence is None else 'refused'}: {sentence}", flush=True)
     for name in args.only:
         own, ours = run(name, args, None), run(name, args, args.layout)
         same = [a == b for a, b in zip(own["tokens"], ours["tokens"], strict=False)]
@@ -140,6 +247,8 @@ def main() -> int:
             f"{ours['counted']} (own: {own['counted']}), {ours['seconds']} s (own: {own['seconds']} s)",
             flush=True,
         )
+        for line in distances(own, ours) + ([f"    {ours['oracle']}"] if ours["oracle"] else []):
+            print(line, flush=True)
     return failed
 
 
