@@ -223,7 +223,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.write:
         result = generate(
-            (CASES | REFUSED)[args.case], args.model, None if args.own else args.layout, args.new_tokens, args.oracle
+            (CASES | REFUSED)[args.case], args.model, None if args.own else args.layout, args.new_tokens, bool(args.oracle)
         )
         Path(args.write).write_text(json.dumps(result))
         return 0

@@ -184,7 +184,7 @@ def serving(args: argparse.Namespace, options: list[str], log: Path) -> Iterator
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(60)
+            process.wait(20)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -206,8 +206,11 @@ def ask(args: argparse.Namespace, blocks: int, options: list[str]) -> tuple[list
             begin = time.time()
             answers = []
             for each in rounds():
-                with ThreadPoolExecutor(len(each)) as pool:
+                pool = ThreadPoolExecutor(len(each))
+                try:
                     answers.append(list(pool.map(lambda request: send(request, port, args.new_tokens), each)))
+                finally:  # after a failure the server ends first, and with it what is waited for
+                    pool.shutdown(wait=False, cancel_futures=True)
             seconds = time.time() - begin
             time.sleep(2)  # the last client to hang up is noticed
             words = [f"{value:.0f} {name}" for name, value in counted(port).items()]
