@@ -58,7 +58,7 @@ def step(
     kvarn.store_pages(k, v, pages, torch.zeros(3, dtype=torch.int32), layout, encoder=QUICK)
 
 
-def chunk(batch: int, tokens: int, max_pages: int, new: bool, scratch: bool) -> None:
+def chunk(batch: int, tokens: int, max_pages: int, new: bool, scratch: bool, window: int | None = None) -> None:
     """Call prefill attention with `tokens` query tokens for each sequence."""
     size, head_dim, total = LAYOUT.page_size, LAYOUT.head_dim, batch * tokens
     pages = torch.zeros(LAYOUT.pages_shape(3, HEADS), dtype=torch.uint8)
@@ -70,7 +70,7 @@ def chunk(batch: int, tokens: int, max_pages: int, new: bool, scratch: bool) -> 
     tables |= {"k": kv, "v": kv} if new else {}
     if scratch:
         tables["scratch"] = torch.zeros(batch * max_pages, *raw_pages.shape[1:], dtype=torch.bfloat16)
-    kvarn.prefill_attention(q, pages, table, lens, ends, LAYOUT, num_quantized=lens, **tables)
+    kvarn.prefill_attention(q, pages, table, lens, ends, LAYOUT, num_quantized=lens, window=window, **tables)
 
 
 def main() -> None:
@@ -106,6 +106,13 @@ def main() -> None:
             ):
                 for new, scratch in itertools.product((False, True), repeat=2):
                     chunk(batch, tokens, max_pages, new, scratch)
+        if sys.argv[1:] == ["stub"]:  # keys tell what a window of any size takes
+            kvarn.warmup(
+                LAYOUT, 4 * HEADS, HEADS, torch.device("cpu"), **quick, prefill=True, scratch=torch.bfloat16, window=True
+            )
+            with kvarn.no_compilation():
+                for window, scratch in itertools.product((1, 7, 16, 4096, 2**31 - 1), (False, True)):
+                    chunk(2, 17, 3, True, scratch, window)
         options = {"window": True, "soft_cap": True, "sinks": True, "csr": True}
         kvarn.warmup(LAYOUT, 4 * HEADS, HEADS, torch.device("cpu"), **quick, **options)
         with kvarn.no_compilation():
