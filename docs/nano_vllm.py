@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("model", help="folder of a Qwen3 model")
     parser.add_argument("prompts", nargs="+")
     parser.add_argument("--layout", default="k4v2_g64")
-    parser.add_argument("--max-num-seqs", type=int, default=16, help="sequences that there are 16-bit slots for")
+    parser.add_argument("--max-num-seqs", type=int, default=16, help="sequences with 16-bit slots; a multiple of 16")
     options = parser.parse_args()
     install(options.layout)
     from nanovllm import LLM, SamplingParams

@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout'
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))  # the adapter
 
 import nano_cpu
-import nano_sixteen
 import nano_vllm
 import torch
 from common import Row, environment, say, title
+from nano_sixteen import SixteenBitAttention
 from report import write_json
 from transformers import Qwen3Config
 
@@ -93,11 +93,14 @@ def make_engine(options: argparse.Namespace, blocks_each: int) -> Any:
     config = Qwen3Config(
         **sizes, num_hidden_layers=options.layers, max_position_embeddings=2**17, tie_word_embeddings=False, dtype=dtype
     )
+    qwen3, model_runner, _ = nano_vllm.import_engine()
+    model_runner.load_model = randomize
     if options.cache != SIXTEEN:
         nano_vllm.install(options.cache)
-    elif importlib.util.find_spec("flash_attn") is None or options.tiny:
-        nano_sixteen.install()
-    nano_vllm.import_engine()[1].load_model = randomize
+    else:
+        nano_vllm.take_rope_parameters(qwen3)
+        if importlib.util.find_spec("flash_attn") is None or options.tiny:
+            qwen3.Attention = SixteenBitAttention
     from nanovllm import LLM
 
     length, slots = blocks_each * BLOCK, graph_size(expected_batch(options, config, blocks_each))

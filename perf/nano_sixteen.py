@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from nano_vllm import import_engine, take_rope_parameters
 from torch.nn.functional import scaled_dot_product_attention
 from twin import twin_attention
 
@@ -70,10 +69,3 @@ class SixteenBitAttention(torch.nn.Module):
             keys, values = pages[ids].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
             out[i] = scaled_dot_product_attention(q[i][None, :, None], keys[None], values[None], enable_gqa=True)[0, :, 0]
         return out
-
-
-def install() -> None:
-    """Have nano-vllm use it. Call it before an engine is made."""
-    qwen3, _, _ = import_engine()
-    qwen3.Attention = SixteenBitAttention
-    take_rope_parameters(qwen3)
