@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import triton
@@ -45,7 +45,7 @@ class Options:
     seed: int = 0
     table: str | None = None
     gguf: str | None = None
-    questions: str = "report"
+    questions: Literal["choice", "report"] | None = None
     dtype: torch.dtype = torch.float16
     sections: dict[str, Row] = field(default_factory=dict)
     red: set[tuple[str, str, int, int]] = field(default_factory=set)

@@ -199,7 +199,7 @@ def real_sweep(options: Options) -> Iterator[Row]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = real_model.load(options.gguf, device=device)
     size = QUICK if options.quick else LARGE if device == "cuda" or options.full else SMALL
-    which = options.questions
+    which = options.questions or "report"
     say(f"real: {model.name} on {device}, {which} set; prefilling {sum(n for _, n, _, _ in size.contexts)} contexts")
     material = prepare(model, size, which, options.seed)
     run = {"model": model.name, "set": which, "device": device}

