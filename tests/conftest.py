@@ -66,3 +66,11 @@ def poison() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*FP_FUSION")
         yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the reference compute, as it does on CPU tensors: kernels have their own tests."""
+    from kvarn_triton import gpu
+
+    monkeypatch.setattr(gpu, "on_device", lambda tensor: tensor.is_cuda)

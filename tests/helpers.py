@@ -54,6 +54,14 @@ def layout_id(value: object) -> str | None:
     return f"{value.name}-d{value.head_dim}{v_head_dim}"
 
 
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a model with random matrices, so that its logits are far from flat; biases keep what they begin with."""
+    for name, weight in model.eval().requires_grad_(False).named_parameters():
+        if weight.dim() == 2 and not name.endswith("bias"):
+            weight.normal_(std=weight.shape[1] ** -0.5)
+    return model
+
+
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
     """Return normal random numbers that are the same on every device."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)

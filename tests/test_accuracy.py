@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import randomized
 
-from kvarn_triton import PUBLISHED, Encoder, PageLayout, gpu
+from kvarn_triton import PUBLISHED, Encoder, PageLayout
 from kvarn_triton.testing import relative_error
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "perf"))
@@ -24,21 +25,14 @@ CONFIG = lm.LMConfig(num_layers=2, model_dim=64, mlp_dim=96, num_q_heads=4, num_
 PAGES = {"page_size": 16, "sink_len": 8, "dtype": torch.float64}
 
 
-@pytest.fixture(autouse=True)
-def without_kernels(monkeypatch) -> None:
-    """Have the reference quantize, as it does on CPU tensors: kernels have their own tests."""
-    monkeypatch.setattr(gpu, "on_device", lambda tensor: tensor.is_cuda)
+pytestmark = pytest.mark.usefixtures("without_kernels")
 
 
 @pytest.fixture(scope="module")
 def model() -> lm.TinyLM:
     """An untrained model whose logits are far from flat."""
     torch.manual_seed(0)
-    model = lm.TinyLM(dataclasses.replace(CONFIG, qk_norm=True)).double().eval().requires_grad_(False)
-    for weight in model.parameters():
-        if weight.dim() == 2:
-            weight.normal_(std=weight.shape[1] ** -0.5)
-    return model
+    return randomized(lm.TinyLM(dataclasses.replace(CONFIG, qk_norm=True)).double())
 
 
 def draw_tokens(batch: int, n: int) -> torch.Tensor:

@@ -201,6 +201,11 @@ def test_the_only_form(dtype, head_dim, message, device):
     arguments = case.kwargs | {"q": case.q, "cu_seqlens_q": torch.tensor([0, 1], dtype=torch.int32, device=device)}
     with pytest.raises(ValueError, match=f"^config.form: expected {message}, got 'dequantized'"):
         kvarn.prefill_attention(**arguments, config=PrefillConfig(16, 4, 64, 32))
+    sizes = 1, 1, 1, 1, case.kwargs["layout"], 1, torch.device(device)
+    with pytest.raises(ValueError, match=f"^config.form: expected {message}, got 'dequantized'"):
+        kvarn.prefill_workspace_size(*sizes, dtype=dtype, config=PrefillConfig(16, 4, 64, 32))
+    with pytest.raises(ValueError, match=r"^config: expected a PrefillConfig, got 'str'"):
+        kvarn.prefill_workspace_size(*sizes, dtype=dtype, config="fast")
 
 
 @pytest.mark.parametrize("function", ["decode_attention", "prefill_attention"])

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from kvarn_triton import gpu
+from helpers import randomized
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "perf"))
 import accuracy
@@ -25,21 +24,14 @@ SIZE = dataclasses.replace(predict_sweeps.SMALL, problems=3, text_len=250)
 OPTIONS = {"page_size": 64, "sink_len": 64, "dtype": torch.float32, "device": "cpu"}
 
 
-@pytest.fixture(autouse=True)
-def without_kernels(monkeypatch) -> None:
-    """Have the reference quantize, as it does on CPU tensors: kernels have their own tests."""
-    monkeypatch.setattr(gpu, "on_device", lambda tensor: tensor.is_cuda)
+pytestmark = pytest.mark.usefixtures("without_kernels")
 
 
 @pytest.fixture(scope="module")
 def model() -> lm.TinyLM:
     """An untrained model whose logits are far from flat."""
     torch.manual_seed(0)
-    model = lm.TinyLM(CONFIG).eval().requires_grad_(False)
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2 and not name.endswith("key_bias"):
-            weight.normal_(std=weight.shape[1] ** -0.5)
-    return model
+    return randomized(lm.TinyLM(CONFIG))
 
 
 def test_nats_of_lines_are_those_of_answers(model):

@@ -62,7 +62,12 @@ def prefill_workspace_size(
         split_size: as given to `prefill_attention`.
         scratch: whether `prefill_attention` gets a `scratch`.
         config: as given to `prefill_attention`.
+
+    Raises:
+        ValueError: for a `config` that `prefill_attention` refuses.
     """
+    if config is not None:
+        configs.check_prefill_config(config, layout, dtype, scratch)
     row_bytes = 4 * (layout.v_head_dim + 1)
     if split_size is not None:
         splits = -(-max_pages // split_size)
