@@ -5,7 +5,7 @@
 
 FOLDER has a Qwen3 model. In a program of your own:
 
-    import nano_vllm; nano_vllm.install("k4v2_g64")
+    import nano_vllm; nano_vllm.install("k4v2_g128")
     from nanovllm import LLM, SamplingParams
 
 Nothing of nano-vllm is changed on disk: its `Attention` and some methods of its `ModelRunner` and `BlockManager` are replaced
@@ -41,6 +41,7 @@ class Cache:
         self.layers: list[KVarNAttention] = []
         self.raw_table = torch.empty(0)  # int32 [max_num_seqs, columns], at one address: captured graphs read it
         self.free: list[int] = []
+        self.rows: list[tuple[int, bool]] = []  # of the raw table: the slot, and whether its sink is in pages
         self.step: Step | None = None
         self.block_size = 0
 
@@ -68,11 +69,14 @@ class Cache:
         self.layers, self.block_size = layers, runner.block_size
 
     def enter(self, seqs: list[Any]) -> None:
-        """Write the rows of the raw table for the sequences of a step."""
-        rows = []
-        for seq in seqs:
-            row = list(range(seq.slot * self.columns, (seq.slot + 1) * self.columns))
-            if seq.num_cached_tokens:  # began with a prefix hit: its sink is in pages
+        """Write the rows of the raw table for the sequences of a step, unless they are those of the last one."""
+        entered = [(seq.slot, seq.num_cached_tokens > 0) for seq in seqs]
+        if entered == self.rows:
+            return
+        self.rows, rows = entered, []
+        for slot, hit in entered:
+            row = list(range(slot * self.columns, (slot + 1) * self.columns))
+            if hit:  # its sink is in pages
                 row[: self.num_sink_pages] = [-1] * self.num_sink_pages
             rows.append(row)
         self.raw_table[: len(rows)].copy_(torch.tensor(rows, dtype=torch.int32, pin_memory=True), non_blocking=True)
@@ -197,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="nano_vllm.py")
     parser.add_argument("model", help="folder of a Qwen3 model")
     parser.add_argument("prompts", nargs="+")
-    parser.add_argument("--layout", default="k4v2_g64")
+    parser.add_argument("--layout", default="k4v2_g128")
     parser.add_argument("--max-num-seqs", type=int, default=16, help="sequences with 16-bit slots; a multiple of 16")
     options = parser.parse_args()
     install(options.layout)

@@ -23,16 +23,17 @@ class Encoder:
         fits: how often scale and zero are fitted to the codes by least squares and the codes assigned anew, 0 to 16; 0 as
             published. Values of 2 to 4 bits are fitted, and keys of 2 bits. Keys of more bits never are: their extremes are
             what a model finds things by, and rounding between minimum and maximum keeps those exactly.
-        norm: "balance" stores the balancing factors as norms, as published. "projection" does so too, and stretches the scale
-            of every row that was fitted about the row's mean, until the row has the same covariance with what is read back as
-            with itself: scores then have no bias towards zero. "length" stores norms with which every token of the keys and
-            every channel of the values that is read back has the length of the exact one.
+        norm: "balance" stores the balancing factors as norms, as published. "projection" does so too, and stretches what
+            rounding made too short, so that scores have no bias towards zero: the scale of every row that was fitted, about
+            the row's mean, until the row has the same covariance with what is read back as with itself; and the norm of every
+            token of keys that were not fitted, until the balanced token has the same projection. "length" stores norms with
+            which every token of the keys and every channel of the values that is read back has the length of the exact one.
     """
 
     iterations: int = 2
     equivariant: bool = True
     clip: bool = True
-    fits: int = 1
+    fits: int = 2
     norm: Literal["balance", "length", "projection"] = "projection"
 
     def __post_init__(self) -> None:

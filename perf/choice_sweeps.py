@@ -36,28 +36,68 @@ SMALL = Size(((1300, 8, 6, 5),), 2)
 QUICK = Size(((600, 2, 3, 2),), 1, 512)
 
 _BASE = Variant(iterations=2, divide="roots", tokens_first=True)
+_EVEN = "even projection"
 
 
 def _changed(**options) -> Variant:
     return dataclasses.replace(_BASE, **options)
 
 
-ENCODERS: dict[str, Variant] = {
-    "published": Variant(),
-    "min and max": _BASE,
-    "min and max, 8 iterations": _changed(iterations=8),
-    "min and max, floor -1": _changed(floor=-1.0),
-    "min and max, no floor": _changed(floor=-10.0),
-    "min and max, no floor, 8 iterations": _changed(floor=-10.0, iterations=8),
-    "min and max, even projections": _changed(norm="even projection"),
-    "one fit, unbiased": _changed(rounds=1, rescale=1.0),
-    "one fit, unbiased, no floor": _changed(rounds=1, rescale=1.0, floor=-10.0),
-    "0.8, one fit, unbiased": _changed(shrink=0.8, rounds=1, rescale=1.0),
-    "0.8, one fit, unbiased, no floor": _changed(shrink=0.8, rounds=1, rescale=1.0, floor=-10.0),
-    "0.8, four fits, unbiased": _changed(shrink=0.8, rounds=4, rescale=1.0),
+def _fitted(rounds: int, shrink: float = 1.0, **options) -> Variant:
+    return _changed(rounds=rounds, shrink=shrink, rescale=1.0, **options)
+
+
+KEYS_OF_2_BITS: dict[str, Variant] = {
+    "0.8, two fits": _fitted(2, 0.8),
+    "0.8, one fit": _fitted(1, 0.8),
+    "0.8, four fits": _fitted(4, 0.8),
+    "0.9, four fits": _fitted(4, 0.9),
+    "0.7, two fits": _fitted(2, 0.7),
+    "0.8, one fit, floor -0.6": _fitted(1, 0.8, floor=-0.6),
+    "0.8, two fits, floor -0.6": _fitted(2, 0.8, floor=-0.6),
+    "0.8, two fits, floor -1": _fitted(2, 0.8, floor=-1.0),
+    "0.8, one fit, no floor": _fitted(1, 0.8, floor=-10.0),
+    "0.8, one fit, even projections": _fitted(1, 0.8, norm=_EVEN),
+    "0.8, two fits, even projections": _fitted(2, 0.8, norm=_EVEN),
 }
-"""What is tried at every width, the method as published first. The default is "0.8, one fit, unbiased" at 2 bits, "min and max"
-for keys of more bits, and "one fit, unbiased" for values of 3 and 4 bits."""
+OTHER_KEYS: dict[str, Variant] = {
+    "even projections": _changed(norm=_EVEN),
+    "even projections, floor -0.6": _changed(norm=_EVEN, floor=-0.6),
+    "even projections, no floor": _changed(norm=_EVEN, floor=-10.0),
+    "min and max": _changed(),
+    "min and max, no floor": _changed(floor=-10.0),
+    "min and max, stretched": _changed(rescale=1.0),
+    "one fit": _fitted(1),
+}
+VALUES_OF_2_BITS: dict[str, Variant] = {
+    "0.8, two fits": _fitted(2, 0.8),
+    "0.8, one fit": _fitted(1, 0.8),
+    "0.8, four fits": _fitted(4, 0.8),
+    "0.9, two fits": _fitted(2, 0.9),
+    "0.9, four fits": _fitted(4, 0.9),
+    "0.7, one fit": _fitted(1, 0.7),
+    "0.7, two fits": _fitted(2, 0.7),
+    "0.8, one fit, no floor": _fitted(1, 0.8, floor=-10.0),
+    "0.8, one fit, even projections": _fitted(1, 0.8, norm=_EVEN),
+    "0.8, one fit, feedback 0.1": _fitted(1, 0.8, feedback=0.1),
+    "0.8, one fit, feedback 0.3": _fitted(1, 0.8, feedback=0.3),
+}
+OTHER_VALUES: dict[str, Variant] = {
+    "two fits": _fitted(2),
+    "one fit": _fitted(1),
+    "one fit, no floor": _fitted(1, floor=-10.0),
+    "one fit, even projections": _fitted(1, norm=_EVEN),
+    "one fit, feedback 0.1": _fitted(1, feedback=0.1),
+}
+
+
+def encoders(side: str, bits: int) -> dict[str, Variant]:
+    """Return what is tried for keys (K) or values (V): the method as published, the default, then others.
+
+    All that is fitted is made unbiased in the end.
+    """
+    tried = {("K", True): KEYS_OF_2_BITS, ("K", False): OTHER_KEYS, ("V", True): VALUES_OF_2_BITS, ("V", False): OTHER_VALUES}
+    return {"published": Variant()} | tried[side, bits == 2]
 
 
 def work(options: Options) -> list[tuple[str, int, str]]:
@@ -67,13 +107,13 @@ def work(options: Options) -> list[tuple[str, int, str]]:
         "K": sorted({layout.k_bits for layout in layouts}) or [2, 3, 4],
         "V": sorted({layout.v_bits for layout in layouts}) or [2, 3, 4],
     }
-    return [(side, bits, name) for side, every in widths.items() for bits in every for name in ENCODERS]
+    return [(side, bits, name) for side, every in widths.items() for bits in every for name in encoders(side, bits)]
 
 
 def codec_of(side: str, bits: int, name: str, head_dim: int) -> accuracy.Codec:
     """Return a codec that quantizes keys or values alone."""
     layout = PageLayout.from_name(f"k{bits}v{bits}_g{PAGE_SIZE}", head_dim=head_dim)
-    variant = ENCODERS[name]
+    variant = encoders(side, bits)[name]
     return variants.codec(layout, variant if side == "K" else None, variant if side == "V" else None, name)
 
 

@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--json", metavar="FILE", help="write everything that was measured")
     add("--layers", type=int, help="layers of the model; 36 by default, 2 if it is tiny")
     add("--context", action="append", type=int, metavar="N", help="tokens of each sequence; may be repeated")
-    add("--layout", action="append", metavar="NAME", help="layouts of ours; k4v2_g64 by default; may be repeated")
+    add("--layout", action="append", metavar="NAME", help="layouts of ours; k4v2_g128 by default; may be repeated")
     add("--tiny", action="store_true", help="a tiny model on the CPU")
     add("--one", action="store_true", help=argparse.SUPPRESS)
     add("--cache", help=argparse.SUPPRESS)
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     info |= {"nano-vllm-fork": importlib.metadata.version("nano-vllm-fork"), "layers": options.layers}
     print(title(info), f"nano-vllm-fork {info['nano-vllm-fork']}, {options.layers} layers", sep="\n", flush=True)
     rows: list[Row] = []
-    caches = [*(options.layout or ["k4v2_g64"]), SIXTEEN]
+    caches = [*(options.layout or ["k4v2_g128"]), SIXTEEN]
     work = [(cache, context) for context in options.context or CONTEXTS for cache in caches]
     try:
         for i, (cache, context) in enumerate(work):

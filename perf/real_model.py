@@ -144,5 +144,8 @@ def _convert(path: Path, folder: Path) -> None:
         config.save_pretrained(unfinished)
         transformers.AutoTokenizer.from_pretrained(path.parent, **options).save_pretrained(unfinished)
         unfinished.replace(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process converted the same file
+            raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

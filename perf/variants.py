@@ -45,6 +45,8 @@ class Variant:
             by "squares" (least squared error), "length" (same length as the exact vector) or "projection" (the same
             projection on the exact vector). "even length" and "even projection" are those of the balanced tile, in which one
             large token counts as much as any other.
+        feedback: part of the error that the tokens before have left in a channel, which is added before a number is rounded, at
+            most a quarter of a step; errors of values then cancel where attention is spread over neighbours.
         normal: levels that are best for normal numbers instead of evenly spaced ones, between the same two ends. No page format
             has them; the bytes are the same.
     """
@@ -63,6 +65,7 @@ class Variant:
     keep: bool = False
     rescale: float | None = None
     norm: Literal["balance", "squares", "length", "projection", "even length", "even projection"] = "balance"
+    feedback: float = 0.0
     normal: bool = False
 
 
@@ -104,8 +107,8 @@ def balance(tile: torch.Tensor, per: Per, variant: Variant) -> tuple[torch.Tenso
     return best_token.exp(), best_channel.exp()
 
 
-def fit(x: torch.Tensor, bits: int, dim: int, variant: Variant) -> torch.Tensor:
-    """Return x rounded to `scale * level + zero`, with one scale and zero along `dim`."""
+def fit(x: torch.Tensor, bits: int, dim: int, variant: Variant, own: torch.Tensor) -> torch.Tensor:
+    """Return x rounded to `scale * level + zero`, with one scale and zero along `dim`; `own` is the balancing's along it."""
     levels = 2**bits - 1
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     if variant.clip:
@@ -118,6 +121,7 @@ def fit(x: torch.Tensor, bits: int, dim: int, variant: Variant) -> torch.Tensor:
     scale, zero = ((high - low) / levels).clamp_min(1e-10), low
     points = _points(bits, x.device) if variant.normal else torch.arange(levels + 1.0, device=x.device)
     codes = _nearest((x - zero) / scale, points)
+    assigned = scale, zero
     slopes = [variant.slope] * variant.rounds + ([] if variant.rescale is None else [variant.rescale])
     for step, slope in enumerate(slopes):
         code_mean, mean = (weight * codes).sum(dim, keepdim=True), (weight * x).sum(dim, keepdim=True)
@@ -129,8 +133,23 @@ def fit(x: torch.Tensor, bits: int, dim: int, variant: Variant) -> torch.Tensor:
         scale = torch.where((variance > 0) & (covariance > 0), fitted, scale).clamp_min(1e-10)
         zero = mean - scale * code_mean
         if step < variant.rounds and not (variant.keep and step == len(slopes) - 1):
-            codes = _nearest((x - zero) / scale, points)
+            codes, assigned = _nearest((x - zero) / scale, points), (scale, zero)
+    if variant.feedback:
+        codes = _fed_back(x * own, points, [one * own for one in assigned], [half(one) * own for one in (scale, zero)], variant)
     return codes * half(scale) + half(zero)
+
+
+def _fed_back(
+    x: torch.Tensor, points: torch.Tensor, assigned: list[torch.Tensor], read: list[torch.Tensor], variant: Variant
+) -> torch.Tensor:
+    """Return codes of x [..., tokens, channels] by the scale and zero of `assigned`, each with the error of those before it."""
+    scale, zero, read_scale, read_zero = [one.expand(*x.shape[:-1], one.shape[-1]) for one in (*assigned, *read)]
+    error, codes = torch.zeros_like(x[..., 0, :]), torch.empty_like(x)
+    for t in range(x.shape[-2]):
+        fed = (variant.feedback * error / read_scale[..., t, :]).clamp(-0.25, 0.25)
+        codes[..., t, :] = _nearest((x[..., t, :] - zero[..., t, :]) / scale[..., t, :] + fed, points)
+        error = error + x[..., t, :] - codes[..., t, :] * read_scale[..., t, :] - read_zero[..., t, :]
+    return codes
 
 
 def _points(bits: int, device: torch.device) -> torch.Tensor:
@@ -160,8 +179,8 @@ def read_back(tiles: torch.Tensor, bits: int, per: Per, variant: Variant) -> tor
     tiles = tiles / size
     token, channel = balance(tiles, per, variant)
     balanced = tiles / token / channel
-    read = fit(balanced, bits, -2 if per == "channel" else -1, variant)
     own, norm, dim = (channel, token, -1) if per == "channel" else (token, channel, -2)
+    read = fit(balanced, bits, -2 if per == "channel" else -1, variant, own)
     if variant.norm.startswith("even"):
         norm = norm * _fitted_norm(balanced, read, dim, variant.norm.removeprefix("even "), torch.ones_like(norm))
     elif variant.norm != "balance":

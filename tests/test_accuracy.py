@@ -107,8 +107,8 @@ def test_variants_and_package_agree(bits):
     k, v = torch.randn(2, 64, 64) * torch.randn(2, 64, 1).exp() * 3, torch.randn(2, 64, 64) * torch.randn(64).exp() * 3
     layout = PageLayout.from_name(f"{bits}_g64", head_dim=64)
     both = {"iterations": 2, "divide": "roots", "tokens_first": True}
-    fitted = variants.Variant(**both, shrink=0.8, rounds=1, rescale=1.0)
-    new = [fitted if layout.k_bits == 2 else variants.Variant(**both), fitted]
+    fitted = variants.Variant(**both, shrink=0.8, rounds=2, rescale=1.0)
+    new = [fitted if layout.k_bits == 2 else variants.Variant(**both, norm="even projection"), fitted]
     for encoder, pair in ((PUBLISHED, (variants.Variant(), variants.Variant())), (Encoder(), new)):
         plain = variants.codec(layout, *pair, "plain").read_back(k, v)
         for a, b in zip(plain, kv_codecs.kvarn(layout, encoder, "kernels").read_back(k, v), strict=True):

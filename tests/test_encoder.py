@@ -164,3 +164,27 @@ def test_rows_of_one_code(per):
     for fits in (0, 3):
         codes, scale, zero = reference.quantize(tile, 2, per=per, encoder=Encoder(fits=fits))
         assert (codes == 0).all() and (zero == 3).all() and torch.isfinite(scale).all()
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_tokens_of_keys_keep_their_projections(bits):
+    """What is read back of a balanced token has the token's projection, whatever the other tokens are, and the same codes."""
+    torch.manual_seed(bits)
+    tiles = torch.randn(3, 64, 64) * torch.randn(3, 64, 1).exp() + 4 * torch.randn(64)
+    tiles[0, 5] *= 100
+    tiles[1, 7] = 0.0
+    balanced, token_scale, channel_scale = reference.variance_normalize(tiles, per="channel")
+    kept, found = {}, {}
+    for norm in ("projection", "balance"):
+        encoder = dataclasses.replace(DEFAULT, norm=norm)
+        found[norm] = codes, scale, zero, norms, gain = reference.encode(tiles, bits, per="channel", encoder=encoder)
+        read = reference.dequantize(codes, scale, zero, per="channel") * (norms * gain).unsqueeze(-1)
+        read = read / token_scale.unsqueeze(-1) / channel_scale.unsqueeze(-2)
+        kept[norm] = (read * balanced).sum(-1) / balanced.square().sum(-1)
+    assert kept["projection"][1, 7].isnan()  # nothing to keep
+    assert (
+        (kept["projection"].nan_to_num(1.0) - 1).abs().max() < 1e-5 < 0.01 < (kept["balance"].nan_to_num(1.0) - 1).abs().max()
+    )
+    assert torch.equal(found["projection"][0], found["balance"][0])
+    norms = [found[norm][3] * found[norm][4] for norm in found]
+    assert norms[0][1, 7] == norms[1][1, 7]

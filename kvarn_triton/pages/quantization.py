@@ -32,7 +32,7 @@ def _kvarn_quantize_kernel(
     BLOCK_C: tl.constexpr = block_channels(D)
     index = tl.program_id(0).to(tl.int64)
     blocks = load_blocks(tiles_ptr + index * G * D, D, G, D)
-    codes, scale, zero = quantize_blocks(blocks, P, D // BLOCK_C, BITS, PER_CHANNEL, ENCODER)
+    codes, scale, zero, _ = quantize_blocks(blocks, P, D // BLOCK_C, BITS, PER_CHANNEL, ENCODER)
     store_blocks(codes_ptr + index * G * D, codes, G, D)
     if PER_CHANNEL:
         channel = channel_of(scale, BLOCK_C)

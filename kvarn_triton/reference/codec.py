@@ -277,6 +277,8 @@ def encode(
     codes, scale, zero = quantize(balanced, bits, per=per, encoder=encoder, arithmetic=arithmetic)
     token_scale, channel_scale, tile_scale = token_scale.squeeze(-1), channel_scale.squeeze(-2), tile_scale.squeeze(-1)
     own, norm = (channel_scale, token_scale) if per == "channel" else (token_scale, channel_scale)
+    if encoder.norm == "projection" and per == "channel" and not num_fits(bits, per, encoder):
+        norm = norm * _stretch(balanced, codes, scale, zero, arithmetic)
     scale, zero = scale * own, zero * own
     if encoder.norm == "length":
         norm = _length_norm(tiles * (1.0 / tile_scale.unsqueeze(-1)), codes, scale, zero, norm, per, arithmetic)
@@ -287,6 +289,20 @@ def encode(
     gauge = torch.ldexp(one, -value_exponent)
     gain = torch.ldexp(one, value_exponent + norm_exponent) + (tiles * 0.0).sum((-2, -1)).unsqueeze(-1)
     return codes, scale * gauge, zero * gauge, torch.ldexp(norm, -norm_exponent), gain
+
+
+def _stretch(
+    balanced: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, arithmetic: Arithmetic
+) -> torch.Tensor:
+    """Return what the tokens of keys are stretched by so that they keep their projections: [..., page_size].
+
+    With x a balanced token and y what its codes say, <x, y> times the stretch is <x, x>. Balanced tokens are about equally
+    long, so one large token counts as much as any other. A token of which half is lost or more stays as it is.
+    """
+    read = arithmetic.fma(codes.to(balanced.dtype), scale.unsqueeze(-2), zero.unsqueeze(-2))
+    square, product = arithmetic.dot(balanced, balanced, -1).squeeze(-1), arithmetic.dot(balanced, read, -1).squeeze(-1)
+    some = product > square * 0.5
+    return torch.where(some, square / torch.where(some, product, 1.0), 1.0)
 
 
 def _length_norm(

@@ -197,9 +197,9 @@ def encode_blocks(
         # After the loop, which has no register to spare, and before the tile makes room for the balanced one.
         squares = squares_across(blocks, P, Q, PER_CHANNEL)
     balanced = apply_balance(blocks, token_scale, channel_scale, P, Q)
-    codes, scale, zero = quantize_blocks(balanced, P, Q, BITS, PER_CHANNEL, ENCODER)
+    codes, scale, zero, stretch = quantize_blocks(balanced, P, Q, BITS, PER_CHANNEL, ENCODER)
     own = channel_scale if PER_CHANNEL else token_scale
-    norm = token_scale if PER_CHANNEL else channel_scale
+    norm = (token_scale if PER_CHANNEL else channel_scale) * stretch
     scale = scale * own
     zero = zero * own
     if ENCODER.norm == "length":

@@ -1,4 +1,4 @@
-"""From a balanced tile to codes: ranges, least squares, unbiased rows, and norms of lengths (`reference.codec.quantize`).
+"""From a balanced tile to codes: ranges, least squares, unbiased rows or tokens, lengths (`reference.codec.quantize`).
 
 Rows are channels if PER_CHANNEL (keys), else tokens; scale and zero are vectors of rows (`blocks`).
 """
@@ -131,14 +131,16 @@ def _fit(
 def quantize_blocks(
     blocks, P: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr, PER_CHANNEL: tl.constexpr, ENCODER: tl.constexpr
 ):
-    """Round a tile (`reference.quantize`); returns codes, scale and zero, these two as vectors of rows.
+    """Round a tile (`reference.quantize`); returns codes, scale and zero, these two as vectors of rows, and a stretch.
 
     Codes are the low 8 bits of int32 blocks. Where nothing is clipped or fitted nothing is clamped: no number is less than
-    `zero`, and none so much larger than the largest that it would round to more levels than there are.
+    `zero`, and none so much larger than the largest that it would round to more levels than there are. The stretch is that of
+    tokens (`reference.codec._stretch`), a token vector, where keys are not fitted and keep their projections; else 1.
     """
     LEVELS: tl.constexpr = 2**BITS - 1
     CUT: tl.constexpr = _cut(BITS, ENCODER)
     FITS: tl.constexpr = num_fits(BITS, PER_CHANNEL, ENCODER)
+    STRETCH: tl.constexpr = PER_CHANNEL and FITS == 0 and ENCODER.norm == "projection"
     BLOCK_C: tl.constexpr = blocks[0].shape[1]
     if PER_CHANNEL:
         zero = _range_per_channel(blocks, least, P, Q)
@@ -157,14 +159,34 @@ def quantize_blocks(
     inverses = _spread_rows(tl.div_rn(1.0, scale), P, Q, BLOCK_C, PER_CHANNEL)
     if FITS > 0 and ENCODER.norm == "projection":
         scale, zero = _fit(blocks, scale, zero, P, Q, LEVELS, PER_CHANNEL, True)
+    if STRETCH:
+        scales = _spread_rows(scale, P, Q, BLOCK_C, PER_CHANNEL)
     codes = ()
+    squares = ()
+    products = ()
     for p in tl.static_range(P):
+        square = tl.zeros_like(blocks[0])
+        product = square
         for q in tl.static_range(Q):
-            steps = (blocks[p * Q + q] - zeros[q if PER_CHANNEL else p]) * inverses[q if PER_CHANNEL else p]
+            x = blocks[p * Q + q]
+            steps = (x - zeros[q if PER_CHANNEL else p]) * inverses[q if PER_CHANNEL else p]
             if CUT > 0 or FITS > 0:
                 steps = tl.clamp(steps, 0.0, LEVELS)
-            codes = codes + ((steps + ROUND_MAGIC).to(tl.int32, bitcast=True),)
-    return codes, scale, zero
+            rounded = steps + ROUND_MAGIC
+            codes = codes + (rounded.to(tl.int32, bitcast=True),)
+            if STRETCH:
+                square = fma(x, x, square)
+                product = fma(x, fma(rounded - ROUND_MAGIC, scales[q], zeros[q]), product)
+        squares = squares + (square,)
+        products = products + (product,)
+    if STRETCH:
+        square = token_vector(squares, add)
+        product = token_vector(products, add)
+        some = product > square * 0.5
+        stretch = tl.where(some, tl.div_rn(square, tl.where(some, product, 1.0)), 1.0)
+    else:
+        stretch = 1.0
+    return codes, scale, zero, stretch
 
 
 @triton.jit
