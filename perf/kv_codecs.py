@@ -129,6 +129,15 @@ def turboquant(k_bits: int, v_bits: int, head_dim: int) -> Codec:
     )
 
 
+def fp8() -> Codec:
+    """Round to fp8 (e4m3), with a scale of 1: what engines do unless a checkpoint has scales."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float()
+
+    return Codec("fp8", 8.0, 8.0, lambda k, v: (rounded(k), rounded(v)))
+
+
 def layout_bits(layout: PageLayout) -> tuple[float, float]:
     """Return the bits of a number of the keys and of the values in a page, scales included and padding split evenly."""
     rest = (layout.page_bytes - layout.gains_offset) / 2

@@ -208,5 +208,5 @@ def real_sweep(options: Options) -> Iterator[Row]:
     widths = tuple(dict.fromkeys(preset.split("_")[0] for preset in options.presets))
     widths = widths or (BITS if size is LARGE else ("k2v2", "k4v2"))
     codecs = [(bits, codec) for bits in widths for codec in methods(bits, model.config.head_dim)]
-    for row in measured(codecs, material):
+    for row in measured([("fp8", kv_codecs.fp8()), *codecs], material):
         yield run | row

@@ -86,6 +86,13 @@ def test_best_levels():
     torch.testing.assert_close(kv_codecs.lloyd_max_levels(1), torch.tensor([-0.7979, 0.7979]), atol=1e-3, rtol=0)
 
 
+def test_fp8():
+    """Numbers of e4m3 stay, numbers between them go to the nearest, and what is too large becomes the largest."""
+    x = torch.tensor([[[1.0, 1.125, 1.06, -440.0, 1e4, 0.0, 2.0**-9, -3.3]]])
+    expected = torch.tensor([[[1.0, 1.125, 1.0, -448.0, 448.0, 0.0, 2.0**-9, -3.25]]])
+    assert all(torch.equal(read, expected) for read in kv_codecs.fp8().read_back(x, x))
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_every_codec_gains_from_bits(head_dim):
     """More bits lessen the error of every method, and bits count codes and scales."""

@@ -164,13 +164,14 @@ def test_sweep(model):
     base, _ = real_sweep.measure(None, material)
     assert base["code_questions"] == 4 and base["code_700_questions"] == 4 and "kl_text" not in base
     codecs = [("k2v2", codec) for codec in real_sweep.methods("k2v2", 64)[:2]]
-    rows = list(real_sweep.measured(codecs, material))
+    fp8, *rows = real_sweep.measured([("fp8", kv_codecs.fp8()), *codecs], material)
+    assert fp8["bits_per_number"] == 8.0 and "code_more" not in fp8
     assert [row["method"] for row in rows] == ["KVarN as published", "default"]
     assert rows[0]["code_more"] == rows[0]["list_more"] == 0.0 and rows[0]["kl_text_relative"] == 1.0
     assert rows[1]["code_more"] != 0.0 and rows[1]["code_more_error"] > 0.0
     assert rows[1]["kl_generated_relative"] > 0 and len(rows[1]["list_quarters"]) == 4
-    table = real_sweep.tabulated([{"bits": "16", "method": "16 bits"} | base, *rows])
-    assert [set(row) <= set(real_sweep.HEADERS) for row in table] == [True] * 3
+    table = real_sweep.tabulated([{"bits": "16", "method": "16 bits"} | base, fp8, *rows])
+    assert [set(row) <= set(real_sweep.HEADERS) for row in table] == [True] * 4
 
 
 def test_choice(model, monkeypatch):
