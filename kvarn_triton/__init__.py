@@ -4,6 +4,7 @@ from . import reference
 from .attention.decode import decode_attention
 from .attention.merge import merge_states
 from .attention.prefill import prefill_attention, prefill_workspace_size
+from .attention.tree import build_tree_mask
 from .attention.workspace import decode_workspace_size
 from .debugging import check_cache, check_step
 from .encoder import DEFAULT, PUBLISHED, Encoder
@@ -42,6 +43,7 @@ __all__ = [
     "Step",
     "append_tokens",
     "attend",
+    "build_tree_mask",
     "check_cache",
     "check_step",
     "commit_pages",

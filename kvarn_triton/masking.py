@@ -16,8 +16,12 @@ import triton
 import triton.language as tl
 
 from .checks import check_tensor, require
+from .launch import aligned
+from .reference import attention
 
 INT32_MAX = 2**31 - 1
+MOST_DRAFTS = tl.constexpr(attention.MOST_DRAFTS)
+"""New tokens of a sequence that a word of a tree mask has bits for."""
 _LOG2E = tl.constexpr(math.log2(math.e))
 
 
@@ -26,6 +30,13 @@ class Windows(NamedTuple):
 
     sink: int | None
     body: int | None
+
+
+class Among(NamedTuple):
+    """What new tokens see of each other; None: as it is without the argument of that name."""
+
+    tree_mask: torch.Tensor | None
+    span_ends: torch.Tensor | None
 
 
 class Scores(NamedTuple):
@@ -40,6 +51,7 @@ class Masking(NamedTuple):
 
     scores: Scores
     windows: Windows
+    among: Among
 
 
 @dataclass(eq=False)
@@ -51,6 +63,8 @@ class Mask:
     soft_cap: float | None
     sinks: torch.Tensor | None
     keep_sink: bool
+    tree_mask: torch.Tensor | None = None
+    span_ends: torch.Tensor | None = None
 
     @property
     def windows(self) -> Windows:
@@ -64,7 +78,8 @@ class Mask:
         """Return the mask as an argument of kernels."""
         scale = head_dim**-0.5 if self.sm_scale is None else self.sm_scale
         cap = None if self.soft_cap is None else self.soft_cap * _LOG2E.value
-        return Masking(Scores(scale * _LOG2E.value, cap), self.windows)
+        among = Among(*(x if x is None else aligned(x) for x in (self.tree_mask, self.span_ends)))
+        return Masking(Scores(scale * _LOG2E.value, cap), self.windows, among)
 
 
 def changing(n: int) -> int:
@@ -96,6 +111,15 @@ def check_mask(mask: Mask, num_q_heads: int, device: torch.device) -> None:
     if not isinstance(sm_scale, numbers.Real) or isinstance(sm_scale, bool) or not -1e30 <= float(sm_scale) <= 1e30:
         raise ValueError(f"sm_scale: expected None or a finite number (up to 1e30), got {sm_scale!r}")
     mask.sm_scale = float(sm_scale)
+
+
+def check_among(mask: Mask, num_tokens: int, has_new: bool, device: torch.device) -> None:
+    """Check what new tokens see of each other; `has_new`: whether their keys and values are given."""
+    for name, dtype in (("tree_mask", torch.int64), ("span_ends", torch.int32)):
+        tensor = getattr(mask, name)
+        if tensor is not None:
+            require(has_new, name, "None without k and v", "a tensor")
+            check_tensor(name, tensor, [num_tokens], dtype, device=device)
 
 
 @triton.jit
@@ -184,3 +208,42 @@ def visible(position, key, window):
     if window is not None:
         seen = seen & (key[None, :] > position[:, None] - size_of(window))
     return seen
+
+
+@triton.jit
+def words_of(tree_ptr, token, mask, num_tokens):
+    """Return the words of query tokens [rows] of one sequence; 0 where none says which new tokens are seen."""
+    known = ~(tl.full((), -2, tl.int64) << (tl.minimum(num_tokens, MOST_DRAFTS) - 1).to(tl.int64))
+    return tl.where(num_tokens <= MOST_DRAFTS, tl.load(tree_ptr + token, mask, other=0) & known, 0)
+
+
+@triton.jit
+def num_bits(words):
+    """Return how many bits are set in integers of 64."""
+    words = words - ((words >> 1) & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((words * 0x0101010101010101) >> 56).to(tl.int32)
+
+
+@triton.jit
+def reach_of(among, query, token, mask, num_tokens):
+    """Return the words of query tokens [rows], and before which new token all end that each sees; 0 for rows without `mask`.
+
+    `query` counts new tokens of their sequence, `token` those of the call.
+    """
+    words = tl.zeros_like(token)
+    ends = query + 1
+    if among.span_ends is not None:
+        ends = tl.maximum(ends, tl.minimum(tl.load(among.span_ends + token, mask, other=0), num_tokens))
+    if among.tree_mask is not None:
+        words = words_of(among.tree_mask, token, mask, num_tokens)
+        ends = tl.where(words != 0, num_tokens, ends)
+    return words, tl.where(mask, ends, 0)
+
+
+@triton.jit
+def shown(words, token):
+    """Return which new tokens [rows, tokens] words show, if they are those that say so."""
+    bits = words[:, None] >> tl.minimum(token, MOST_DRAFTS - 1).to(tl.int64)[None, :]
+    return (words == 0)[:, None] | ((bits & 1) != 0)

@@ -18,7 +18,7 @@ from ..cache import Cache, Results, check_queries, check_scratch, check_split_si
 from ..checks import check_tensor, require
 from ..launch import Rows, aligned, as_rows, check_pool, copy_back
 from ..layout import PageLayout
-from ..masking import Mask
+from ..masking import Mask, check_among
 from ..pages.expand import launch_expand_pages
 from . import workspace as workspaces
 from .merge import launch_merge_queries
@@ -108,6 +108,8 @@ def prefill_attention(
     scratch: torch.Tensor | None = None,
     keep_sink: bool = False,
     config: configs.PrefillConfig | None = None,
+    tree_mask: torch.Tensor | None = None,
+    span_ends: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with several query tokens per sequence, causally: chunked prefill, verification of drafts, first chunks.
 
@@ -154,6 +156,11 @@ def prefill_attention(
         keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it (StreamingLLM, arXiv 2309.17453).
         config: launch parameters; by default the package's own for the device and the numbers of tokens and heads. In the
             batch-invariant mode the bits of a row depend on them too.
+        tree_mask: int64 [total_tokens], with `k` and `v`: which new tokens of its sequence each new token sees, bit j for the
+            j-th; all older tokens are seen as without. A word of which no such bit is set means causal, and so does any word of
+            a sequence with more than 64 new tokens. (`build_tree_mask` makes words of parents.)
+        span_ends: int32 [total_tokens], with `k` and `v`: new token i of a sequence sees the new tokens before number
+            max(i + 1, span_ends), where no word of `tree_mask` says what it sees.
 
     Returns:
         `out` [total_tokens, num_q_heads, v_head_dim], or `out` and `lse` float32 [total_tokens, num_q_heads] (natural
@@ -167,9 +174,9 @@ def prefill_attention(
         layout, pages, seq_lens, block_table, kv_indptr, kv_indices, raw_pages, raw_table, num_quantized, sink_len
     )  # fmt: skip
     cache = checked_for_attention(cache, None)
-    mask = Mask(sm_scale, window, soft_cap, sinks, keep_sink)
+    mask = Mask(sm_scale, window, soft_cap, sinks, keep_sink, tree_mask, span_ends)
     check_queries(q, cache, mask, out)
-    check_new(q, k, v, cu_seqlens_q, cache)
+    check_new(q, k, v, cu_seqlens_q, cache, mask)
     check_split_size(split_size)
     results = Results(out, return_lse, workspace)
     plan = plan_prefill(q, cu_seqlens_q, cache, results, split_size, scratch, config)
@@ -178,7 +185,7 @@ def prefill_attention(
             q, pages, block_table, seq_lens, cu_seqlens_q, layout, k=k, v=v, raw_pages=cache.raw_pages, raw_table=raw_table,
             num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr, kv_indices=kv_indices,
             sm_scale=mask.sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
-            keep_sink=keep_sink,
+            keep_sink=keep_sink, tree_mask=tree_mask, span_ends=span_ends,
         )  # fmt: skip
     return launch_prefill(q, (k, v), mask, results, plan)
 
@@ -250,15 +257,16 @@ def launch_prefill(
 
 
 def check_new(
-    q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, cu_seqlens_q: torch.Tensor, cache: Cache
+    q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, cu_seqlens_q: torch.Tensor, cache: Cache, mask: Mask
 ) -> None:
-    """Check which query tokens are whose, and their keys and values."""
+    """Check which query tokens are whose, their keys and values, and what they see of each other."""
     layout, device = cache.layout, q.device
     check_tensor("cu_seqlens_q", cu_seqlens_q, [cache.batch + 1], torch.int32, device=device)
     require((k is None) == (v is None), "v", "a tensor beside k, and None without it", None if v is None else "a tensor")
     if k is not None and v is not None:
         check_tensor("k", k, [q.shape[0], cache.num_kv_heads, layout.head_dim], q.dtype, device=device)
         check_tensor("v", v, [q.shape[0], cache.num_kv_heads, layout.v_head_dim], q.dtype, device=device)
+    check_among(mask, q.shape[0], k is not None, device)
 
 
 def _plan_tiles(

@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from .. import configs, gpu
 from ..launch import Rows, as_rows, as_tokens, on
 from ..layout import PageLayout, fields_per_byte
-from ..masking import Mask, Masking, Windows, clamped, first_of_new, first_of_sink
+from ..masking import MOST_DRAFTS, Mask, Masking, Windows, clamped, first_of_new, first_of_sink, reach_of
 from ..paging import first_slot, seen_by, sink_of
 from ..tile.arithmetic import hadamard, load_rows
 from .pages import attend_pages, records_of
@@ -137,10 +137,16 @@ def _attend_new(
     state, q, new, tile, head, masking, num_sinks, LAYOUT: tl.constexpr, PLAN: tl.constexpr
 ):  # fmt: skip
     """Advance the state of queries, not rotated, by the new tokens of their sequence, the first num_sinks of them sinks."""
-    first = first_of_new(tile.first_query, num_sinks, masking.windows)
-    queries = tile.query, tile.first_query, tile.last_query
+    first_query, last, reach = tile.first_query, tile.last_query + 1, None
+    if masking.among.tree_mask is not None or masking.among.span_ends is not None:
+        reach = reach_of(masking.among, tile.query, tile.token, tile.mask, tile.num_tokens)
+        last = tl.max(reach[1], axis=0)
+        if masking.among.tree_mask is not None:  # a word shows any new token, and hides any
+            first_query = tl.where(tile.num_tokens <= MOST_DRAFTS, -1, first_query)
+    first = first_of_new(first_query, num_sinks, masking.windows)
+    queries = tile.query, first_query, tile.last_query
     k, v = _of_sequence(new[0], tile.row_start, head), _of_sequence(new[1], tile.row_start, head)
-    return attend_new(state, q, masking, k, v, (first, tile.last_query + 1), queries, num_sinks, LAYOUT, PLAN)
+    return attend_new(state, q, masking, k, v, (first, last), queries, num_sinks, reach, LAYOUT, PLAN)
 
 
 _NOT_SPECIALIZED = [
@@ -194,12 +200,12 @@ def _kvarn_prefill_attention_kernel(
     index = tl.program_id(0) // num_kv_heads // num_splits
     row, number = find_tile(cu_seqlens_ptr, index, batch, tokens, PLAN.group, PLAN.block_m)
     if row < batch:
-        tile = tile_of(cu_seqlens_ptr, row, number, head, PLAN)
+        tile = tile_of(cu_seqlens_ptr, row, number, head, masking, PLAN)
         seq_len = tl.load(seq_lens_ptr + row)
         sink = sink_of(sink_len, row, row < batch)
         if masking.windows.body is not None:  # made here, because no function returns a tuple with None in it
             window = clamped(masking.windows.body, seq_len)
-            masking = Masking(masking.scores, Windows(None if masking.windows.sink is None else window, window))
+            masking = Masking(masking.scores, Windows(None if masking.windows.sink is None else window, window), masking.among)
         seen = seen_by(
             (tile.first_query, tile.last_query, tile.num_tokens), row, seq_len, num_quantized_ptr, sink, masking.windows.body,
             LAYOUT.page_size, new is not None,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ..masking import MOST_DRAFTS, num_bits, words_of
 from ..tile.arithmetic import LOG2E, hadamard, scaled, store_rows
 from .merge import LN2
 from .schedule import free_token
@@ -20,15 +21,19 @@ class Tile(NamedTuple):
     num_tokens: tl.tensor  # query tokens of the sequence
     first_query: tl.tensor  # of them, the one of the first row
     last_query: tl.tensor  # of them, the one of the last row
-    query: tl.tensor  # of each row
+    query: tl.tensor  # of each row: as windows count
     token: tl.tensor  # query token of the call, int64, of each row
     q_head: tl.tensor  # of each row
     mask: tl.tensor
 
 
 @triton.jit
-def tile_of(cu_seqlens_ptr, row, number, head, PLAN: tl.constexpr):
-    """Return tile `number` of a row and kv head."""
+def tile_of(cu_seqlens_ptr, row, number, head, masking, PLAN: tl.constexpr):
+    """Return tile `number` of a row and kv head.
+
+    Where words say what tokens see, a window counts the tokens of a path: the first and the last query are then those that the
+    sequence may have.
+    """
     row_start = tl.load(cu_seqlens_ptr + row)
     num_tokens = tl.load(cu_seqlens_ptr + row + 1) - row_start
     first_row = number * PLAN.block_m
@@ -36,9 +41,16 @@ def tile_of(cu_seqlens_ptr, row, number, head, PLAN: tl.constexpr):
     offs_m = tl.arange(0, PLAN.block_m)
     query = (first_row + offs_m) // PLAN.group
     q_head = head * PLAN.group + (first_row + offs_m) % PLAN.group
+    first_query = first_row // PLAN.group
     last_query = (first_row + num_rows - 1) // PLAN.group
     token = (row_start + query).to(tl.int64)
-    return Tile(row_start, num_tokens, first_row // PLAN.group, last_query, query, token, q_head, offs_m < num_rows)
+    mask = offs_m < num_rows
+    if masking.windows.body is not None and masking.among.tree_mask is not None:
+        words = words_of(masking.among.tree_mask, token, mask, num_tokens)
+        query = tl.where(words != 0, num_bits(words) - 1, query)
+        first_query = tl.where(num_tokens <= MOST_DRAFTS, 0, first_query)
+        last_query = tl.where(num_tokens <= MOST_DRAFTS, num_tokens - 1, last_query)
+    return Tile(row_start, num_tokens, first_query, last_query, query, token, q_head, mask)
 
 
 @triton.jit

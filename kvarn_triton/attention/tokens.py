@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Tokens
-from ..masking import hides, recent, weighed
+from ..masking import hides, recent, shown, weighed
 from ..paging import load_page_id
 from .operands import sum_of_terms, two_terms
 from .query import channel_in_order, plane_channels, raw_query
@@ -183,7 +183,7 @@ def _attend_raw_run(
             state, q, q_factor, masking,
             (page_ptr + place[None, :] + channel[:, None], page_ptr + raw.stride_half + place[:, None] + offs_d[None, :]),
             (valid[None, :] & mask_c[:, None], valid[:, None] & (offs_d < LAYOUT.v_head_dim)[None, :]),
-            token, valid, True, position, position, window, None, OPERAND,
+            token, valid[None, :], True, position, position, window, None, OPERAND,
         )  # fmt: skip
     return state
 
@@ -207,8 +207,9 @@ def _attend_step(
 ):
     """Advance the state by tokens whose keys are at ptrs[0] [channels, tokens] and values at ptrs[1] [tokens, channels].
 
-    Masks of loads, and `valid`, may be None. Only where `hidden` some token may be newer than `newest` [rows], too old for the
-    window of a query at `position` [rows], or not valid. Tokens before `sink_end` are of the sink. Both may be None.
+    Masks of loads, and `valid` [rows or 1, tokens], may be None. Only where `hidden` some token may be newer than `newest`
+    [rows], too old for the window of a query at `position` [rows], or not valid. Tokens before `sink_end` are of the sink. Both
+    may be None.
     """
     k_mask, v_mask = masks
     keys = tl.load(ptrs[0], k_mask, other=None if k_mask is None else 0.0)
@@ -216,7 +217,7 @@ def _attend_step(
     if hidden:
         seen = token[None, :] <= newest[:, None]
         if valid is not None:
-            seen = seen & valid[None, :]
+            seen = seen & valid
         if window is not None:
             seen = seen & recent(token, position, window, masking.windows, sink_end)
         scores = tl.where(seen, scores, float("-inf"))
@@ -284,13 +285,14 @@ def attend_new(
     span,
     queries,
     sink_end,
+    reach,
     LAYOUT: tl.constexpr,
     PLAN: tl.constexpr,
 ):
     """Advance the state of a tile of queries by new tokens span[0] to span[1] of one sequence and kv head.
 
     Neither they nor `q` [rows, channels] are rotated. `queries` are as in `pages.attend_pages`, but count new tokens. Those
-    before `sink_end` are of the sink.
+    before `sink_end` are of the sink. `reach` is what queries see (`masking.reach_of`); None: those up to their own.
     """
     BLOCK_R: tl.constexpr = PLAN.block_r
     position, first_position, last_position = queries
@@ -305,6 +307,10 @@ def attend_new(
         v_mask = offs_v < LAYOUT.v_head_dim
     first, last = span
     newest = tl.minimum(position, last - 1)
+    if reach is not None:
+        words, ends = reach
+        newest = ends - 1
+        position = tl.where(words != 0, 0, position)  # no window hides what a word shows
     window = masking.windows.body
     for start in tl.range(first, last, BLOCK_R, num_stages=PLAN.token_stages):
         # Past the last token that some query sees, it is loaded again.
@@ -312,9 +318,12 @@ def attend_new(
         hidden = start + BLOCK_R > tl.minimum(last, first_position + 1)
         if window is not None:
             hidden = hidden | hides(window, start, last_position)
+        valid = None
+        if masking.among.tree_mask is not None:
+            valid = shown(words, place)
         state = _attend_step(
             state, q, masking.scores.scale, masking,
             (k.ptr + place[None, :] * k.stride_token + offs_k, v.ptr + place[:, None] * v.stride_token + offs_v),
-            (k_mask, v_mask), start + offs_t, None, hidden, newest, position, window, sink_end, q.dtype,
+            (k_mask, v_mask), start + offs_t, valid, hidden, newest, position, window, sink_end, q.dtype,
         )  # fmt: skip
     return state

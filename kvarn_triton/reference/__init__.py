@@ -10,7 +10,7 @@ import torch
 
 from . import codec
 from .arithmetic import ANY_ORDER, KERNEL_ORDER, Arithmetic
-from .attention import decode_attention, gather_cache, merge_states, prefill_attention
+from .attention import build_tree_mask, decode_attention, gather_cache, merge_states, prefill_attention
 from .cache import append_tokens, commit_pages, cut_back, dequantize_pages, raw_slots, store_pages
 from .codec import encode
 from .packing import pack, unpack
@@ -27,6 +27,7 @@ __all__ = [
     "Arithmetic",
     "append_tokens",
     "attend",
+    "build_tree_mask",
     "commit_pages",
     "copy_raw_pages",
     "cut_back",

@@ -14,6 +14,9 @@ from ..layout import PageLayout
 from .cache import body_page_ids, decode_records
 from .codec import hadamard, working_dtype
 
+MOST_DRAFTS = 64
+"""New tokens of a sequence that a word of a tree mask has bits for."""
+
 
 def gather_cache(
     pages: torch.Tensor,
@@ -67,6 +70,46 @@ def gather_cache(
     return k, v
 
 
+def build_tree_mask(parents: torch.Tensor, cu_seqlens_q: torch.Tensor) -> torch.Tensor:
+    """Return which new tokens each new token of a tree sees; see `kvarn_triton.build_tree_mask`."""
+    token, ends = torch.arange(parents.shape[0], device=parents.device), cu_seqlens_q.long()
+    row = torch.bucketize(token, ends[1:], right=True)
+    first, end = ends[row], torch.cat((ends[1:], ends[:1]))[row]  # of no sequence, behind the last one: nothing is between
+    known = (token >= first) & (token < end) & (end - first <= MOST_DRAFTS)
+    up = torch.where(known & (parents >= 0) & (parents < end - first), first + parents, token)
+    words = torch.where(known, 1 << (token - first).clamp(0, MOST_DRAFTS - 1), 0)
+    for _ in range(6):  # each time ancestors of twice as many generations are known
+        words, up = words | words[up], up[up]
+    return words
+
+
+def seen_among(
+    count: int,
+    *,
+    tree_mask: torch.Tensor | None = None,
+    span_ends: torch.Tensor | None = None,
+    window: int | None = None,
+    num_kept: int = 0,
+    device: torch.device | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which of the `count` new tokens of a sequence see which, bool [count, count], and their places [count].
+
+    A token sees the new tokens up to its own and those before the end of its span. With a window it sees the last of those, and
+    the first `num_kept`. A word of a tree mask says instead, whatever the window, which new tokens are seen. The place of a
+    token, from which a window over older tokens counts, is its number, or one less than the new tokens that its word shows.
+    """
+    place = torch.arange(count, device=device)
+    ends = place + 1 if span_ends is None else torch.maximum(place + 1, span_ends)
+    seen = place[None, :] < ends[:, None]
+    if window is not None:
+        seen &= (place[:, None] - place[None, :] < window) | (place[None, :] < num_kept)
+    if tree_mask is not None and count <= MOST_DRAFTS:
+        bits = (tree_mask[:, None] >> place) & 1
+        said = bits.sum(1)
+        seen, place = torch.where(said[:, None] > 0, bits > 0, seen), torch.where(said > 0, said - 1, place)
+    return seen, place
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -79,11 +122,13 @@ def attend(
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
     num_kept: int = 0,
+    among: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return attention of q [n, num_q_heads, head_dim] to k, v [num_kv_heads, tokens, head_dim], and lse [n, num_q_heads].
 
     Values, and with them the result, may have another head_dim than q and k. A query sees the keys at its own position and
-    before it; with a window only the last `window` of those, and the first `num_kept` of the sequence.
+    before it; with a window only the last `window` of those, and the first `num_kept` of the sequence. `among` says instead
+    which of the last n keys, those of the queries' own tokens, are seen (`seen_among`).
     """
     group = q.shape[1] // k.shape[0]
     scores = torch.einsum("nhgd,htd->nhgt", q.unflatten(1, (-1, group)), k).flatten(1, 2) * sm_scale
@@ -93,6 +138,8 @@ def attend(
     visible = distance >= 0
     if window is not None:
         visible &= (distance < window) | (key_positions < num_kept)
+    if among is not None:
+        visible[:, len(key_positions) - len(among) :] = among
     scores = torch.where(visible[:, None], scores, -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
     if sinks is not None:
@@ -133,6 +180,8 @@ def prefill_attention(
     scratch: torch.Tensor | None = None,
     keep_sink: bool = False,
     config: object = None,
+    tree_mask: torch.Tensor | None = None,
+    span_ends: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with several query tokens per sequence; see `kvarn_triton.prefill_attention`."""
     dtype = working_dtype(q.dtype)
@@ -143,10 +192,18 @@ def prefill_attention(
         seq_len, first, last = int(seq_lens[b]), int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1])
         if first == last:
             continue
-        positions = torch.arange(seq_len - (last - first), seq_len, device=q.device)
-        start = 0 if window is None else max(int(positions[0]) - window + 1, 0)
-        cached = seq_len if k is None else max(int(positions[0]), 0)
+        before = seq_len - (last - first)
+        positions = torch.arange(before, seq_len, device=q.device)
+        start = 0 if window is None else max(before - window + 1, 0)
+        cached = seq_len if k is None else max(before, 0)
         num_kept = sink_len if keep_sink else 0
+        query_positions, among = positions, None
+        if tree_mask is not None or span_ends is not None:
+            among, places = seen_among(
+                last - first, tree_mask=None if tree_mask is None else tree_mask[first:last], window=window,
+                span_ends=None if span_ends is None else span_ends[first:last], num_kept=num_kept - before, device=q.device,
+            )  # fmt: skip
+            query_positions = before + places
         # What no query sees isn't read: it may belong to somebody else by now.
         spans = [(0, max(min(num_kept, start, cached), 0)), (min(start, cached), cached)]
         parts = [
@@ -174,8 +231,8 @@ def prefill_attention(
             keys, values = torch.cat((keys, new_keys), dim=1), torch.cat((values, new_values), dim=1)
             key_positions = torch.cat((key_positions, positions))
         rotated, row_lse = attend(
-            hadamard(q[first:last].to(dtype)), keys, values, positions, key_positions, sm_scale,
-            window=window, soft_cap=soft_cap, sinks=sinks, num_kept=num_kept,
+            hadamard(q[first:last].to(dtype)), keys, values, query_positions, key_positions, sm_scale,
+            window=window, soft_cap=soft_cap, sinks=sinks, num_kept=num_kept, among=among,
         )  # fmt: skip
         result[first:last] = hadamard(rotated).to(result.dtype)
         lse[first:last] = row_lse.float()

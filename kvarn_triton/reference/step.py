@@ -239,6 +239,8 @@ def attend(
     table: object = None,
     keep_sink: bool = False,
     config: object = None,
+    tree_mask: torch.Tensor | None = None,
+    span_ends: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with the queries of a step; see `kvarn_triton.attend`."""
     q = flat_tokens(q)
@@ -255,10 +257,12 @@ def attend(
             continue
         own = torch.tensor([0, span.stop - span.start], dtype=torch.int32, device=q.device)
         new = (None, None) if k is None or v is None else (k[span], v[span])
+        masks: dict[str, Any] = {"tree_mask": tree_mask, "span_ends": span_ends}
+        masks = {name: x if x is None else x[span] for name, x in masks.items()}
         result[span], lse[span] = prefill_attention(
             q[span], pages, seq_lens=step.seq_lens[b : b + 1], cu_seqlens_q=own, layout=step.layout, raw_pages=raw_pages,
             k=new[0], v=new[1], sm_scale=sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, return_lse=True,
-            keep_sink=keep_sink, **tables_of_row(step, b),
+            keep_sink=keep_sink, **masks, **tables_of_row(step, b),
         )  # fmt: skip
     return (result, lse) if return_lse else result
 

@@ -33,6 +33,8 @@ def attend(
     table: configs.DecodeTable | None = None,
     keep_sink: bool = False,
     config: configs.PrefillConfig | None = None,
+    tree_mask: torch.Tensor | None = None,
+    span_ends: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with the queries of a step, after `write_tokens`: decode attention if it has one token for each sequence.
 
@@ -62,6 +64,8 @@ def attend(
         keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it. Not where a sequence may be
             without a raw sink, because its plan has `sink_columns`.
         config: launch parameters, of prefill attention.
+        tree_mask: int64 [num_tokens], which new tokens each new token sees, of prefill attention with `k` and `v`.
+        span_ends: int32 [num_tokens], ends of spans of new tokens that see each other, likewise.
 
     Returns:
         `out` [num_tokens, num_q_heads, v_head_dim], or `out` and `lse` float32 [num_tokens, num_q_heads]. Rows of padding are
@@ -75,19 +79,21 @@ def attend(
     flat = reference.step.flat_tokens
     q, k, v = flat(q), None if k is None else flat(k), None if v is None else flat(v)
     check_tensor("q", q, [step.num_tokens, None, step.layout.head_dim], FLOATS, device=step.seq_lens.device)
-    mask, results = Mask(sm_scale, window, soft_cap, sinks, keep_sink), Results(out, return_lse, workspace)
+    mask = Mask(sm_scale, window, soft_cap, sinks, keep_sink, tree_mask, span_ends)
+    results = Results(out, return_lse, workspace)
     check_queries(q, cache, mask, out)
     check_split_size(split_size)
     ends = step.cu_seqlens_q
     if ends is None:
-        require(scratch is None, "scratch", "None without cu_seqlens_q", "a tensor")
+        for name, tensor in (("scratch", scratch), ("tree_mask", tree_mask), ("span_ends", span_ends)):
+            require(tensor is None, name, "None without cu_seqlens_q", "a tensor")
         decode = plan_decode(q, cache, mask, results, split_size, table)
     else:
-        check_new(q, k, v, ends, cache)
+        check_new(q, k, v, ends, cache, mask)
         prefill = plan_prefill(q, ends, cache, results, split_size, scratch, config)
     if not gpu.on_device(q):
         return reference.attend(
             q, pages, raw_pages, step, k=k, v=v, sm_scale=mask.sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, out=out,
-            return_lse=return_lse, keep_sink=keep_sink,
+            return_lse=return_lse, keep_sink=keep_sink, tree_mask=tree_mask, span_ends=span_ends,
         )  # fmt: skip
     return launch_decode(q, mask, results, decode) if ends is None else launch_prefill(q, (k, v), mask, results, prefill)
