@@ -78,6 +78,8 @@ def warmup(
     dequantize: torch.dtype | None = None,
     steps: bool = False,
     sink_columns: bool = False,
+    tree_mask: bool = False,
+    span_ends: bool = False,
 ) -> None:
     """Compile, and load, every kernel that a server's steps launch for one model: decode, append, commit, store, cut and merge.
 
@@ -111,6 +113,8 @@ def warmup(
         dequantize: dtype of what `dequantize_pages` and `read_tokens` give; None if they are not called.
         steps: whether `plan_step`, `write_tokens`, `attend` and `copy_raw_pages` are called.
         sink_columns: as `plan_step` gets it.
+        tree_mask: whether prefill attention gets a `tree_mask` in some of its calls with new keys and values.
+        span_ends: whether it gets `span_ends` in some; in the same ones, if there are both.
 
     Raises:
         ValueError: for a wrong option.
@@ -124,6 +128,7 @@ def warmup(
     if config is not None:
         require(prefill, "prefill", "True beside config", prefill)
         configs.check_prefill_config(config, layout, dtype, scratch is not None)
+    require(prefill or not (tree_mask or span_ends), "prefill", "True beside tree_mask and span_ends", prefill)
     if dequantize is not None:
         check_choice("dequantize", dequantize, FLOATS)
     require(steps or not sink_columns, "sink_columns", "False without steps", sink_columns)
@@ -146,7 +151,7 @@ def warmup(
         some = options | {"keep_sink": False} if shifted and window else options
         _warm_decode(model, pages, raw_pages, {"table": table, **some}, shifted)
         for memory in {None, scratch} if prefill else ():
-            _warm_prefill(model, pages, raw_pages, memory, {"config": config, **some}, shifted)
+            _warm_prefill(model, pages, raw_pages, memory, {"config": config, **some}, shifted, (tree_mask, span_ends))
     if steps:
         _warm_steps(model, (k[:1], v[:1]), pages, raw_pages, sink_columns, encoder)
         if dequantize is not None:
@@ -241,8 +246,12 @@ def _warm_prefill(
     scratch: torch.dtype | None,
     options: dict[str, Any],
     shifted: bool,
+    among: tuple[bool, bool],
 ) -> None:
-    """Compile prefill attention for tiles of all sizes, with one run of pages, a few and many, and scratch memory if any."""
+    """Compile prefill attention for tiles of all sizes, with one run of pages, a few and many, and scratch memory if any.
+
+    `among`: whether some calls have a tree mask, and ends of spans.
+    """
     layout, num_q_heads, dtype, csr = model
     shape = 65, pages.shape[1]
     k, v = (torch.zeros(*shape, d, dtype=dtype, device=pages.device) for d in (layout.head_dim, layout.v_head_dim))
@@ -250,6 +259,8 @@ def _warm_prefill(
     ends = torch.zeros(2, dtype=torch.int32, device=pages.device)
     raw_table = torch.zeros(1, 2, dtype=torch.int32, device=pages.device)
     group = num_q_heads // pages.shape[1]
+    kinds = ("tree_mask", torch.int64), ("span_ends", torch.int32)
+    masks = dict(kind for kind, some in zip(kinds, among, strict=True) if some)
     for count in sorted({max(rows // group, 1) for rows in configs.TILE_ROWS} | {65}):
         q = torch.zeros(count, num_q_heads, layout.head_dim, dtype=dtype, device=pages.device)
         for columns, split_size in ((1, None), (2, None), (4096, None), (2, 1), (64, 1)):
@@ -261,6 +272,8 @@ def _warm_prefill(
             if scratch is not None:
                 memory["scratch"] = torch.empty(columns, *raw_pages.shape[1:], dtype=scratch, device=pages.device)
             given: list[dict[str, Any]] = [{}, {"k": k[:count], "v": v[:count]}]
+            if masks:
+                given.append(given[1] | {name: torch.zeros(count, dtype=kind, device=q.device) for name, kind in masks.items()})
             for keys, return_lse in itertools.product(given, (False, True)):
                 some = {"return_lse": return_lse, "split_size": split_size, **keys, **memory, **options}
                 if shifted:

@@ -181,7 +181,7 @@ def attention_of_row(call: Mapping[str, Any], row: int, dtype: torch.dtype, last
     for errors. With float64 nothing is rounded: what is right.
 
     Args:
-        call: arguments of `decode_attention` or `prefill_attention` by name.
+        call: arguments of `decode_attention` or `prefill_attention` by name; no window beside a tree mask or spans.
         row: the sequence.
         dtype: of operands.
         last: only so many query tokens at the end.
@@ -210,6 +210,12 @@ def attention_of_row(call: Mapping[str, Any], row: int, dtype: torch.dtype, last
     distance = positions[length - (end - first) :, None] - positions
     num_kept = call.get("sink_len", 0) if call.get("keep_sink") else 0
     visible = (distance >= 0) & ((distance < (call.get("window") or length)) | (positions < num_kept))
+    own = torch.arange(count, device=q.device)
+    if (spans := call.get("span_ends")) is not None:
+        visible[:, length - count :] |= own < spans[first:end, None]
+    if (words := call.get("tree_mask")) is not None and count <= 64:
+        bits = (words[first:end, None] >> own) & 1 == 1
+        visible[:, length - count :] = torch.where(bits.any(1, keepdim=True), bits, visible[:, length - count :])
     q, k, v = (x.to(dtype).to(sums) for x in (reference.hadamard(q[first:end].to(sums)), k, v))
     scores = torch.einsum("nhgd,htd->nhgt", q.unflatten(1, (k.shape[0], -1)), k)
     scores = scores * (call.get("sm_scale") or layout.head_dim**-0.5)

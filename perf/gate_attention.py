@@ -49,6 +49,28 @@ OPTIONS: dict[str, Callable[[Recorder, Call], Call]] = {
 """What is changed in a call, by name."""
 
 
+def _tree(kvarn: Recorder, call: Call) -> Call:
+    """Return words of random trees; those of the second sequence see what random bits say."""
+    total, ends = len(call["q"]), call["cu_seqlens_q"]
+    random = torch.Generator().manual_seed(total)
+    token = torch.arange(total) - ends[0]
+    parents = (torch.rand(total, generator=random) * (token + 1)).long() - 1
+    words = kvarn.build_tree_mask(parents=parents, cu_seqlens_q=ends)
+    words[ends[1] :] = torch.randint(2**62, (total - int(ends[1]),), generator=random)
+    return {"tree_mask": words}
+
+
+def _spans(kvarn: Recorder, call: Call) -> Call:
+    """Return spans of the first sequence, and one over all new tokens of the second."""
+    spans = torch.zeros(len(call["q"]), dtype=torch.int32)
+    spans[3:20], spans[21:38], spans[call["cu_seqlens_q"][1] :] = 20, 38, 2**31 - 1
+    return {"span_ends": spans}
+
+
+AMONG: dict[str, Callable[[Recorder, Call], Call]] = {"trees": _tree, "spans": _spans}
+"""The same for calls with new tokens."""
+
+
 def decode_call(subject: Subject, pages_only: bool) -> Call:
     """Return a call of decode_attention over three sequences, one of which is empty."""
     layout, size = subject.layout, subject.layout.page_size
@@ -127,7 +149,7 @@ def _check_prefill(kvarn: Recorder, subject: Subject, option: str) -> Iterator[R
     call = prefill_call(
         subject, new=form != "drafts", queries=(40, 5) if form == "chunk" else (7, 3), pages_only=option == "pages only"
     )
-    call |= OPTIONS[option](kvarn, call)
+    call |= (OPTIONS | AMONG)[option](kvarn, call)
     if option == "split size, workspace":
         call["config"] = SOME_CONFIG
     if form == "scratch":
@@ -149,7 +171,7 @@ DECODE_SECONDS, PREFILL_SECONDS = 1.5, 2.0
 for _option in OPTIONS:
     check(f"decode, {_option}", "decode_attention", DECODE_SECONDS)(functools.partial(_check_decode, option=_option))
 for _option in (
-    *(f"chunk: {option}" for option in OPTIONS),
+    *(f"chunk: {option}" for option in OPTIONS | AMONG),
     "drafts: sink, pages, tail",
     "drafts: pages only",
     "scratch: sink, pages, tail",

@@ -260,13 +260,16 @@ def _warm(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     ends, q = torch.tensor([0, 3], dtype=torch.int32, device=device), subject.draw(3, 8, layout.head_dim).to(device)
     kinds = {"window": True, "keep_sink": True, "soft_cap": True, "sinks": True, "csr": True, "prefill": True, "scratch": dtype}
     others = {"raw_dtype": dtype, "encoder": PUBLISHED, "dequantize": torch.float32, "table": table}
-    others |= {"config": SOME_CONFIG, "steps": True, "sink_columns": True}
+    others |= {"config": SOME_CONFIG, "steps": True, "sink_columns": True, "tree_mask": True, "span_ends": True}
+    among = {"tree_mask": torch.zeros(3, dtype=torch.int64), "span_ends": torch.zeros(3, dtype=torch.int32)}
+    among |= {name: subject.draw(3, 2, d) for name, d in (("k", layout.head_dim), ("v", layout.v_head_dim))}
     with _launches(device) as launches:
         kvarn.warmup(layout, 8, 2, device, dtype=dtype, **kinds, **others)
         before = set(launches)
         with kvarn.no_compilation():
             kvarn.decode_attention(case.q, **case.kwargs | options, table=table)
-            kvarn.prefill_attention(q, cu_seqlens_q=ends, **case.kwargs | options, config=SOME_CONFIG)
+            for given in ({}, moved(among, subject.device)):
+                kvarn.prefill_attention(q, cu_seqlens_q=ends, **case.kwargs | options | given, config=SOME_CONFIG)
             kvarn.dequantize_pages(case.pages, case.block_table[0], layout, dtype=torch.float32)
             ids = options["kv_indptr"], options["kv_indices"]
             step = kvarn.plan_step(

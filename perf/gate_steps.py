@@ -59,7 +59,8 @@ def _step(kvarn: Recorder, subject: Subject, csr: bool, attention: dict[str, Any
         if api is kvarn:
             kvarn.check_step(pages, raw_pages, step, window=100, keep_sink=False)
         api.read_tokens(pages, raw_pages, step, *read, starts=starts)
-        options = moved(attention, where) if api is kvarn else {n: x for n, x in attention.items() if n in ("window", "sinks")}
+        seen = {name: x for name, x in attention.items() if name in ("window", "sinks", "tree_mask", "span_ends")}
+        options = moved(attention if api is kvarn else seen, where)
         out, lse = api.attend(q.to(where), pages, raw_pages, step, k=k, v=v, return_lse=True, **options)
         ids = torch.tensor([0, 3], dtype=torch.int32).to(where)
         api.copy_raw_pages(raw_pages, ids, ids + 1)
@@ -91,7 +92,11 @@ def _blocks(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
 
 @check("step: page ids in one list, sinks in pages", "write_tokens", 8.0)
 def _lists(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
-    yield from _step(kvarn, subject, True, {})
+    count = _tables(subject, True)["num_tokens"]  # words of one sequence alone: the others have too many tokens
+    random = torch.Generator().manual_seed(subject.seed)
+    masks = {"tree_mask": torch.randint(2**62, (count,), generator=random)}
+    masks["span_ends"] = torch.randint(100, (count,), generator=random).int()
+    yield from _step(kvarn, subject, True, masks)
 
 
 @check("step of decodes", "attend", 3.0)

@@ -60,6 +60,7 @@ def prefill(
     dtype: torch.dtype = torch.float16,
     new: bool = True,
     scratch: bool = False,
+    masks: tuple[str, ...] = (),
     **options: float,
 ) -> None:
     """Call prefill_attention for two sequences and kv heads, split among programs or not."""
@@ -69,6 +70,8 @@ def prefill(
     q, k = (torch.zeros(tokens, 2 * heads, layout.head_dim, dtype=dtype) for heads in (group, 1))
     tables |= {"k": k, "v": torch.zeros(tokens, 2, layout.v_head_dim, dtype=dtype)} if new else {}
     tables |= {"scratch": torch.zeros_like(raw_pages)} if scratch else {}
+    kinds = {"tree_mask": torch.int64, "span_ends": torch.int32}
+    tables |= {name: torch.zeros(tokens, dtype=kinds[name]) for name in masks}
     pages, ends = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(3, dtype=torch.int32)
     kvarn.prefill_attention(q, pages, cu_seqlens_q=ends, layout=layout, return_lse=True, **tables, **options)
 
@@ -229,6 +232,8 @@ def prefill_cases(target: str) -> dict[str, Call]:
         cases |= {
             "prefill window and soft cap": lambda: prefill(MAIN, 512, window=99, soft_cap=30.0),
             "prefill window beside the sink": lambda: prefill(MAIN, 512, window=99, keep_sink=True),
+            "prefill trees": lambda: prefill(MAIN, 64, masks=("tree_mask",)),
+            "prefill trees and spans, window": lambda: prefill(MAIN, 512, masks=("tree_mask", "span_ends"), window=99),
             "prefill float32": lambda: prefill(PageLayout(64, 64, 3, 8), 64, dtype=torch.float32),
             "prefill bfloat16, head_dim 80": lambda: prefill(PageLayout(80, 64, 3, 3), 64, group=5, dtype=torch.bfloat16),
             "prefill head_dim 256": lambda: prefill(PageLayout(256, 128, 8, 8), 64),
@@ -241,6 +246,8 @@ def prefill_cases(target: str) -> dict[str, Call]:
                 PageLayout(80, 64, 3, 3), 6, group=5, dtype=torch.bfloat16
             ),
             "prefill 32 rows, window beside the sink": lambda: prefill(MAIN, 8, window=99, keep_sink=True),
+            "prefill 16 rows, trees, window": lambda: prefill(MAIN, 8, masks=("tree_mask",), window=99),
+            "prefill 32 rows, spans": lambda: prefill(MAIN, 16, masks=("span_ends",)),
             "prefill 32 rows, head_dim 256": lambda: prefill(PageLayout(256, 128, 8, 8), 16),
         }
     return cases
@@ -258,6 +265,7 @@ def scratch_cases(target: str) -> dict[str, Call]:
             ),
             "prefill scratch, window beside the sink": lambda: prefill(MAIN, 512, scratch=True, window=99, keep_sink=True),
             "prefill scratch, head_dim 512": lambda: prefill(PageLayout(512, 128, 8, 8), 64, scratch=True),
+            "prefill scratch, spans": lambda: prefill(MAIN, 512, scratch=True, masks=("span_ends",)),
             "dequantize head_dim 80": lambda: dequantize(PageLayout(80, 64, 3, 8), torch.bfloat16),
             "dequantize head_dim 512": lambda: dequantize(PageLayout(512, 64, 2, 3), torch.float32),
             "dequantize head_dim 192 and 128": lambda: dequantize(OTHER_VALUES, torch.float16),

@@ -12,6 +12,10 @@ from kvarn_triton.testing import cache_case
 LAYOUT = PageLayout(64, 64, 4, 2)
 
 
+AMONG = {"tree_mask": torch.int64, "span_ends": torch.int32}
+"""What new tokens see of each other."""
+
+
 def valid_arguments(device: torch.device) -> dict[str, dict]:
     """Return valid keyword arguments of every function that takes tensors."""
     case = cache_case(LAYOUT, [150, 70], group=3, sink_len=16, device=device)
@@ -24,6 +28,7 @@ def valid_arguments(device: torch.device) -> dict[str, dict]:
     tables = {"raw_pages": case.raw_pages, "raw_table": case.raw_table, "num_quantized": case.num_quantized}
     out = torch.randn(2, 64, 2, 64, device=device)
     options = {"window": 100, "soft_cap": 30.0, "sinks": torch.zeros(6, device=device)}
+    among = {name: torch.zeros(9, dtype=kind, device=device) for name, kind in AMONG.items()}
     return {
         "hadamard": {"x": torch.randn(3, 64, device=device), "out": torch.randn(3, 64, device=device)},
         "variance_normalize": {"tiles": tile, "per": "channel"},
@@ -71,7 +76,12 @@ def valid_arguments(device: torch.device) -> dict[str, dict]:
             "v": torch.randn(9, 2, 64, device=device).half(),
             "out": torch.zeros(9, 6, 64, device=device).half(),
             "scratch": torch.zeros(case.block_table.numel(), 2, 2, 64, 64, device=device).half(),
+            **among,
             **options,
+        },
+        "build_tree_mask": {
+            "parents": torch.zeros(9, dtype=torch.int64, device=device),
+            "cu_seqlens_q": torch.tensor([0, 5, 9], dtype=torch.int32, device=device),
         },
         "merge_states": {"out_a": state, "lse_a": lse, "out_b": state, "lse_b": lse},
         **arguments_of_steps(device),
@@ -96,6 +106,7 @@ def arguments_of_steps(device: torch.device) -> dict[str, dict]:
     pools = {"pages": case.pages, "raw_pages": case.raw_pages, "step": plan_step(**plan)}
     scratch = torch.zeros(case.block_table.numel(), 2, 2, 64, 64, device=device).half()
     attention = {"window": 100, "soft_cap": 30.0, "sinks": torch.zeros(6, device=device), "scratch": scratch}
+    attention |= {name: torch.zeros(9, dtype=kind, device=device) for name, kind in AMONG.items()}
     ids = torch.tensor([0, 1], dtype=torch.int32, device=device)
     read = {name: torch.randn(2, 2, 200, 64, device=device) for name in ("k", "v")}
     return {
@@ -188,6 +199,15 @@ BLOCK_TABLE = [
 SCALE = [
     ("sm_scale", set_to(value), "sm_scale: expected None or a finite number .up to 1e30., got ")
     for value in (torch.tensor(0.125), float("nan"), float("inf"), "0.125", True)
+]
+MASKS = [
+    ("tree_mask", *NOT_A_TENSOR),
+    ("tree_mask", to(torch.int32), "expected dtype int64, got int32"),
+    ("tree_mask", lambda x: x[:8], r"expected shape \[9\], got \[8\]"),
+    ("tree_mask", *GAPPED),
+    ("span_ends", to(torch.int64), "expected dtype int32, got int64"),
+    ("span_ends", lambda x: x[None], r"expected shape \[9\], got \[1, 9\]"),
+    ("span_ends", *GAPPED),
 ]
 STEP = [("step", set_to(value), "step: expected a Step, got ") for value in (None, 3)]
 WRONG: dict[str, list[tuple[str, Callable, str]]] = {
@@ -350,6 +370,14 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("config", set_to(PrefillConfig(16, 4, 64, 128)), "config.block_r: expected at most 64, the page_size, got 128"),
         ("config", set_to(PrefillConfig(16, 2, 64, 16, form="registers")), "config.form: expected dequantized with scratch"),
         ("scratch", *GAPPED),
+        *MASKS,
+    ],
+    "build_tree_mask": [
+        ("parents", *NOT_A_TENSOR),
+        ("parents", to(torch.float32), "expected dtype int32 or int64, got float32"),
+        ("parents", lambda x: x[None], r"expected shape \[\*\], got \[1, 9\]"),
+        ("cu_seqlens_q", to(torch.int64), "expected dtype int32, got int64"),
+        ("cu_seqlens_q", lambda x: x[:0], "expected at least 1 element, got 0"),
     ],
     "merge_states": [
         ("out_a", *NOT_A_TENSOR),
@@ -413,6 +441,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("split_size", set_to(0), "split_size: expected an integer of at least 1, got 0"),
         ("workspace", set_to(torch.zeros(8)), "expected dtype uint8, got float32"),
         ("scratch", lambda x: x[1:], r"expected a slot for each of the (\d+) entries of block_table, got \d+"),
+        *MASKS,
     ],
     "read_tokens": [
         *PAGES,

@@ -38,7 +38,8 @@ def calls() -> list[tuple]:
     plain = q, case.pages, case.block_table, lens, *NAMES
     full = q, case.pages, None, lens, *NAMES, *raw, *options, *csr, 2, row
     many = q5, case.pages, case.block_table, lens, cu_seqlens, *NAMES, None, None, *raw
-    fresh = q5, case.pages, None, lens, cu_seqlens, *NAMES, new, new, *raw, *options, *csr, 2
+    among = torch.tensor([1, 3, 5, 0, 2]), torch.tensor([0, 3, 0, 2, 0], dtype=torch.int32)
+    fresh = q5, case.pages, None, lens, cu_seqlens, *NAMES, new, new, *raw, *options, *csr, 2, False, None, *among
     tiles = torch.zeros(2, 3, 64, 2, 64).unbind(0)
     cut = case.num_quantized.clone(), *NAMES, SINK, True
     commit = case.num_quantized.clone(), *NAMES, SINK, 0, 1, True, *ENCODER
@@ -94,7 +95,8 @@ def calls_of_steps() -> list[tuple]:
     step = kvarn.plan_step(LAYOUT, lens, None, case.block_table, case.raw_table, sink_len=64)
     pools, options = (case.pages, case.raw_pages), (0.1, 90, 20.0, torch.zeros(8))
     q, new = torch.randn(5, 8, 64).half(), torch.randn(5, 2, 64).half()
-    many = q, *pools, *fields_of(chunk), new, new, *options, 2, None, False
+    among = torch.tensor([1, 3, 5, 0, 2]), torch.tensor([0, 3, 0, 2, 0], dtype=torch.int32)
+    many = q, *pools, *fields_of(chunk), new, new, *options, 2, None, False, None, *among
     one = (
         torch.randn(2, 8, 1, 64).half(),
         *pools,

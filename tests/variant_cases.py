@@ -16,7 +16,7 @@ QUICK = kvarn.Encoder(iterations=0, clip=False, fits=0, norm="balance")
 """The encoder that takes the least time to compile."""
 WARMUP = {
     "dtype": DTYPE, "encoder": QUICK, "prefill": True, "scratch": SCRATCH, "dequantize": torch.float32, "steps": True,
-    "sink_columns": True,
+    "sink_columns": True, "tree_mask": True, "span_ends": True,
 }  # fmt: skip
 
 
@@ -61,6 +61,12 @@ class Variants:
         return memory[self.pick(0, 1) :, : shape[1]][: shape[0]]
 
 
+def masks(variants: Variants, tokens: int) -> dict:
+    """Return what new tokens see of each other."""
+    words = variants.ints(tokens, below=2**40, dtype=torch.int64)
+    return {"tree_mask": words, "span_ends": variants.ints(tokens, below=60)}
+
+
 def caches(variants: Variants, batch: int) -> dict:
     """Return the arguments of attention that say where a cache is: of two forms, with and without raw pages."""
     v, size = variants, LAYOUT.page_size
@@ -93,6 +99,7 @@ def warmed_calls(variants: Variants) -> dict[str, Callable[[], object]]:
     chunk["seq_lens"] = v.place(tables["seq_lens"].cpu() + tokens // batch)
     if v.pick(0, 1):
         chunk |= {"k": v.floats(tokens, HEADS, LAYOUT.head_dim), "v": v.floats(tokens, HEADS, LAYOUT.v_head_dim)}
+        chunk |= masks(v, tokens) if v.pick(0, 1) else {}
     else:
         chunk["seq_lens"] = tables["seq_lens"]
     if v.pick(0, 1):
@@ -144,6 +151,7 @@ def step_calls(variants: Variants) -> dict[str, Callable[[], object]]:
     block_table = v.ints(batch, tables["block_table"].shape[1], below=NUM_PAGES // 3)
     pools = tables["pages"], tables["raw_pages"]
     given = {"k": k, "v": values} if v.pick(0, 1) else {}
+    given |= masks(v, batch * tokens) if given and ends is not None and v.pick(0, 1) else {}
     given |= {"split_size": v.pick(1, 2, 16) if v.pick(0, 1) else None, "return_lse": bool(v.pick(0, 1))}
     read = [v.floats(batch, HEADS, v.pick(1, 5, 16, 70), d, dtype=torch.float32) for d in (LAYOUT.head_dim, LAYOUT.v_head_dim)]
     read[1] = v.place(torch.zeros(*read[0].shape[:3], LAYOUT.v_head_dim))

@@ -84,27 +84,28 @@ def build_tree_mask(parents: torch.Tensor, cu_seqlens_q: torch.Tensor) -> torch.
 
 
 def seen_among(
-    count: int,
+    first: int,
+    last: int,
+    tree_mask: torch.Tensor | None,
+    span_ends: torch.Tensor | None,
     *,
-    tree_mask: torch.Tensor | None = None,
-    span_ends: torch.Tensor | None = None,
     window: int | None = None,
     num_kept: int = 0,
     device: torch.device | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which of the `count` new tokens of a sequence see which, bool [count, count], and their places [count].
+    """Return which of n new tokens of a sequence, `first` to `last` of a call, see which, bool [n, n], and their places [n].
 
     A token sees the new tokens up to its own and those before the end of its span. With a window it sees the last of those, and
     the first `num_kept`. A word of a tree mask says instead, whatever the window, which new tokens are seen. The place of a
     token, from which a window over older tokens counts, is its number, or one less than the new tokens that its word shows.
     """
-    place = torch.arange(count, device=device)
-    ends = place + 1 if span_ends is None else torch.maximum(place + 1, span_ends)
+    place = torch.arange(last - first, device=device)
+    ends = place + 1 if span_ends is None else torch.maximum(place + 1, span_ends[first:last])
     seen = place[None, :] < ends[:, None]
     if window is not None:
         seen &= (place[:, None] - place[None, :] < window) | (place[None, :] < num_kept)
-    if tree_mask is not None and count <= MOST_DRAFTS:
-        bits = (tree_mask[:, None] >> place) & 1
+    if tree_mask is not None and last - first <= MOST_DRAFTS:
+        bits = (tree_mask[first:last, None] >> place) & 1
         said = bits.sum(1)
         seen, place = torch.where(said[:, None] > 0, bits > 0, seen), torch.where(said > 0, said - 1, place)
     return seen, place
@@ -200,8 +201,7 @@ def prefill_attention(
         query_positions, among = positions, None
         if tree_mask is not None or span_ends is not None:
             among, places = seen_among(
-                last - first, tree_mask=None if tree_mask is None else tree_mask[first:last], window=window,
-                span_ends=None if span_ends is None else span_ends[first:last], num_kept=num_kept - before, device=q.device,
+                first, last, tree_mask, span_ends, window=window, num_kept=num_kept - before, device=q.device
             )  # fmt: skip
             query_positions = before + places
         # What no query sees isn't read: it may belong to somebody else by now.

@@ -11,7 +11,7 @@ import torch
 from .. import reference
 from ..encoder import DEFAULT, Encoder
 from ..layout import PageLayout
-from ..reference.attention import attend
+from ..reference.attention import attend, seen_among
 
 
 @dataclass
@@ -121,6 +121,8 @@ def attention_in(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
+    span_ends: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return plain attention over the dequantized cache with operands and weights rounded to `dtype`, sums in float32.
 
@@ -149,10 +151,11 @@ def attention_in(
             k, v = (torch.cat(both, dim=1) for both in zip((k, v), given, strict=True))
         rotated, k, v = (x.to(dtype).float() for x in (reference.hadamard(q[first:last].float()), k, v))
         positions = torch.arange(start, length, device=q.device)
+        among, places = seen_among(first, last, tree_mask, span_ends, window=window, device=q.device)
         units = torch.eye(len(positions), device=q.device).expand(k.shape[0], -1, -1)
         weights, _ = attend(
-            rotated, k, units, positions[len(positions) - (last - first) :], positions, scale,
-            window=window, soft_cap=soft_cap, sinks=sinks,
+            rotated, k, units, length - (last - first) + places, positions, scale,
+            window=window, soft_cap=soft_cap, sinks=sinks, among=among,
         )  # fmt: skip
         weights = weights.to(dtype).float().unflatten(1, (k.shape[0], -1))
         out[first:last] = reference.hadamard(torch.einsum("nhgt,htd->nhgd", weights, v)).flatten(1, 2)
