@@ -137,15 +137,17 @@ def _attend_new(
     state, q, new, tile, head, masking, num_sinks, LAYOUT: tl.constexpr, PLAN: tl.constexpr
 ):  # fmt: skip
     """Advance the state of queries, not rotated, by the new tokens of their sequence, the first num_sinks of them sinks."""
-    first_query, last, reach = tile.first_query, tile.last_query + 1, None
+    first_query, reach = tile.first_query, None
     if masking.among.tree_mask is not None or masking.among.span_ends is not None:
         reach = reach_of(masking.among, tile.query, tile.token, tile.mask, tile.num_tokens)
-        last = tl.max(reach[1], axis=0)
-        if masking.among.tree_mask is not None:  # a word shows any new token, and hides any
-            first_query = tl.where(tile.num_tokens <= MOST_DRAFTS, -1, first_query)
+    if masking.among.tree_mask is not None:  # a word shows any new token, and hides any
+        first_query = tl.where(tile.num_tokens <= MOST_DRAFTS, -1, first_query)
     first = first_of_new(first_query, num_sinks, masking.windows)
     queries = tile.query, first_query, tile.last_query
     k, v = _of_sequence(new[0], tile.row_start, head), _of_sequence(new[1], tile.row_start, head)
+    last = tile.last_query + 1
+    if reach is not None:
+        last = tl.max(reach[1], axis=0)
     return attend_new(state, q, masking, k, v, (first, last), queries, num_sinks, reach, LAYOUT, PLAN)
 
 

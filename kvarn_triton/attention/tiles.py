@@ -41,9 +41,9 @@ def tile_of(cu_seqlens_ptr, row, number, head, masking, PLAN: tl.constexpr):
     offs_m = tl.arange(0, PLAN.block_m)
     query = (first_row + offs_m) // PLAN.group
     q_head = head * PLAN.group + (first_row + offs_m) % PLAN.group
-    first_query = first_row // PLAN.group
     last_query = (first_row + num_rows - 1) // PLAN.group
     token = (row_start + query).to(tl.int64)
+    first_query = first_row // PLAN.group
     mask = offs_m < num_rows
     if masking.windows.body is not None and masking.among.tree_mask is not None:
         words = words_of(masking.among.tree_mask, token, mask, num_tokens)

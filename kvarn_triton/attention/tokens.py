@@ -183,7 +183,7 @@ def _attend_raw_run(
             state, q, q_factor, masking,
             (page_ptr + place[None, :] + channel[:, None], page_ptr + raw.stride_half + place[:, None] + offs_d[None, :]),
             (valid[None, :] & mask_c[:, None], valid[:, None] & (offs_d < LAYOUT.v_head_dim)[None, :]),
-            token, valid[None, :], True, position, position, window, None, OPERAND,
+            token, valid, True, position, position, window, None, OPERAND,
         )  # fmt: skip
     return state
 
@@ -207,9 +207,9 @@ def _attend_step(
 ):
     """Advance the state by tokens whose keys are at ptrs[0] [channels, tokens] and values at ptrs[1] [tokens, channels].
 
-    Masks of loads, and `valid` [rows or 1, tokens], may be None. Only where `hidden` some token may be newer than `newest`
-    [rows], too old for the window of a query at `position` [rows], or not valid. Tokens before `sink_end` are of the sink. Both
-    may be None.
+    Masks of loads, and `valid` [tokens] or [rows, tokens], may be None. Only where `hidden` some token may be newer than
+    `newest` [rows], too old for the window of a query at `position` [rows], or not valid. Tokens before `sink_end` are of the
+    sink. Both may be None.
     """
     k_mask, v_mask = masks
     keys = tl.load(ptrs[0], k_mask, other=None if k_mask is None else 0.0)
@@ -217,7 +217,7 @@ def _attend_step(
     if hidden:
         seen = token[None, :] <= newest[:, None]
         if valid is not None:
-            seen = seen & valid
+            seen = seen & (valid[None, :] if len(valid.shape) == 1 else valid)
         if window is not None:
             seen = seen & recent(token, position, window, masking.windows, sink_end)
         scores = tl.where(seen, scores, float("-inf"))
