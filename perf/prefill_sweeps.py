@@ -1,4 +1,5 @@
-"""Several query tokens per sequence: verifying drafts beside decoding one token, and chunks beside the same on 16-bit pages."""
+"""Several query tokens per sequence: verifying drafts beside decoding one token, chunks beside the same on 16-bit pages, and
+new tokens with masks beside causal ones."""
 
 from __future__ import annotations
 
@@ -29,6 +30,9 @@ from kvarn_triton import PageLayout
 VERIFY = ((8, 32768, 4), (8, 32768, 8), (1, 32768, 4), (1, 32768, 8))
 CHUNKS = ((1, 32768, 2048), (1, 8192, 2048), (8, 4096, 512), (1, 0, 4096))
 """Sequences, cached tokens, and query tokens of each sequence."""
+MASKED = ((8, 32768, 4), (8, 32768, 8), (8, 32768, 16), (8, 32768, 64), (1, 32768, 64), (1, 8192, 2048))
+"""The same, of new tokens with masks; the last one is a chunk with images."""
+IMAGE_TOKENS = 256
 Point = tuple[str, str, int, int, int]
 """Preset, what ("verify", "chunk" or "chunk, scratch"), sequences, cached tokens, query tokens of each."""
 
@@ -84,7 +88,13 @@ def prefill_point(options: Options, shape_name: str, point: Point) -> Row:
 
 
 def prefill_calls(
-    cases: Sequence[DecodeCase], tokens: int, new: bool, shape: Shape, seed: int, scratch: bool = False
+    cases: Sequence[DecodeCase],
+    tokens: int,
+    new: bool,
+    shape: Shape,
+    seed: int,
+    scratch: bool = False,
+    masks: dict[str, torch.Tensor] | None = None,
 ) -> tuple[list[Call], float]:
     """Return a call for each case, without allocations, and the first one's error at the last sequence's last token."""
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -104,7 +114,7 @@ def prefill_calls(
         arguments = case.call | {"q": draw(shape.num_q_heads), "cu_seqlens_q": ends}
         if new:
             arguments |= {"k": draw(heads), "v": draw(heads), "seq_lens": case.seq_lens + tokens}
-        arguments |= {"out": torch.empty_like(arguments["q"])}
+        arguments |= {"out": torch.empty_like(arguments["q"]), **(masks or {})}
         arguments |= {"workspace": torch.empty(size, dtype=torch.uint8, device=device)}
         if scratch:
             slots = (case.block_table.numel(), 2, heads, layout.page_size, shape.head_dim)
@@ -142,4 +152,71 @@ def _chunk(shape: Shape, layout: PageLayout, batch: int, context: int, tokens: i
     row["tflops"] = 4 * pairs * shape.num_q_heads * shape.head_dim / ours.us / 1e6
     if twin_error <= MAX_ERROR:
         row |= {"us_16bit": sixteen.us, "percent_of_16bit": 100 * sixteen.us / ours.us}
+    return row
+
+
+@sweep(
+    "masks",
+    needs="gpu",
+    headers={
+        "shape": "shape",
+        "preset": "preset",
+        "batch": "batch",
+        "context": "cached",
+        "tokens": "new tokens each",
+        "us": "causal us",
+        "spread": "p20-p80",
+        "us_tree": "tree us",
+        "times_tree": "x causal",
+        "us_block": "block us",
+        "times_block": "x causal",
+        "us_images": "images us",
+        "times_images": "x causal",
+    },
+    note="one prefill_attention call with given new keys and values, pages only. tree: tree_mask of random trees; block:\n"
+    "span_ends that let all new tokens see each other; images: spans of 256 tokens.",
+)
+def masks(options: Options) -> Iterator[Row]:
+    """Time masks among new tokens beside causal calls."""
+    shape, preset = selected_shapes(options)[0], (options.presets or (MAIN_PRESET,))[0]
+    for batch, context, tokens in progress("masks", MASKED, str):
+        row: Row = {"shape": shape.name, "preset": preset, "batch": batch, "context": context, "tokens": tokens}
+        row |= {"head_dim": shape.head_dim, "dtype": "float16"}
+        free_memory()
+        if is_red(options, ("prefill_attention", "store_pages"), preset, shape):
+            yield row | failed(RED)
+            continue
+        try:
+            yield row | _masked(shape, PageLayout.from_name(preset, head_dim=shape.head_dim), batch, context, tokens, options)
+        except Exception as error:  # one case that can't run leaves the others their times
+            yield row | failed(error)
+
+
+def masks_of(batch: int, tokens: int, seed: int, device: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Return what calls of as many new tokens get, by name: nothing, random trees, blocks, images."""
+    total, ints = batch * tokens, {"dtype": torch.int32, "device": device}
+    generator = torch.Generator().manual_seed(seed)
+    number = torch.arange(total) % tokens
+    parents = (torch.rand(total, generator=generator) * (number + 1)).int() - 1
+    words = kvarn.build_tree_mask(parents.to(device), torch.arange(0, total + 1, tokens, **ints))
+    ends = (number // IMAGE_TOKENS + 1) * IMAGE_TOKENS
+    every = {"causal": {}, "tree": {"tree_mask": words}, "block": {"span_ends": torch.full((total,), tokens, **ints)}}
+    return every if tokens <= IMAGE_TOKENS else {"causal": {}, "images": {"span_ends": ends.to(**ints)}}
+
+
+def _masked(shape: Shape, layout: PageLayout, batch: int, context: int, tokens: int, options: Options) -> Row:
+    cases = decode_sets(shape, layout, batch, context, PAGES_ONLY, options.seed)
+    providers, row = {}, {}
+    for name, given in masks_of(batch, tokens, options.seed, "cuda").items():
+        providers[name], error = prefill_calls(cases, tokens, True, shape, options.seed, masks=given)
+        row[f"error_{name}"] = error
+        if not error <= MAX_ERROR:
+            return failed(f"error {error:.1e} of {name}", **row)
+    timings, errors = measure(providers, samples=num_samples(options))
+    if errors:
+        return failed("; ".join(errors.values()), **row)
+    causal = timings.pop("causal")
+    row |= spread_fields(causal)
+    for name, timing in timings.items():
+        row |= {f"us_{name}": timing.us, f"times_{name}": timing.us / causal.us} | timing.fields(f"{name}_")
     return row

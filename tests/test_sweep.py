@@ -43,7 +43,7 @@ def run_checks(names=None) -> tuple[list[dict], list[dict]]:
 
 def test_registry():
     """Every sweep has a subcommand and a line of help; every name that documents use is there."""
-    names = "gate decode ragged prefill peers tune write steps store dequantize hadamard overhead host capacity error"
+    names = "gate decode ragged prefill masks peers tune write steps store dequantize hadamard overhead host capacity error"
     assert set(common.SWEEPS) == {
         *names.split(),
         "compile",

@@ -221,7 +221,7 @@ def prefill_attention(
                 kv_indptr=kv_indptr,
                 kv_indices=kv_indices,
                 dtype=dtype,
-            )
+            )  # fmt: skip
             for begin, end in spans
         ]
         keys, values = (torch.cat(halves, dim=1) for halves in zip(*parts, strict=True))
