@@ -7,6 +7,7 @@ among programs plays no part here.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -206,23 +207,12 @@ def prefill_attention(
             query_positions = before + places
         # What no query sees isn't read: it may belong to somebody else by now.
         spans = [(0, max(min(num_kept, start, cached), 0)), (min(start, cached), cached)]
+        tables: dict[str, Any] = {
+            "raw_pages": raw_pages, "raw_table": raw_table, "kv_indptr": kv_indptr, "kv_indices": kv_indices,
+            "num_quantized": None if num_quantized is None else int(num_quantized[b]), "sink_len": sink_len,
+        }  # fmt: skip
         parts = [
-            gather_cache(
-                pages,
-                block_table,
-                end,
-                layout,
-                row=b,
-                start=begin,
-                raw_pages=raw_pages,
-                raw_table=raw_table,
-                num_quantized=None if num_quantized is None else int(num_quantized[b]),
-                sink_len=sink_len,
-                kv_indptr=kv_indptr,
-                kv_indices=kv_indices,
-                dtype=dtype,
-            )  # fmt: skip
-            for begin, end in spans
+            gather_cache(pages, block_table, end, layout, row=b, start=begin, dtype=dtype, **tables) for begin, end in spans
         ]
         keys, values = (torch.cat(halves, dim=1) for halves in zip(*parts, strict=True))
         key_positions = torch.cat([torch.arange(begin, end, device=q.device) for begin, end in spans])
