@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers import LSE_ERROR, check, draw, layout_id
+from helpers import LSE_ERROR, SLOW, check, draw, layout_id
 from prefill_cases import SMALL, in_form, prefill_case, with_scratch
 
 from kvarn_triton import (
@@ -28,7 +28,7 @@ from kvarn_triton import (
 from kvarn_triton.testing import relative_error
 
 ALL = 2**31 - 1
-FORMS = pytest.mark.parametrize("form", ["dequantized", "registers", "folded", "scratch"])
+FORMS = pytest.mark.parametrize("form", ["dequantized", "registers", pytest.param("folded", marks=SLOW), "scratch"])
 
 
 def paths_of(parents: Sequence[int]) -> list[list[int]]:
@@ -125,13 +125,12 @@ def test_windows(options, form, device):
     queries = [64, 65, 7, 40]
     lengths = [270, 90, 100, 40]
     arguments = prefill_case(SMALL, lengths, queries, new=True, group=4, sink_len=20, num_tail_slots=1, device=device)
-    for name, masks in random_masks(queries, device).items():
-        for split_size in (None, 1):
-            some = {name: masks, "return_lse": True, **options}
-            out, lse = prefill_attention(**arguments, **some, **in_form(form, arguments, split_size))
-            expected, expected_lse = reference.prefill_attention(**arguments | {"q": arguments["q"].double()}, **some)
-            assert relative_error(out, expected) < 2e-3
-            torch.testing.assert_close(lse, expected_lse, rtol=0, atol=LSE_ERROR[torch.float16])
+    for (name, masks), split_size in zip(random_masks(queries, device).items(), (None, 1), strict=True):
+        some = {name: masks, "return_lse": True, **options}
+        out, lse = prefill_attention(**arguments, **some, **in_form(form, arguments, split_size))
+        expected, expected_lse = reference.prefill_attention(**arguments | {"q": arguments["q"].double()}, **some)
+        assert relative_error(out, expected) < 2e-3
+        torch.testing.assert_close(lse, expected_lse, rtol=0, atol=LSE_ERROR[torch.float16])
 
 
 def test_what_a_window_hides_is_not_read(device):
@@ -206,8 +205,8 @@ def test_causal_words_and_spans(device):
             assert relative_error(call(**arguments, **masks), expected) < 1e-3
 
 
-def test_nothing_is_seen(device):
-    """A token that sees no other, itself neither, has itself removed by the caller: with an empty cache the first is alone."""
+def test_any_bits(device):
+    """A token may see a later one alone, and not itself: with an empty cache it gets the value of that one."""
     arguments = prefill_case(SMALL, [3], [3], new=True, device=device)
     out = prefill_attention(**arguments, tree_mask=torch.tensor([4, 2, 1], device=device))
     for token, other in ((0, 2), (1, 1), (2, 0)):
