@@ -150,7 +150,8 @@ def warmup(
     for shifted in {False, sink_columns}:
         some = options | {"keep_sink": False} if shifted and window else options
         _warm_decode(model, pages, raw_pages, {"table": table, **some}, shifted)
-        for memory in {None, scratch} if prefill else ():
+        own = dtype if config is None and dtype != torch.float32 else None  # of long chunks that get no scratch
+        for memory in {None, scratch, own} if prefill else ():
             _warm_prefill(model, pages, raw_pages, memory, {"config": config, **some}, shifted, (tree_mask, span_ends))
     if steps:
         _warm_steps(model, (k[:1], v[:1]), pages, raw_pages, sink_columns, encoder)

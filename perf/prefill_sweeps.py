@@ -25,7 +25,7 @@ from timed import (
 from timing import Call, measure
 
 import kvarn_triton as kvarn
-from kvarn_triton import PageLayout
+from kvarn_triton import PageLayout, configs
 
 VERIFY = ((8, 32768, 4), (8, 32768, 8), (1, 32768, 4), (1, 32768, 8))
 CHUNKS = ((1, 32768, 2048), (1, 8192, 2048), (8, 4096, 512), (1, 0, 4096))
@@ -34,7 +34,7 @@ MASKED = ((8, 32768, 4), (8, 32768, 8), (8, 32768, 16), (8, 32768, 64), (1, 3276
 """The same, of new tokens with masks; the last one is a chunk with images."""
 IMAGE_TOKENS = 256
 Point = tuple[str, str, int, int, int]
-"""Preset, what ("verify", "chunk" or "chunk, scratch"), sequences, cached tokens, query tokens of each."""
+"""Preset, what ("verify", "chunk", "chunk, scratch" or "chunk, tiles"), sequences, cached tokens, query tokens of each."""
 
 
 @sweep(
@@ -56,13 +56,14 @@ Point = tuple[str, str, int, int, int]
         "times_decode": "x decode",
     },
     note="one prefill_attention call, pages only. verify: the query tokens are in the cache; decode us: one token per\n"
-    "sequence of the same cache. chunk: the query tokens' keys and values are given; with scratch, pages are\n"
-    "dequantized once, in the time; 16-bit: the tuned twin, all tokens in 16-bit pages.",
+    "sequence of the same cache. chunk: the query tokens' keys and values are given. It takes scratch memory by itself\n"
+    "up to 256 MiB; scratch: it is given such memory, of any size; tiles: it has none, and every tile of query rows\n"
+    "dequantizes the pages. 16-bit: the tuned twin, all tokens in 16-bit pages.",
 )
 def prefill(options: Options) -> Iterator[Row]:
     """Time `prefill_attention` for the first shape."""
     shape = selected_shapes(options)[0]
-    groups = (("verify", VERIFY), ("chunk", CHUNKS), ("chunk, scratch", CHUNKS))
+    groups = (("verify", VERIFY), ("chunk", CHUNKS), ("chunk, scratch", CHUNKS), ("chunk, tiles", CHUNKS))
     points = [
         (preset, what, *point) for preset in options.presets or (MAIN_PRESET,) for what, group in groups for point in group
     ]
@@ -82,7 +83,7 @@ def prefill_point(options: Options, shape_name: str, point: Point) -> Row:
     try:
         if what == "verify":
             return row | _verify(shape, layout, batch, context, tokens, options)
-        return row | _chunk(shape, layout, batch, context, tokens, "scratch" in what, options)
+        return row | _chunk(shape, layout, batch, context, tokens, what, options)
     except Exception as error:  # one case that can't run leaves the others their times
         return row | failed(error)
 
@@ -93,7 +94,7 @@ def prefill_calls(
     new: bool,
     shape: Shape,
     seed: int,
-    scratch: bool = False,
+    what: str = "verify",
     masks: dict[str, torch.Tensor] | None = None,
 ) -> tuple[list[Call], float]:
     """Return a call for each case, without allocations, and the first one's error at the last sequence's last token."""
@@ -109,14 +110,17 @@ def prefill_calls(
     for case in cases:
         columns = case.block_table.shape[1]
         size = kvarn.prefill_workspace_size(
-            total, batch, shape.num_q_heads, heads, layout, columns, device, scratch=scratch
+            total, batch, shape.num_q_heads, heads, layout, columns, device, scratch="scratch" in what
         )  # fmt: skip
         arguments = case.call | {"q": draw(shape.num_q_heads), "cu_seqlens_q": ends}
         if new:
             arguments |= {"k": draw(heads), "v": draw(heads), "seq_lens": case.seq_lens + tokens}
         arguments |= {"out": torch.empty_like(arguments["q"]), **(masks or {})}
         arguments |= {"workspace": torch.empty(size, dtype=torch.uint8, device=device)}
-        if scratch:
+        if "tiles" in what:
+            group = shape.num_q_heads // heads
+            arguments["config"] = configs.prefill_config(layout, torch.float16, device, total, batch, group, None)
+        if "scratch" in what:
             slots = (case.block_table.numel(), 2, heads, layout.page_size, shape.head_dim)
             arguments["scratch"] = torch.full(slots, torch.nan, dtype=torch.float16, device=device)
         every.append(arguments)
@@ -137,9 +141,9 @@ def _verify(shape: Shape, layout: PageLayout, batch: int, context: int, tokens: 
     return spread_fields(ours) | {"error": error, "us_decode": decode.us, "times_decode": ours.us / decode.us}
 
 
-def _chunk(shape: Shape, layout: PageLayout, batch: int, context: int, tokens: int, scratch: bool, options: Options) -> Row:
+def _chunk(shape: Shape, layout: PageLayout, batch: int, context: int, tokens: int, what: str, options: Options) -> Row:
     case = build_cache(shape, layout, [context] * batch, distinct_pages=DISTINCT_PAGES, seed=options.seed)
-    calls, error = prefill_calls([case], tokens, True, shape, options.seed, scratch)
+    calls, error = prefill_calls([case], tokens, True, shape, options.seed, what)
     if not error <= MAX_ERROR:
         return failed(f"error {error:.1e}", error=error)
     config, twin, twin_error = SixteenBit(shape, batch, context + tokens, tokens, options.seed, sets=1).best_twin()

@@ -14,7 +14,7 @@ import torch
 import triton
 
 import kvarn_triton as kvarn
-from kvarn_triton import DEFAULT, PageLayout
+from kvarn_triton import DEFAULT, PageLayout, configs
 from kvarn_triton.testing.compiler import Compiled, compile_for, resources
 
 MAIN = PageLayout(head_dim=128, page_size=128, k_bits=4, v_bits=2)
@@ -61,7 +61,7 @@ def prefill(
     new: bool = True,
     scratch: bool = False,
     masks: tuple[str, ...] = (),
-    **options: float,
+    **options: object,
 ) -> None:
     """Call prefill_attention for two sequences and kv heads, split among programs or not."""
     lens, table = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
@@ -70,6 +70,8 @@ def prefill(
     q, k = (torch.zeros(tokens, 2 * heads, layout.head_dim, dtype=dtype) for heads in (group, 1))
     tables |= {"k": k, "v": torch.zeros(tokens, 2, layout.v_head_dim, dtype=dtype)} if new else {}
     tables |= {"scratch": torch.zeros_like(raw_pages)} if scratch else {}
+    if tokens >= 2 * configs.SCRATCH_TOKENS and not scratch:  # else the call takes such memory by itself
+        options["config"] = configs.prefill_config(layout, dtype, q.device, tokens, 2, group, None)
     kinds = {"tree_mask": torch.int64, "span_ends": torch.int32}
     tables |= {name: torch.zeros(tokens, dtype=kinds[name]) for name in masks}
     pages, ends = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(3, dtype=torch.int32)

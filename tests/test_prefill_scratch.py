@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import DTYPES, ON_GPU, SLOW, assert_same_bits, bits_of, check, layout_id
-from prefill_cases import SMALL, new_scratch, prefill_case
+from prefill_cases import SMALL, in_form, new_scratch, prefill_case
 
 import kvarn_triton
 from kvarn_triton import PageLayout, dequantize_pages, prefill_attention, prefill_workspace_size, reference
@@ -106,3 +106,26 @@ def test_workspace_size(device):
     assert_same_bits(out, prefill_attention(**arguments, split_size=2, scratch=scratch))
     with pytest.raises(ValueError, match="scratch: expected a slot for each of the 12 entries of block_table, got 11"):
         prefill_attention(**arguments, scratch=scratch[1:])
+
+
+def test_long_chunks_take_memory_by_themselves(device, monkeypatch):
+    """From so many tokens and up to so many bytes results are those with scratch memory; not if the caller chose the launch."""
+    monkeypatch.setattr(kvarn_triton.configs, "SCRATCH_TOKENS", 20)
+    arguments = prefill_case(SMALL, [330, 70], [31, 9], new=True, num_tail_slots=1, device=device)
+    given = {"scratch": new_scratch(arguments)}
+    in_tiles = in_form("dequantized", arguments)
+    with_memory, without = (bits_of(prefill_attention(**arguments, **options)) for options in (given, in_tiles))
+    assert not torch.equal(with_memory, without)
+    assert torch.equal(bits_of(prefill_attention(**arguments)), with_memory)
+    split = [prefill_attention(**arguments, split_size=2, **options) for options in ({}, given)]
+    assert not torch.equal(*map(bits_of, split))
+    size = arguments["block_table"].numel() * 2 * 64 * 64 * 2
+    for name, value in (("SCRATCH_BYTES", size - 1), ("SCRATCH_TOKENS", 21)):
+        with monkeypatch.context() as patch:
+            patch.setattr(kvarn_triton.configs, name, value)
+            assert not torch.equal(bits_of(prefill_attention(**arguments)), with_memory)
+    monkeypatch.setattr(kvarn_triton.configs, "SCRATCH_BYTES", size)
+    assert torch.equal(bits_of(prefill_attention(**arguments)), with_memory)
+    need = prefill_workspace_size(40, 2, 2, 1, SMALL, arguments["block_table"].shape[1], device)
+    workspace = torch.empty(need, dtype=torch.uint8, device=device)
+    assert torch.equal(bits_of(prefill_attention(**arguments, workspace=workspace)), with_memory)

@@ -3,12 +3,13 @@
 The first kernel attends with tiles of query rows (`prefill_kernel`); each page is decoded once for all rows of a tile. Where
 there are fewer tiles than the GPU holds programs, the pages of a tile are split among several programs, and the second kernel
 merges their results (`merge`). With scratch memory a launch before decodes each page once (`pages.expand`), and tiles
-attend to numbers in 16 bits.
+attend to numbers in 16 bits; long chunks take such memory by themselves.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,10 @@ def prefill_workspace_size(
     # Tiles times splits are no more than programs, and rows no more than those of all tiles.
     rows = total_tokens * num_q_heads
     sizes = [least for least in (1, *(most + 1 for most in configs.TILE_ROWS)) if least <= rows]
-    tiles = [config or configs.prefill_config(layout, dtype, device, least, 1, 1, None, scratch) for least in sizes]
+    forms = {scratch, scratch or config is None}  # long chunks take scratch memory by themselves
+    tiles = [
+        config or configs.prefill_config(layout, dtype, device, least, 1, 1, None, form) for form in forms for least in sizes
+    ]
     programs = [gpu.num_programs(device, config.programs_per_sm) * config.block_m for config in tiles]
     return row_bytes * min(max(programs, default=0), max_pages * rows)
 
@@ -151,8 +155,9 @@ def prefill_attention(
             a slot for each entry of `block_table` or `kv_indices`: num_slots is at least block_table.numel() or
             len(kv_indices). A launch before the others writes each quantized page that some query sees to its slot; other
             slots are neither read nor written. Keys and values are rounded to the dtype of `scratch`, in which they are
-            multiplied too; what is beyond the range of float16 becomes infinite (`dequantize_pages`). None: every tile of
-            query rows dequantizes the pages itself.
+            multiplied too; what is beyond the range of float16 becomes infinite (`dequantize_pages`). None: such memory of the
+            dtype of `q` is allocated if that is 16 bits, sequences have 256 query tokens or more on average, and it takes at
+            most 256 MiB; not with `split_size` or `config`. Otherwise every tile of query rows dequantizes the pages itself.
         keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it (StreamingLLM, arXiv 2309.17453).
         config: launch parameters; by default the package's own for the device and the numbers of tokens and heads. In the
             batch-invariant mode the bits of a row depend on them too.
@@ -208,6 +213,8 @@ def plan_prefill(
     config: configs.PrefillConfig | None,
 ) -> PrefillPlanned:
     """Return how a call is computed, and check its launch parameters and the memory for partial results and pages."""
+    if scratch is None and config is None and split_size is None:
+        scratch = _own_scratch(q, cache)
     if config is not None:
         configs.check_prefill_config(config, cache.layout, q.dtype, scratch is not None)
     else:
@@ -225,6 +232,16 @@ def plan_prefill(
     if results.workspace is not None:
         check_workspace(results.workspace, num_bytes, q.device)
     return PrefillPlanned(tiles, num_bytes, scratch)
+
+
+def _own_scratch(q: torch.Tensor, cache: Cache) -> torch.Tensor | None:
+    """Return memory for dequantized pages, where a long chunk is worth it and it isn't much."""
+    shape = cache.ids.numel(), 2, cache.num_kv_heads, cache.layout.page_size, cache.layout.raw_head_dim
+    size = q.element_size() * math.prod(shape)
+    worth = q.element_size() == 2 and q.shape[0] >= configs.SCRATCH_TOKENS * cache.batch > 0
+    if not (worth and 0 < size <= configs.SCRATCH_BYTES and gpu.on_device(q)):
+        return None
+    return torch.empty(shape, dtype=q.dtype, device=q.device)
 
 
 def launch_prefill(
