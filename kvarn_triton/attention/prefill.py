@@ -118,8 +118,8 @@ def prefill_attention(
     """Attend with several query tokens per sequence, causally: chunked prefill, verification of drafts, first chunks.
 
     The query tokens of a sequence are its last ones: token i of n is at position `seq_lens[b] - n + i` and sees all
-    positions up to its own. The keys and values of these n tokens are `k` and `v` if given, exact and not in the cache
-    yet; otherwise they are in the cache like all others (`append_tokens`).
+    positions up to its own, unless `tree_mask` or `span_ends` say otherwise of the n tokens. Their keys and values are `k` and
+    `v` if given, exact and not in the cache yet; otherwise they are in the cache like all others (`append_tokens`).
 
     Args:
         q: float16, bfloat16 or float32 [total_tokens, num_q_heads, head_dim], the query tokens of all sequences one after the
@@ -161,11 +161,12 @@ def prefill_attention(
         keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it (StreamingLLM, arXiv 2309.17453).
         config: launch parameters; by default the package's own for the device and the numbers of tokens and heads. In the
             batch-invariant mode the bits of a row depend on them too.
-        tree_mask: int64 [total_tokens], with `k` and `v`: which new tokens of its sequence each new token sees, bit j for the
-            j-th; all older tokens are seen as without. A word of which no such bit is set means causal, and so does any word of
-            a sequence with more than 64 new tokens. (`build_tree_mask` makes words of parents.)
+        tree_mask: int64 [total_tokens], with `k` and `v`: the new tokens of its sequence that each new token sees, bit j for
+            the j-th, whatever the window; `build_tree_mask` makes such words of parents. A word without a bit of a new token
+            says nothing, nor do words of a sequence with more than 64 new tokens: those tokens are causal, or have spans. A
+            window hides older tokens from position `seq_lens[b] - n` plus the number of bits, less one.
         span_ends: int32 [total_tokens], with `k` and `v`: new token i of a sequence sees the new tokens before number
-            max(i + 1, span_ends), where no word of `tree_mask` says what it sees.
+            max(i + 1, span_ends) of it.
 
     Returns:
         `out` [total_tokens, num_q_heads, v_head_dim], or `out` and `lse` float32 [total_tokens, num_q_heads] (natural

@@ -21,7 +21,7 @@ class Tile(NamedTuple):
     num_tokens: tl.tensor  # query tokens of the sequence
     first_query: tl.tensor  # of them, the one of the first row
     last_query: tl.tensor  # of them, the one of the last row
-    query: tl.tensor  # of each row: as windows count
+    query: tl.tensor  # of each row
     token: tl.tensor  # query token of the call, int64, of each row
     q_head: tl.tensor  # of each row
     mask: tl.tensor
@@ -31,8 +31,8 @@ class Tile(NamedTuple):
 def tile_of(cu_seqlens_ptr, row, number, head, masking, PLAN: tl.constexpr):
     """Return tile `number` of a row and kv head.
 
-    Where words say what tokens see, a window counts the tokens of a path: the first and the last query are then those that the
-    sequence may have.
+    With a window, a token with a word of a tree mask is at its place on its path; the first and the last query are then bounds
+    of those places.
     """
     row_start = tl.load(cu_seqlens_ptr + row)
     num_tokens = tl.load(cu_seqlens_ptr + row + 1) - row_start
