@@ -228,9 +228,9 @@ def num_bits(words):
 
 @triton.jit
 def reach_of(among, query, token, mask, num_tokens):
-    """Return the words of query tokens [rows], and before which new token all end that each sees; 0 for rows without `mask`.
+    """Return the words of query tokens [rows], and the number of the new token before which all are that each of them sees.
 
-    `query` counts new tokens of their sequence, `token` those of the call.
+    `query` counts new tokens of their sequence, `token` those of the call. Rows without `mask` see none.
     """
     words = tl.zeros_like(token)
     ends = query + 1
@@ -244,6 +244,6 @@ def reach_of(among, query, token, mask, num_tokens):
 
 @triton.jit
 def shown(words, token):
-    """Return which new tokens [rows, tokens] words show, if they are those that say so."""
+    """Return which new tokens [rows, tokens] words [rows] show; a word of 0 hides none."""
     bits = words[:, None] >> tl.minimum(token, MOST_DRAFTS - 1).to(tl.int64)[None, :]
     return (words == 0)[:, None] | ((bits & 1) != 0)
