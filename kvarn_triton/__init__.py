@@ -2,8 +2,8 @@
 
 from . import reference
 from .attention.decode import decode_attention
-from .attention.merge import merge_states
 from .attention.prefill import prefill_attention, prefill_workspace_size
+from .attention.states import merge_states
 from .attention.tree import build_tree_mask
 from .attention.workspace import decode_workspace_size
 from .debugging import check_cache, check_step

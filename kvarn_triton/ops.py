@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from .attention import decode, merge, prefill
+from .attention import decode, prefill, states
 from .checks import require
 from .encoder import Encoder
 from .layout import PageLayout
@@ -199,11 +199,6 @@ def _fake_pages(pages, page_ids, layout, head_dim, v_head_dim, dtype, **_):
     return pages.new_empty(*shape, head_dim, dtype=dtype), pages.new_empty(*shape, v_head_dim, dtype=dtype)
 
 
-def _fake_states(out_a: torch.Tensor, lse_a: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return an empty `out` and `lse` like those of the first state."""
-    return _fake_like(out_a), _fake_like(lse_a)
-
-
 def _fake_attention(q: torch.Tensor, v_head_dim: int, return_lse: bool = False, **_: Any) -> Any:
     """Return an empty `out`, or `out` and `lse`, of attention; queries of a step may be [batch, heads, n, channels]."""
     rows = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[2]
@@ -289,7 +284,13 @@ cut_back = _operator(cut.cut_back, writes=("raw_pages", "num_quantized"))
 dequantize_pages = _operator(
     dequantize.dequantize_pages, "(Tensor k, Tensor v)", _fake_pages, into="Tensor(a!) k, Tensor(b!) v"
 )
-merge_states = _operator(merge.merge_states, "(Tensor out, Tensor lse)", _fake_states)
+_STATES = ["Tensor out_a", "Tensor lse_a", "Tensor out_b", "Tensor lse_b"]
+for _overload, _taken, _one in (("", _STATES, ""), (".stacked", _STATES[:2], "[0]")):
+    _run = f"return states.merge_states({', '.join(_names(_taken))})"
+    _fake = f"return _fake_like(out_a{_one}), _fake_like(lse_a{_one})"
+    _define(f"merge_states{_overload}", _taken, "(Tensor out, Tensor lse)", _run, _fake)
+_two = f"_OPS.merge_states.default({', '.join(_names(_STATES))})"
+merge_states = _like(states.merge_states, f"_OPS.merge_states.stacked(out_a, lse_a) if out_b is lse_b is None else {_two}")
 decode_attention = _operator(decode.decode_attention, "Tensor", _fake_attention, into="Tensor(a!) out, Tensor(b!)? workspace")
 prefill_attention = _operator(
     prefill.prefill_attention,

@@ -14,8 +14,8 @@ from triton.runtime.jit import JITFunction
 
 from . import configs, gpu
 from .attention.decode import decode_attention
-from .attention.merge import merge_states
 from .attention.prefill import prefill_attention
+from .attention.states import merge_states
 from .checks import FLOATS, check_choice, require
 from .encoder import DEFAULT, Encoder
 from .layout import PageLayout

@@ -236,13 +236,15 @@ def _merge(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     lses = [3 * torch.randn(5, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     lses[0][1], lses[1][2], lses[1][3] = -torch.inf, -torch.inf, 90.0
     states = [x for pair in zip(outs, lses, strict=True) for x in pair]
-    merged, lse = kvarn.merge_states(*(x.to(subject.device) for x in states))
-    exact, exact_lse = reference.merge_states(*(x.double() for x in states))
-    row = {"operation": "merge_states", "criterion": "error <= one rounding"}
-    row |= {"error": relative_error(merged.cpu(), exact), "allowed": torch.finfo(subject.dtype).eps}
-    same = bool(((lse.cpu() - exact_lse).nan_to_num(0.0).abs() <= 1e-5).all())
-    detail = f"{row['error']:.1e}{'' if same else '; lse differs'}"
-    yield row | {"detail": detail, "ok": same and row["error"] <= row["allowed"]}
+    outs, lses = ([*parts, parts[0].flip(0)] for parts in (outs, lses))
+    for given in (states, [torch.stack(outs), torch.stack(lses)]):
+        merged, lse = kvarn.merge_states(*(x.to(subject.device) for x in given))
+        exact, exact_lse = reference.merge_states(*(x.double() for x in given))
+        row = {"operation": "merge_states", "criterion": "error <= one rounding"}
+        row |= {"error": relative_error(merged.cpu(), exact), "allowed": torch.finfo(subject.dtype).eps}
+        same = bool(((lse.cpu() - exact_lse).nan_to_num(0.0).abs() <= 1e-5).all())
+        detail = f"{row['error']:.1e}{'' if same else '; lse differs'}"
+        yield row | {"detail": detail, "ok": same and row["error"] <= row["allowed"]}
 
 
 @check("warm-up, and nothing compiled after it", "warmup", 2.0)

@@ -388,6 +388,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("out_b", to(torch.float16), "expected dtype float32, got float16"),
         ("out_b", lambda x: x[:1], r"expected shape \[2, 6, 64\], got \[1, 6, 64\]"),
         ("lse_b", lambda x: x[:1], r"expected shape \[2, 6\], got \[1, 6\]"),
+        ("lse_b", set_to(None), "expected a tensor beside out_b, and None without it, got None"),
     ],
     "plan_step": [
         *RAW_TABLE,

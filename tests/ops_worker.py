@@ -65,6 +65,7 @@ def calls() -> list[tuple]:
         (OPS.prefill_attention.into, (torch.zeros_like(q5), workspace, None, *many)),
         (OPS.prefill_attention.into_lse, (torch.zeros_like(q5), None, torch.zeros(6, 2, 2, 64, 64).half(), *fresh)),
         (OPS.merge_states.default, (out, lse, out + 1, lse + 1)),
+        (OPS.merge_states.stacked, (torch.stack((out, out + 1, out)), torch.stack((lse, lse + 1, lse - 2)))),
         *calls_with_other_values(),
         *calls_of_steps(),
     ]

@@ -169,3 +169,6 @@ def test_bad_states(device):
         assert (merged[:3, 2] == torch.inf).all() and (merged[2, :3] == torch.inf).all()
         torch.testing.assert_close(out[2, 2], (out_a + out_b)[2, 2] / 2)
         assert out[3].isnan().all() and out[:, 3].isnan().all() and merged[3].isnan().all() and merged[:, 3].isnan().all()
+        again = call(torch.stack((out_a, out_b)), torch.stack((lse_a, lse_b)))
+        for found, expected in zip(again, (out, merged), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

@@ -319,6 +319,40 @@ def test_merge_states(dtype, device):
     torch.testing.assert_close(lse, exact_lse, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_of_stacked_states(dtype, count, device):
+    """Any number of results, some of no key, with other memory between them; two of them give the bits of the pair."""
+    memory = draw(count, 5 * 7 * 80 + 48, dtype=dtype, device=device)
+    outs = memory[:, 16:-32].view(count, 5, 7, 80)
+    lses = (30 * draw(count, 5 * 7 + 1, seed=2, device=device))[:, 1:].view(count, 5, 7)
+    lses[0, 0], lses[count - 1, 1], lses[:, 2] = -torch.inf, -torch.inf, -torch.inf
+    outs[lses == -torch.inf] = torch.nan
+    out, lse = merge_states(outs, lses)
+    assert out.is_contiguous() and out.shape == (5, 7, 80) and lse.shape == (5, 7)
+    assert (out[2] == 0).all() and (lse[2] == -torch.inf).all()
+    weights = torch.softmax(lses[:, 3:].double(), 0)
+    exact = (outs[:, 3:].double() * weights[..., None]).sum(0)
+    rounding = {torch.float16: 2**-11, torch.bfloat16: 2**-7, torch.float32: 2**-21}[dtype]
+    assert relative_error(out[3:], exact) < rounding
+    exact_lse = torch.logsumexp(lses.double(), 0)
+    torch.testing.assert_close(lse, exact_lse.float(), rtol=1e-6, atol=1e-5)
+    referenced, referenced_lse = reference.merge_states(outs.double(), lses)
+    assert relative_error(referenced[3:], exact) < 1e-13
+    torch.testing.assert_close(referenced_lse, exact_lse.float(), rtol=0, atol=0)
+    if count == 2:
+        for found, expected in zip((out, lse), merge_states(outs[0], lses[0], outs[1], lses[1]), strict=True):
+            assert_same_bits(found, expected)
+
+
+def test_merge_of_no_states(device):
+    """A stack of nothing, or what is no stack, is refused; one without rows is not."""
+    for shape in ((0, 3, 64), (64,)):
+        with pytest.raises(ValueError, match=r"out_a: expected shape \[n, ..., v_head_dim\] without out_b, n at least 1, got"):
+            merge_states(torch.zeros(shape, device=device), torch.zeros(shape[:-1], device=device))
+    assert merge_states(torch.zeros(2, 0, 64, device=device), torch.zeros(2, 0, device=device))[0].shape == (0, 64)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_merged_halves_equal_the_whole(dtype, device):
     """Attention over each half of the pages, merged by log-sum-exp, is attention over all."""

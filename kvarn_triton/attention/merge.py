@@ -1,8 +1,8 @@
-"""Merge partial attention results: the pieces of one call, or two results over disjoint keys.
+"""Merge the partial results of the pieces of one call of attention.
 
 `_kvarn_merge_splits_kernel` (decode) and `_kvarn_merge_queries_kernel` (prefill): one program merges the partial results of one
 query head, and its attention sink, and rotates the sum back. Grid: (program,), those of a sequence next to each other, and
-(token, query head). `_kvarn_merge_states_kernel`: one program merges a run of rows of two results. Grid: (run,).
+(token, query head).
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from .. import configs, gpu, reference
-from ..checks import FLOATS, check_tensor
-from ..launch import aligned, as_rows, on
+from .. import configs, gpu
+from ..launch import as_rows, on
 from ..tile.arithmetic import LOG2E, hadamard, scaled
 from .schedule import Tiles, Units, Work, piece_of_unit, plan, row_units, start_of_row
 from .softmax import with_sink
@@ -256,84 +255,3 @@ def launch_merge_queries(
         enable_fp_fusion=False,
         **({"launch_pdl": True} if early else {}),
     )
-
-
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["lse_a_ptr", "lse_b_ptr"])
-def _kvarn_merge_states_kernel(
-    out_ptr,  # [rows, v_head_dim]
-    lse_ptr,  # float32 [rows], natural logarithm
-    out_a_ptr,  # [rows, v_head_dim]
-    lse_a_ptr,  # float32 [rows]
-    out_b_ptr,  # [rows, v_head_dim]
-    lse_b_ptr,  # float32 [rows]
-    num_rows,
-    D_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_r = rows < num_rows
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    place = rows[:, None] * D_V + offs_d
-    mask = mask_r[:, None] & (offs_d < D_V)
-    lse_a = tl.load(lse_a_ptr + rows, mask_r, other=float("-inf"))
-    lse_b = tl.load(lse_b_ptr + rows, mask_r, other=float("-inf"))
-    top = tl.maximum(lse_a, lse_b)
-    some = top > float("-inf")
-    # Equal numbers are compared because both may be infinite.
-    weight_a = tl.where((lse_a == top) & some, 1.0, tl.exp(lse_a - tl.where(some, top, 0.0)))
-    weight_b = tl.where((lse_b == top) & some, 1.0, tl.exp(lse_b - tl.where(some, top, 0.0)))
-    total = weight_a + weight_b
-    part_a = tl.load(out_a_ptr + place, mask & (weight_a > 0)[:, None], other=0.0).to(tl.float32)
-    part_b = tl.load(out_b_ptr + place, mask & (weight_b > 0)[:, None], other=0.0).to(tl.float32)
-    merged = (part_a * weight_a[:, None] + part_b * weight_b[:, None]) / tl.where(total == 0, 1.0, total)[:, None]
-    tl.store(out_ptr + place, merged.to(out_ptr.dtype.element_ty), mask)
-    tl.store(lse_ptr + rows, tl.log(total) + top, mask_r)
-
-
-def merge_states(
-    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge the attention results of the same queries over two disjoint sets of keys.
-
-    Args:
-        out_a: float16, bfloat16 or float32 [..., v_head_dim], contiguous.
-        lse_a: float32 [...], natural logarithm of the sum of exponentiated scores; -inf where nothing was attended. Logits of
-            attention sinks are included, so give `sinks` to one of the two calls only.
-        out_b: like `out_a`.
-        lse_b: like `lse_a`.
-
-    Returns:
-        `out` like `out_a` and `lse` like `lse_a`, exactly what one call over all keys gives up to rounding. Where both lse
-        are -inf, `out` is zero and `lse` -inf; `out` of an empty side is not read.
-
-    Raises:
-        ValueError: for a wrong shape, dtype, device or stride.
-    """
-    dims = out_a.dim() if isinstance(out_a, torch.Tensor) else 0
-    check_tensor("out_a", out_a, [None] * dims, FLOATS, contiguous_dims=dims)
-    check_tensor("lse_a", lse_a, out_a.shape[:-1], torch.float32, device=out_a.device, contiguous_dims=dims - 1)
-    check_tensor("out_b", out_b, out_a.shape, out_a.dtype, device=out_a.device, contiguous_dims=dims)
-    check_tensor("lse_b", lse_b, out_a.shape[:-1], torch.float32, device=out_a.device, contiguous_dims=dims - 1)
-    if not gpu.on_device(out_a):
-        return reference.merge_states(out_a, lse_a, out_b, lse_b)
-    out_a, out_b = aligned(out_a), aligned(out_b)
-    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
-    num_rows, block_d = lse.numel(), configs.padded(out_a.shape[-1])
-    block_r = configs.row_block(block_d)
-    if num_rows:
-        on(out, _kvarn_merge_states_kernel)[(-(-num_rows // block_r),)](
-            out,
-            lse,
-            out_a,
-            lse_a,
-            out_b,
-            lse_b,
-            num_rows,
-            D_V=out_a.shape[-1],
-            BLOCK_D=block_d,
-            BLOCK_R=block_r,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
-    return out, lse

@@ -265,18 +265,18 @@ def decode_attention(
 
 @torch.no_grad()
 def merge_states(
-    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor | None = None, lse_b: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge two partial attention results; see `kvarn_triton.merge_states`."""
+    """Merge partial attention results, two or a stack of them; see `kvarn_triton.merge_states`."""
     dtype = working_dtype(out_a.dtype)
-    lse_a, lse_b = lse_a.to(dtype), lse_b.to(dtype)
-    top = torch.maximum(lse_a, lse_b)
+    if out_b is not None and lse_b is not None:
+        out_a, lse_a = torch.stack((out_a, out_b)), torch.stack((lse_a, lse_b))
+    outs, lses = out_a.to(dtype), lse_a.to(dtype)
+    top = lses.amax(dim=0)
     some = top > -math.inf
     # Equal numbers are compared because both may be infinite.
-    origin = torch.where(top == -math.inf, 0.0, top)
-    weight_a, weight_b = (torch.where((x == top) & some, 1.0, torch.exp(x - origin)) for x in (lse_a, lse_b))
-    total = weight_a + weight_b
-    parts = torch.where(weight_a[..., None] > 0, out_a.to(dtype) * weight_a[..., None], 0.0)
-    parts = parts + torch.where(weight_b[..., None] > 0, out_b.to(dtype) * weight_b[..., None], 0.0)
-    merged = parts / torch.where(total == 0, 1.0, total)[..., None]
+    weights = torch.where((lses == top) & some, 1.0, torch.exp(lses - torch.where(some, top, 0.0)))
+    total = weights.sum(dim=0)
+    merged = torch.where(weights[..., None] > 0, outs * weights[..., None], 0.0).sum(dim=0)
+    merged = merged / torch.where(total == 0, 1.0, total)[..., None]
     return merged.to(out_a.dtype), (torch.log(total) + top).float()
