@@ -65,6 +65,7 @@ class Mask:
     keep_sink: bool
     tree_mask: torch.Tensor | None = None
     span_ends: torch.Tensor | None = None
+    past_only: bool = False
 
     @property
     def windows(self) -> Windows:
@@ -103,7 +104,8 @@ def check_mask(mask: Mask, num_q_heads: int, device: torch.device) -> None:
         # Times log2(e), and one over it, are float32 numbers that are neither 0 nor infinite.
         fits = isinstance(soft_cap, (int, float)) and not isinstance(soft_cap, bool) and 1e-30 <= soft_cap <= 1e30
         require(fits, "soft_cap", "None or a number above 0 (from 1e-30 to 1e30)", soft_cap)
-    require(isinstance(mask.keep_sink, bool), "keep_sink", "a bool", mask.keep_sink)
+    for name in ("keep_sink", "past_only"):
+        require(isinstance(getattr(mask, name), bool), name, "a bool", getattr(mask, name))
     if mask.sinks is not None:
         check_tensor("sinks", mask.sinks, [num_q_heads], torch.float32, device=device)
     if sm_scale is None:

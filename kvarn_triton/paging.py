@@ -60,14 +60,15 @@ class Seen(NamedTuple):
 
 
 @triton.jit
-def seen_by(queries, row, seq_len, num_quantized_ptr, sink_len, window, PAGE_SIZE: tl.constexpr, NEW: tl.constexpr):
+def seen_by(queries, row, seq_len, num_quantized_ptr, sink_len, window, PAGE_SIZE: tl.constexpr, APART: tl.constexpr):
     """Return what queries see of the cached body of a row: `queries` are (first, last) of its last tokens, and their number.
 
-    A window (of `masking.Windows`, or None) is no larger than the sequence. NEW: the keys of those tokens are not in the cache.
+    A window (of `masking.Windows`, or None) is no larger than the sequence. APART: the keys of those tokens are not in the
+    cache.
     """
     first_query, last_query, num_tokens = queries
     shift = seq_len - num_tokens - sink_len
-    cached = tl.maximum(seq_len - num_tokens, 0) if NEW else seq_len
+    cached = tl.maximum(seq_len - num_tokens, 0) if APART else seq_len
     num_valid = tl.minimum(cached - sink_len, shift + last_query + 1)
     if window is None:
         oldest = -sink_len

@@ -74,6 +74,7 @@ def warmup(
     sinks: bool = False,
     csr: bool = False,
     prefill: bool = False,
+    past_only: bool = False,
     scratch: torch.dtype | None = None,
     dequantize: torch.dtype | None = None,
     steps: bool = False,
@@ -109,6 +110,7 @@ def warmup(
         sinks: whether attention gets `sinks`.
         csr: whether page ids come as `kv_indptr` and `kv_indices`.
         prefill: whether `prefill_attention` is called too, on raw pages of `raw_dtype`, with and without new keys and values.
+        past_only: whether some calls of `prefill_attention` get it.
         scratch: dtype of the `scratch` that some calls of `prefill_attention` get; None if none do.
         dequantize: dtype of what `dequantize_pages` and `read_tokens` give; None if they are not called.
         steps: whether `plan_step`, `write_tokens`, `attend` and `copy_raw_pages` are called.
@@ -125,6 +127,7 @@ def warmup(
     if scratch is not None:
         check_choice("scratch", scratch, (torch.float32,) if dtype == torch.float32 else (torch.float16, torch.bfloat16))
         require(prefill, "prefill", "True beside scratch", prefill)
+    require(prefill or not past_only, "prefill", "True beside past_only", prefill)
     if config is not None:
         require(prefill, "prefill", "True beside config", prefill)
         configs.check_prefill_config(config, layout, dtype, scratch is not None)
@@ -152,7 +155,7 @@ def warmup(
         _warm_decode(model, pages, raw_pages, {"table": table, **some}, shifted)
         own = dtype if config is None and dtype != torch.float32 else None  # of long chunks that get no scratch
         for memory in {None, scratch, own} if prefill else ():
-            _warm_prefill(model, pages, raw_pages, memory, {"config": config, **some}, shifted, (tree_mask, span_ends))
+            _warm_prefill(model, pages, raw_pages, memory, {"config": config, **some}, shifted, (past_only, tree_mask, span_ends))
     if steps:
         _warm_steps(model, (k[:1], v[:1]), pages, raw_pages, sink_columns, encoder)
         if dequantize is not None:
@@ -247,11 +250,11 @@ def _warm_prefill(
     scratch: torch.dtype | None,
     options: dict[str, Any],
     shifted: bool,
-    among: tuple[bool, bool],
+    among: tuple[bool, bool, bool],
 ) -> None:
     """Compile prefill attention for tiles of all sizes, with one run of pages, a few and many, and scratch memory if any.
 
-    `among`: whether some calls have a tree mask, and ends of spans.
+    `among`: whether some calls are `past_only`, have a tree mask, and ends of spans.
     """
     layout, num_q_heads, dtype, csr = model
     shape = 65, pages.shape[1]
@@ -261,7 +264,7 @@ def _warm_prefill(
     raw_table = torch.zeros(1, 2, dtype=torch.int32, device=pages.device)
     group = num_q_heads // pages.shape[1]
     kinds = ("tree_mask", torch.int64), ("span_ends", torch.int32)
-    masks = dict(kind for kind, some in zip(kinds, among, strict=True) if some)
+    masks = dict(kind for kind, some in zip(kinds, among[1:], strict=True) if some)
     for count in sorted({max(rows // group, 1) for rows in configs.TILE_ROWS} | {65}):
         q = torch.zeros(count, num_q_heads, layout.head_dim, dtype=dtype, device=pages.device)
         for columns, split_size in ((1, None), (2, None), (4096, None), (2, 1), (64, 1)):
@@ -275,6 +278,7 @@ def _warm_prefill(
             given: list[dict[str, Any]] = [{}, {"k": k[:count], "v": v[:count]}]
             if masks:
                 given.append(given[1] | {name: torch.zeros(count, dtype=kind, device=q.device) for name, kind in masks.items()})
+            given += [{"past_only": True}] * among[0]
             for keys, return_lse in itertools.product(given, (False, True)):
                 some = {"return_lse": return_lse, "split_size": split_size, **keys, **memory, **options}
                 if shifted:

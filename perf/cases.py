@@ -195,11 +195,12 @@ def attention_of_row(call: Mapping[str, Any], row: int, dtype: torch.dtype, last
     if length == 0 or count == 0:
         return q.new_zeros(count, q.shape[1], layout.v_head_dim, dtype=dtype)
     sums, new = torch.float64 if dtype == torch.float64 else torch.float32, call.get("k") is not None
+    past_only = call.get("past_only", False)
     raw = {name: call[name] for name in ("raw_pages", "raw_table", "sink_len") if name in call}
     raw |= {name: call[name] for name in ("kv_indptr", "kv_indices") if name in call}
     counts = call.get("num_quantized")
     k, v = reference.gather_cache(
-        call["pages"], call["block_table"], length - count if new else length, layout, row=row, dtype=sums,
+        call["pages"], call["block_table"], length - count if new or past_only else length, layout, row=row, dtype=sums,
         num_quantized=None if counts is None else int(counts[row]), **raw,
     )  # fmt: skip
     if new:
@@ -216,6 +217,7 @@ def attention_of_row(call: Mapping[str, Any], row: int, dtype: torch.dtype, last
     if (words := call.get("tree_mask")) is not None and count <= 64:
         bits = (words[first:end, None] >> own) & 1 == 1
         visible[:, length - count :] = torch.where(bits.any(1, keepdim=True), bits, visible[:, length - count :])
+    visible = visible[:, : k.shape[1]]
     q, k, v = (x.to(dtype).to(sums) for x in (reference.hadamard(q[first:end].to(sums)), k, v))
     scores = torch.einsum("nhgd,htd->nhgt", q.unflatten(1, (k.shape[0], -1)), k)
     scores = scores * (call.get("sm_scale") or layout.head_dim**-0.5)
@@ -225,7 +227,7 @@ def attention_of_row(call: Mapping[str, Any], row: int, dtype: torch.dtype, last
     if (sinks := call.get("sinks")) is not None:
         logits = sinks.to(sums).view(1, *scores.shape[1:3], 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, logits), dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., :length].to(dtype).to(sums)
+    weights = torch.softmax(scores, dim=-1)[..., : k.shape[1]].to(dtype).to(sums)
     return reference.hadamard(torch.einsum("nhgt,htd->nhgd", weights, v)).flatten(1, 2).to(dtype)
 
 

@@ -152,6 +152,8 @@ def _check_prefill(kvarn: Recorder, subject: Subject, option: str) -> Iterator[R
     call |= (OPTIONS | AMONG)[option](kvarn, call)
     if option == "split size, workspace":
         call["config"] = SOME_CONFIG
+    if form == "past":
+        call |= {"k": None, "v": None, "past_only": True}
     if form == "scratch":
         ids = call["block_table"] if call["block_table"] is not None else call["kv_indices"]
         shape = (ids.numel(), 2, 2, subject.layout.page_size, subject.layout.raw_head_dim)
@@ -174,6 +176,7 @@ for _option in (
     *(f"chunk: {option}" for option in OPTIONS | AMONG),
     "drafts: sink, pages, tail",
     "drafts: pages only",
+    "past: sink, pages, tail",
     "scratch: sink, pages, tail",
     "scratch: split size, workspace",
 ):

@@ -260,7 +260,7 @@ def _warm(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
         **as_csr(case.block_table),
     }
     ends, q = torch.tensor([0, 3], dtype=torch.int32, device=device), subject.draw(3, 8, layout.head_dim).to(device)
-    kinds = {"window": True, "keep_sink": True, "soft_cap": True, "sinks": True, "csr": True, "prefill": True, "scratch": dtype}
+    kinds = dict.fromkeys(("window", "keep_sink", "soft_cap", "sinks", "csr", "prefill", "past_only"), True) | {"scratch": dtype}
     others = {"raw_dtype": dtype, "encoder": PUBLISHED, "dequantize": torch.float32, "table": table}
     others |= {"config": SOME_CONFIG, "steps": True, "sink_columns": True, "tree_mask": True, "span_ends": True}
     among = {"tree_mask": torch.zeros(3, dtype=torch.int64), "span_ends": torch.zeros(3, dtype=torch.int32)}

@@ -62,19 +62,22 @@ def _step(kvarn: Recorder, subject: Subject, csr: bool, attention: dict[str, Any
         seen = {name: x for name, x in attention.items() if name in ("window", "sinks", "tree_mask", "span_ends")}
         options = moved(attention if api is kvarn else seen, where)
         out, lse = api.attend(q.to(where), pages, raw_pages, step, k=k, v=v, return_lse=True, **options)
+        past = api.attend(q.to(where), pages, raw_pages, step, past_only=True, **options)
         ids = torch.tensor([0, 3], dtype=torch.int32).to(where)
         api.copy_raw_pages(raw_pages, ids, ids + 1)
         api.cut_tokens(pages, raw_pages, step, given["seq_lens"] // 2 + 9)
         plan = {x.name: getattr(step, x.name) for x in dataclasses.fields(step)}
         plan = {name: x for name, x in plan.items() if isinstance(x, torch.Tensor)}
         plan["tasks"] = torch.where(plan["tasks"][:1] >= 0, plan["tasks"], -1)
-        results.append({"pages": pages, "raw": raw_pages, "k": read[0], "v": read[1], "out": out, "lse": lse, **plan})
+        results.append(
+            {"pages": pages, "raw": raw_pages, "k": read[0], "v": read[1], "out": out, "lse": lse, "past": past, **plan}
+        )
     found, expected = results
     yield equal("plan_step", {name: (found[name], expected[name]) for name in plan})
     yield equal("write_tokens", {name: (found[name], expected[name]) for name in ("pages", "raw")})
-    pairs = {name: (found[name].cpu().double(), expected[name].double()) for name in ("k", "v", "out")}
+    pairs = {name: (found[name].cpu().double(), expected[name].double()) for name in ("k", "v", "out", "past")}
     allowed = 4 * torch.finfo(subject.dtype).eps
-    for operation, name in (("read_tokens", "k"), ("read_tokens", "v"), ("attend", "out")):
+    for operation, name in (("read_tokens", "k"), ("read_tokens", "v"), ("attend", "out"), ("attend", "past")):
         error = relative_error(*pairs[name])
         row = {"operation": operation, "criterion": "error <= 4 roundings", "error": error, "allowed": allowed}
         yield row | {"detail": f"{name}: {error:.1e}", "ok": error <= allowed}

@@ -366,6 +366,8 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("scratch", to(torch.float32), "expected dtype float16 or bfloat16, got float32"),
         ("scratch", lambda x: x[:, :1], r"expected shape \[\*, 2, 2, 64, 64\], got \[.*, 1, 2, 64, 64\]"),
         ("scratch", lambda x: x[1:], r"expected a slot for each of the (\d+) entries of block_table, got \d+"),
+        ("past_only", set_to(True), "past_only: expected False beside k, got True"),
+        ("past_only", set_to(1), "past_only: expected a bool, got 1"),
         ("config", set_to({}), "config: expected a PrefillConfig, got 'dict'"),
         ("config", set_to(PrefillConfig(16, 4, 64, 128)), "config.block_r: expected at most 64, the page_size, got 128"),
         ("config", set_to(PrefillConfig(16, 2, 64, 16, form="registers")), "config.form: expected dequantized with scratch"),
@@ -443,6 +445,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("workspace", set_to(torch.zeros(8)), "expected dtype uint8, got float32"),
         ("scratch", lambda x: x[1:], r"expected a slot for each of the (\d+) entries of block_table, got \d+"),
         *MASKS,
+        ("past_only", set_to(True), "past_only: expected False beside k, got True"),
     ],
     "read_tokens": [
         *PAGES,

@@ -18,7 +18,6 @@ from kvarn_triton import (
     append_tokens,
     configs,
     decode_attention,
-    dequantize_pages,
     gpu,
     merge_states,
     prefill_attention,
@@ -256,21 +255,36 @@ def test_many_sequences(device):
     check(prefill_case(SMALL, lengths, queries, num_tail_slots=1, device=device))
 
 
-def test_context_in_two_parts(device):
-    """Attention to the cache and to the new tokens can be merged from two calls."""
-    arguments = prefill_case(SMALL, [192 + 8], [8], new=True, num_tail_slots=1, device=device)
+@FORMS
+@pytest.mark.parametrize("queries", [[5, 1, 3, 0, 4], [40, 2, 3, 1, 12]])
+def test_context_in_two_parts(queries, form, device):
+    """What was there before (`past_only`) and the new tokens can be attended to in two calls, and merged.
+
+    Each query sees all that was there, as a decode query that is at the end of it. One sequence has nothing but new tokens,
+    one is cut off in the middle of a quantized page.
+    """
+    lengths = [16 + 192 + 9, 150, 3, 90, 16 + 128 + 12]
+    lengths = [max(length, count) for length, count in zip(lengths, queries, strict=True)]
+    arguments = prefill_case(SMALL, lengths, queries, new=True, sink_len=16, num_tail_slots=1, device=device)
+    arguments["seq_lens"][4] -= 20
     whole = prefill_attention(**arguments)
-    first = {name: value for name, value in arguments.items() if name not in ("k", "v")}
-    k, v = dequantize_pages(arguments["pages"], arguments["block_table"][0, :3], SMALL)
-    q = arguments["q"].double()
-    out, lse = reference.attention.attend(
-        q, k.double().flatten(0, 1).transpose(0, 1), v.double().flatten(0, 1).transpose(0, 1),
-        torch.full((8,), 192, device=device), torch.arange(192, device=device), 64**-0.5,
-    )  # fmt: skip
-    empty = {"seq_lens": torch.tensor([8], dtype=torch.int32, device=device), "k": arguments["k"], "v": arguments["v"]}
-    new_out, new_lse = prefill_attention(**first | empty, return_lse=True)
-    merged, _ = merge_states(out.half(), lse.float().contiguous(), new_out, new_lse)
-    assert relative_error(merged, whole) < 1e-3
+    past = {name: value for name, value in arguments.items() if name not in ("k", "v")}
+    options = in_form(form, past)
+    out, lse = prefill_attention(**past, past_only=True, return_lse=True, **options)
+
+    counts = torch.tensor(queries, device=device)
+    rows = torch.arange(5, device=device).repeat_interleave(counts)
+    lens = (arguments["seq_lens"] - counts).clamp(min=0).int()[rows]
+    tables = {name: arguments[name][rows] for name in ("block_table", "raw_table", "num_quantized")}
+    decodes = past | tables | {"q": arguments["q"].double(), "seq_lens": lens}
+    decodes.pop("cu_seqlens_q")
+    exact, exact_lse = reference.decode_attention(**decodes, return_lse=True)
+    assert (lens == 0).any() and (out[lens == 0] == 0).all()
+    assert relative_error(out, exact) < 1e-3
+    torch.testing.assert_close(lse, exact_lse, rtol=0, atol=5e-3)
+
+    new_out, new_lse = prefill_attention(**arguments | {"seq_lens": counts.int()}, return_lse=True)
+    assert relative_error(merge_states(out, lse, new_out, new_lse)[0], whole) < 1e-3
 
 
 def test_launch_parameters(monkeypatch):

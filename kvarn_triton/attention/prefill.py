@@ -114,6 +114,7 @@ def prefill_attention(
     config: configs.PrefillConfig | None = None,
     tree_mask: torch.Tensor | None = None,
     span_ends: torch.Tensor | None = None,
+    past_only: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with several query tokens per sequence, causally: chunked prefill, verification of drafts, first chunks.
 
@@ -167,6 +168,9 @@ def prefill_attention(
             window hides older tokens from position `seq_lens[b] - n` plus the number of bits, less one.
         span_ends: int32 [total_tokens], with `k` and `v`: new token i of a sequence sees the new tokens before number
             max(i + 1, span_ends) of it.
+        past_only: whether queries see only what is before the first query token of their sequence. The keys of the query tokens
+            are then neither given nor in the cache, though `seq_lens` count them: another call attends to those, and
+            `merge_states` joins both (`kvarn_triton.parallel`).
 
     Returns:
         `out` [total_tokens, num_q_heads, v_head_dim], or `out` and `lse` float32 [total_tokens, num_q_heads] (natural
@@ -180,9 +184,9 @@ def prefill_attention(
         layout, pages, seq_lens, block_table, kv_indptr, kv_indices, raw_pages, raw_table, num_quantized, sink_len
     )  # fmt: skip
     cache = checked_for_attention(cache, None)
-    mask = Mask(sm_scale, window, soft_cap, sinks, keep_sink, tree_mask, span_ends)
+    mask = Mask(sm_scale, window, soft_cap, sinks, keep_sink, tree_mask, span_ends, past_only)
     check_queries(q, cache, mask, out)
-    check_new(q, k, v, cu_seqlens_q, cache, mask)
+    check_new(q, (k, v), cu_seqlens_q, cache, mask)
     check_split_size(split_size)
     results = Results(out, return_lse, workspace)
     plan = plan_prefill(q, cu_seqlens_q, cache, results, split_size, scratch, config)
@@ -191,7 +195,7 @@ def prefill_attention(
             q, pages, block_table, seq_lens, cu_seqlens_q, layout, k=k, v=v, raw_pages=cache.raw_pages, raw_table=raw_table,
             num_quantized=num_quantized, sink_len=sink_len, kv_indptr=kv_indptr, kv_indices=kv_indices,
             sm_scale=mask.sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, out=out, return_lse=return_lse,
-            keep_sink=keep_sink, tree_mask=tree_mask, span_ends=span_ends,
+            keep_sink=keep_sink, tree_mask=tree_mask, span_ends=span_ends, past_only=past_only,
         )  # fmt: skip
     return launch_prefill(q, (k, v), mask, results, plan)
 
@@ -268,19 +272,24 @@ def launch_prefill(
     q, memory = aligned(q), aligned(out)
     new = None if k is None or v is None else (as_rows(aligned(k)), as_rows(aligned(v)))
     if scratch is not None:
-        launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.windows, has_new=k is not None)
+        launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.windows, apart=k is not None or mask.past_only)
     _attend((memory, lse), q, new, scratch, mask, tiles, workspace[:num_bytes])
     copy_back(memory, out)
     return out if lse is None else (out, lse)
 
 
 def check_new(
-    q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, cu_seqlens_q: torch.Tensor, cache: Cache, mask: Mask
+    q: torch.Tensor,
+    keys_and_values: tuple[torch.Tensor | None, torch.Tensor | None],
+    cu_seqlens_q: torch.Tensor,
+    cache: Cache,
+    mask: Mask,
 ) -> None:
     """Check which query tokens are whose, their keys and values, and what they see of each other."""
-    layout, device = cache.layout, q.device
+    layout, device, (k, v) = cache.layout, q.device, keys_and_values
     check_tensor("cu_seqlens_q", cu_seqlens_q, [cache.batch + 1], torch.int32, device=device)
     require((k is None) == (v is None), "v", "a tensor beside k, and None without it", None if v is None else "a tensor")
+    require(not mask.past_only or k is None, "past_only", "False beside k", mask.past_only)
     if k is not None and v is not None:
         check_tensor("k", k, [q.shape[0], cache.num_kv_heads, layout.head_dim], q.dtype, device=device)
         check_tensor("v", v, [q.shape[0], cache.num_kv_heads, layout.v_head_dim], q.dtype, device=device)

@@ -50,6 +50,7 @@ class PrefillPlan:
     raw_operand: tl.dtype
     scratch_operand: tl.dtype
     form: str  # of the loop over pages (`configs.PrefillConfig`)
+    apart: bool  # the keys of query tokens are not in the cache
     single: bool  # one share: the result itself is written
     ptx: bool
     num_stages: int
@@ -210,7 +211,7 @@ def _kvarn_prefill_attention_kernel(
             masking = Masking(masking.scores, Windows(None if masking.windows.sink is None else window, window), masking.among)
         seen = seen_by(
             (tile.first_query, tile.last_query, tile.num_tokens), row, seq_len, num_quantized_ptr, sink, masking.windows.body,
-            LAYOUT.page_size, new is not None,
+            LAYOUT.page_size, PLAN.apart,
         )  # fmt: skip
         spans, raw_share, span = _shares(split, num_splits, split_size, seen, sink, masking.windows, raw is not None, LAYOUT)
         q_place = tile.token * q.stride_token + tile.q_head.to(tl.int64) * q.stride_head
@@ -249,13 +250,16 @@ def _plan(
     layout: PageLayout,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
     group: int,
-    single: bool,
-    early: bool,
+    flags: tuple[bool, bool, bool],
     ptx: bool,
     config: configs.PrefillConfig,
 ) -> PrefillPlan:
-    """Return what the kernel is compiled for; `dtypes` are those of queries, of raw pages and of scratch memory, if any."""
+    """Return what the kernel is compiled for.
+
+    `dtypes` are those of queries, of raw pages and of scratch memory, if any; `flags` are `apart`, `single`, `early_merge`.
+    """
     q_dtype, raw_dtype, scratch_dtype = dtypes
+    apart, single, early = flags
     k_channels, v_channels = triton.next_power_of_2(layout.head_dim), triton.next_power_of_2(layout.v_head_dim)
     return PrefillPlan(
         group=group,
@@ -273,6 +277,7 @@ def _plan(
         raw_operand=configs.operand(q_dtype, raw_dtype),
         scratch_operand=configs.operand(q_dtype, scratch_dtype or q_dtype),
         form=config.form,
+        apart=apart,
         single=single,
         ptx=ptx,
         num_stages=config.num_stages,
@@ -298,6 +303,7 @@ def launch_prefill_tiles(
     cache, config, tokens = tiles.cache, tiles.config, tiles.tokens
     layout, num_kv_heads = cache.layout, cache.num_kv_heads
     group, single = q.shape[1] // num_kv_heads, tiles.num_splits == 1
+    apart = new is not None or mask.past_only
     raw_dtype = q.dtype if cache.raw_pages is None else cache.raw_pages.dtype
     early = not single and gpu.launches_early(q.device)
     dtypes = q.dtype, raw_dtype, None if scratch is None else scratch.dtype
@@ -323,7 +329,7 @@ def launch_prefill_tiles(
         split_size=tiles.split_size,
         max_pages=cache.max_pages,
         LAYOUT=layout,
-        PLAN=_plan(layout, dtypes, group, single, early, gpu.uses_ptx(), config),
+        PLAN=_plan(layout, dtypes, group, (apart, single, early), gpu.uses_ptx(), config),
         num_warps=config.num_warps,
         enable_fp_fusion=True,
         **config.options(),

@@ -41,7 +41,7 @@ def _kvarn_expand_pages_kernel(
     stride_table,
     LAYOUT: tl.constexpr,
     PLAN: tl.constexpr,
-    HAS_NEW: tl.constexpr,
+    APART: tl.constexpr,  # the keys of query tokens are not in the cache
 ):
     chunk = chunk_of_program(num_kv_heads, parts, PLAN)
     column = chunk.entry % columns
@@ -54,7 +54,7 @@ def _kvarn_expand_pages_kernel(
             window = clamped(window, seq_len)
         seen = seen_by(
             (0, num_tokens - 1, num_tokens), row, seq_len, num_quantized_ptr, sink, window,
-            LAYOUT.page_size, HAS_NEW,
+            LAYOUT.page_size, APART,
         )  # fmt: skip
         slot = first_slot(indptr_ptr, row, max_pages)
         scratch_ptr = scratch.ptr + chunk.head * scratch.stride_head
@@ -69,9 +69,7 @@ def _kvarn_expand_pages_kernel(
             dequantize_chunk(outs, record_ptr, chunk, LAYOUT, PLAN)
 
 
-def launch_expand_pages(
-    scratch: torch.Tensor, cu_seqlens_q: torch.Tensor, cache: Cache, windows: Windows, has_new: bool
-) -> None:
+def launch_expand_pages(scratch: torch.Tensor, cu_seqlens_q: torch.Tensor, cache: Cache, windows: Windows, apart: bool) -> None:
     """Write the quantized pages that some query sees to their slots of `scratch`; nothing is checked."""
     layout, pages, num_kv_heads = cache.layout, cache.pages, cache.num_kv_heads
     plan = read_plan(layout, pages.device, rotated=True)
@@ -93,7 +91,7 @@ def launch_expand_pages(
         max_pages=cache.max_pages,
         LAYOUT=layout,
         PLAN=plan,
-        HAS_NEW=has_new,
+        APART=apart,
         num_warps=plan.num_warps,
         enable_fp_fusion=False,
     )

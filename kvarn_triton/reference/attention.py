@@ -184,6 +184,7 @@ def prefill_attention(
     config: object = None,
     tree_mask: torch.Tensor | None = None,
     span_ends: torch.Tensor | None = None,
+    past_only: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with several query tokens per sequence; see `kvarn_triton.prefill_attention`."""
     dtype = working_dtype(q.dtype)
@@ -197,7 +198,7 @@ def prefill_attention(
         before = seq_len - (last - first)
         positions = torch.arange(before, seq_len, device=q.device)
         start = 0 if window is None else max(before - window + 1, 0)
-        cached = seq_len if k is None else max(before, 0)
+        cached = seq_len if k is None and not past_only else max(before, 0)
         num_kept = sink_len if keep_sink else 0
         query_positions, among = positions, None
         if tree_mask is not None or span_ends is not None:

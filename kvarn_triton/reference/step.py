@@ -241,6 +241,7 @@ def attend(
     config: object = None,
     tree_mask: torch.Tensor | None = None,
     span_ends: torch.Tensor | None = None,
+    past_only: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with the queries of a step; see `kvarn_triton.attend`."""
     q = flat_tokens(q)
@@ -262,7 +263,7 @@ def attend(
         result[span], lse[span] = prefill_attention(
             q[span], pages, seq_lens=step.seq_lens[b : b + 1], cu_seqlens_q=own, layout=step.layout, raw_pages=raw_pages,
             k=new[0], v=new[1], sm_scale=sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, return_lse=True,
-            keep_sink=keep_sink, **masks, **tables_of_row(step, b),
+            keep_sink=keep_sink, past_only=past_only, **masks, **tables_of_row(step, b),
         )  # fmt: skip
     return (result, lse) if return_lse else result
 

@@ -35,6 +35,7 @@ def attend(
     config: configs.PrefillConfig | None = None,
     tree_mask: torch.Tensor | None = None,
     span_ends: torch.Tensor | None = None,
+    past_only: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with the queries of a step, after `write_tokens`: decode attention if it has one token for each sequence.
 
@@ -66,6 +67,7 @@ def attend(
         config: launch parameters, of prefill attention.
         tree_mask: int64 [num_tokens], which new tokens each new token sees, of prefill attention with `k` and `v`.
         span_ends: int32 [num_tokens], ends of spans of new tokens that see each other, likewise.
+        past_only: of prefill attention: queries don't see the new tokens, to which another call attends.
 
     Returns:
         `out` [num_tokens, num_q_heads, v_head_dim], or `out` and `lse` float32 [num_tokens, num_q_heads]. Rows of padding are
@@ -79,7 +81,7 @@ def attend(
     flat = reference.step.flat_tokens
     q, k, v = flat(q), None if k is None else flat(k), None if v is None else flat(v)
     check_tensor("q", q, [step.num_tokens, None, step.layout.head_dim], FLOATS, device=step.seq_lens.device)
-    mask = Mask(sm_scale, window, soft_cap, sinks, keep_sink, tree_mask, span_ends)
+    mask = Mask(sm_scale, window, soft_cap, sinks, keep_sink, tree_mask, span_ends, past_only)
     results = Results(out, return_lse, workspace)
     check_queries(q, cache, mask, out)
     check_split_size(split_size)
@@ -87,13 +89,14 @@ def attend(
     if ends is None:
         for name, tensor in (("scratch", scratch), ("tree_mask", tree_mask), ("span_ends", span_ends)):
             require(tensor is None, name, "None without cu_seqlens_q", "a tensor")
+        require(not past_only, "past_only", "False without cu_seqlens_q", past_only)
         decode = plan_decode(q, cache, mask, results, split_size, table)
     else:
-        check_new(q, k, v, ends, cache, mask)
+        check_new(q, (k, v), ends, cache, mask)
         prefill = plan_prefill(q, ends, cache, results, split_size, scratch, config)
     if not gpu.on_device(q):
         return reference.attend(
             q, pages, raw_pages, step, k=k, v=v, sm_scale=mask.sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, out=out,
-            return_lse=return_lse, keep_sink=keep_sink, tree_mask=tree_mask, span_ends=span_ends,
+            return_lse=return_lse, keep_sink=keep_sink, tree_mask=tree_mask, span_ends=span_ends, past_only=past_only,
         )  # fmt: skip
     return launch_decode(q, mask, results, decode) if ends is None else launch_prefill(q, (k, v), mask, results, prefill)
