@@ -1,0 +1,100 @@
+"""Ranks of a group, one process each: `python parallel_worker.py BACKEND SIZE FILE`, run by `test_parallel.py`."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from helpers import assert_same_bits
+from parallel_cases import case_of
+from torch import distributed, multiprocessing
+
+import kvarn_triton
+from kvarn_triton import gpu, parallel, reference
+from kvarn_triton.parallel import Shard, local_step, own_pages
+from kvarn_triton.testing import relative_error
+
+
+def check_attention(shard: Shard, device: torch.device) -> None:
+    """Compare steps on all ranks with one rank that has everything; all ranks have the same bits."""
+    sinks = torch.linspace(-2, 4, 4, device=device)
+    for kind, options in (("decode", {"soft_cap": 3.0, "sinks": sinks}), ("chunk", {}), ("columns", {"sinks": sinks})):
+        case = case_of(kind, device)
+        pages, raw_pages, step = case.whole()
+        new = {name: x.double() for name, x in case.new.items()}
+        exact, exact_lse = reference.attend(case.q.double(), pages, raw_pages, step, return_lse=True, **new, **options)
+        pages, raw_pages, local = case.part(shard)
+        out, lse = parallel.attend(case.q, pages, raw_pages, local, return_lse=True, **case.new, **options)
+        assert relative_error(out, exact) < 2e-3, kind
+        torch.testing.assert_close(lse, exact_lse, rtol=0, atol=5e-3)
+        first = out.clone()
+        distributed.broadcast(first, 0)
+        assert_same_bits(out, first)
+
+
+def check_merging(shard: Shard, device: torch.device) -> None:
+    """Merge given results: of a rank with nothing, of rows that no rank has anything of, of no row."""
+    random = torch.Generator().manual_seed(0)
+    outs = torch.randn(shard.size, 5, 3, 80, generator=random).half().to(device)
+    lses = torch.randn(shard.size, 5, 3, generator=random).to(device)
+    lses[0], lses[:, 2] = -torch.inf, -torch.inf
+    outs[0] = torch.nan
+    out, lse = parallel.merge_ranks(outs[shard.rank], lses[shard.rank])
+    expected, expected_lse = kvarn_triton.merge_states(outs, lses)
+    assert_same_bits(out, expected)
+    assert_same_bits(lse, expected_lse)
+    assert (out[2] == 0).all()
+    assert parallel.merge_ranks(outs[0][:0], lses[0][:0])[0].shape == (0, 3, 80)
+    case = case_of("decode", device)
+    pages, raw_pages, step = case.whole()
+    with pytest.raises(ValueError, match=f"group: expected rank 0 of 9, got 'rank {shard.rank} of {shard.size}'"):
+        parallel.attend(case.q, pages, raw_pages, local_step(step, Shard(0, 9)))
+
+
+def check_graph(shard: Shard, device: torch.device) -> None:
+    """A captured step, exchange included, follows lengths that change between replays."""
+    case = case_of("decode", device)
+    lens = case.plan["seq_lens"]
+    pages, raw_pages, _ = case.part(shard)
+    whole_pages, whole_raw, _ = case.whole()
+
+    def run() -> torch.Tensor:
+        step = kvarn_triton.plan_step(**case.plan | {"block_table": own_pages(case.plan["block_table"], shard)})
+        return parallel.attend(case.q, pages, raw_pages, local_step(step, shard))
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = run()
+    full = lens.clone()
+    for missing in (0, 2):  # fewer tokens in the tail: as many pages
+        lens.copy_((full - missing).clamp(min=0))
+        graph.replay()
+        step = kvarn_triton.plan_step(**case.plan)
+        exact = kvarn_triton.attend(case.q, whole_pages, whole_raw, step)
+        assert relative_error(out, exact) < 2e-3
+
+
+def run_rank(rank: int, size: int, backend: str, path: str) -> None:
+    """Join the group and check everything."""
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    assert gpu.on_device(torch.zeros(1, device=device)) == (backend == "nccl")
+    distributed.init_process_group(backend, init_method=f"file://{path}", rank=rank, world_size=size)
+    try:
+        shard = Shard(rank, size)
+        check_merging(shard, device)
+        check_attention(shard, device)
+        if backend == "nccl":
+            check_graph(shard, device)
+    finally:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    backend, size, path = sys.argv[1:]
+    multiprocessing.spawn(run_rank, (int(size), backend, path), nprocs=int(size))
