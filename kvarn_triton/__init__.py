@@ -8,6 +8,7 @@ from .attention.tree import build_tree_mask
 from .attention.workspace import decode_workspace_size
 from .debugging import check_cache, check_step
 from .encoder import DEFAULT, PUBLISHED, Encoder
+from .header import PageHeader, page_header, read_page_header
 from .layout import FORMAT_VERSION, PRESETS, PageLayout
 from .pages.append import append_tokens, raw_slots
 from .pages.balance import variance_normalize
@@ -38,6 +39,7 @@ __all__ = [
     "DecodeConfig",
     "DecodeTable",
     "Encoder",
+    "PageHeader",
     "PageLayout",
     "PrefillConfig",
     "Step",
@@ -59,11 +61,13 @@ __all__ = [
     "merge_states",
     "no_compilation",
     "pack",
+    "page_header",
     "plan_step",
     "prefill_attention",
     "prefill_workspace_size",
     "quantize",
     "raw_slots",
+    "read_page_header",
     "read_tokens",
     "reference",
     "save_table",

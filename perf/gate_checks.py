@@ -230,6 +230,13 @@ def _look(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     yield {"operation": "check_cache", "criterion": "finds what is wrong", "detail": found or "found", "ok": not found}
 
 
+@check("header of pages", "page_header", 0.1)
+def _header(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
+    header = kvarn.read_page_header(kvarn.page_header(subject.layout, 3, 5))
+    ok = header == (subject.layout, 3, 5)
+    yield {"operation": "page_header", "criterion": "reads what was written", "detail": str(header), "ok": ok}
+
+
 @check("merging of partial results", "merge_states", 0.5)
 def _merge(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     outs = [subject.draw(5, 8, subject.layout.v_head_dim, shift=i) for i in range(2)]

@@ -18,10 +18,10 @@ from kvarn_triton import reference
 PACKAGE = Path(kvarn.__file__).parent
 FUNCTIONS = [name for name in kvarn.__all__ if inspect.isfunction(getattr(kvarn, name))]
 WITHOUT_TWIN = {
-    "check_cache", "check_step", "decode_workspace_size", "load_table", "no_compilation", "prefill_workspace_size",
-    "save_table", "warmup",
+    "check_cache", "check_step", "decode_workspace_size", "load_table", "no_compilation", "page_header",
+    "prefill_workspace_size", "read_page_header", "save_table", "warmup",
 }  # fmt: skip
-"""The reference needs no workspace and compiles nothing; a look at tables is the same everywhere."""
+"""The reference needs no workspace and compiles nothing; a look at tables or a header is the same everywhere."""
 
 
 def run_python(code: str) -> None:
@@ -101,7 +101,7 @@ def test_public_names_are_documented():
 
 
 FLOORS = (
-    ("checks", "encoder", "layout", "step"),
+    ("checks", "encoder", "header", "layout", "step"),
     ("reference",),
     ("cache", "debugging", "gpu", "launch", "masking", "paging", "tables"),
     ("tile",),

@@ -7,12 +7,13 @@ import dataclasses
 import hashlib
 import itertools
 import pickle
+import zlib
 
 import pytest
 import torch
 from helpers import layout_id, uneven
 
-from kvarn_triton import FORMAT_VERSION, PRESETS, PUBLISHED, PageLayout, reference, store_pages
+from kvarn_triton import FORMAT_VERSION, PRESETS, PUBLISHED, PageLayout, page_header, read_page_header, reference, store_pages
 from kvarn_triton.layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
 
 ALL_LAYOUTS = [
@@ -229,3 +230,76 @@ def test_golden_record(store, device):
         assert getattr(layout, f"{name}_offset") == offset
         assert record[offset : offset + 8].hex() == first, name
     assert hashlib.sha256(record).hexdigest() == GOLDEN_SHA256
+
+
+GOLDEN_HEADER = (
+    "4b5641524e504753" "03000000" "80000000" "6b3476325f6731323800000000000000"
+    "c0000000" "80000000" "80000000" "04000000" "02000000" "80470000" "08000000" "00000000" "0500000000000000"
+)  # fmt: skip
+"""Magic, version, bytes, name; head_dim, v_head_dim, page_size, bits, page_bytes, heads, reserved; pages."""
+
+
+def with_checksum(fields: bytes) -> bytes:
+    """Return a header with these fields."""
+    return fields[:124] + zlib.crc32(fields[:124]).to_bytes(4, "little")
+
+
+def test_golden_header():
+    """The bytes of one header, as `docs/page_format.md` has them; what follows a header is not looked at."""
+    layout = PageLayout.from_name("k4v2_g128", 192, 128)
+    header = page_header(layout, 8, 5)
+    assert len(header) == 128 and header == with_checksum(bytes.fromhex(GOLDEN_HEADER) + bytes(52))
+    for given in (header, bytearray(header) + b"pages", memoryview(header)):
+        read = read_page_header(given)
+        assert read == (layout, 8, 5)
+    assert read.num_bytes == 5 * 8 * layout.page_bytes == 5 * 8 * 18_304
+
+
+@pytest.mark.parametrize("layout", UNEQUAL_LAYOUTS[::5] + ALL_LAYOUTS[::17], ids=layout_id)
+def test_headers_of_layouts(layout):
+    """Every layout comes back from its header."""
+    assert read_page_header(page_header(layout, 3, 0)) == (layout, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, b"KVARNPGX", r"header.magic: expected b'KVARNPGS', got b'KVARNPGX'"),
+        (8, b"\x04", "header.format_version: expected 3, got 4"),
+        (12, b"\x00", "header.header_bytes: expected 128, got 0"),
+        (16, b"k4v3", r"header.name: expected k4v2_g128, got b'k4v3_g128"),
+        (32, b"\x64", "head_dim: expected one of 64, 80, 96, 112, 128, 192, 256, 512, got 100"),
+        (40, b"\x20", "page_size: expected one of 64, 128, got 32"),
+        (44, b"\x05", "k_bits: expected one of 2, 3, 4, 8, got 5"),
+        (52, b"\x81", "header.page_bytes: expected 18304, got 18305"),
+        (56, b"\x00", "header.num_kv_heads: expected at least 1, got 0"),
+        (60, b"\x01", "header.reserved: expected 0, got 1"),
+    ],
+)
+def test_refused_headers(place, value, message):
+    """What a version can't read is refused by name, and so is a header of which a byte has changed."""
+    header = bytearray(page_header(PageLayout.from_name("k4v2_g128", 192, 128), 8, 5))
+    header[place : place + len(value)] = value
+    with pytest.raises(ValueError, match=f"^{message}"):
+        read_page_header(with_checksum(header))
+    if place > 8:
+        with pytest.raises(ValueError, match=r"^header.checksum: expected 0x[0-9a-f]{8}, got "):
+            read_page_header(header)
+
+
+def test_what_is_no_header():
+    """Too few bytes, other types, numbers that are none."""
+    header = page_header(PageLayout(), 8, 5)
+    for wrong, message in (
+        (header[:-1], "header: expected at least 128 bytes, got 127"),
+        ("x" * 128, "header: expected bytes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_page_header(wrong)
+    for arguments, message in (
+        ((None, 8, 5), "layout: expected a PageLayout, got 'NoneType'"),
+        ((PageLayout(), 0, 5), "num_kv_heads: expected an integer of at least 1, got 0"),
+        ((PageLayout(), 8, -1), "num_pages: expected an integer of at least 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            page_header(*arguments)
