@@ -275,5 +275,6 @@ def _exchanged(parts: _Parts, rank: int, group: Any) -> tuple[torch.Tensor, torc
     """Bring the parts of all ranks to all of them, and merge them."""
     from torch import distributed
 
-    distributed.all_gather_into_tensor(parts.memory.view(-1), parts.memory[rank], group=group)
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # until torch 2.12
+    gather(parts.memory.view(-1), parts.memory[rank], group=group)
     return merge_states(parts.outs, parts.lses)

@@ -46,6 +46,8 @@ def test_registry():
     names = "gate decode ragged prefill masks peers tune write steps store dequantize hadamard overhead host capacity error"
     assert set(common.SWEEPS) == {
         *names.split(),
+        "parallel",
+        "offload",
         "compile",
         "accuracy",
         "encoders",

@@ -1,0 +1,259 @@
+"""What several GPUs are worth: decode attention to a cache that two of them share, and pages that leave a GPU and come back.
+
+Each rank is a process of its own. A sample is the time of whole replays of a graph that makes CALLS calls, the same number on
+all ranks, which begin together; a time is that of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from cases import Shape, build_cache
+from common import MAIN_PRESET, Options, Row, progress, sweep
+from gate import selected_shapes
+from timed import SINK_LEN, failed, free_memory, num_samples, spread_fields
+from timing import measure, percentile
+from torch import distributed, multiprocessing
+
+import kvarn_triton as kvarn
+from kvarn_triton import PageLayout, parallel
+from kvarn_triton.parallel import Shard
+from kvarn_triton.testing import cache_case, relative_error
+
+POINTS = ((1, 1 << 20), (1, 1 << 17), (8, 1 << 17))
+SMALL, SMALL_POINT = Shape("small", 4, 2, 64), (2, 700)
+"""What is compared where there are no two GPUs; nothing is timed."""
+CALLS, REPLAYS, SIZE = 10, 3, 2
+MAX_ERROR = 2e-3
+"""Between one rank and several: each of both has the rounding of queries and weights, and is rounded itself."""
+TIMEOUT = datetime.timedelta(seconds=60)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the processes of one point are given."""
+
+    shape: Shape
+    preset: str
+    batch: int
+    context: int
+    dtype: torch.dtype
+    seed: int
+    samples: int
+    backend: str
+
+
+class _Rank:
+    """The cache on one rank: all of it, and the part that is its own in a pool of its own."""
+
+    def __init__(self, task: Task, shard: Shard, device: torch.device) -> None:
+        self.shard, self.device = shard, device
+        shape, lengths = task.shape, [task.context - 1] * task.batch  # the tail has all but one token of a page
+        self.layout = PageLayout.from_name(task.preset, head_dim=shape.head_dim)
+        if device.type == "cuda":
+            case = build_cache(
+                shape, self.layout, lengths, sink_len=SINK_LEN, distinct_pages=256, dtype=task.dtype, seed=task.seed
+            )
+        else:
+            case = cache_case(
+                self.layout, lengths, num_kv_heads=shape.num_kv_heads, group=shape.group, dtype=task.dtype, sink_len=SINK_LEN,
+                num_tail_slots=1, seed=task.seed,
+            )  # fmt: skip
+        self.q, self.pages, self.raw_pages = case.q, case.pages, case.raw_pages
+        plan = {"raw_table": case.raw_table, "sink_len": SINK_LEN}
+        self.step = kvarn.plan_step(self.layout, case.seq_lens, None, case.block_table, **plan)
+        own = parallel.own_pages(case.block_table, shard)
+        ids = own[own >= 0].long()
+        place = torch.full((len(case.pages),), -1, dtype=torch.int32, device=device)
+        place[ids] = torch.arange(len(ids), dtype=torch.int32, device=device)
+        table = torch.where(own >= 0, place[own.long()], -1)
+        self.own_pages = case.pages[ids]
+        self.local = parallel.local_step(kvarn.plan_step(self.layout, case.seq_lens, None, table, **plan), shard)
+
+    def whole(self) -> torch.Tensor:
+        """Attend to everything on this rank."""
+        return kvarn.attend(self.q, self.pages, self.raw_pages, self.step)
+
+    def shared(self) -> torch.Tensor:
+        """Attend to everything on all ranks."""
+        return parallel.attend(self.q, self.own_pages, self.raw_pages, self.local)
+
+    def providers(self) -> dict[str, Callable[[], object]]:
+        """Return what is timed, by name."""
+        out, lse = kvarn.attend(self.q, self.own_pages, self.raw_pages, self.local.step, return_lse=True)
+        size = self.shard.size
+        return {
+            "1 GPU": self.whole,
+            f"{size} GPUs": self.shared,
+            "its own part": lambda: kvarn.attend(self.q, self.own_pages, self.raw_pages, self.local.step, return_lse=True),
+            "exchange and merge": lambda: parallel.merge_ranks(out, lse),
+        }
+
+    def planned(self) -> parallel.LocalStep:
+        """Cut a step for this rank, once for all layers."""
+        return parallel.local_step(self.step, self.shard)
+
+
+def _captured(call: Callable[[], object]) -> tuple[Callable[[], object], bool]:
+    """Return what makes CALLS calls, and whether that is a graph."""
+
+    def run() -> None:
+        for _ in range(CALLS):
+            call()
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return run, False
+    return graph.replay, True
+
+
+def _timed(call: Callable[[], object], samples: int) -> Row:
+    """Return the time of a call on the slowest rank, us."""
+    run, is_graph = _captured(call)
+    times = []
+    for _ in range(samples + 1):
+        distributed.barrier()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        run()  # ranks leave the barrier apart
+        start.record()
+        for _ in range(REPLAYS):
+            run()
+        end.record()
+        end.synchronize()
+        times.append(1000 * start.elapsed_time(end) / (REPLAYS * CALLS))
+    of_ranks: list[list[float]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(of_ranks, times[1:])
+    slowest = sorted(max(both) for both in zip(*of_ranks, strict=True))
+    row = {f"us_p{percent}": percentile(slowest, percent) for percent in (20, 80)}
+    spread = f"{row['us_p20']:.4g}-{row['us_p80']:.4g}"
+    return row | {"us": statistics.median(slowest), "spread": spread, "samples": samples, "graph": is_graph}
+
+
+def run_rank(rank: int, task: Task, folder: str) -> None:
+    """Measure on one rank; the first one writes the rows."""
+    device = torch.device("cpu")
+    if task.backend == "nccl":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    distributed.init_process_group(
+        task.backend, init_method=f"file://{folder}/store", rank=rank, world_size=SIZE, timeout=TIMEOUT
+    )
+    try:
+        cache = _Rank(task, Shard(rank, SIZE), device)
+        error = relative_error(cache.shared(), cache.whole())
+        errors: list[float] = [0.0] * SIZE
+        distributed.all_gather_object(errors, error)
+        rows: list[Row] = [{"what": "equality", "error": max(errors)}]
+        if not max(errors) <= MAX_ERROR:
+            rows[0] |= failed(f"error {max(errors):.1e}")
+        elif device.type == "cuda":
+            times = {name: _timed(call, task.samples) for name, call in cache.providers().items()}
+            times["local_step, once a step"] = _timed(cache.planned, task.samples)
+            one = times["1 GPU"]["us"]
+            rows += [{"what": name, **row, "times": one / row["us"]} for name, row in times.items()]
+        if rank == 0:
+            Path(folder, "rows").write_text(json.dumps(rows))
+    finally:
+        distributed.destroy_process_group()
+
+
+@sweep(
+    "parallel",
+    needs="any",
+    headers={
+        "shape": "shape",
+        "preset": "preset",
+        "batch": "batch",
+        "context": "context",
+        "what": "what",
+        "error": "error",
+        "us": "us",
+        "spread": "p20-p80",
+        "times": "x 1 GPU",
+        "graph": "graph",
+    },
+    note=f"decode of one layer, sink and tail in 16 bits, pages in turn on {SIZE} ranks. error: between both, at most "
+    f"{MAX_ERROR:g}.\nTimes need two GPUs. graph: whether it was timed in a captured graph.",
+)
+def shared_caches(options: Options) -> Iterator[Row]:
+    """Compare decode attention on one GPU and on two that share the cache."""
+    on_gpus = torch.cuda.device_count() >= SIZE
+    shape, points = selected_shapes(options)[0], options.points or (POINTS[:1] if options.quick else POINTS)
+    if not on_gpus:
+        shape, points = SMALL, (SMALL_POINT,)
+    work = [(preset, *point) for preset in options.presets or (MAIN_PRESET,) for point in points]
+    for preset, batch, context in progress("parallel", work):
+        row: Row = {"shape": shape.name, "preset": preset, "batch": batch, "context": context}
+        backend, samples = "nccl" if on_gpus else "gloo", num_samples(options)
+        task = Task(shape, preset, batch, context, options.dtype, options.seed, samples, backend)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                multiprocessing.spawn(run_rank, (task, folder), nprocs=SIZE)
+            except Exception as error:
+                yield row | failed(str(error).strip().splitlines()[-1][:200])
+                continue
+            for found in json.loads(Path(folder, "rows").read_text()):
+                yield row | found
+
+
+OFFLOADED = (16, 256, 4096)
+"""Pages that are copied at once."""
+
+
+def _copies(shape: Shape, layout: PageLayout, count: int, seed: int) -> dict[str, Callable[[], object]]:
+    """Return copies of pages of any ids, as in docs/examples/offload.py, and of as many bytes in a row."""
+    pages = torch.randint(0, 256, layout.pages_shape(2 * count, shape.num_kv_heads), dtype=torch.uint8, device="cuda")
+    ids = torch.randperm(2 * count, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")[:count]
+    host = torch.empty(count, *pages.shape[1:], dtype=torch.uint8, pin_memory=True)
+    return {
+        "to the host": lambda: host.copy_(pages.index_select(0, ids), non_blocking=True),
+        "to the host, in a row": lambda: host.copy_(pages[:count], non_blocking=True),
+        "back": lambda: pages.index_copy_(0, ids, host.to("cuda", non_blocking=True)),
+        "back, in a row": lambda: pages[:count].copy_(host, non_blocking=True),
+    }
+
+
+@sweep(
+    "offload",
+    needs="gpu",
+    headers={
+        "shape": "shape",
+        "preset": "preset",
+        "pages": "pages",
+        "what": "what",
+        "us": "us",
+        "spread": "p20-p80",
+        "gb_s": "GB/s",
+    },
+    note="copies of the pages of one layer to pinned host memory and back; nothing else runs.",
+)
+def offloads(options: Options) -> Iterator[Row]:
+    """Time copies of pages to pinned host memory and back."""
+    shape = selected_shapes(options)[0]
+    work = [(preset, count) for preset in options.presets or (MAIN_PRESET,) for count in OFFLOADED]
+    for preset, count in progress("offload", work):
+        free_memory()
+        layout = PageLayout.from_name(preset, head_dim=shape.head_dim)
+        calls = _copies(shape, layout, count, options.seed)
+        timings, errors = measure({name: [call] for name, call in calls.items()}, samples=num_samples(options))
+        num_bytes = count * shape.num_kv_heads * layout.page_bytes
+        for what in calls:
+            row: Row = {"shape": shape.name, "preset": preset, "pages": count, "what": what, "bytes": num_bytes}
+            timing = timings.get(what)
+            if timing is None:
+                yield row | failed(errors[what])
+            else:
+                yield row | spread_fields(timing) | {"gb_s": num_bytes / timing.us / 1e3}
