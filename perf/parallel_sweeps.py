@@ -144,13 +144,11 @@ def _timed(call: Callable[[], object], samples: int) -> Row:
 
 def run_rank(rank: int, task: Task, folder: str) -> None:
     """Measure on one rank; the first one writes the rows."""
-    device = torch.device("cpu")
+    device, joined = torch.device("cpu"), {"rank": rank, "world_size": SIZE, "timeout": TIMEOUT}
     if task.backend == "nccl":
-        device = torch.device("cuda", rank)
+        device = joined["device_id"] = torch.device("cuda", rank)
         torch.cuda.set_device(device)
-    distributed.init_process_group(
-        task.backend, init_method=f"file://{folder}/store", rank=rank, world_size=SIZE, timeout=TIMEOUT
-    )
+    distributed.init_process_group(task.backend, init_method=f"file://{folder}/store", **joined)
     try:
         cache = _Rank(task, Shard(rank, SIZE), device)
         error = relative_error(cache.shared(), cache.whole())
@@ -213,45 +211,46 @@ OFFLOADED = (16, 256, 4096)
 """Pages that are copied at once."""
 
 
-def _copies(shape: Shape, layout: PageLayout, count: int, seed: int) -> dict[str, Callable[[], object]]:
+def _copies(pages: torch.Tensor, ids: torch.Tensor, host: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Return copies of pages of any ids, as in docs/examples/offload.py, and of as many bytes in a row."""
-    pages = torch.randint(0, 256, layout.pages_shape(2 * count, shape.num_kv_heads), dtype=torch.uint8, device="cuda")
-    ids = torch.randperm(2 * count, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")[:count]
-    host = torch.empty(count, *pages.shape[1:], dtype=torch.uint8, pin_memory=True)
     return {
         "to the host": lambda: host.copy_(pages.index_select(0, ids), non_blocking=True),
-        "to the host, in a row": lambda: host.copy_(pages[:count], non_blocking=True),
-        "back": lambda: pages.index_copy_(0, ids, host.to("cuda", non_blocking=True)),
-        "back, in a row": lambda: pages[:count].copy_(host, non_blocking=True),
+        "back": lambda: pages.index_copy_(0, ids, host.to(pages.device, non_blocking=True)),
+        "to the host, in a row": lambda: host.copy_(pages[: len(ids)], non_blocking=True),
+        "back, in a row": lambda: pages[: len(ids)].copy_(host, non_blocking=True),
     }
 
 
 @sweep(
     "offload",
-    needs="gpu",
-    headers={
-        "shape": "shape",
-        "preset": "preset",
-        "pages": "pages",
-        "what": "what",
-        "us": "us",
-        "spread": "p20-p80",
-        "gb_s": "GB/s",
-    },
-    note="copies of the pages of one layer to pinned host memory and back; nothing else runs.",
+    needs="any",
+    headers={name: name for name in ("shape", "preset", "pages", "what", "status", "us")}
+    | {"spread": "p20-p80", "gb_s": "GB/s"},
+    note="copies of the pages of one layer to pinned host memory and back; nothing else runs. Times need a GPU.",
 )
 def offloads(options: Options) -> Iterator[Row]:
-    """Time copies of pages to pinned host memory and back."""
-    shape = selected_shapes(options)[0]
-    work = [(preset, count) for preset in options.presets or (MAIN_PRESET,) for count in OFFLOADED]
-    for preset, count in progress("offload", work):
+    """Copy pages to pinned host memory and back."""
+    shape, device = selected_shapes(options)[0], "cuda" if torch.cuda.is_available() else "cpu"
+    counts = OFFLOADED if device == "cuda" else OFFLOADED[:1]
+    for preset, count in progress("offload", [(preset, n) for preset in options.presets or (MAIN_PRESET,) for n in counts]):
         free_memory()
-        layout = PageLayout.from_name(preset, head_dim=shape.head_dim)
-        calls = _copies(shape, layout, count, options.seed)
+        layout, generator = PageLayout.from_name(preset, head_dim=shape.head_dim), torch.Generator().manual_seed(options.seed)
+        pages = torch.randint(0, 256, layout.pages_shape(2 * count, shape.num_kv_heads), dtype=torch.uint8, generator=generator)
+        order, host = torch.randperm(2 * count, generator=generator), torch.empty_like(pages[:count])
+        placed, ids = pages.to(device, copy=True), order[:count].to(device)
+        calls = _copies(placed, ids, host.pin_memory() if device == "cuda" else host)
+        calls["to the host"]()
+        placed[ids] = 0
+        calls["back"]()
+        row: Row = {"shape": shape.name, "preset": preset, "pages": count}
+        same = torch.equal(placed.cpu(), pages)
+        yield row | {"what": "bytes", "status": "equal" if same else "FAIL"}
+        if device == "cpu":
+            continue
         timings, errors = measure({name: [call] for name, call in calls.items()}, samples=num_samples(options))
         num_bytes = count * shape.num_kv_heads * layout.page_bytes
         for what in calls:
-            row: Row = {"shape": shape.name, "preset": preset, "pages": count, "what": what, "bytes": num_bytes}
+            row |= {"what": what, "bytes": num_bytes}
             timing = timings.get(what)
             if timing is None:
                 yield row | failed(errors[what])

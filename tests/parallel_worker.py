@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from helpers import assert_same_bits
-from parallel_cases import case_of
+from parallel_cases import LAYOUT, SINK_LEN, case_of
 from torch import distributed, multiprocessing
 
 import kvarn_triton
@@ -69,8 +69,9 @@ def check_graph(shard: Shard, device: torch.device) -> None:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         out = run()
     full = lens.clone()
-    for missing in (0, 2):  # fewer tokens in the tail: as many pages
-        lens.copy_((full - missing).clamp(min=0))
+    tails = (full - SINK_LEN) % LAYOUT.page_size
+    for missing in (0, 2):  # as many pages, fewer tokens in the tail
+        lens.copy_(torch.where(tails >= missing, full - missing, full))
         graph.replay()
         step = kvarn_triton.plan_step(**case.plan)
         exact = kvarn_triton.attend(case.q, whole_pages, whole_raw, step)
@@ -84,7 +85,8 @@ def run_rank(rank: int, size: int, backend: str, path: str) -> None:
     if backend == "nccl":
         torch.cuda.set_device(device)
     assert gpu.on_device(torch.zeros(1, device=device)) == (backend == "nccl")
-    distributed.init_process_group(backend, init_method=f"file://{path}", rank=rank, world_size=size)
+    options = {"device_id": device} if backend == "nccl" else {}
+    distributed.init_process_group(backend, init_method=f"file://{path}", rank=rank, world_size=size, **options)
     try:
         shard = Shard(rank, size)
         check_merging(shard, device)
