@@ -1,4 +1,4 @@
-"""What several GPUs are worth: decode attention to a cache that two of them share, and pages that leave a GPU and come back.
+"""What several GPUs are worth: attention to a cache that two of them share, and pages that leave a GPU and come back.
 
 Each rank is a process of its own. A sample is the time of whole replays of a graph that makes CALLS calls, the same number on
 all ranks, which begin together; a time is that of the slowest rank.
@@ -27,8 +27,9 @@ from kvarn_triton import PageLayout, parallel
 from kvarn_triton.parallel import Shard
 from kvarn_triton.testing import cache_case, relative_error
 
-POINTS = ((1, 1 << 20), (1, 1 << 17), (8, 1 << 17))
-SMALL, SMALL_POINT = Shape("small", 4, 2, 64), (2, 700)
+POINTS = ((1, 1 << 20, 1), (1, 1 << 17, 1), (8, 1 << 17, 1), (1, 1 << 17, 2048))
+"""Sequences, tokens of each, and how many of those are new: 1 is a decode step."""
+SMALL, SMALL_POINTS = Shape("small", 4, 2, 64), ((2, 700, 1), (2, 700, 20))
 """What is compared where there are no two GPUs; nothing is timed."""
 CALLS, REPLAYS, SIZE = 10, 3, 2
 MAX_ERROR = 2e-3
@@ -44,6 +45,7 @@ class Task:
     preset: str
     batch: int
     context: int
+    new: int
     dtype: torch.dtype
     seed: int
     samples: int
@@ -67,32 +69,57 @@ class _Rank:
                 num_tail_slots=1, seed=task.seed,
             )  # fmt: skip
         self.q, self.pages, self.raw_pages = case.q, case.pages, case.raw_pages
-        plan = {"raw_table": case.raw_table, "sink_len": SINK_LEN}
-        self.step = kvarn.plan_step(self.layout, case.seq_lens, None, case.block_table, **plan)
+        plan, ends, self.new = {"raw_table": case.raw_table, "sink_len": SINK_LEN}, None, [{}, {}]
+        if task.new > 1:
+            ends = torch.arange(task.batch + 1, dtype=torch.int32, device=device) * task.new
+            plan |= {"num_tokens": task.batch * task.new, "max_query_len": task.new}
+            self.q, self.new = self._chunk(task, plan["num_tokens"], case.block_table.shape)
+        self.step = kvarn.plan_step(self.layout, case.seq_lens, ends, case.block_table, **plan)
         own = parallel.own_pages(case.block_table, shard)
         ids = own[own >= 0].long()
         place = torch.full((len(case.pages),), -1, dtype=torch.int32, device=device)
         place[ids] = torch.arange(len(ids), dtype=torch.int32, device=device)
         table = torch.where(own >= 0, place[own.long()], -1)
         self.own_pages = case.pages[ids]
-        self.local = parallel.local_step(kvarn.plan_step(self.layout, case.seq_lens, None, table, **plan), shard)
+        self.local = parallel.local_step(kvarn.plan_step(self.layout, case.seq_lens, ends, table, **plan), shard)
+
+    def _chunk(self, task: Task, count: int, table: torch.Size) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+        """Return queries of new tokens, and their keys and values with scratch memory for all pages and for a rank's."""
+        generator = torch.Generator(self.device).manual_seed(task.seed)
+        heads, head_dim = task.shape.num_kv_heads, task.shape.head_dim
+
+        def draw(heads: int) -> torch.Tensor:
+            return torch.randn(count, heads, head_dim, generator=generator, device=self.device).to(task.dtype)
+
+        new = {"k": draw(heads), "v": draw(heads)}
+        slots = [table.numel(), table[0] * -(-table[1] // self.shard.size)]
+        page = 2, heads, self.layout.page_size, head_dim
+        return draw(heads * task.shape.group), [
+            new | {"scratch": torch.empty(n, *page, dtype=task.dtype, device=self.device)} for n in slots
+        ]
 
     def whole(self) -> torch.Tensor:
         """Attend to everything on this rank."""
-        return kvarn.attend(self.q, self.pages, self.raw_pages, self.step)
+        return kvarn.attend(self.q, self.pages, self.raw_pages, self.step, **self.new[0])
 
     def shared(self) -> torch.Tensor:
         """Attend to everything on all ranks."""
-        return parallel.attend(self.q, self.own_pages, self.raw_pages, self.local)
+        return parallel.attend(self.q, self.own_pages, self.raw_pages, self.local, **self.new[1])
+
+    def part(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend to what this rank attends to."""
+        options = dict(self.new[1])
+        if options and self.shard.rank:
+            options = {"scratch": options["scratch"], "past_only": True}
+        return kvarn.attend(self.q, self.own_pages, self.raw_pages, self.local.step, return_lse=True, **options)
 
     def providers(self) -> dict[str, Callable[[], object]]:
         """Return what is timed, by name."""
-        out, lse = kvarn.attend(self.q, self.own_pages, self.raw_pages, self.local.step, return_lse=True)
-        size = self.shard.size
+        out, lse = self.part()
         return {
             "1 GPU": self.whole,
-            f"{size} GPUs": self.shared,
-            "its own part": lambda: kvarn.attend(self.q, self.own_pages, self.raw_pages, self.local.step, return_lse=True),
+            f"{self.shard.size} GPUs": self.shared,
+            "its own part": self.part,
             "exchange and merge": lambda: parallel.merge_ranks(out, lse),
         }
 
@@ -176,6 +203,7 @@ def run_rank(rank: int, task: Task, folder: str) -> None:
         "preset": "preset",
         "batch": "batch",
         "context": "context",
+        "new": "new tokens",
         "what": "what",
         "error": "error",
         "us": "us",
@@ -183,20 +211,19 @@ def run_rank(rank: int, task: Task, folder: str) -> None:
         "times": "x 1 GPU",
         "graph": "graph",
     },
-    note=f"decode of one layer, sink and tail in 16 bits, pages in turn on {SIZE} ranks. error: between both, at most "
+    note=f"attention of one layer, sink and tail in 16 bits, pages in turn on {SIZE} ranks. error: between both, at most "
     f"{MAX_ERROR:g}.\nTimes need two GPUs. graph: whether it was timed in a captured graph.",
 )
 def shared_caches(options: Options) -> Iterator[Row]:
-    """Compare decode attention on one GPU and on two that share the cache."""
+    """Compare attention on one GPU and on two that share the cache: decode, and a chunk of a prompt."""
     on_gpus = torch.cuda.device_count() >= SIZE
-    shape, points = selected_shapes(options)[0], options.points or (POINTS[:1] if options.quick else POINTS)
-    if not on_gpus:
-        shape, points = SMALL, (SMALL_POINT,)
+    points = [(*point, 1) for point in options.points] or (POINTS[:1] if options.quick else POINTS)
+    shape, points = (selected_shapes(options)[0], points) if on_gpus else (SMALL, SMALL_POINTS)
     work = [(preset, *point) for preset in options.presets or (MAIN_PRESET,) for point in points]
-    for preset, batch, context in progress("parallel", work):
-        row: Row = {"shape": shape.name, "preset": preset, "batch": batch, "context": context}
+    for preset, *point in progress("parallel", work):
+        row: Row = {"shape": shape.name, "preset": preset} | dict(zip(("batch", "context", "new"), point, strict=True))
         backend, samples = "nccl" if on_gpus else "gloo", num_samples(options)
-        task = Task(shape, preset, batch, context, options.dtype, options.seed, samples, backend)
+        task = Task(shape, preset, *point, options.dtype, options.seed, samples, backend)
         with tempfile.TemporaryDirectory() as folder:
             try:
                 multiprocessing.spawn(run_rank, (task, folder), nprocs=SIZE)

@@ -1,8 +1,13 @@
-"""Ranks of a group, one process each: `python parallel_worker.py BACKEND SIZE FILE`, run by `test_parallel.py`."""
+"""Ranks of a group, one process each: `python parallel_worker.py BACKEND SIZE FILE`, run by `test_parallel.py`.
+
+`python parallel_worker.py` compiles what a rank launches, for a GPU that is not there.
+"""
 
 from __future__ import annotations
 
+import itertools
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +16,10 @@ from parallel_cases import LAYOUT, SINK_LEN, case_of
 from torch import distributed, multiprocessing
 
 import kvarn_triton
-from kvarn_triton import gpu, parallel, reference
+from kvarn_triton import PrefillConfig, gpu, parallel, reference
 from kvarn_triton.parallel import Shard, local_step, own_pages
 from kvarn_triton.testing import relative_error
+from kvarn_triton.testing.compiler import compile_for
 
 
 def check_attention(shard: Shard, device: torch.device) -> None:
@@ -78,6 +84,27 @@ def check_graph(shard: Shard, device: torch.device) -> None:
         assert relative_error(out, exact) < 2e-3
 
 
+def check_warmup() -> None:
+    """After a warm-up with the options that `docs/parallel.md` names, no rank compiles anything."""
+    device, kinds = torch.device("cpu"), {"steps": True, "sink_columns": True, "prefill": True, "past_only": True}
+    config = PrefillConfig(64, 4, 32, 32)
+    with compile_for("sm90"):
+        kvarn_triton.warmup(LAYOUT, 4, 2, device, dtype=torch.float16, config=config, **kinds)
+        with kvarn_triton.no_compilation():
+            for rank, count in itertools.product(range(2), (1, 9)):
+                ends = None if count == 1 else torch.tensor([0, 9], dtype=torch.int32)
+                lens, table = torch.tensor([300], dtype=torch.int32), torch.zeros(1, 8, dtype=torch.int32)
+                # The plan's own kernel would give no plan here.
+                tables = {"block_table": table, "raw_table": table[:, :2], "num_tokens": None if ends is None else count}
+                step = reference.plan_step(LAYOUT, lens, ends, **tables, sink_len=SINK_LEN)
+                raw_pages, new = torch.zeros(2, 2, 2, 64, 64).half(), torch.zeros(count, 2, 64).half()
+                pages = torch.zeros(LAYOUT.pages_shape(1, 2), dtype=torch.uint8)
+                options = {} if ends is None else {"config": config}
+                with mock.patch.object(parallel, "_ranks", lambda group, rank=rank: (rank, 2)):
+                    q, local = new.repeat(1, 2, 1), local_step(step, Shard(rank, 2))
+                    parallel.attend(q, pages, raw_pages, local, k=new, v=new, **options)
+
+
 def run_rank(rank: int, size: int, backend: str, path: str) -> None:
     """Join the group and check everything."""
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
@@ -98,5 +125,9 @@ def run_rank(rank: int, size: int, backend: str, path: str) -> None:
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        with mock.patch.object(distributed, "all_gather_single", lambda *args, **kwargs: None, create=True):
+            check_warmup()
+        sys.exit()
     backend, size, path = sys.argv[1:]
     multiprocessing.spawn(run_rank, (int(size), backend, path), nprocs=int(size))

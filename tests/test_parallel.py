@@ -145,28 +145,33 @@ def test_heads_of_a_rank(kind, device):
             assert_same_bits(written[0], pages[:, own].clone())
 
 
-def run_ranks(backend: str, size: int, tmp_path: Path) -> None:
-    """Run `parallel_worker.py` in one process for each rank."""
+def run_worker(*arguments: object) -> None:
+    """Run `parallel_worker.py`, which starts a process for each rank."""
     worker = Path(__file__).with_name("parallel_worker.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(worker.parent.parent), os.environ.get("PYTHONPATH", "")])}
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
-        [sys.executable, str(worker), backend, str(size), str(tmp_path / "store")],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, str(worker), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=900
+    )
     assert result.returncode == 0, result.stderr[-3000:]
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes(size, tmp_path):
     """Processes on a CPU that exchange their parts through gloo; the reference computes."""
-    run_ranks("gloo", size, tmp_path)
+    run_worker("gloo", size, tmp_path / "store")
+
+
+@pytest.mark.slow("the compiler")
+def test_warm_ranks():
+    """A warm-up compiles all that ranks launch."""
+    run_worker()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_gpus(tmp_path):
     """The same on two GPUs through NCCL, and a captured step whose replays follow lengths."""
-    run_ranks("nccl", 2, tmp_path)
+    run_worker("nccl", 2, tmp_path / "store")
 
 
 @pytest.mark.parametrize(
