@@ -17,8 +17,8 @@ from torch import distributed, multiprocessing
 
 import kvarn_triton
 from kvarn_triton import PrefillConfig, gpu, parallel, reference
-from kvarn_triton.parallel import Shard, local_step, own_pages
-from kvarn_triton.testing import relative_error
+from kvarn_triton.parallel import Shard, local_lens, local_pages, local_step, own_pages
+from kvarn_triton.testing import cache_case, relative_error
 from kvarn_triton.testing.compiler import compile_for
 
 
@@ -56,6 +56,18 @@ def check_merging(shard: Shard, device: torch.device) -> None:
     pages, raw_pages, step = case.whole()
     with pytest.raises(ValueError, match=f"group: expected rank 0 of 9, got 'rank {shard.rank} of {shard.size}'"):
         parallel.attend(case.q, pages, raw_pages, local_step(step, Shard(0, 9)))
+
+
+def check_tables(shard: Shard, device: torch.device) -> None:
+    """Attend without a step where everything is quantized, the last page in part."""
+    case = cache_case(LAYOUT, [5 * 64, 64, 7 * 64], num_tail_slots=1, dtype=torch.float32, device=device)
+    case.seq_lens -= 22
+    tables = {"pages": case.pages, "layout": LAYOUT, "return_lse": True}
+    whole = kvarn_triton.decode_attention(case.q, block_table=case.block_table, seq_lens=case.seq_lens, **tables)
+    table, lens = local_pages(case.block_table, shard), local_lens(case.seq_lens, LAYOUT.page_size, shard)
+    part = kvarn_triton.decode_attention(case.q, block_table=table, seq_lens=lens, **tables)
+    for found, expected in zip(parallel.merge_ranks(*part), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def check_graph(shard: Shard, device: torch.device) -> None:
@@ -117,6 +129,7 @@ def run_rank(rank: int, size: int, backend: str, path: str) -> None:
     try:
         shard = Shard(rank, size)
         check_merging(shard, device)
+        check_tables(shard, device)
         check_attention(shard, device)
         if backend == "nccl":
             check_graph(shard, device)
