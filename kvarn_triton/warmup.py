@@ -153,9 +153,12 @@ def warmup(
     for shifted in {False, sink_columns}:
         some = options | {"keep_sink": False} if shifted and window else options
         _warm_decode(model, pages, raw_pages, {"table": table, **some}, shifted)
+        among = past_only, tree_mask, span_ends
         own = dtype if config is None and dtype != torch.float32 else None  # of long chunks that get no scratch
         for memory in {None, scratch, own} if prefill else ():
-            _warm_prefill(model, pages, raw_pages, memory, {"config": config, **some}, shifted, (past_only, tree_mask, span_ends))
+            _warm_prefill(
+                model, pages, raw_pages, memory, {"config": config, **some}, shifted, (past_only, tree_mask, span_ends)
+            )
     if steps:
         _warm_steps(model, (k[:1], v[:1]), pages, raw_pages, sink_columns, encoder)
         if dequantize is not None:

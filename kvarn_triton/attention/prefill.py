@@ -9,7 +9,6 @@ attend to numbers in 16 bits; long chunks take such memory by themselves.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from . import workspace as workspaces
 from .merge import launch_merge_queries
 from .prefill_kernel import launch_prefill_tiles
 from .schedule import Tiles
-from .workspace import tokens_per_round
+from .workspace import own_scratch, tokens_per_round
 
 MAX_PROGRAMS = 2**31 - 1
 """Most programs of a grid."""
@@ -219,7 +218,7 @@ def plan_prefill(
 ) -> PrefillPlanned:
     """Return how a call is computed, and check its launch parameters and the memory for partial results and pages."""
     if scratch is None and config is None and split_size is None:
-        scratch = _own_scratch(q, cache)
+        scratch = own_scratch(q, cache)
     if config is not None:
         configs.check_prefill_config(config, cache.layout, q.dtype, scratch is not None)
     else:
@@ -237,16 +236,6 @@ def plan_prefill(
     if results.workspace is not None:
         check_workspace(results.workspace, num_bytes, q.device)
     return PrefillPlanned(tiles, num_bytes, scratch)
-
-
-def _own_scratch(q: torch.Tensor, cache: Cache) -> torch.Tensor | None:
-    """Return memory for dequantized pages, where a long chunk is worth it and it isn't much."""
-    shape = cache.ids.numel(), 2, cache.num_kv_heads, cache.layout.page_size, cache.layout.raw_head_dim
-    size = q.element_size() * math.prod(shape)
-    worth = q.element_size() == 2 and q.shape[0] >= configs.SCRATCH_TOKENS * cache.batch > 0
-    if not (worth and 0 < size <= configs.SCRATCH_BYTES and gpu.on_device(q)):
-        return None
-    return torch.empty(shape, dtype=q.dtype, device=q.device)
 
 
 def launch_prefill(

@@ -1,12 +1,14 @@
-"""Sizes of the memory that attention calls need beside their results."""
+"""The memory that attention calls need beside their results: sizes, and what long chunks take by themselves."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from .. import configs, gpu
+from ..cache import Cache
 from ..layout import PageLayout
 
 ROUND_BYTES = 2**28
@@ -112,3 +114,13 @@ def decode_workspace_size(
     heads = [(h, group) for h in range(1, num_kv_heads + 1) for group in range(1, num_q_heads // h + 1)]
     whole, least = (max((size(rows, *each) for each in heads), default=0) for rows in (batch, min(batch, 1)))
     return whole if split_size is None else min(whole, max(ROUND_BYTES, least))
+
+
+def own_scratch(q: torch.Tensor, cache: Cache) -> torch.Tensor | None:
+    """Return memory for dequantized pages, where a long chunk is worth it and it isn't much."""
+    shape = cache.ids.numel(), 2, cache.num_kv_heads, cache.layout.page_size, cache.layout.raw_head_dim
+    size = q.element_size() * math.prod(shape)
+    worth = q.element_size() == 2 and q.shape[0] >= configs.SCRATCH_TOKENS * cache.batch > 0
+    if not (worth and 0 < size <= configs.SCRATCH_BYTES and gpu.on_device(q)):
+        return None
+    return torch.empty(shape, dtype=q.dtype, device=q.device)
