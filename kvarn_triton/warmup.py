@@ -156,30 +156,41 @@ def warmup(
         among = past_only, tree_mask, span_ends
         own = dtype if config is None and dtype != torch.float32 else None  # of long chunks that get no scratch
         for memory in {None, scratch, own} if prefill else ():
-            _warm_prefill(
-                model, pages, raw_pages, memory, {"config": config, **some}, shifted, (past_only, tree_mask, span_ends)
-            )
+            _warm_prefill(model, pages, raw_pages, memory, {"config": config, **some}, shifted, among)
     if steps:
         _warm_steps(model, (k[:1], v[:1]), pages, raw_pages, sink_columns, encoder)
         if dequantize is not None:
             _warm_reads(model, pages, raw_pages, sink_columns, dequantize)
-    for ids in (torch.int32, torch.int64):
-        slots = torch.full((size,), -1, dtype=ids, device=device)
-        count = configs.append_block(layout.raw_head_dim)
-        while count:
-            append_tokens(k[:count], v[:count], raw_pages, slots[:count])
-            count //= 2
-        page_ids = torch.full((1,), -1, dtype=ids, device=device)
-        store_pages(k, v, pages, page_ids, layout, encoder=encoder)
-        store_pages(k, v, pages, page_ids, layout, token_starts=page_ids, encoder=encoder)
-        if dequantize is not None:
-            for rotated in (False, True):
-                dequantize_pages(pages, page_ids, layout, dtype=dequantize, rotated=rotated)
+    _warm_pages(layout, (k, v), pages, raw_pages, encoder, dequantize)
     state, lse = (torch.zeros(1, n, dtype=d, device=device) for n, d in ((layout.v_head_dim, dtype), (1, torch.float32)))
     merge_states(state, lse[0], state, lse[0])
     block_table, indices = _body_tables(columns, csr)
     cut_back(raw_pages, pages, columns, block_table, lens, lens, layout, **indices)
     commit_pages(raw_pages, pages, columns, block_table, lens, lens, layout, encoder=encoder, **indices)
+
+
+def _warm_pages(
+    layout: PageLayout,
+    new: tuple[torch.Tensor, torch.Tensor],
+    pages: torch.Tensor,
+    raw_pages: torch.Tensor,
+    encoder: Encoder,
+    dequantize: torch.dtype | None,
+) -> None:
+    """Compile what stores tokens and pages, and what dequantizes them, for ids of both dtypes."""
+    k, v = new
+    for ids in (torch.int32, torch.int64):
+        slots = torch.full((layout.page_size,), -1, dtype=ids, device=pages.device)
+        count = configs.append_block(layout.raw_head_dim)
+        while count:
+            append_tokens(k[:count], v[:count], raw_pages, slots[:count])
+            count //= 2
+        page_ids = torch.full((1,), -1, dtype=ids, device=pages.device)
+        store_pages(k, v, pages, page_ids, layout, encoder=encoder)
+        store_pages(k, v, pages, page_ids, layout, token_starts=page_ids, encoder=encoder)
+        if dequantize is not None:
+            for rotated in (False, True):
+                dequantize_pages(pages, page_ids, layout, dtype=dequantize, rotated=rotated)
 
 
 def _body_tables(columns: torch.Tensor, csr: bool) -> tuple[torch.Tensor | None, dict[str, Any]]:
