@@ -10,6 +10,11 @@ from .debugging import check_cache, check_step
 from .encoder import DEFAULT, PUBLISHED, Encoder
 from .header import PageHeader, page_header, read_page_header
 from .layout import FORMAT_VERSION, PRESETS, PageLayout
+from .mla.decode import mla_decode_attention
+from .mla.dequantize import mla_dequantize_pages
+from .mla.layout import MLALayout
+from .mla.store import mla_store_pages
+from .mla.tail import mla_append_tokens, mla_commit_pages
 from .pages.append import append_tokens, raw_slots
 from .pages.balance import variance_normalize
 from .pages.commit import commit_pages
@@ -39,6 +44,7 @@ __all__ = [
     "DecodeConfig",
     "DecodeTable",
     "Encoder",
+    "MLALayout",
     "PageHeader",
     "PageLayout",
     "PrefillConfig",
@@ -59,6 +65,11 @@ __all__ = [
     "hadamard",
     "load_table",
     "merge_states",
+    "mla_append_tokens",
+    "mla_commit_pages",
+    "mla_decode_attention",
+    "mla_dequantize_pages",
+    "mla_store_pages",
     "no_compilation",
     "pack",
     "page_header",

@@ -49,7 +49,7 @@ def _plan_merge(
 
 
 @triton.jit
-def _merged(partial_ptr, partial_lse_ptr, count, stride, PLAN: tl.constexpr):
+def merged(partial_ptr, partial_lse_ptr, count, stride, PLAN: tl.constexpr):
     """Return the merged result [1, channels] and log-sum-exp [1], base 2, of `count` results `stride` rows apart."""
     BLOCK_D: tl.constexpr = PLAN.block_d
     offs_d = tl.arange(0, BLOCK_D)
@@ -79,7 +79,7 @@ def _merged(partial_ptr, partial_lse_ptr, count, stride, PLAN: tl.constexpr):
 
 
 @triton.jit
-def _store_result(out_ptr, lse_ptr, out, lse, PLAN: tl.constexpr):
+def store_result(out_ptr, lse_ptr, out, lse, PLAN: tl.constexpr):
     """Rotate a result [1, channels] back and store it, and its log-sum-exp if there is memory for it."""
     offs_d = tl.arange(0, PLAN.block_d)[None, :]
     out = hadamard(out, PLAN.rotation)
@@ -130,14 +130,14 @@ def _kvarn_merge_splits_kernel(
         logit = tl.load(sinks_ptr + q_head + tl.arange(0, 1)) * LOG2E
     if PLAN.early:
         gdc_wait()
-    result, lse = _merged(partial_ptr + place * PLAN.v_head_dim, partial_lse_ptr + place, num_parts, TILE, PLAN)
+    result, lse = merged(partial_ptr + place * PLAN.v_head_dim, partial_lse_ptr + place, num_parts, TILE, PLAN)
     if sinks_ptr is not None:
         result, lse = with_sink(result, lse, logit)
     out_row_ptr = out.ptr + row.to(tl.int64) * out.stride_token + q_head.to(tl.int64) * out.stride_head
     lse_row_ptr = lse_ptr
     if lse_ptr is not None:
         lse_row_ptr = lse_ptr + tl.program_id(0)
-    _store_result(out_row_ptr, lse_row_ptr, result, lse, PLAN)
+    store_result(out_row_ptr, lse_row_ptr, result, lse, PLAN)
 
 
 def launch_merge_splits(
@@ -206,10 +206,10 @@ def _kvarn_merge_queries_kernel(
     if PLAN.early:
         gdc_wait()
     if owned:
-        result, lse = _merged(partial_ptr + row * PLAN.v_head_dim, partial_lse_ptr + row, num_splits, total_rows, PLAN)
+        result, lse = merged(partial_ptr + row * PLAN.v_head_dim, partial_lse_ptr + row, num_splits, total_rows, PLAN)
         if sinks_ptr is not None:
             result, lse = with_sink(result, lse, tl.load(sinks_ptr + q_head + tl.arange(0, 1)) * LOG2E)
-        _store_result(out_row_ptr, lse_row_ptr, result, lse, PLAN)
+        store_result(out_row_ptr, lse_row_ptr, result, lse, PLAN)
     else:
         BLOCK_D: tl.constexpr = PLAN.block_d
         offs_d = tl.arange(0, BLOCK_D)

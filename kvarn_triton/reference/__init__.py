@@ -13,6 +13,14 @@ from .arithmetic import ANY_ORDER, KERNEL_ORDER, Arithmetic
 from .attention import build_tree_mask, decode_attention, gather_cache, merge_states, prefill_attention
 from .cache import append_tokens, commit_pages, cut_back, dequantize_pages, raw_slots, store_pages
 from .codec import encode
+from .mla import (
+    gather_latents,
+    mla_append_tokens,
+    mla_commit_pages,
+    mla_decode_attention,
+    mla_dequantize_pages,
+    mla_store_pages,
+)
 from .packing import pack, unpack
 from .step import attend, copy_raw_pages, cut_tokens, plan_step, read_tokens, write_tokens
 
@@ -39,6 +47,11 @@ __all__ = [
     "gather_cache",
     "hadamard",
     "merge_states",
+    "mla_append_tokens",
+    "mla_commit_pages",
+    "mla_decode_attention",
+    "mla_dequantize_pages",
+    "mla_store_pages",
     "pack",
     "plan_step",
     "prefill_attention",

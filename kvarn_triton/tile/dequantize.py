@@ -169,7 +169,7 @@ def store_tokens(out, tile, token):
 
 
 @triton.jit
-def _dequantize_keys(out, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+def dequantize_keys(out, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
     """Write a part of a block of the keys of a record; fields of a byte are channels.
 
     The codes of the next tokens are brought near while some are worked on.
@@ -260,6 +260,6 @@ def dequantize_chunk(outs, record_ptr, chunk, LAYOUT: tl.constexpr, PLAN: tl.con
     V_BLOCKS: tl.constexpr = LAYOUT.v_head_dim // LAYOUT.v_block_size
     if chunk.half == 0:
         if (K_BLOCKS >= V_BLOCKS) or (chunk.block < K_BLOCKS):
-            _dequantize_keys(outs[0], record_ptr, chunk, LAYOUT, PLAN)
+            dequantize_keys(outs[0], record_ptr, chunk, LAYOUT, PLAN)
     elif (V_BLOCKS >= K_BLOCKS) or (chunk.block < V_BLOCKS):
         _dequantize_values(outs[1], record_ptr, chunk, LAYOUT, PLAN)

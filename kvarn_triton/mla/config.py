@@ -1,0 +1,57 @@
+"""Launch parameters of latent attention: which a kernel gets for how many query rows on which device."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from .. import gpu
+from ..checks import check_count, require
+
+_KIB = 1024
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Launch parameters of `mla_decode_attention`.
+
+    Args:
+        block_m: query rows of a tile, (query token, head) of one sequence: a power of two from 16 on.
+        block_t: tokens that are dequantized at once: 16, 32 or 64.
+        num_warps: warps of a program.
+        num_stages: stages of the software pipeline.
+        programs_per_sm: programs of one multiprocessor, by which the number of splits is chosen.
+    """
+
+    block_m: int
+    block_t: int
+    num_warps: int
+    num_stages: int = 2
+    programs_per_sm: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("block_m", 16, 128), ("block_t", 16, 64), ("num_warps", 1, 16)):
+            value = getattr(self, name)
+            fits = isinstance(value, int) and least <= value <= most and not value & (value - 1)
+            require(fits, name, f"a power of two from {least} to {most}", value)
+        check_count("num_stages", self.num_stages, 1)
+        check_count("programs_per_sm", self.programs_per_sm, 1)
+
+
+def mla_config(rows: int, device: torch.device) -> MLAConfig:
+    """Return the parameters for `rows` query rows of a sequence."""
+    known = gpu.gpu_of(device)
+    return _mla_config(rows, 0 if known is None else known.program_bytes, known is None or known.nvidia)
+
+
+@functools.lru_cache
+def _mla_config(rows: int, program_bytes: int, nvidia: bool) -> MLAConfig:
+    if not program_bytes:
+        return MLAConfig(16, 32, 4)  # the interpreter
+    if not nvidia or program_bytes < 128 * _KIB:
+        return MLAConfig(16, 16 if nvidia else 32, 4, num_stages=1, programs_per_sm=1)
+    if rows <= 32:
+        return MLAConfig(16 if rows <= 16 else 32, 32, 4, programs_per_sm=2)
+    return MLAConfig(64, 64 if program_bytes >= 200 * _KIB else 32, 8)

@@ -1,0 +1,350 @@
+"""The kernel of latent attention: all query heads of a tile attend to a part of a sequence, some tokens at a time.
+
+One program has a tile of query rows, (query token, head), of one sequence, and one split of its tokens. A block of tokens is
+dequantized once, to float16, in rotated coordinates and without its norms, and is an operand of two products on the tensor
+cores: with the queries (scores) and with the weights (values). Grid: (program,), tiles of a split next to each other. Bytes
+moved: each record once per tile, of which the second comes from the L2 cache; partial results.
+
+With f = norm * gain of a token, x its numbers without them and s its score, weights of values are 2**(s + log2(f)), relative to
+the largest of them so far, so that one exponential serves both sums, and no magnitude of a page leaves float16:
+
+    acc = sum 2**(s + log2(f) - m) * x        l = sum 2**(s + log2(f) - m) / f        out = acc / l        lse = m + log2(l)
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import gpu
+from ..launch import on
+from ..layout import fields_per_byte
+from ..paging import load_page_id
+from ..tile.arithmetic import split_halves
+from .cache import LatentCache
+from .config import MLAConfig
+from .layout import LATENT_DIM, ROPE_DIM, MLALayout
+
+LATENTS = tl.constexpr(LATENT_DIM)
+ROPE = tl.constexpr(ROPE_DIM)
+LEAST_FACTOR = tl.constexpr(2.0**-60)
+"""Tokens of smaller norm * gain are read with this one as values: zeros, for which its inverse has to be finite."""
+
+
+@dataclass(frozen=True)
+class MLAPlan:
+    """What the kernel is compiled for."""
+
+    block_m: int  # query rows of a tile
+    block_t: int  # tokens of a block
+    num_stages: int  # of the software pipeline
+    planes: int  # parts of the channels of a latent, each an operand of its own
+    fields: int  # of a byte
+    ptx: bool
+
+
+@functools.lru_cache
+def _plan(layout: MLALayout, config: MLAConfig, ptx: bool) -> MLAPlan:
+    fields = fields_per_byte(layout.bits)
+    return MLAPlan(config.block_m, config.block_t, config.num_stages, max(fields, 2), fields, ptx)
+
+
+class Rows(NamedTuple):
+    """The state of a tile of query rows."""
+
+    acc: tuple  # float32 [rows, channels], one of each plane
+    m: tl.tensor  # float32 [rows], base 2
+    l: tl.tensor  # float32 [rows]  # noqa: E741
+
+
+@triton.constexpr_function
+def _latents_ptx(field, bits):
+    """PTX of `_decode` for four bytes: codes become the float16 numbers 1024 + code * 2**shift, then codes, then numbers."""
+    shift = field * bits if bits < 8 else 0
+    mask = (2**bits - 1) << shift
+    codes = "mov.b32 t, $2; " if bits == 8 else f"and.b32 t, $2, {mask * 0x01010101}; "
+    if shift:
+        factor, offset = (15 - shift) << 10, 0x8000 | (25 - shift) << 10  # 2**-shift and -1024 * 2**-shift
+        down = f"mov.b32 c, {factor * 0x10001}; mov.b32 d, {offset * 0x10001}; "
+        down += "fma.rn.f16x2 a, a, c, d; fma.rn.f16x2 b, b, c, d; "
+    else:
+        down = "mov.b32 c, 0x64006400; sub.rn.f16x2 a, a, c; sub.rn.f16x2 b, b, c; "
+    return (
+        "{ .reg .b32 t, a, b, c, d; " + codes + "prmt.b32 a, t, 0x64646464, 0x4140; prmt.b32 b, t, 0x64646464, 0x4342; " + down
+        + "fma.rn.f16x2 $0, a, $3, $5; fma.rn.f16x2 $1, b, $4, $6; }"
+    )  # fmt: skip
+
+
+@triton.jit
+def _decode(packed, scale, zero, FIELD: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Return code * scale + zero, float16, of one field of bytes int8 [tokens, channels]; the others are float16 [channels]."""
+    if PTX:
+        numbers = tl.inline_asm_elementwise(
+            _latents_ptx(FIELD, BITS), "=&r,=&r,r,r,r,r,r", [packed, scale[None, :], zero[None, :]], tl.float16, is_pure=False,
+            pack=4,
+        )  # fmt: skip
+    else:
+        codes = (packed.to(tl.int32) >> (FIELD * BITS)) & (2**BITS - 1)
+        numbers = codes.to(tl.float32) * scale.to(tl.float32)[None, :] + zero.to(tl.float32)[None, :]
+        numbers = numbers.to(tl.float16)
+    return numbers
+
+
+@triton.jit
+def _scale_and_zero(words, PTX: tl.constexpr):
+    """Return the scales and zeros, float16, of parameters. Written as PTX, pairs of them are made once, not once per token."""
+    if PTX:
+        scale, zero = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;", "=&r,=&r,r,r", [words], (tl.float16, tl.float16),
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        scale, zero = split_halves(words)
+    return scale, zero
+
+
+@triton.jit
+def _load_latents(record_ptr, token, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+    """Return some tokens of a record as planes float16 [tokens, channels], without their norms."""
+    PLANES: tl.constexpr = PLAN.planes
+    FIELDS: tl.constexpr = PLAN.fields
+    CHANNELS: tl.constexpr = LATENTS // PLANES
+    offs_c = tl.arange(0, CHANNELS)
+    params_ptr = (record_ptr + LAYOUT.k_params_offset).to(tl.pointer_type(tl.uint32))
+    codes_ptr = (record_ptr + LAYOUT.k_codes_offset).to(tl.pointer_type(tl.int8))
+    place = token[:, None] * (LATENTS // FIELDS) + offs_c[None, :]
+    planes = ()
+    for part in tl.static_range(PLANES // FIELDS):
+        packed = tl.load(codes_ptr + part * CHANNELS + place)
+        for field in tl.static_range(FIELDS):
+            words = tl.load(params_ptr + (field * (PLANES // FIELDS) + part) * CHANNELS + offs_c)
+            scale, zero = _scale_and_zero(words, PLAN.ptx)
+            planes = planes + (_decode(packed, scale, zero, field, LAYOUT.k_bits, PLAN.ptx),)
+    return planes
+
+
+@triton.jit
+def _load_raw(token_ptr, place, mask, PLAN: tl.constexpr):
+    """Return raw tokens at some places as planes float16 [tokens, channels]."""
+    PLANES: tl.constexpr = PLAN.planes
+    CHANNELS: tl.constexpr = LATENTS // PLANES
+    offs_c = tl.arange(0, CHANNELS)
+    planes = ()
+    for plane in tl.static_range(PLANES):
+        planes = planes + (tl.load(token_ptr + plane * CHANNELS + place + offs_c[None, :], mask, other=0.0),)
+    return planes
+
+
+@triton.jit
+def _latent_products(queries, planes, BLOCK_T: tl.constexpr):
+    """Return the products [rows, tokens] of queries and latents, both in planes."""
+    product = tl.zeros((queries[0].shape[0], BLOCK_T), tl.float32)
+    for plane in tl.static_range(len(planes)):
+        product = tl.dot(queries[plane], tl.trans(planes[plane]), product)
+    return product
+
+
+@triton.jit
+def _advance(state, scores, factor, planes):
+    """Return the state of rows after tokens with these scores, factors and numbers; factor None: all are 1."""
+    logs = scores
+    if factor is not None:
+        factor = tl.maximum(factor, LEAST_FACTOR)
+        logs = scores + tl.log2(factor)[None, :]
+    m = tl.maximum(state.m, tl.max(logs, axis=1))
+    origin = tl.where(m == float("-inf"), 0.0, m)  # rows that see nothing yet
+    alpha = tl.exp2(state.m - origin)
+    weights = tl.exp2(logs - origin[:, None])
+    operand = weights.to(tl.float16)
+    if factor is not None:
+        weights *= tl.fdiv(1.0, factor)[None, :]
+    acc = ()
+    for plane in tl.static_range(len(planes)):
+        acc = acc + (tl.dot(operand, planes[plane], state.acc[plane] * alpha[:, None]),)
+    return Rows(acc, m, state.l * alpha + tl.sum(weights, axis=1))
+
+
+@triton.jit
+def _attend_page(state, queries, rope_query, factor, record_ptr, token, last_seen, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+    """Return the state of rows after some tokens of a record, those up to the last one, of the page, that each row sees."""
+    offs_r = tl.arange(0, ROPE)
+    rope_ptr = (record_ptr + LAYOUT.rope_offset).to(tl.pointer_type(tl.float16))
+    norm_ptr = (record_ptr + LAYOUT.k_norm_offset).to(tl.pointer_type(tl.float16))
+    gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)))
+    planes = _load_latents(record_ptr, token, LAYOUT, PLAN)
+    rope = tl.load(rope_ptr + token[:, None] * ROPE + offs_r[None, :])
+    size = tl.load(norm_ptr + token).to(tl.float32) * gain
+    product = _latent_products(queries, planes, PLAN.block_t)
+    rotary = tl.dot(rope_query, tl.trans(rope))
+    scores = (product * size[None, :] + rotary) * factor[:, None]
+    scores = tl.where(token[None, :] <= last_seen[:, None], scores, float("-inf"))
+    return _advance(state, scores, size, planes)
+
+
+@triton.jit
+def _attend_raw(state, queries, rope_query, factor, token_ptr, stride_token, token, last_seen, mask, PLAN: tl.constexpr):
+    """Return the state of rows after some tokens of a raw page, those of the mask; others are not read."""
+    place = (token * stride_token)[:, None]
+    planes = _load_raw(token_ptr, place, mask[:, None], PLAN)
+    rope = tl.load(token_ptr + LATENTS + place + tl.arange(0, ROPE)[None, :], mask[:, None], other=0.0)
+    product = tl.dot(rope_query, tl.trans(rope), _latent_products(queries, planes, PLAN.block_t))
+    scores = tl.where(token[None, :] <= last_seen[:, None], product * factor[:, None], float("-inf"))
+    return _advance(state, scores, None, planes)
+
+
+@triton.jit
+def _new_rows(ROWS: tl.constexpr, PLANES: tl.constexpr):
+    """Return the state of rows that have attended to nothing."""
+    acc = ()
+    for _ in tl.static_range(PLANES):
+        acc = acc + (tl.zeros((ROWS, LATENTS // PLANES), tl.float32),)
+    return Rows(acc, tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32))
+
+
+@triton.jit(
+    do_not_specialize=["num_queries", "num_heads", "num_splits", "num_sink_pages", "num_tail_slots", "stride_table",
+                       "stride_raw_table"],
+    do_not_specialize_on_alignment=["lse_ptr", "factor_ptr", "table_ptr", "raw_table_ptr", "seq_lens_ptr", "num_quantized_ptr"],
+)  # fmt: skip
+def _kvarn_mla_decode_kernel(
+    out_ptr,  # float32 [num_splits, rows, 512], rotated
+    lse_ptr,  # float32 [num_splits, rows], base 2
+    q_ptr,  # float16 [rows, 576], rotated; rows are (sequence, query token, head)
+    factor_ptr,  # float32 [rows]
+    pages_ptr,  # uint8 [num_pages, page_bytes]
+    raw_ptr,  # float16 [num_raw_pages, page_size, 576], or None
+    table_ptr,  # int32 [batch, max_pages]
+    raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots], or None
+    seq_lens_ptr,  # int32 [batch]
+    num_quantized_ptr,  # int32 [batch], or None
+    num_queries,  # query tokens of a sequence
+    num_heads,
+    num_splits,
+    num_sink_pages,
+    num_tail_slots,
+    stride_page,
+    stride_raw_page,
+    stride_raw_token,
+    stride_table,
+    stride_raw_table,
+    LAYOUT: tl.constexpr,
+    PLAN: tl.constexpr,
+):
+    G: tl.constexpr = LAYOUT.page_size
+    BLOCK_M: tl.constexpr = PLAN.block_m
+    BLOCK_T: tl.constexpr = PLAN.block_t
+    STAGES: tl.constexpr = PLAN.num_stages
+    PLANES: tl.constexpr = PLAN.planes
+    CHANNELS: tl.constexpr = LATENTS // PLANES
+    rows = num_queries * num_heads
+    tiles = tl.cdiv(rows, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    split = tl.program_id(0) // tiles % num_splits
+    sequence = tl.program_id(0) // tiles // num_splits
+    batch = tl.num_programs(0) // tiles // num_splits
+    offs_m, offs_t, offs_c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_T), tl.arange(0, CHANNELS)
+    row = tile * BLOCK_M + offs_m
+    mask_m = row < rows
+    place = sequence.to(tl.int64) * rows + row
+    result = split.to(tl.int64) * (batch * rows) + place
+    seq_len = tl.load(seq_lens_ptr + sequence)
+    num_blocks = tl.cdiv(tl.maximum(seq_len, 0), BLOCK_T)
+    first = (num_blocks.to(tl.int64) * split // num_splits).to(tl.int32)
+    last = (num_blocks.to(tl.int64) * (split + 1) // num_splits).to(tl.int32)
+    if first >= last:
+        tl.store(lse_ptr + result, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask_m)
+        return
+    first_body = num_sink_pages * (G // BLOCK_T)
+    end = last
+    if num_quantized_ptr is not None:
+        end = first_body + tl.maximum(tl.load(num_quantized_ptr + sequence), 0) * (G // BLOCK_T)
+    queries = ()
+    for plane in tl.static_range(PLANES):
+        part_ptr = q_ptr + plane * CHANNELS + place[:, None] * (LATENTS + ROPE)
+        queries = queries + (tl.load(part_ptr + offs_c[None, :], mask_m[:, None], other=0.0),)
+    rope_ptr = q_ptr + LATENTS + place[:, None] * (LATENTS + ROPE)
+    rope_query = tl.load(rope_ptr + tl.arange(0, ROPE)[None, :], mask_m[:, None], other=0.0)
+    factor = tl.load(factor_ptr + place, mask_m, other=0.0)
+    last_seen = seq_len - num_queries + row // num_heads
+    state = _new_rows(BLOCK_M, PLANES)
+    ids_ptr = table_ptr + sequence.to(tl.int64) * stride_table
+
+    first_page, last_page = tl.maximum(first, first_body), tl.minimum(last, end)
+    num_ids = tl.cdiv(last_page, G // BLOCK_T) - num_sink_pages
+    for block in tl.range(first_page, last_page, num_stages=STAGES):
+        body = block // (G // BLOCK_T) - num_sink_pages
+        page = load_page_id(ids_ptr, body, num_ids, PLAN.ptx)
+        record_ptr = pages_ptr + page.to(tl.int64) * stride_page
+        token = block % (G // BLOCK_T) * BLOCK_T + offs_t
+        seen = last_seen - (body + num_sink_pages) * G
+        state = _attend_page(state, queries, rope_query, factor, record_ptr, token, seen, LAYOUT, PLAN)
+
+    if raw_ptr is not None:
+        before = tl.maximum(tl.minimum(last, first_body) - first, 0)
+        first_tail = tl.maximum(tl.maximum(first, first_body), end)
+        for i in tl.range(0, before + tl.maximum(last - first_tail, 0), num_stages=1):
+            block = tl.where(i < before, first + i, first_tail + i - before)
+            index = block // (G // BLOCK_T)
+            slot = tl.where(i < before, index, num_sink_pages + (index - num_sink_pages) % num_tail_slots)
+            raw_page = tl.load(raw_table_ptr + sequence.to(tl.int64) * stride_raw_table + slot)
+            token_ptr = raw_ptr + tl.maximum(raw_page, 0).to(tl.int64) * stride_raw_page
+            token = block % (G // BLOCK_T) * BLOCK_T + offs_t
+            seen = last_seen - index * G
+            mask = token < seq_len - index * G
+            state = _attend_raw(
+                state, queries, rope_query, factor, token_ptr, stride_raw_token, token, seen, mask, PLAN
+            )
+
+    inverse = tl.fdiv(1.0, tl.where(state.l > 0, state.l, 1.0))
+    for plane in tl.static_range(PLANES):
+        part_ptr = out_ptr + plane * CHANNELS + result[:, None] * LATENTS
+        tl.store(part_ptr + offs_c[None, :], state.acc[plane] * inverse[:, None], mask_m[:, None])
+    tl.store(lse_ptr + result, state.m + tl.log2(state.l), mask_m)
+
+
+def launch_mla_splits(
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    queries: tuple[torch.Tensor, torch.Tensor],
+    cache: LatentCache,
+    shape: tuple[int, int],
+    config: MLAConfig,
+) -> None:
+    """Attend with rotated queries of `shape` (query tokens of a sequence, heads) to splits; nothing is checked.
+
+    `partial` is float32 [num_splits, rows, 512], `partial_lse` [num_splits, rows]; without any token it is -inf, and nothing is
+    written to `partial`.
+    """
+    layout, (num_queries, num_heads) = cache.layout, shape
+    plan = _plan(layout, config, gpu.uses_ptx())
+    tiles = -(-num_queries * num_heads // config.block_m)
+    raw, raw_table = cache.raw_pages, cache.raw_table
+    on(partial, _kvarn_mla_decode_kernel)[(tiles * partial.shape[0] * cache.batch,)](
+        partial,
+        partial_lse,
+        *queries,
+        cache.pages,
+        raw,
+        cache.block_table,
+        raw_table,
+        cache.seq_lens,
+        cache.num_quantized,
+        num_queries,
+        num_heads,
+        partial.shape[0],
+        cache.num_sink_pages,
+        0 if raw_table is None else raw_table.shape[1] - cache.num_sink_pages,
+        cache.pages.stride(0),
+        0 if raw is None else raw.stride(0),
+        0 if raw is None else raw.stride(1),
+        cache.block_table.stride(0),
+        0 if raw_table is None else raw_table.stride(0),
+        LAYOUT=layout,
+        PLAN=plan,
+        num_warps=config.num_warps,
+    )
