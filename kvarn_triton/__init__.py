@@ -12,9 +12,9 @@ from .header import PageHeader, page_header, read_page_header
 from .layout import FORMAT_VERSION, PRESETS, PageLayout
 from .mla.decode import mla_decode_attention
 from .mla.dequantize import mla_dequantize_pages
-from .mla.layout import MLALayout
 from .mla.store import mla_store_pages
 from .mla.tail import mla_append_tokens, mla_commit_pages
+from .mla_layout import MLALayout
 from .pages.append import append_tokens, raw_slots
 from .pages.balance import variance_normalize
 from .pages.commit import commit_pages

@@ -101,14 +101,14 @@ def test_public_names_are_documented():
 
 
 FLOORS = (
-    ("checks", "encoder", "header", "layout", "step"),
+    ("checks", "encoder", "header", "layout", "mla_layout", "step"),
     ("reference",),
     ("cache", "debugging", "gpu", "launch", "masking", "paging", "tables"),
     ("tile",),
     ("configs",),
     ("pages",),
     ("attention",),
-    ("serving",),
+    ("mla", "serving"),
     ("ops", "parallel", "testing", "warmup"),
     ("integrations",),
 )

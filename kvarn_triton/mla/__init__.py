@@ -1,1 +1,1 @@
-"""Multi-head latent attention (MLA) over quantized pages: a latent that is key and value at once, and a rotary key beside it."""
+"""Multi-head latent attention (MLA) over quantized pages: a latent that is key and value, and a rotary key beside it."""

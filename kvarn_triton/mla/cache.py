@@ -10,7 +10,7 @@ import torch
 from ..cache import check_raw_table
 from ..checks import check_aligned, check_tensor, require
 from ..launch import aligned
-from .layout import TOKEN_DIM, MLALayout, check_mla_pages
+from ..mla_layout import TOKEN_DIM, MLALayout, check_mla_pages
 
 
 @dataclass(eq=False)

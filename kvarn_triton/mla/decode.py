@@ -7,6 +7,7 @@ program for each row merges its partial results and rotates them back. Grid of t
 from __future__ import annotations
 
 import functools
+import numbers
 
 import torch
 import triton
@@ -15,11 +16,11 @@ import triton.language as tl
 from .. import configs, gpu, reference
 from ..attention.merge import MergePlan, merged, store_result
 from ..checks import check_count, check_tensor, require
-from ..launch import Rows, aligned, as_rows, copy_back, on
+from ..launch import aligned, as_rows, copy_back, on
+from ..mla_layout import LATENT_DIM, TOKEN_DIM, MLALayout
 from .cache import LatentCache, checked
 from .config import MLAConfig, mla_config
 from .decode_kernel import launch_mla_splits
-from .layout import LATENT_DIM, TOKEN_DIM, MLALayout
 from .query import rotate_queries
 
 LEAST_BLOCKS = 4
@@ -116,7 +117,8 @@ def mla_decode_attention(
     dims = q.dim() if isinstance(q, torch.Tensor) else 3
     lead: list[int | None] = [cache.batch, None, None] if dims == 4 else [cache.batch, None]
     check_tensor("q", q, [*lead, TOKEN_DIM], (torch.float16, torch.bfloat16), device=pages.device, contiguous_dims=1)
-    require(isinstance(sm_scale, (int, float)), "sm_scale", "a number", type(sm_scale).__name__)
+    number = isinstance(sm_scale, numbers.Real) and not isinstance(sm_scale, bool)
+    require(number and -1e30 <= float(sm_scale) <= 1e30, "sm_scale", "a finite number (up to 1e30)", sm_scale)
     shape = (*q.shape[:-1], LATENT_DIM)
     if out is not None:
         check_tensor("out", out, shape, q.dtype, device=q.device, contiguous_dims=dims)

@@ -24,11 +24,11 @@ import triton.language as tl
 from .. import gpu
 from ..launch import on
 from ..layout import fields_per_byte
+from ..mla_layout import LATENT_DIM, ROPE_DIM, MLALayout
 from ..paging import load_page_id
 from ..tile.arithmetic import split_halves
 from .cache import LatentCache
 from .config import MLAConfig
-from .layout import LATENT_DIM, ROPE_DIM, MLALayout
 
 LATENTS = tl.constexpr(LATENT_DIM)
 ROPE = tl.constexpr(ROPE_DIM)
@@ -296,9 +296,7 @@ def _kvarn_mla_decode_kernel(
             token = block % (G // BLOCK_T) * BLOCK_T + offs_t
             seen = last_seen - index * G
             mask = token < seq_len - index * G
-            state = _attend_raw(
-                state, queries, rope_query, factor, token_ptr, stride_raw_token, token, seen, mask, PLAN
-            )
+            state = _attend_raw(state, queries, rope_query, factor, token_ptr, stride_raw_token, token, seen, mask, PLAN)
 
     inverse = tl.fdiv(1.0, tl.where(state.l > 0, state.l, 1.0))
     for plane in tl.static_range(PLANES):

@@ -1,7 +1,7 @@
-"""Quantized pages as plain latents and rotary channels, for engines that bring their own attention, and for looking at a cache.
+"""Quantized pages as plain latents and rotary channels, for engines with attention of their own, and to look at a cache.
 
-One program decodes a part of the tokens of a page (`tile.dequantize`), and copies their rotary channels. Grid: (program,), those
-of a page next to each other. Bytes moved: each record byte in, each element out once.
+One program decodes a part of the tokens of a page (`tile.dequantize`), and copies their rotary channels. Grid: (program,),
+those of a page next to each other. Bytes moved: each record byte in, each element out once.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import triton.language as tl
 from .. import configs, gpu, reference
 from ..checks import FLOATS, INDICES, check_choice, check_tensor, require
 from ..launch import aligned, copy_back, on
+from ..mla_layout import LATENT_DIM, ROPE_DIM, MLALayout, check_mla_pages
 from ..pages.dequantize import read_plan
 from ..tile.dequantize import Chunk, Target, dequantize_keys
-from .layout import LATENT_DIM, ROPE_DIM, MLALayout, check_mla_pages
 
 LATENTS = tl.constexpr(LATENT_DIM)
 ROPE = tl.constexpr(ROPE_DIM)

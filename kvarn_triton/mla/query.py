@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from ..launch import as_rows, on
+from ..mla_layout import LATENT_DIM, ROPE_DIM, TOKEN_DIM
 from ..tile.arithmetic import LOG2E, bounded_exponent, hadamard, power_of_two
-from .layout import LATENT_DIM, ROPE_DIM, TOKEN_DIM
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _kvarn_mla_rotate_queries_kernel(
     D: tl.constexpr,
     D_R: tl.constexpr,
 ):
-    row, num_heads = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.num_programs(1)
+    row = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     q_ptr = q.ptr + token * q.stride_token + head * q.stride_head
     offs_d, offs_r = tl.arange(0, D)[None, :], tl.arange(0, D_R)[None, :]

@@ -15,10 +15,10 @@ from ..checks import FLOATS, INDICES, check_tensor, require
 from ..encoder import DEFAULT, Encoder
 from ..launch import aligned, on
 from ..layout import fields_per_byte
+from ..mla_layout import LATENT_DIM, ROPE_DIM, MLALayout, check_mla_pages
 from ..pages.store import store_tile
 from ..tile.arithmetic import to_half
 from ..tile.blocks import load_blocks
-from .layout import LATENT_DIM, ROPE_DIM, MLALayout, check_mla_pages
 
 LATENTS = tl.constexpr(LATENT_DIM)
 ROPE = tl.constexpr(ROPE_DIM)

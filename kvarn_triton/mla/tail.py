@@ -1,8 +1,8 @@
 """The raw tokens of a cache of latents: appended to the pool, and quantized once a page is finished.
 
-`_kvarn_mla_append_tokens_kernel`: one program rotates and writes one token. Grid: (token,). `_kvarn_mla_commit_pages_kernel`: one
-program quantizes the next page of one sequence if its tokens are all committed, and returns at once otherwise. Grid: (sequence,).
-`_kvarn_mla_advance_kernel` counts those pages afterwards. Grids follow from shapes alone.
+`_kvarn_mla_append_tokens_kernel`: one program rotates and writes one token. Grid: (token,). `_kvarn_mla_commit_pages_kernel`:
+one program quantizes the next page of one sequence if its tokens are all committed, and returns at once otherwise. Grid:
+(sequence,). `_kvarn_mla_advance_kernel` counts those pages afterwards. Grids follow from shapes alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ..checks import INDICES, check_tensor, require
 from ..encoder import DEFAULT, Encoder
 from ..launch import aligned, on
 from ..layout import fields_per_byte
+from ..mla_layout import LATENT_DIM, ROPE_DIM, MLALayout
 from ..tile.arithmetic import hadamard, to_half
 from ..tile.blocks import load_blocks
 from .cache import LatentCache, check_raw_latents, checked
-from .layout import LATENT_DIM, ROPE_DIM, MLALayout
 from .store import check_tokens, store_record
 
 LATENTS = tl.constexpr(LATENT_DIM)
@@ -51,8 +51,8 @@ def mla_append_tokens(latents: torch.Tensor, rope: torch.Tensor, raw_pages: torc
     Args:
         latents: float16, bfloat16 or float32 [num_tokens, 512], not rotated; any stride.
         rope: like `latents`, [num_tokens, 64], after the position encoding.
-        raw_pages: float16 [num_raw_pages, page_size, 576], written in place: rotated latents, then rotary channels. Saturates at
-            65504.
+        raw_pages: float16 [num_raw_pages, page_size, 576], written in place: rotated latents, then rotary channels; numbers
+            saturate at 65504.
         slots: int32 or int64 [num_tokens]; raw page id * page_size + offset in the page (`raw_slots`). Below 0: skipped.
 
     Raises:

@@ -14,7 +14,6 @@ from .attention import build_tree_mask, decode_attention, gather_cache, merge_st
 from .cache import append_tokens, commit_pages, cut_back, dequantize_pages, raw_slots, store_pages
 from .codec import encode
 from .mla import (
-    gather_latents,
     mla_append_tokens,
     mla_commit_pages,
     mla_decode_attention,

@@ -12,7 +12,7 @@ import math
 import torch
 
 from ..encoder import DEFAULT, Encoder
-from ..mla.layout import LATENT_DIM, ROPE_DIM, TOKEN_DIM, MLALayout
+from ..mla_layout import LATENT_DIM, ROPE_DIM, TOKEN_DIM, MLALayout
 from .arithmetic import KERNEL_ORDER, Arithmetic, butterflies
 from .attention import attend
 from .codec import HALF_MAX, dequantize, encode, hadamard, working_dtype

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import reference
-from ..mla.layout import LATENT_DIM, ROPE_DIM, TOKEN_DIM, MLALayout
+from ..mla_layout import LATENT_DIM, ROPE_DIM, TOKEN_DIM, MLALayout
 from ..reference.attention import attend
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checks import check_aligned, check_tensor, require
-from ..layout import SUPPORTED_PAGE_SIZES, PageLayout
+from .checks import check_aligned, check_tensor, require
+from .layout import SUPPORTED_PAGE_SIZES, PageLayout
 
 LATENT_DIM = 512
 """Channels of a latent, which is a key and a value."""

@@ -1,0 +1,412 @@
+"""Latent attention: pages of latents bit for bit, attention against float64, the tail, refusals of a layout, golden bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import pytest
+import torch
+from helpers import DTYPES, LSE_ERROR, ON_GPU, assert_rounded_alike, assert_same_bits, draw, uneven
+
+import kvarn_triton as kvarn
+from kvarn_triton import PUBLISHED, Encoder, MLALayout, PageLayout, reference
+from kvarn_triton.mla import decode
+from kvarn_triton.mla.config import MLAConfig
+from kvarn_triton.mla_layout import MLA_BITS
+from kvarn_triton.testing import relative_error
+from kvarn_triton.testing.latents import latent_attention_in, latent_case
+
+LAYOUTS = [MLALayout(bits, page_size) for bits in MLA_BITS for page_size in (64, 128)]
+
+
+def layout_id(value: object) -> str | None:
+    """Return the test id of a layout."""
+    return f"{value.bits}-g{value.page_size}" if isinstance(value, MLALayout) else None
+
+
+def moved(call: dict, device: torch.device) -> dict:
+    """Return a call with its tensors on a device."""
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+
+
+def tokens_of(count: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return latents and rotary channels as views of tokens of 576 channels, whose strides are odd for one dtype or other."""
+    tokens = torch.cat((uneven(count, 512, seed=seed), 3 * draw(count, 72, seed=seed + 1)), dim=1).to(dtype)
+    return tokens[:, :512], tokens[:, 512:576]
+
+
+# The format.
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+def test_fields_fill_the_record(layout):
+    """Every field starts at a multiple of 16 bytes, none overlaps another, and nothing is left but the end of the last line."""
+    assert layout.page_bytes % 128 == 0
+    written = torch.zeros(layout.page_bytes, dtype=torch.int32)
+    for name in layout.fields(torch.zeros(layout.page_bytes, dtype=torch.uint8)):
+        record = torch.zeros(layout.page_bytes, dtype=torch.uint8)
+        field = layout.fields(record)[name]
+        ones = torch.full((field.numel() * field.element_size(),), 255, dtype=torch.uint8)
+        field.copy_(ones.view(field.dtype).view(field.shape))
+        written += record != 0
+    end = layout.gains_offset + 4
+    assert (written[:end] == 1).all() and (written[end:] == 0).all() and layout.page_bytes - end < 128
+    for name in ("k_codes", "rope", "k_params", "k_norm", "gains"):
+        assert getattr(layout, f"{name}_offset") % 16 == 0
+
+
+def test_page_bytes():
+    """Sizes counted by hand: codes, rotary channels, scales and zeros, norms, a gain."""
+    for layout, size in zip(LAYOUTS, (26_880, 51_584, 43_264, 84_352), strict=True):
+        size_of_fields = layout.page_size * (64 * layout.bits + 128 + 2) + 2048 + 4
+        assert layout.page_bytes == size == -(-size_of_fields // 128) * 128
+        assert layout.bytes_per_token == size / layout.page_size
+        pages = layout.empty_pages(3)
+        assert pages.shape == (3, size) and pages.kvarn_layout == layout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 5}, "bits: expected one of 4, 8, got 5"),
+        ({"bits": 4.0}, "bits: expected one of 4, 8, got 4.0"),
+        ({"page_size": 32}, "page_size: expected one of 64, 128, got 32"),
+    ],
+)
+def test_unsupported_sizes(arguments, message):
+    """A layout that no kernel supports is refused when it is made."""
+    with pytest.raises(ValueError, match=message):
+        MLALayout(**arguments)
+
+
+def test_latents_are_keys():
+    """Codes, scales, zeros, norms and gain are those of a record of keys and values with 512 channels."""
+    layout, keys = MLALayout(4, 64), PageLayout(512, 64, 4, 4)
+    tile, rope = uneven(64, 512), draw(64, 64)
+    fields = layout.fields(reference.mla.encode_latents(tile, rope, layout))
+    record = keys.fields(reference.cache.encode_records(tile, tile, keys))
+    for name in ("codes", "scale", "zero", "norm", "gain"):
+        assert_same_bits(fields[name].contiguous(), record[f"k_{name}"].contiguous())
+    assert torch.equal(fields["rope"], rope.half())
+
+
+GOLDEN_SHA256 = "37b2e14cb48086be93a3296d5d37bd8607789783587703ce2db58c4a72125499"
+GOLDEN_FIELDS = {
+    "k_codes": (0x0000, "5e1ac443a53596c6"),
+    "rope": (0x4000, "d0c300c230c0c0bc"),
+    "k_params": (0x6000, "9319c6a81e0f299a"),
+    "k_norm": (0x6800, "282f8132aa342f35"),
+    "gains": (0x6880, "0000004400000000"),
+}
+"""Offset and first 8 bytes of every part of the golden record."""
+
+
+@pytest.mark.parametrize("store", [reference.mla_store_pages, kvarn.mla_store_pages], ids=["reference", "kernel"])
+def test_golden_record(store, device):
+    """The bytes of one record of the published encoder, of tokens made by a formula in exact arithmetic."""
+    assert kvarn.FORMAT_VERSION == 3
+    layout, token, channel = MLALayout(4, 64), torch.arange(64)[:, None], torch.arange(512)[None, :]
+    latents = ((token * 37 + channel * 101 + token * channel * 7) % 257 - 128) * (1 + token % 5) / 64
+    rope = ((token * 53 + channel[:, :64] * 29) % 251 - 125) / 32
+    pages = torch.empty(1, layout.page_bytes, dtype=torch.uint8, device=device)
+    ids = torch.zeros(1, dtype=torch.int32, device=device)
+    store(latents.float().to(device), rope.float().to(device), pages, ids, layout, encoder=PUBLISHED)
+    record = pages[0].cpu().numpy().tobytes()
+    for name, (offset, first) in GOLDEN_FIELDS.items():
+        assert getattr(layout, f"{name}_offset") == offset
+        assert record[offset : offset + 8].hex() == first, name
+    assert hashlib.sha256(record).hexdigest() == GOLDEN_SHA256
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.1), (8, 0.0065)])
+def test_errors_of_latents(bits, most):
+    """Relative error of random latents of uneven channels, and of rotary channels: recorded bounds."""
+    layout, (latents, rope) = MLALayout(bits, 128), tokens_of(256, torch.float32)
+    pages = torch.zeros(2, layout.page_bytes, dtype=torch.uint8)
+    reference.mla_store_pages(latents, rope, pages, torch.arange(2), layout)
+    read = reference.mla_dequantize_pages(pages, torch.arange(2), layout, dtype=torch.float32)
+    error = relative_error(read[0].flatten(0, 1), latents)
+    assert most / 2 < error < most
+    assert torch.equal(read[1].flatten(0, 1), rope.half().float())
+
+
+# Pages.
+
+
+@pytest.mark.parametrize("index", range(4), ids=[layout_id(layout) for layout in LAYOUTS])
+def test_store_and_dequantize_pages(index, device):
+    """Records and what is read back; both tensors of pages are compared whole, so that neighbours are known to be untouched."""
+    layout, dtype = LAYOUTS[index], DTYPES[index % 3]
+    latents, rope = (x.to(device) for x in tokens_of(layout.page_size + 3, dtype, seed=index))
+    pages = torch.full((4, layout.page_bytes), 255, dtype=torch.uint8, device=device)
+    expected = pages.clone()
+    page_ids = torch.tensor([-1, 2], dtype=(torch.int32, torch.int64)[index % 2], device=device)
+    starts = torch.tensor([0, 3], dtype=(torch.int64, torch.int32)[index // 2], device=device)
+    kvarn.mla_store_pages(latents, rope, pages, page_ids, layout, token_starts=starts)
+    reference.mla_store_pages(latents, rope, expected, page_ids, layout, token_starts=starts)
+    assert_same_bits(pages, expected)
+    for rotated, out_dtype in ((True, torch.float32), (False, DTYPES[(index + 1) % 3])):
+        results = kvarn.mla_dequantize_pages(pages, page_ids, layout, dtype=out_dtype, rotated=rotated)
+        wanted = reference.mla_dequantize_pages(pages, page_ids, layout, dtype=out_dtype, rotated=rotated)
+        for result, tile in zip(results, wanted, strict=True):
+            assert_rounded_alike(result, tile)
+            assert (result[0] == 0).all()
+
+
+def test_dequantize_into_tokens(device):
+    """`out=` may be the two parts of tokens of 576 channels; what lies behind them is untouched."""
+    layout, (latents, rope) = MLALayout(8, 64), tokens_of(64, torch.float16)
+    pages = torch.zeros(1, layout.page_bytes, dtype=torch.uint8)
+    ids = torch.zeros(1, dtype=torch.int32)
+    reference.mla_store_pages(latents, rope, pages, ids, layout)
+    memory = torch.full((1, 64, 592), -7.0, device=device)
+    out = memory[..., :512], memory[..., 512:576]
+    results = kvarn.mla_dequantize_pages(pages.to(device), ids.to(device), layout, out=out)
+    assert results[0] is out[0] and results[1] is out[1]
+    for result, expected in zip(results, reference.mla_dequantize_pages(pages, ids, layout, dtype=torch.float32), strict=True):
+        assert_same_bits(result.cpu(), expected)
+    assert (memory[..., 576:] == -7).all()
+
+
+@pytest.mark.parametrize("encoder", [PUBLISHED, Encoder(1, fits=2, norm="length")], ids=["published", "length"])
+def test_encoders(encoder, device):
+    """Other encoders than the default give the bits of the reference, too."""
+    layout, (latents, rope) = MLALayout(4, 64), tokens_of(64, torch.bfloat16)
+    pages = torch.zeros(1, layout.page_bytes, dtype=torch.uint8, device=device)
+    expected, ids = pages.clone(), torch.zeros(1, dtype=torch.int32, device=device)
+    kvarn.mla_store_pages(latents.to(device), rope.to(device), pages, ids, layout, encoder=encoder)
+    reference.mla_store_pages(latents.to(device), rope.to(device), expected, ids, layout, encoder=encoder)
+    assert_same_bits(pages, expected)
+
+
+# Attention.
+
+
+def sylvester(size: int) -> torch.Tensor:
+    """Return the orthonormal Hadamard matrix in float64, by its recursion."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
+    return matrix * size**-0.5
+
+
+def test_reference_is_attention():
+    """The reference is softmax attention to latents that are read number by number and rotated by an explicit matrix."""
+    layout = MLALayout(4, 64)
+    call = latent_case(layout, [70, 150], num_heads=3, num_queries=2, sink_len=64, num_tail_slots=1, dtype=torch.float32)
+    q = call["q"].double()
+    out, lse = reference.mla_decode_attention(**call | {"q": q}, return_lse=True)
+    matrix = sylvester(512)
+    for b, length in enumerate((70, 150)):
+        rows = []
+        for p in range(length):
+            j = (p - 64) // 64
+            if p < 64 or j >= int(call["num_quantized"][b]):
+                column = 0 if p < 64 else 1
+                row = call["raw_pages"][call["raw_table"][b, column], p % 64].double()
+                rows.append(torch.cat((row[:512] @ matrix, row[512:])))
+                continue
+            fields = layout.fields(call["pages"][call["block_table"][b, j]])
+            codes = fields["codes"].view(64, 256)[p % 64].long()
+            codes = torch.cat((codes & 15, codes >> 4)).double()
+            numbers = codes * fields["scale"].double() + fields["zero"].double()
+            numbers = numbers * fields["norm"][p % 64].double() * fields["gain"].double()
+            rows.append(torch.cat((numbers @ matrix, fields["rope"][p % 64].double())))
+        tokens = torch.stack(rows)
+        for i in range(2):
+            seen = tokens[: length - 1 + i]
+            scores = call["sm_scale"] * q[b, i] @ seen.T
+            torch.testing.assert_close(out[b, i], torch.softmax(scores, dim=-1) @ seen[:, :512], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(lse[b, i].double(), torch.logsumexp(scores, dim=-1), rtol=1e-6, atol=1e-6)
+
+
+def check_decode(call: dict, device: torch.device, **options) -> torch.Tensor:
+    """Compare a call with float64, the log-sum-exp included: twice the error of plain 16-bit attention is allowed."""
+    out, lse = kvarn.mla_decode_attention(**moved(call, device), return_lse=True, **options)
+    out, lse = out.cpu(), lse.cpu()
+    exact, exact_lse = reference.mla_decode_attention(**call | {"q": call["q"].double()}, return_lse=True)
+    assert out.dtype == call["q"].dtype and out.shape == exact.shape and not out.isnan().any()
+    attended = exact_lse > -torch.inf
+    assert torch.equal(attended, lse > -torch.inf) and (out[~attended] == 0).all()
+    if attended.any():
+        allowed = 2 * relative_error(latent_attention_in(call["q"].dtype, call), exact)
+        assert relative_error(out, exact) <= allowed
+    assert ((lse - exact_lse).abs()[attended] <= LSE_ERROR[call["q"].dtype]).all()
+    return out
+
+
+CASES = {
+    "pages": {},
+    "one head": {"num_heads": 1},
+    "20 heads, bfloat16": {"num_heads": 20, "dtype": torch.bfloat16},
+    "sink and tail": {"sink_len": 128, "num_tail_slots": 2},
+    "tail that keeps a page": {"num_tail_slots": 3, "keep": 1},
+    "drafts": {"num_queries": 3, "num_heads": 5},
+    "drafts with a tail": {"num_queries": 70, "num_heads": 1, "sink_len": 128, "num_tail_slots": 1},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[3]], ids=layout_id)
+def test_decode(name, layout, device):
+    """Lengths that end within a block, at a page, before the first query token, and 0, in every form of cache."""
+    check_decode(latent_case(layout, [300, 0, 128, 33, 1], **CASES[name]), device)
+
+
+@pytest.mark.parametrize("num_heads", [16, 32, 64, 128])
+def test_decode_heads(num_heads, device):
+    """As many heads as models have, with the launch parameters of each."""
+    check_decode(latent_case(LAYOUTS[0], [70, 200], num_heads=num_heads, sink_len=64, num_tail_slots=1), device)
+
+
+@pytest.mark.parametrize("config", [MLAConfig(16, 16, 4), MLAConfig(32, 64, 4), MLAConfig(64, 32, 8)])
+def test_decode_configs(config, device, monkeypatch):
+    """Other tiles than the default; on a GPU all of them have to fit."""
+    monkeypatch.setattr(decode, "mla_config", lambda rows, device: config)
+    check_decode(latent_case(LAYOUTS[2], [130, 77], num_heads=33, sink_len=64, num_tail_slots=1), device)
+
+
+def test_num_splits(device):
+    """Any number of splits gives the same result up to rounding, and a row the same bits whatever else is in the batch."""
+    call = moved(latent_case(LAYOUTS[0], [200, 64, 3], sink_len=64, num_tail_slots=1), device)
+    results = {n: kvarn.mla_decode_attention(**call, num_splits=n) for n in (1, 2, 3, 40)}
+    for result in results.values():
+        assert relative_error(result, results[1]) < 2**-9
+    names = ("q", "block_table", "seq_lens", "raw_table", "num_quantized")
+    for row in range(3):
+        alone = call | {name: call[name][row : row + 1] for name in names}
+        assert_same_bits(kvarn.mla_decode_attention(**alone, num_splits=3)[0], results[3][row])
+
+
+def test_decode_views(device):
+    """Queries and pages may be views of something larger; `out` is written and returned."""
+    call = moved(latent_case(LAYOUTS[0], [100, 64], num_heads=4), device)
+    expected = kvarn.mla_decode_attention(**call)
+    q = torch.full((2, 6, 640), torch.nan, dtype=torch.float16, device=device)
+    q[:, 1:5, 8:584] = call["q"]
+    pages = torch.full((len(call["pages"]), layout_bytes(call) + 128), 255, dtype=torch.uint8, device=device)
+    pages[:, : layout_bytes(call)] = call["pages"]
+    out = torch.empty_like(expected)
+    views = {"q": q[:, 1:5, 8:584], "pages": pages[:, : layout_bytes(call)]}
+    assert kvarn.mla_decode_attention(**call | views, out=out) is out
+    assert_same_bits(out, expected)
+
+
+def layout_bytes(call: dict) -> int:
+    """Return the bytes of a page of a call."""
+    return call["layout"].page_bytes
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-12, 2.0**10])
+def test_magnitudes(magnitude, device):
+    """Latents far from 1, in every other page: neither scores nor weights leave the range of float16."""
+    layout, (latents, rope) = MLALayout(4, 64), tokens_of(192, torch.float32)
+    latents = latents.clone()
+    latents[64:128] *= magnitude
+    pages, ids = torch.zeros(3, layout.page_bytes, dtype=torch.uint8), torch.arange(3, dtype=torch.int32)
+    reference.mla_store_pages(latents, rope / 8, pages, ids, layout)
+    q = draw(1, 16, 576).half() / max(magnitude, 1)
+    call = {"q": q, "pages": pages, "block_table": ids[None], "seq_lens": torch.tensor([180], dtype=torch.int32)}
+    check_decode(call | {"layout": layout, "sm_scale": 0.02}, device)
+
+
+def test_zero_and_bad_tokens(device):
+    """Pages of zeros count in the sum of weights; a page with a NaN gives NaN to those who see it, and to nobody else."""
+    layout = MLALayout(4, 64)
+    latents, rope = torch.zeros(192, 512), torch.zeros(192, 64)
+    latents[64:128] = 1.0
+    latents[130, 5] = torch.nan
+    pages, ids = torch.zeros(3, layout.page_bytes, dtype=torch.uint8), torch.arange(3, dtype=torch.int32)
+    reference.mla_store_pages(latents, rope, pages, ids, layout)
+    call = {"q": torch.zeros(2, 2, 576).half(), "pages": pages, "block_table": ids.expand(2, 3).contiguous(), "sm_scale": 1.0}
+    lens = torch.tensor([128, 129], dtype=torch.int32)
+    out, lse = kvarn.mla_decode_attention(
+        **moved(call | {"seq_lens": lens}, device), layout=layout, return_lse=True, num_splits=1
+    )
+    torch.testing.assert_close(out[0].cpu().float(), torch.full((2, 512), 0.5), atol=2e-3, rtol=0)
+    torch.testing.assert_close(lse[0].cpu(), torch.full((2,), math.log(128.0)))
+    assert out[1].isnan().all()
+
+
+# The tail.
+
+
+def test_append_tokens(device):
+    """Tokens land in their slots, rotated, with the bits of the reference; others are untouched."""
+    latents, rope = (x.to(device) for x in tokens_of(5, torch.bfloat16))
+    raw_pages = torch.full((3, 64, 576), -7.0, dtype=torch.float16, device=device)
+    expected, slots = raw_pages.clone(), torch.tensor([3, -1, 64, 191, 0], device=device)
+    kvarn.mla_append_tokens(latents, rope, raw_pages, slots)
+    reference.mla_append_tokens(latents, rope, expected, slots)
+    assert_same_bits(raw_pages, expected)
+    assert int((raw_pages != -7).any(dim=-1).sum()) == 4
+
+
+@pytest.mark.parametrize("advance", [True, False])
+def test_commit_pages(advance, device):
+    """Pages that are due are quantized, once and in order; sequences that are not due, or without an id, are left alone."""
+    layout = MLALayout(4, 64)
+    raw_pages = torch.full((9, 64, 576), torch.nan, dtype=torch.float16)
+    latents, rope = tokens_of(128, torch.float32)
+    reference.mla_append_tokens(latents, rope, raw_pages, torch.arange(64, 192))
+    call = {
+        "raw_pages": raw_pages,
+        "pages": torch.full((4, layout.page_bytes), 255, dtype=torch.uint8),
+        "raw_table": torch.tensor([[0, 1], [0, 2], [0, 1], [0, 1]], dtype=torch.int32),
+        "block_table": torch.tensor([[2], [3], [-1], [0]], dtype=torch.int32),
+        "committed_lens": torch.tensor([128, 127, 500, 500], dtype=torch.int32),
+        "num_quantized": torch.tensor([0, 0, 0, 1], dtype=torch.int32),
+    }
+    given, wanted = moved(call, device), {name: x.clone() for name, x in call.items()}
+    kvarn.mla_commit_pages(**given, layout=layout, sink_len=64, advance=advance)
+    reference.mla_commit_pages(**wanted, layout=layout, sink_len=64, advance=advance)
+    assert_same_bits(given["pages"].cpu(), wanted["pages"])
+    assert torch.equal(given["num_quantized"].cpu(), wanted["num_quantized"])
+    assert wanted["num_quantized"].tolist() == ([1, 0, 0, 1] if advance else [0, 0, 0, 1])
+    assert (wanted["pages"][2] != 255).any() and (wanted["pages"][[0, 1, 3]] == 255).all()
+
+
+def test_a_server(device, without_kernels):
+    """Token by token: append, commit, attend; what is attended to is what was appended, quantized page by page."""
+    layout, steps = MLALayout(8, 64), 140
+    latents, rope = (x.to(device) for x in tokens_of(steps, torch.float32))
+    ints = {"dtype": torch.int32, "device": device}
+    pages = torch.full((2, layout.page_bytes), 255, dtype=torch.uint8, device=device)
+    raw_pages = torch.full((3, 64, 576), torch.nan, dtype=torch.float16, device=device)
+    raw_table, block_table = torch.tensor([[2]], **ints), torch.tensor([[1, 0]], **ints)
+    num_quantized = torch.zeros(1, **ints)
+    for length in range(1, steps + 1):
+        new = slice(length - 1, length)
+        slots = kvarn.raw_slots(torch.tensor([[length - 1]], **ints), raw_table, sink_len=0, page_size=64)
+        kvarn.mla_append_tokens(latents[new], rope[new], raw_pages, slots[0])
+        lens = torch.tensor([length], **ints)
+        kvarn.mla_commit_pages(raw_pages, pages, raw_table, block_table, lens, num_quantized, layout)
+        assert int(num_quantized) == length // 64
+        if length in (1, 63, 64, 65, 128, 140):
+            q = draw(1, 4, 576, seed=length).half().to(device)
+            tables = {"raw_pages": raw_pages, "raw_table": raw_table, "num_quantized": num_quantized}
+            out = kvarn.mla_decode_attention(q, pages, block_table, lens, layout, sm_scale=0.05, **tables)
+            tokens = torch.cat((latents[:length], rope[:length]), dim=1)
+            weights = torch.softmax(0.05 * q[0].float() @ tokens.T, dim=-1)
+            assert relative_error(out[0], weights @ tokens[:, :512]) < 0.02
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs 3 GB of pages")
+def test_byte_offsets_above_2_to_31(device):
+    """Pages whose bytes start beyond 2**31 are written and read where they are."""
+    layout = MLALayout(4, 64)
+    count = 2**31 // layout.page_bytes + 1000
+    latents, rope = (x.to(device) for x in tokens_of(64, torch.float16))
+    pages = torch.zeros(count, layout.page_bytes, dtype=torch.uint8, device=device)
+    ids = torch.tensor([count - 1], dtype=torch.int32, device=device)
+    kvarn.mla_store_pages(latents, rope, pages, ids, layout)
+    small = pages[-1:].clone()
+    call = {"q": draw(1, 16, 576).half().to(device), "seq_lens": torch.tensor([64], dtype=torch.int32, device=device)}
+    far = kvarn.mla_decode_attention(pages=pages, block_table=ids[None], layout=layout, sm_scale=0.1, **call)
+    near = kvarn.mla_decode_attention(pages=small, block_table=ids[None] * 0, layout=layout, sm_scale=0.1, **call)
+    assert_same_bits(far, near)
+    for x, y in zip(
+        kvarn.mla_dequantize_pages(pages, ids, layout), kvarn.mla_dequantize_pages(small, ids * 0, layout), strict=True
+    ):
+        assert_same_bits(x, y)
