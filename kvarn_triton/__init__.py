@@ -10,6 +10,7 @@ from .debugging import check_cache, check_step
 from .encoder import DEFAULT, PUBLISHED, Encoder
 from .header import PageHeader, page_header, read_page_header
 from .layout import FORMAT_VERSION, PRESETS, PageLayout
+from .mla.config import MLAConfig
 from .mla.decode import mla_decode_attention
 from .mla.dequantize import mla_dequantize_pages
 from .mla.store import mla_store_pages
@@ -44,6 +45,7 @@ __all__ = [
     "DecodeConfig",
     "DecodeTable",
     "Encoder",
+    "MLAConfig",
     "MLALayout",
     "PageHeader",
     "PageLayout",

@@ -10,9 +10,7 @@ import torch
 from helpers import DTYPES, LSE_ERROR, ON_GPU, assert_rounded_alike, assert_same_bits, draw, uneven
 
 import kvarn_triton as kvarn
-from kvarn_triton import PUBLISHED, Encoder, MLALayout, PageLayout, reference
-from kvarn_triton.mla import decode
-from kvarn_triton.mla.config import MLAConfig
+from kvarn_triton import PUBLISHED, Encoder, MLAConfig, MLALayout, PageLayout, reference
 from kvarn_triton.mla_layout import MLA_BITS
 from kvarn_triton.testing import relative_error
 from kvarn_triton.testing.latents import latent_attention_in, latent_case
@@ -261,10 +259,9 @@ def test_decode_heads(num_heads, device):
 
 
 @pytest.mark.parametrize("config", [MLAConfig(16, 16, 4), MLAConfig(32, 64, 4), MLAConfig(64, 32, 8)])
-def test_decode_configs(config, device, monkeypatch):
+def test_decode_configs(config, device):
     """Other tiles than the default; on a GPU all of them have to fit."""
-    monkeypatch.setattr(decode, "mla_config", lambda rows, device: config)
-    check_decode(latent_case(LAYOUTS[2], [130, 77], num_heads=33, sink_len=64, num_tail_slots=1), device)
+    check_decode(latent_case(LAYOUTS[2], [130, 77], num_heads=33, sink_len=64, num_tail_slots=1), device, config=config)
 
 
 def test_num_splits(device):

@@ -42,16 +42,22 @@ class MLAConfig:
 
 def mla_config(rows: int, device: torch.device) -> MLAConfig:
     """Return the parameters for `rows` query rows of a sequence."""
-    known = gpu.gpu_of(device)
-    return _mla_config(rows, 0 if known is None else known.program_bytes, known is None or known.nvidia)
+    return _mla_config(rows, gpu.arch_of(device), gpu.gpu_of(device))
 
 
 @functools.lru_cache
-def _mla_config(rows: int, program_bytes: int, nvidia: bool) -> MLAConfig:
-    if not program_bytes:
+def _mla_config(rows: int, arch: str | None, known: gpu.Gpu | None) -> MLAConfig:
+    """Return what fits: a block of 64 tokens takes 64 KiB of shared memory, and a tile of 16 rows 18."""
+    if known is None:
         return MLAConfig(16, 32, 4)  # the interpreter
-    if not nvidia or program_bytes < 128 * _KIB:
-        return MLAConfig(16, 16 if nvidia else 32, 4, num_stages=1, programs_per_sm=1)
-    if rows <= 32:
-        return MLAConfig(16 if rows <= 16 else 32, 32, 4, programs_per_sm=2)
-    return MLAConfig(64, 64 if program_bytes >= 200 * _KIB else 32, 8)
+    if not known.nvidia:
+        return MLAConfig(16, 32 if known.program_bytes > 64 * _KIB else 16, 4, num_stages=1)
+    few = rows <= 16
+    if known.program_bytes < 128 * _KIB:
+        return MLAConfig(16 if few else 32, 32, 4)
+    if known.program_bytes < 200 * _KIB:
+        return MLAConfig(16, 32, 4, programs_per_sm=2) if few else MLAConfig(32, 32, 4)
+    if few:
+        return MLAConfig(16, 64, 4, programs_per_sm=2)
+    # Products of 64 rows are those of warp groups, which sm90 alone has.
+    return MLAConfig(64 if rows > 32 and arch == "sm90" else 32, 64, 8)

@@ -77,6 +77,7 @@ def mla_decode_attention(
     out: torch.Tensor | None = None,
     return_lse: bool = False,
     num_splits: int | None = None,
+    config: MLAConfig | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with absorbed queries to the latents of each sequence, which are keys and values of all heads.
 
@@ -102,6 +103,7 @@ def mla_decode_attention(
         return_lse: whether to return the log-sum-exp too.
         num_splits: among how many programs the tokens of each sequence are shared; chosen by the shapes if not given. With the
             same number, the bits of a row depend on nothing else in the batch.
+        config: launch parameters; by default the package's own for the device and the number of query rows.
 
     Returns:
         `out` [*q.shape[:-1], 512], or `out` and `lse` float32 [*q.shape[:-1]] (natural logarithm, of scores times `sm_scale`).
@@ -124,6 +126,8 @@ def mla_decode_attention(
         check_tensor("out", out, shape, q.dtype, device=q.device, contiguous_dims=dims)
     if num_splits is not None:
         check_count("num_splits", num_splits, 1)
+    if config is not None:
+        require(isinstance(config, MLAConfig), "config", "an MLAConfig", type(config).__name__)
     if not gpu.on_device(q):
         return reference.mla_decode_attention(
             q, pages, block_table, seq_lens, layout, sm_scale=sm_scale, raw_pages=raw_pages, raw_table=raw_table,
@@ -132,17 +136,23 @@ def mla_decode_attention(
     out = torch.empty(shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty(shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
     if out.numel():
-        _attend(out, lse, q, cache, float(sm_scale), num_splits)
+        rows = q.shape[1:-1].numel()
+        _attend(out, lse, q, cache, float(sm_scale), num_splits, config or mla_config(rows, q.device))
     return out if lse is None else (out, lse)
 
 
 def _attend(
-    out: torch.Tensor, lse: torch.Tensor | None, q: torch.Tensor, cache: LatentCache, sm_scale: float, num_splits: int | None
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    q: torch.Tensor,
+    cache: LatentCache,
+    sm_scale: float,
+    num_splits: int | None,
+    config: MLAConfig,
 ) -> None:
     """Attend as `mla_decode_attention` does; nothing is checked, and there is something to do."""
     num_queries, num_heads = q.shape[1:3] if q.dim() == 4 else (1, q.shape[1])
     rows = num_queries * num_heads
-    config = mla_config(rows, q.device)
     max_tokens = cache.max_pages * cache.layout.page_size
     if num_splits is None:
         num_splits = _num_splits(cache.batch, -(-rows // config.block_m), max_tokens, config, q.device)

@@ -54,6 +54,15 @@ def _plan(layout: MLALayout, config: MLAConfig, ptx: bool) -> MLAPlan:
     return MLAPlan(config.block_m, config.block_t, config.num_stages, max(fields, 2), fields, ptx)
 
 
+class Queries(NamedTuple):
+    """A tile of query rows."""
+
+    planes: tuple  # float16 [rows, channels], one of each plane
+    rope: tl.tensor  # float16 [rows, 64]
+    factor: tl.tensor  # float32 [rows], of scores
+    index: tl.tensor  # int32 [rows], of the query token in its sequence's
+
+
 class Rows(NamedTuple):
     """The state of a tile of query rows."""
 
@@ -129,15 +138,23 @@ def _load_latents(record_ptr, token, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
 
 
 @triton.jit
-def _load_raw(token_ptr, place, mask, PLAN: tl.constexpr):
-    """Return raw tokens at some places as planes float16 [tokens, channels]."""
-    PLANES: tl.constexpr = PLAN.planes
+def _load_planes(x_ptr, place, mask, PLANES: tl.constexpr):
+    """Return rows of 512 numbers at some places [rows, 1] as planes [rows, channels]; those outside of the mask are 0."""
     CHANNELS: tl.constexpr = LATENTS // PLANES
     offs_c = tl.arange(0, CHANNELS)
     planes = ()
     for plane in tl.static_range(PLANES):
-        planes = planes + (tl.load(token_ptr + plane * CHANNELS + place + offs_c[None, :], mask, other=0.0),)
+        planes = planes + (tl.load(x_ptr + plane * CHANNELS + place + offs_c[None, :], mask, other=0.0),)
     return planes
+
+
+@triton.jit
+def _load_queries(q_ptr, factor_ptr, place, row, mask, num_heads, PLANES: tl.constexpr):
+    """Return the queries of a tile of rows."""
+    start = (place * (LATENTS + ROPE))[:, None]
+    rope = tl.load(q_ptr + LATENTS + start + tl.arange(0, ROPE)[None, :], mask[:, None], other=0.0)
+    factor = tl.load(factor_ptr + place, mask, other=0.0)
+    return Queries(_load_planes(q_ptr, start, mask[:, None], PLANES), rope, factor, row // num_heads)
 
 
 @triton.jit
@@ -170,8 +187,8 @@ def _advance(state, scores, factor, planes):
 
 
 @triton.jit
-def _attend_page(state, queries, rope_query, factor, record_ptr, token, last_seen, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
-    """Return the state of rows after some tokens of a record, those up to the last one, of the page, that each row sees."""
+def _attend_page(state, queries, record_ptr, token, first_seen, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+    """Return the state of rows after some tokens of a record; `first_seen` is the last one that the first query token sees."""
     offs_r = tl.arange(0, ROPE)
     rope_ptr = (record_ptr + LAYOUT.rope_offset).to(tl.pointer_type(tl.float16))
     norm_ptr = (record_ptr + LAYOUT.k_norm_offset).to(tl.pointer_type(tl.float16))
@@ -179,22 +196,23 @@ def _attend_page(state, queries, rope_query, factor, record_ptr, token, last_see
     planes = _load_latents(record_ptr, token, LAYOUT, PLAN)
     rope = tl.load(rope_ptr + token[:, None] * ROPE + offs_r[None, :])
     size = tl.load(norm_ptr + token).to(tl.float32) * gain
-    product = _latent_products(queries, planes, PLAN.block_t)
-    rotary = tl.dot(rope_query, tl.trans(rope))
-    scores = (product * size[None, :] + rotary) * factor[:, None]
-    scores = tl.where(token[None, :] <= last_seen[:, None], scores, float("-inf"))
+    product = _latent_products(queries.planes, planes, PLAN.block_t)
+    rotary = tl.dot(queries.rope, tl.trans(rope))
+    scores = (product * size[None, :] + rotary) * queries.factor[:, None]
+    scores = tl.where(token[None, :] <= (first_seen + queries.index)[:, None], scores, float("-inf"))
     return _advance(state, scores, size, planes)
 
 
 @triton.jit
-def _attend_raw(state, queries, rope_query, factor, token_ptr, stride_token, token, last_seen, mask, PLAN: tl.constexpr):
-    """Return the state of rows after some tokens of a raw page, those of the mask; others are not read."""
+def _attend_raw(state, queries, token_ptr, stride_token, token, first_seen, num_valid, PLAN: tl.constexpr):
+    """Return the state of rows after some tokens of a raw page, of which the first `num_valid` may be read."""
     place = (token * stride_token)[:, None]
-    planes = _load_raw(token_ptr, place, mask[:, None], PLAN)
-    rope = tl.load(token_ptr + LATENTS + place + tl.arange(0, ROPE)[None, :], mask[:, None], other=0.0)
-    product = tl.dot(rope_query, tl.trans(rope), _latent_products(queries, planes, PLAN.block_t))
-    scores = tl.where(token[None, :] <= last_seen[:, None], product * factor[:, None], float("-inf"))
-    return _advance(state, scores, None, planes)
+    mask = (token < num_valid)[:, None]
+    planes = _load_planes(token_ptr, place, mask, PLAN.planes)
+    rope = tl.load(token_ptr + LATENTS + place + tl.arange(0, ROPE)[None, :], mask, other=0.0)
+    product = tl.dot(queries.rope, tl.trans(rope), _latent_products(queries.planes, planes, PLAN.block_t))
+    seen = token[None, :] <= (first_seen + queries.index)[:, None]
+    return _advance(state, tl.where(seen, product * queries.factor[:, None], float("-inf")), None, planes)
 
 
 @triton.jit
@@ -206,18 +224,33 @@ def _new_rows(ROWS: tl.constexpr, PLANES: tl.constexpr):
     return Rows(acc, tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32))
 
 
-@triton.jit(
-    do_not_specialize=["num_queries", "num_heads", "num_splits", "num_sink_pages", "num_tail_slots", "stride_table",
-                       "stride_raw_table"],
-    do_not_specialize_on_alignment=["lse_ptr", "factor_ptr", "table_ptr", "raw_table_ptr", "seq_lens_ptr", "num_quantized_ptr"],
-)  # fmt: skip
+@triton.jit
+def _store_rows(out_ptr, lse_ptr, place, mask, state, PLANES: tl.constexpr):
+    """Store the results of rows [rows] to their places."""
+    CHANNELS: tl.constexpr = LATENTS // PLANES
+    offs_c = tl.arange(0, CHANNELS)[None, :]
+    inverse = tl.fdiv(1.0, tl.where(state.l > 0, state.l, 1.0))
+    for plane in tl.static_range(PLANES):
+        part_ptr = out_ptr + plane * CHANNELS + place[:, None] * LATENTS
+        tl.store(part_ptr + offs_c, state.acc[plane] * inverse[:, None], mask[:, None])
+    tl.store(lse_ptr + place, state.m + tl.log2(state.l), mask)
+
+
+_NOT_SPECIALIZED = [
+    "num_queries", "num_heads", "num_splits", "num_sink_pages", "num_tail_slots", "stride_table", "stride_raw_table",
+]  # fmt: skip
+"""Arguments that may change from call to call without a compilation."""
+_ANY_ADDRESS = ["lse_ptr", "factor_ptr", "table_ptr", "raw_table_ptr", "seq_lens_ptr", "num_quantized_ptr"]
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def _kvarn_mla_decode_kernel(
-    out_ptr,  # float32 [num_splits, rows, 512], rotated
+    out_ptr,  # float32 [num_splits, rows, 512], rotated; rows are (sequence, query token, head)
     lse_ptr,  # float32 [num_splits, rows], base 2
-    q_ptr,  # float16 [rows, 576], rotated; rows are (sequence, query token, head)
+    q_ptr,  # float16 [rows, 576], rotated
     factor_ptr,  # float32 [rows]
-    pages_ptr,  # uint8 [num_pages, page_bytes]
-    raw_ptr,  # float16 [num_raw_pages, page_size, 576], or None
+    pages,  # uint8 [num_pages, page_bytes] and its stride
+    raw,  # float16 [num_raw_pages, page_size, 576] and its strides, or None
     table_ptr,  # int32 [batch, max_pages]
     raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots], or None
     seq_lens_ptr,  # int32 [batch]
@@ -227,82 +260,61 @@ def _kvarn_mla_decode_kernel(
     num_splits,
     num_sink_pages,
     num_tail_slots,
-    stride_page,
-    stride_raw_page,
-    stride_raw_token,
     stride_table,
     stride_raw_table,
     LAYOUT: tl.constexpr,
     PLAN: tl.constexpr,
 ):
-    G: tl.constexpr = LAYOUT.page_size
-    BLOCK_M: tl.constexpr = PLAN.block_m
     BLOCK_T: tl.constexpr = PLAN.block_t
+    BLOCKS: tl.constexpr = LAYOUT.page_size // BLOCK_T
+    G: tl.constexpr = LAYOUT.page_size
     STAGES: tl.constexpr = PLAN.num_stages
-    PLANES: tl.constexpr = PLAN.planes
-    CHANNELS: tl.constexpr = LATENTS // PLANES
     rows = num_queries * num_heads
-    tiles = tl.cdiv(rows, BLOCK_M)
-    tile = tl.program_id(0) % tiles
+    tiles = tl.cdiv(rows, PLAN.block_m)
     split = tl.program_id(0) // tiles % num_splits
     sequence = tl.program_id(0) // tiles // num_splits
-    batch = tl.num_programs(0) // tiles // num_splits
-    offs_m, offs_t, offs_c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_T), tl.arange(0, CHANNELS)
-    row = tile * BLOCK_M + offs_m
-    mask_m = row < rows
+    row = tl.program_id(0) % tiles * PLAN.block_m + tl.arange(0, PLAN.block_m)
+    mask = row < rows
     place = sequence.to(tl.int64) * rows + row
-    result = split.to(tl.int64) * (batch * rows) + place
+    batch = tl.num_programs(0) // tiles // num_splits
+    result = split.to(tl.int64) * batch * rows + place
     seq_len = tl.load(seq_lens_ptr + sequence)
     num_blocks = tl.cdiv(tl.maximum(seq_len, 0), BLOCK_T)
     first = (num_blocks.to(tl.int64) * split // num_splits).to(tl.int32)
     last = (num_blocks.to(tl.int64) * (split + 1) // num_splits).to(tl.int32)
     if first >= last:
-        tl.store(lse_ptr + result, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask_m)
+        tl.store(lse_ptr + result, tl.full((PLAN.block_m,), float("-inf"), tl.float32), mask)
         return
-    first_body = num_sink_pages * (G // BLOCK_T)
-    end = last
+    queries = _load_queries(q_ptr, factor_ptr, place, row, mask, num_heads, PLAN.planes)
+    first_seen = seq_len - num_queries
+    first_body = num_sink_pages * BLOCKS
+    end = last  # of blocks in quantized pages
     if num_quantized_ptr is not None:
-        end = first_body + tl.maximum(tl.load(num_quantized_ptr + sequence), 0) * (G // BLOCK_T)
-    queries = ()
-    for plane in tl.static_range(PLANES):
-        part_ptr = q_ptr + plane * CHANNELS + place[:, None] * (LATENTS + ROPE)
-        queries = queries + (tl.load(part_ptr + offs_c[None, :], mask_m[:, None], other=0.0),)
-    rope_ptr = q_ptr + LATENTS + place[:, None] * (LATENTS + ROPE)
-    rope_query = tl.load(rope_ptr + tl.arange(0, ROPE)[None, :], mask_m[:, None], other=0.0)
-    factor = tl.load(factor_ptr + place, mask_m, other=0.0)
-    last_seen = seq_len - num_queries + row // num_heads
-    state = _new_rows(BLOCK_M, PLANES)
+        count = tl.maximum(tl.load(num_quantized_ptr + sequence), 0)
+        end = tl.minimum(first_body + tl.minimum(count, num_blocks) * BLOCKS, last)
+    state = _new_rows(PLAN.block_m, PLAN.planes)
     ids_ptr = table_ptr + sequence.to(tl.int64) * stride_table
-
-    first_page, last_page = tl.maximum(first, first_body), tl.minimum(last, end)
-    num_ids = tl.cdiv(last_page, G // BLOCK_T) - num_sink_pages
-    for block in tl.range(first_page, last_page, num_stages=STAGES):
-        body = block // (G // BLOCK_T) - num_sink_pages
-        page = load_page_id(ids_ptr, body, num_ids, PLAN.ptx)
-        record_ptr = pages_ptr + page.to(tl.int64) * stride_page
-        token = block % (G // BLOCK_T) * BLOCK_T + offs_t
-        seen = last_seen - (body + num_sink_pages) * G
-        state = _attend_page(state, queries, rope_query, factor, record_ptr, token, seen, LAYOUT, PLAN)
-
-    if raw_ptr is not None:
-        before = tl.maximum(tl.minimum(last, first_body) - first, 0)
+    num_ids = tl.cdiv(end, BLOCKS) - num_sink_pages
+    for block in tl.range(tl.maximum(first, first_body), end, num_stages=STAGES):
+        index = block // BLOCKS
+        page = load_page_id(ids_ptr, index - num_sink_pages, num_ids, PLAN.ptx)
+        record_ptr = pages[0] + page.to(tl.int64) * pages[1]
+        token = block % BLOCKS * BLOCK_T + tl.arange(0, BLOCK_T)
+        state = _attend_page(state, queries, record_ptr, token, first_seen - index * G, LAYOUT, PLAN)
+    if raw is not None:
+        raw_ids_ptr = raw_table_ptr + sequence.to(tl.int64) * stride_raw_table
+        in_sink = tl.maximum(tl.minimum(last, first_body) - first, 0)
         first_tail = tl.maximum(tl.maximum(first, first_body), end)
-        for i in tl.range(0, before + tl.maximum(last - first_tail, 0), num_stages=1):
-            block = tl.where(i < before, first + i, first_tail + i - before)
-            index = block // (G // BLOCK_T)
-            slot = tl.where(i < before, index, num_sink_pages + (index - num_sink_pages) % num_tail_slots)
-            raw_page = tl.load(raw_table_ptr + sequence.to(tl.int64) * stride_raw_table + slot)
-            token_ptr = raw_ptr + tl.maximum(raw_page, 0).to(tl.int64) * stride_raw_page
-            token = block % (G // BLOCK_T) * BLOCK_T + offs_t
-            seen = last_seen - index * G
-            mask = token < seq_len - index * G
-            state = _attend_raw(state, queries, rope_query, factor, token_ptr, stride_raw_token, token, seen, mask, PLAN)
-
-    inverse = tl.fdiv(1.0, tl.where(state.l > 0, state.l, 1.0))
-    for plane in tl.static_range(PLANES):
-        part_ptr = out_ptr + plane * CHANNELS + result[:, None] * LATENTS
-        tl.store(part_ptr + offs_c[None, :], state.acc[plane] * inverse[:, None], mask_m[:, None])
-    tl.store(lse_ptr + result, state.m + tl.log2(state.l), mask_m)
+        for i in tl.range(0, in_sink + tl.maximum(last - first_tail, 0), num_stages=1):
+            block = tl.where(i < in_sink, first + i, first_tail + i - in_sink)
+            index = block // BLOCKS
+            column = tl.where(i < in_sink, index, num_sink_pages + (index - num_sink_pages) % num_tail_slots)
+            page = tl.maximum(tl.load(raw_ids_ptr + column), 0)
+            token = block % BLOCKS * BLOCK_T + tl.arange(0, BLOCK_T)
+            token_ptr = raw[0] + page.to(tl.int64) * raw[1]
+            start = index * G
+            state = _attend_raw(state, queries, token_ptr, raw[2], token, first_seen - start, seq_len - start, PLAN)
+    _store_rows(out_ptr, lse_ptr, result, mask, state, PLAN.planes)
 
 
 def launch_mla_splits(
@@ -326,8 +338,8 @@ def launch_mla_splits(
         partial,
         partial_lse,
         *queries,
-        cache.pages,
-        raw,
+        (cache.pages, cache.pages.stride(0)),
+        None if raw is None else (raw, *raw.stride()[:2]),
         cache.block_table,
         raw_table,
         cache.seq_lens,
@@ -337,9 +349,6 @@ def launch_mla_splits(
         partial.shape[0],
         cache.num_sink_pages,
         0 if raw_table is None else raw_table.shape[1] - cache.num_sink_pages,
-        cache.pages.stride(0),
-        0 if raw is None else raw.stride(0),
-        0 if raw is None else raw.stride(1),
         cache.block_table.stride(0),
         0 if raw_table is None else raw_table.stride(0),
         LAYOUT=layout,

@@ -185,6 +185,7 @@ def mla_decode_attention(
     out: torch.Tensor | None = None,
     return_lse: bool = False,
     num_splits: int | None = None,
+    config: object = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with absorbed queries; see `kvarn_triton.mla_decode_attention`."""
     dtype = working_dtype(q.dtype)
