@@ -9,6 +9,8 @@ import torch
 
 from .. import gpu
 from ..checks import check_count, require
+from ..layout import fields_per_byte
+from ..mla_layout import MLALayout
 
 _KIB = 1024
 
@@ -40,24 +42,43 @@ class MLAConfig:
         check_count("programs_per_sm", self.programs_per_sm, 1)
 
 
-def mla_config(rows: int, device: torch.device) -> MLAConfig:
-    """Return the parameters for `rows` query rows of a sequence."""
-    return _mla_config(rows, gpu.arch_of(device), gpu.gpu_of(device))
+@dataclass(frozen=True)
+class MLAPlan:
+    """What the kernel is compiled for."""
+
+    block_m: int  # query rows of a tile
+    block_t: int  # tokens of a block
+    num_stages: int  # of the software pipeline
+    planes: int  # parts of the channels of a latent, each an operand of its own
+    fields: int  # of a byte
+    ptx: bool
 
 
 @functools.lru_cache
-def _mla_config(rows: int, arch: str | None, known: gpu.Gpu | None) -> MLAConfig:
-    """Return what fits: a block of 64 tokens takes 64 KiB of shared memory, and a tile of 16 rows 18."""
+def mla_plan(layout: MLALayout, config: MLAConfig, ptx: bool) -> MLAPlan:
+    """Return what the kernel is compiled for."""
+    fields = fields_per_byte(layout.bits)
+    return MLAPlan(config.block_m, config.block_t, config.num_stages, max(fields, 2), fields, ptx)
+
+
+def mla_config(layout: MLALayout, rows: int, device: torch.device) -> MLAConfig:
+    """Return the parameters for `rows` query rows of a sequence."""
+    return _mla_config(layout.bits, rows, gpu.arch_of(device), gpu.gpu_of(device))
+
+
+@functools.lru_cache
+def _mla_config(bits: int, rows: int, arch: str | None, known: gpu.Gpu | None) -> MLAConfig:
+    """Return what fits: a block of 64 tokens takes 64 KiB of shared memory, its bytes up to 44, and a tile of 16 rows 18."""
     if known is None:
         return MLAConfig(16, 32, 4)  # the interpreter
     if not known.nvidia:
-        return MLAConfig(16, 32 if known.program_bytes > 64 * _KIB else 16, 4, num_stages=1)
+        return MLAConfig(16, 16, 4, num_stages=1)
     few = rows <= 16
     if known.program_bytes < 128 * _KIB:
         return MLAConfig(16 if few else 32, 32, 4)
     if known.program_bytes < 200 * _KIB:
         return MLAConfig(16, 32, 4, programs_per_sm=2) if few else MLAConfig(32, 32, 4)
     if few:
-        return MLAConfig(16, 64, 4, programs_per_sm=2)
+        return MLAConfig(16, 64 if bits == 4 else 32, 4, programs_per_sm=2)
     # Products of 64 rows are those of warp groups, which sm90 alone has.
     return MLAConfig(64 if rows > 32 and arch == "sm90" else 32, 64, 8)

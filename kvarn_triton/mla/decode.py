@@ -137,7 +137,7 @@ def mla_decode_attention(
     lse = torch.empty(shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
     if out.numel():
         rows = q.shape[1:-1].numel()
-        _attend(out, lse, q, cache, float(sm_scale), num_splits, config or mla_config(rows, q.device))
+        _attend(out, lse, q, cache, float(sm_scale), num_splits, config or mla_config(layout, rows, q.device))
     return out if lse is None else (out, lse)
 
 

@@ -13,8 +13,6 @@ the largest of them so far, so that one exponential serves both sums, and no mag
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,35 +21,16 @@ import triton.language as tl
 
 from .. import gpu
 from ..launch import on
-from ..layout import fields_per_byte
-from ..mla_layout import LATENT_DIM, ROPE_DIM, MLALayout
+from ..mla_layout import LATENT_DIM, ROPE_DIM
 from ..paging import load_page_id
 from ..tile.arithmetic import split_halves
 from .cache import LatentCache
-from .config import MLAConfig
+from .config import MLAConfig, mla_plan
 
 LATENTS = tl.constexpr(LATENT_DIM)
 ROPE = tl.constexpr(ROPE_DIM)
 LEAST_FACTOR = tl.constexpr(2.0**-60)
 """Tokens of smaller norm * gain are read with this one as values: zeros, for which its inverse has to be finite."""
-
-
-@dataclass(frozen=True)
-class MLAPlan:
-    """What the kernel is compiled for."""
-
-    block_m: int  # query rows of a tile
-    block_t: int  # tokens of a block
-    num_stages: int  # of the software pipeline
-    planes: int  # parts of the channels of a latent, each an operand of its own
-    fields: int  # of a byte
-    ptx: bool
-
-
-@functools.lru_cache
-def _plan(layout: MLALayout, config: MLAConfig, ptx: bool) -> MLAPlan:
-    fields = fields_per_byte(layout.bits)
-    return MLAPlan(config.block_m, config.block_t, config.num_stages, max(fields, 2), fields, ptx)
 
 
 class Queries(NamedTuple):
@@ -280,8 +259,9 @@ def _kvarn_mla_decode_kernel(
     result = split.to(tl.int64) * batch * rows + place
     seq_len = tl.load(seq_lens_ptr + sequence)
     num_blocks = tl.cdiv(tl.maximum(seq_len, 0), BLOCK_T)
-    first = (num_blocks.to(tl.int64) * split // num_splits).to(tl.int32)
-    last = (num_blocks.to(tl.int64) * (split + 1) // num_splits).to(tl.int32)
+    share, rest = num_blocks // num_splits, num_blocks % num_splits
+    first = split * share + tl.minimum(split, rest)
+    last = first + share + (split < rest).to(tl.int32)
     if first >= last:
         tl.store(lse_ptr + result, tl.full((PLAN.block_m,), float("-inf"), tl.float32), mask)
         return
@@ -331,7 +311,7 @@ def launch_mla_splits(
     written to `partial`.
     """
     layout, (num_queries, num_heads) = cache.layout, shape
-    plan = _plan(layout, config, gpu.uses_ptx())
+    plan = mla_plan(layout, config, gpu.uses_ptx())
     tiles = -(-num_queries * num_heads // config.block_m)
     raw, raw_table = cache.raw_pages, cache.raw_table
     on(partial, _kvarn_mla_decode_kernel)[(tiles * partial.shape[0] * cache.batch,)](

@@ -7,6 +7,8 @@ one program quantizes the next page of one sequence if its tokens are all commit
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -190,7 +192,7 @@ def mla_commit_pages(
         return
     if cache.batch == 0:
         return
-    shared = {"sink_len": sink_len, "max_pages": block_table.shape[1], "stride_table": block_table.stride(0)}
+    shared: dict[str, Any] = {"sink_len": sink_len, "max_pages": block_table.shape[1], "stride_table": block_table.stride(0)}
     shared |= {"table_ptr": block_table, "lens_ptr": committed_lens, "num_quantized_ptr": num_quantized}
     on(pages, _kvarn_mla_commit_pages_kernel)[(cache.batch,)](
         (cache.pages, cache.pages.stride(0)),
