@@ -38,7 +38,7 @@ class MLALayout:
     """
 
     bits: int = 4
-    page_size: int = 128
+    page_size: int = 64
 
     def __post_init__(self) -> None:
         for name, supported in (("bits", MLA_BITS), ("page_size", SUPPORTED_PAGE_SIZES)):

@@ -53,6 +53,7 @@ class Task:
     def cost(self) -> float:
         """Seconds in the interpreter."""
         import gate_attention  # noqa: F401
+        import gate_mla  # noqa: F401
         import gate_steps  # noqa: F401
         from gate_checks import CHECKS
 
@@ -72,6 +73,7 @@ def selected_shapes(options: Options) -> list[Shape]:
 def gate_tasks(options: Options) -> list[Task]:
     """Return what to check: all options on a small format, then what is timed, shapes of the same heads once."""
     import gate_attention  # noqa: F401
+    import gate_mla  # noqa: F401
     import gate_steps  # noqa: F401
     from gate_checks import CHECKS
 
@@ -98,6 +100,7 @@ def gate_tasks(options: Options) -> list[Task]:
 def run_task(task: Task, device: str) -> tuple[list[Row], dict[str, set[str]]]:
     """Return the rows of a check and the public functions that it called, with the names of their arguments."""
     import gate_attention  # noqa: F401
+    import gate_mla  # noqa: F401
     import gate_steps  # noqa: F401
     from gate_checks import CHECKS, SMALL, Recorder, Subject
 

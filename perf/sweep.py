@@ -24,8 +24,8 @@ from common import SWEEPS, Options, Row, environment, say, title  # noqa: E402
 
 MODULES = (
     "gate", "decode_sweeps", "prefill_sweeps", "peers", "stream_sweeps", "write_sweeps", "step_sweeps", "parallel_sweeps",
-    "overhead_sweeps", "offline_sweeps", "compile_sweep", "accuracy_sweeps", "real_sweep", "choice_sweeps", "predict_sweeps",
-    "tune",
+    "mla_sweep", "overhead_sweeps", "offline_sweeps", "compile_sweep", "accuracy_sweeps", "real_sweep", "choice_sweeps",
+    "predict_sweeps", "tune",
 )  # fmt: skip
 """What registers sweeps, in the order of `--help` and `--all`."""
 SEARCHES = ("tune", "encoders", "raw_tokens", "choice", "predicts")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import triton
+from mla_cases import mla_cases, mla_encode_cases
 
 import kvarn_triton as kvarn
 from kvarn_triton import DEFAULT, PageLayout, configs
@@ -308,6 +309,8 @@ PARTS = {
     "prefill": prefill_cases,
     "scratch": scratch_cases,
     "encode": encode_cases,
+    "mla": mla_cases,
+    "mla encode": mla_encode_cases,
     "encode other": encode_other_cases,
     "encode largest": encode_largest_cases,
 }

@@ -42,6 +42,10 @@ INSTRUCTIONS_PER_READ = 14000
 """Most warp instructions of the loops that dequantize the keys and the values of a page of 128 tokens: k4v2_g128, head_dim 128,
 float16, one kv head. The floor is seven additions per number, 7,168 of them; an H200 has about 18,000 issue slots in the time
 that a copy of the bytes takes."""
+INSTRUCTIONS_PER_64_LATENTS = 5300
+"""Most warp instructions of the loop over pages of latent attention for 64 tokens: 4 bits, 16 heads, all warps of a program
+together. An H200 has about 6,300 issue slots in the time that it needs to read them."""
+MLA_BUDGET_TARGETS = ("sm90", "sm100")
 READ_TRIPS = (8, 16)
 """How often the loops over values and over keys run there; that of values is the larger one."""
 BUDGET_TARGETS = ("sm80", "sm90", "sm100")
@@ -49,7 +53,7 @@ EARLY_TARGETS = ("sm90", "sm100", "sm120")
 """Where a merge starts while the kernel ends whose results it merges: it must wait before it stores, and be let to start."""
 
 
-USUAL_PARTS = "main", "decode", "prefill", "scratch", "encode"
+USUAL_PARTS = "main", "decode", "prefill", "scratch", "encode", "mla", "mla encode"
 SPLIT_TARGETS = "sm90", "gfx942"
 """Targets that compile so many layouts that each part is a test."""
 PROCESSES = [
@@ -67,6 +71,8 @@ KERNELS = {
     "prefill": ("merge_queries", "prefill_attention"),
     "scratch": ("expand_pages", "prefill_attention"),
     "encode": ("advance_quantized", "append_new", "commit_pages", "store_pages", "write_tokens"),
+    "mla": ("mla_append_tokens", "mla_decode", "mla_dequantize_pages", "mla_merge", "mla_rotate_queries"),
+    "mla encode": ("mla_advance", "mla_commit_pages", "mla_store_pages"),
     "encode other": ("advance_quantized", "append_tokens", "commit_pages", "store_pages", "write_tokens"),
     "encode largest": ("advance_quantized", "commit_pages", "store_pages", "write_tokens"),
 }
@@ -111,6 +117,10 @@ def test_compiles(target, parts, tmp_path):
     if target in BUDGET_TARGETS:
         for part in {"main", "prefill", "encode"}.intersection(parts):
             check_budgets(part, kernels)
+    if target in MLA_BUDGET_TARGETS and "mla" in parts:
+        few = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_mla_decode_kernel", "mla 16 heads"))
+        assert 0 < few["page_loop"] * few["num_warps"] <= INSTRUCTIONS_PER_64_LATENTS, few
+        assert few["stack"] == 0, few
 
 
 def check_budgets(part: str, kernels: list[dict]) -> None:

@@ -13,13 +13,16 @@ from helpers import draw
 
 import kvarn_triton
 from kvarn_triton import reference
+from kvarn_triton.testing import relative_error
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "perf"))
 import common
 import gate
 import gate_attention
 import gate_checks
+import gate_mla  # noqa: F401
 import gate_steps  # noqa: F401
+import mla_twin
 import peers
 import sixteen_bit
 import summary
@@ -56,6 +59,7 @@ def test_registry():
         "choice",
         "predicts",
         "model",
+        "mla",
     }
     for name, entry in common.SWEEPS.items():
         assert sweep.parser().parse_args([name]).command == name
@@ -243,3 +247,19 @@ def test_plain_formula_is_the_reference():
         exact = getattr(reference, name)(**call)
         found = torch.cat([attention_of_row(call, row, torch.float64) for row in range(len(call["seq_lens"]))])
         torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [mla_twin.TwinConfig(16, 32, 4, 2), mla_twin.TwinConfig(32, 16, 4, 1, 8)])
+def test_the_twin_of_latent_attention(config, device):
+    """It is attention, whatever its tiles and splits are."""
+    pages, q = (
+        draw(6, 64, 576, dtype=torch.float16, device=device),
+        draw(2, 20, 576, seed=1, dtype=torch.float16, device=device),
+    )
+    table = torch.tensor([[3, 0, 5], [1, 4, 2]], dtype=torch.int32, device=device)
+    lens = torch.tensor([150, 3], dtype=torch.int32, device=device)
+    out = mla_twin.twin_mla(q, pages, table, lens, 0.05, 4, config)
+    for row, length in enumerate(lens.tolist()):
+        tokens = pages[table[row].long()].flatten(0, 1)[:length].double()
+        weights = torch.softmax(0.05 * q[row].double() @ tokens.T, dim=-1)
+        assert relative_error(out[row], weights @ tokens[:, :512]) < 2**-9

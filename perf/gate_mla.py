@@ -1,0 +1,89 @@
+"""What the gate checks of latent attention: pages and tails bit for bit, attention against float64, small cases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from cases import ERROR_RATIO
+from common import Row
+from gate_attention import LSE_ERROR
+from gate_checks import Recorder, Subject, check, equal, moved
+
+from kvarn_triton import PUBLISHED, MLAConfig, MLALayout, reference
+from kvarn_triton.testing import relative_error
+from kvarn_triton.testing.latents import latent_attention_in, latent_case
+
+LAYOUT = MLALayout(4, 64)
+SOME_CONFIG = MLAConfig(16, 16, 4)
+"""Launch parameters that are nobody's own."""
+
+
+@check("latents: store and dequantize", "mla_store_pages", 3.0)
+def _pages(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
+    tokens, device = subject.draw(67, 576), subject.device
+    latents, rope = tokens.split([512, 64], dim=1)
+    page_ids, starts = torch.tensor([-1, 1]), torch.tensor([0, 3])
+    expected = torch.full((3, LAYOUT.page_bytes), 0xFF, dtype=torch.uint8)
+    found, options = expected.to(device, copy=True), {"encoder": PUBLISHED}
+    placed = [x.to(device) for x in (latents, rope)]
+    kvarn.mla_store_pages(*placed, found, page_ids.to(device), LAYOUT, token_starts=starts.to(device), **options)
+    reference.mla_store_pages(latents, rope, expected, page_ids, LAYOUT, token_starts=starts, **options)
+    yield equal("mla_store_pages", {"pages": (found, expected)})
+    wanted = reference.mla_dequantize_pages(expected, page_ids, LAYOUT, dtype=subject.dtype)
+    out = tuple(torch.empty_like(x, device=device) for x in wanted)
+    kvarn.mla_dequantize_pages(expected.to(device), page_ids.to(device), LAYOUT, dtype=subject.dtype, out=out)
+    read = kvarn.mla_dequantize_pages(expected.to(device), page_ids.to(device), LAYOUT, rotated=True)
+    turned = reference.mla_dequantize_pages(expected, page_ids, LAYOUT, rotated=True)
+    pairs = {"latents": (out[0], wanted[0]), "rope": (out[1], wanted[1]), "rotated": (read[0], turned[0])}
+    yield equal("mla_dequantize_pages", pairs)
+
+
+@check("latents: append and commit", "mla_commit_pages", 3.0)
+def _tails(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
+    latents, rope = subject.draw(70, 576).split([512, 64], dim=1)
+    results = []
+    for where, api in ((subject.device, kvarn), ("cpu", reference)):
+        call = {
+            "raw_pages": torch.zeros(3, 64, 576, dtype=torch.float16),
+            "pages": torch.full((2, LAYOUT.page_bytes), 0xFF, dtype=torch.uint8),
+            "raw_table": torch.tensor([[0, 2, 1]], dtype=torch.int32),
+            "block_table": torch.tensor([[1, 0]], dtype=torch.int32),
+            "committed_lens": torch.tensor([134], dtype=torch.int32),
+            "num_quantized": torch.zeros(1, dtype=torch.int32),
+        }
+        call, slots = moved(call, where), torch.arange(128, 198).to(where)
+        slots[64:] -= 128  # in another page
+        api.mla_append_tokens(latents.to(where), rope.to(where), call["raw_pages"], slots)
+        for advance in (False, True):
+            api.mla_commit_pages(**call, layout=LAYOUT, sink_len=64, advance=advance, encoder=PUBLISHED)
+        results.append({name: call[name] for name in ("raw_pages", "pages", "num_quantized")})
+    found, expected = results
+    yield equal("mla_append_tokens", {"raw_pages": (found["raw_pages"], expected["raw_pages"])})
+    yield equal("mla_commit_pages", {name: (found[name], expected[name]) for name in ("pages", "num_quantized")})
+
+
+def _decode(kvarn: Recorder, subject: Subject, heads: int, **options: int) -> Iterator[Row]:
+    """Compare decode attention and its log-sum-exp with float64."""
+    call = latent_case(LAYOUT, [150, 0, 64], num_heads=heads, dtype=subject.dtype, seed=subject.seed, **options)
+    how = {"out": torch.empty(*call["q"].shape[:-1], 512, dtype=subject.dtype), "num_splits": 2, "config": SOME_CONFIG}
+    found = [kvarn.mla_decode_attention(**moved(call | how, subject.device), return_lse=True)]
+    found.append(kvarn.mla_decode_attention(**moved(call, subject.device), return_lse=True))
+    exact, exact_lse = reference.mla_decode_attention(**call | {"q": call["q"].double()}, return_lse=True)
+    allowed, attended = ERROR_RATIO * relative_error(latent_attention_in(subject.dtype, call), exact), exact_lse > -torch.inf
+    for out, lse in found:
+        error, off = relative_error(out.cpu(), exact), (lse.cpu() - exact_lse).abs()[attended]
+        same = torch.equal(attended, lse.cpu() > -torch.inf) and bool((off <= LSE_ERROR[subject.dtype]).all())
+        row = {"operation": "mla_decode_attention", "criterion": f"error <= {ERROR_RATIO:g}x plain", "error": error}
+        detail = f"{error:.1e} of {allowed:.1e}" + ("" if same else "; lse differs")
+        yield row | {"allowed": allowed, "detail": detail, "ok": error <= allowed and same}
+
+
+@check("latents: decode, sink, pages, tail", "mla_decode_attention", 2.0)
+def _decode_served(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
+    yield from _decode(kvarn, subject, 16, sink_len=64, num_tail_slots=1)
+
+
+@check("latents: decode, drafts over pages", "mla_decode_attention", 2.0)
+def _decode_drafts(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
+    yield from _decode(kvarn, subject, 8, num_queries=3)

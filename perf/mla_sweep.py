@@ -1,0 +1,187 @@
+"""Latent attention beside its 16-bit twin, and beside FlashInfer where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import mla_twin
+import torch
+from common import Options, Row, progress, say, sweep
+from peers import MissingError, find_flashinfer
+from timed import failed, free_memory, num_samples, roof, timed_fields
+from timing import Call, measure, num_input_sets
+
+import kvarn_triton as kvarn
+from kvarn_triton import MLAConfig, MLALayout, gpu
+
+POINTS = ((64, 8192), (8, 32768), (1, 32768))
+HEADS = (16, 128)
+LAYOUTS = (MLALayout(4, 64), MLALayout(4, 128), MLALayout(8, 64))
+SM_SCALE = 192**-0.5
+DISTINCT = 64
+"""Pages with tokens of their own; others are copies of them."""
+OTHER_CONFIGS = {
+    16: (MLAConfig(16, 32, 4, 2, 2), MLAConfig(16, 32, 4, 2, 3), MLAConfig(16, 64, 4, 1, 2), MLAConfig(16, 64, 8, 2, 2)),
+    128: (
+        *(MLAConfig(64, 64, 8, 1), MLAConfig(64, 32, 8), MLAConfig(32, 64, 8), MLAConfig(32, 32, 4, 2, 2)),
+        *(MLAConfig(16, 64, 4, 2, 2), MLAConfig(64, 32, 8, 1), MLAConfig(32, 64, 4)),
+    ),
+}
+"""What else is timed with --full."""
+MOST_ERROR = 2**-8
+"""Of the last sequence, relative to float32 attention to the dequantized pages: three roundings to float16, with room."""
+
+
+class _Case:
+    """Sequences of one length on pages of their own, several sets of them: quantized, and as plain float16."""
+
+    def __init__(self, heads: int, batch: int, context: int, seed: int) -> None:
+        self.generator = torch.Generator("cuda").manual_seed(seed)
+        self.batch, self.context = batch, context
+        self.sets = num_input_sets(batch * context * 400)
+        self.tokens = self.draw(DISTINCT * 128, 576)
+        self.q = [self.draw(batch, heads, 576) for _ in range(self.sets)]
+        self.lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        """Return random numbers."""
+        return torch.empty(shape, dtype=torch.float16, device="cuda").normal_(generator=self.generator)
+
+    def tables(self, page_size: int) -> list[torch.Tensor]:
+        """Return block tables of all sets, which share no page."""
+        shape = self.sets, self.batch, self.context // page_size
+        ids = torch.randperm(shape[0] * shape[1] * shape[2], generator=self.generator, device="cuda")
+        return list(ids.int().view(shape))
+
+    def pool(self, distinct: torch.Tensor, page_size: int) -> torch.Tensor:
+        """Return a pool of copies of distinct pages, as many as the tables name."""
+        count = self.sets * self.batch * (self.context // page_size)
+        return distinct.repeat(-(-count // len(distinct)), *[1] * (distinct.dim() - 1))[:count]
+
+    def quantized(self, layout: MLALayout) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return pages and tables."""
+        pages = layout.empty_pages(DISTINCT, "cuda")
+        ids = torch.arange(DISTINCT, device="cuda")
+        kvarn.mla_store_pages(self.tokens[:, :512], self.tokens[:, 512:], pages, ids, layout)
+        return self.pool(pages, layout.page_size), self.tables(layout.page_size)
+
+    def calls(self, layout: MLALayout, config: MLAConfig | None = None) -> tuple[list[Call], float]:
+        """Return calls over all sets, and the relative error of the last sequence."""
+        pages, tables = self.quantized(layout)
+        out = torch.empty(*self.q[0].shape[:2], 512, dtype=torch.float16, device="cuda")
+
+        def call(q: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+            return kvarn.mla_decode_attention(q, pages, table, self.lens, layout, sm_scale=SM_SCALE, out=out, config=config)
+
+        result = call(self.q[0], tables[0])[-1].double()
+        latents, rope = kvarn.mla_dequantize_pages(pages, tables[0][-1], layout, dtype=torch.float32)
+        tokens = torch.cat((latents, rope), dim=-1).flatten(0, 1).double()
+        expected = torch.softmax(SM_SCALE * self.q[0][-1].double() @ tokens.T, dim=-1) @ tokens[:, :512]
+        error = float((result - expected).norm() / expected.norm())
+        return [lambda q=q, t=t: call(q, t) for q, t in zip(self.q, tables, strict=True)], error  # type: ignore[misc]
+
+    def plain(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return float16 pages of 64 tokens and tables."""
+        return self.pool(self.tokens.view(-1, 64, 576), 64), self.tables(64)
+
+
+def _twins(case: _Case, pages: torch.Tensor, tables: Sequence[torch.Tensor]) -> dict[str, list[Call]]:
+    """Return the twin in each of its configurations."""
+    programs = gpu.num_multiprocessors(torch.device("cuda", torch.cuda.current_device()))
+    found = {}
+    for config in mla_twin.CONFIGS["few" if case.q[0].shape[1] <= 16 else "many"]:
+        found[f"twin {config}"] = [
+            lambda q=q, t=t, c=config: mla_twin.twin_mla(q, pages, t, case.lens, SM_SCALE, programs, c)
+            for q, t in zip(case.q, tables, strict=True)
+        ]
+    return found
+
+
+def _flashinfer(case: _Case, pages: torch.Tensor, tables: Sequence[torch.Tensor]) -> dict[str, list[Call]]:
+    """Return FlashInfer's latent attention with each of its backends; nothing where it is not installed."""
+    try:
+        flashinfer, found = find_flashinfer(), {}
+    except MissingError as error:
+        say(f"mla: without FlashInfer: {error}")
+        return {}
+    latents, rope = pages.split([512, 64], dim=-1)
+    latents, rope = latents.contiguous(), rope.contiguous()
+    ints = {"dtype": torch.int32, "device": "cuda"}
+    ends, heads = torch.arange(case.batch + 1, **ints), case.q[0].shape[1]
+    for backend in ("fa2", "fa3"):
+        calls = []
+        try:
+            for q, table in zip(case.q, tables, strict=True):
+                memory = torch.empty(128 << 20, dtype=torch.int8, device="cuda")
+                run = flashinfer.mla.BatchMLAPagedAttentionWrapper(memory, backend=backend)
+                ids = ends * table.shape[1], table.flatten(), case.lens
+                run.plan(ends, *ids, heads, 512, 64, 64, False, SM_SCALE, q.dtype, q.dtype)
+                parts = q[..., :512].contiguous(), q[..., 512:].contiguous()
+                calls.append(lambda run=run, parts=parts: run.run(*parts, latents, rope, return_lse=False))
+            calls[0]()
+        except Exception as error:  # a backend that the GPU or the heads don't allow
+            say(f"mla: FlashInfer, {backend}: {str(error).splitlines()[0][:120]}")
+            continue
+        found[f"FlashInfer {backend}"] = calls
+    return found
+
+
+@sweep(
+    "mla",
+    needs="gpu",
+    headers={
+        "heads": "heads",
+        "batch": "batch",
+        "context": "context",
+        "what": "what",
+        "us": "us",
+        "spread": "p20-p80",
+        "gb_s": "GB/s",
+        "percent_of_copy": "% of copy",
+        "times_twin": "x twin",
+        "times_flashinfer": "x FlashInfer",
+        "error": "error",
+    },
+    note="pages only. x twin: how many times faster than the fastest configuration of the 16-bit twin; x FlashInfer: than its\n"
+    "fastest backend. All launches of a call are in its time.",
+)
+def mla(options: Options) -> Iterator[Row]:
+    """Time decode attention to latents at 4 and 8 bits beside 16-bit kernels."""
+    roof_gb_s = roof(options)
+    work = [(heads, *point) for point in options.points or POINTS for heads in HEADS]
+    if options.full:
+        work += [(heads, *POINTS[0]) for heads in (32, 64)]
+    for heads, batch, context in progress("mla", work, lambda w: f"{w[0]} heads, {w[1]} x {w[2]}"):
+        free_memory()
+        row: Row = {"heads": heads, "batch": batch, "context": context}
+        case = _Case(heads, batch, context, options.seed)
+        plain = case.plain()
+        providers: dict[str, list[Call]] = {}
+        sizes: dict[str, float] = {}
+        found_errors: dict[str, float] = {}
+        for layout in LAYOUTS:
+            others = OTHER_CONFIGS.get(heads, ()) if options.full and layout == LAYOUTS[0] else ()
+            for config in (None, *others):
+                name = f"{layout.bits} bits, pages of {layout.page_size}" + ("" if config is None else f", {config}")
+                try:
+                    providers[name], found_errors[name] = case.calls(layout, config)
+                    sizes[name] = layout.bytes_per_token
+                except Exception as error:  # a configuration that doesn't fit
+                    yield row | {"what": name} | failed(error)
+        sixteen = _twins(case, *plain) | _flashinfer(case, *plain)
+        timings, errors = measure(providers | sixteen, samples=num_samples(options))
+        best = {
+            kind: min((timings[name].us for name in timings if name.startswith(kind)), default=None)
+            for kind in ("twin", "FlashInfer")
+        }
+        for name in (*providers, *sixteen):
+            bytes_read = int(batch * (context * sizes.get(name, 1152.0) + heads * (576 + 512) * 2))
+            result = row | {"what": name} | timed_fields(timings.get(name), errors.get(name), bytes_read, roof_gb_s)
+            if name in found_errors:
+                result["error"] = found_errors[name]
+                if not found_errors[name] <= MOST_ERROR:
+                    result |= failed(f"error {found_errors[name]:.1e}")
+            if result["us"] is not None:
+                ratios = {"times_twin": best["twin"], "times_flashinfer": best["FlashInfer"]}
+                result |= {key: value / result["us"] for key, value in ratios.items() if value is not None}
+            yield result
