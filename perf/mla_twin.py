@@ -69,10 +69,12 @@ def _twin_mla_kernel(
         page = tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64)
         tokens = (page * PAGE_SIZE + start % PAGE_SIZE + offs_t) * (LATENT + ROPE)
         low, high, rope = _load_row_parts(pages_ptr, tokens, offs_t >= 0)
-        scores = tl.dot(q_rope, tl.trans(rope))
-        scores = tl.dot(q_low, tl.trans(low), scores)
-        scores = tl.dot(q_high, tl.trans(high), scores) * qk_scale
-        scores = tl.where((start + offs_t)[None, :] < seq_len, scores, float("-inf"))
+        # As in the quantized kernel, no product continues another one's sum, so that warps share them out.
+        scores = tl.dot(q_rope, tl.trans(rope)) * qk_scale
+        scores += tl.dot(q_low, tl.trans(low)) * qk_scale
+        scores += tl.dot(q_high, tl.trans(high)) * qk_scale
+        if start + BLOCK_T > seq_len:
+            scores = tl.where((start + offs_t)[None, :] < seq_len, scores, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(scores, axis=1))
         alpha = tl.exp2(m_i - m_new)
         weights = tl.exp2(scores - m_new[:, None])

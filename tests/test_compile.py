@@ -120,7 +120,7 @@ def test_compiles(target, parts, tmp_path):
     if target in MLA_BUDGET_TARGETS and "mla" in parts:
         few = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_mla_decode_kernel", "mla 16 heads"))
         assert 0 < few["page_loop"] * few["num_warps"] <= INSTRUCTIONS_PER_64_LATENTS, few
-        assert few["stack"] == 0, few
+        assert few["loop_spills"] <= 4, few
 
 
 def check_budgets(part: str, kernels: list[dict]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from error_cases import WRONG, gapped, set_to, to, valid_arguments
 from helpers import ON_GPU, bits_of
+from mla_errors import WRONG_MLA, valid_mla_arguments
 
 import kvarn_triton as kvarn
 from kvarn_triton import Encoder, PageLayout, PrefillConfig
@@ -21,12 +22,20 @@ def tensors_of(arguments: dict) -> list[torch.Tensor]:
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
-@pytest.mark.parametrize("function", WRONG)
+ALL_WRONG = WRONG | WRONG_MLA
+
+
+def all_valid_arguments(function: str, device: torch.device) -> dict:
+    """Return valid keyword arguments of a function."""
+    return (valid_mla_arguments if function in WRONG_MLA else valid_arguments)(device)[function]
+
+
+@pytest.mark.parametrize("function", ALL_WRONG)
 def test_wrong_arguments(function, device):
     """Each wrong argument is named in the message, and nothing is written."""
-    arguments = valid_arguments(device)[function]
+    arguments = all_valid_arguments(function, device)
     before = [tensor.clone() for tensor in tensors_of(arguments)]
-    for name, change, message in WRONG[function]:
+    for name, change, message in ALL_WRONG[function]:
         wrong = arguments | {name: change(arguments.get(name))}
         pattern = message if message.startswith((name, f"{name}.")) else f"^{name}.*: {message}"
         with pytest.raises(ValueError, match=pattern):
@@ -35,10 +44,10 @@ def test_wrong_arguments(function, device):
         assert torch.equal(bits_of(tensor), bits_of(old))
 
 
-@pytest.mark.parametrize("function", WRONG)
+@pytest.mark.parametrize("function", ALL_WRONG)
 def test_valid_arguments(function, device):
     """The arguments that the test above spoils are valid."""
-    getattr(kvarn, function)(**valid_arguments(device)[function])
+    getattr(kvarn, function)(**all_valid_arguments(function, device))
 
 
 @pytest.mark.parametrize("function", ["commit_pages", "decode_attention", "prefill_attention"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from error_cases import WRONG, valid_arguments
 from helpers import assert_same_bits
+from mla_errors import WRONG_MLA, valid_mla_arguments
 
 import kvarn_triton as kvarn
 from kvarn_triton import reference
@@ -19,10 +20,10 @@ def tensors_of(value: object) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("api", [kvarn, reference], ids=["package", "reference"])
-@pytest.mark.parametrize("function", WRONG)
+@pytest.mark.parametrize("function", [*WRONG, *WRONG_MLA])
 def test_no_gradients(function, api, device):
     """Activations, and even pools, that require gradients give the bits of those that don't; what is written stays a leaf."""
-    plain, graded = valid_arguments(device)[function], {}
+    plain, graded = (valid_mla_arguments if function in WRONG_MLA else valid_arguments)(device)[function], {}
     for name, value in plain.items():
         copies = [x.clone().requires_grad_() if x.is_floating_point() else x.clone() for x in tensors_of(value)]
         graded[name] = tuple(copies) if isinstance(value, tuple) else copies[0] if copies else value
@@ -31,7 +32,7 @@ def test_no_gradients(function, api, device):
     expected = getattr(api, function)(**plain)
     result = getattr(api, function)(**graded)
     for one, other in zip(tensors_of(result), tensors_of(expected), strict=True):
-        assert one.is_leaf or function in ("hadamard", "dequantize_pages")
+        assert one.is_leaf or function in ("hadamard", "dequantize_pages", "mla_dequantize_pages")
         assert not one.requires_grad or any(one is x for value in graded.values() for x in tensors_of(value))
         assert_same_bits(one.detach(), other)
     for name in WRITTEN:

@@ -65,10 +65,8 @@ def checked(cache: LatentCache, lens: str) -> LatentCache:
         "sink_len", f"a multiple of {page_size}, the page_size", cache.sink_len,
     )  # fmt: skip
     if cache.raw_pages is None:
-        for name in ("raw_table", "num_quantized"):
-            value = getattr(cache, name)
-            require(value is None, name, "None without raw_pages", type(value).__name__)
-        require(cache.sink_len == 0, "sink_len", "0 without raw_pages", cache.sink_len)
+        alone = cache.raw_table is None and cache.num_quantized is None and cache.sink_len == 0
+        require(alone, "raw_pages", "a tensor beside raw_table, num_quantized or sink_len", None)
     else:
         check_raw_latents(cache.raw_pages, device, page_size)
         check_tensor("raw_table", cache.raw_table, [batch, None], torch.int32, device=device)

@@ -5,10 +5,10 @@ dequantized once, to float16, in rotated coordinates and without its norms, and 
 cores: with the queries (scores) and with the weights (values). Grid: (program,), tiles of a split next to each other. Bytes
 moved: each record once per tile, of which the second comes from the L2 cache; partial results.
 
-With f = norm * gain of a token, x its numbers without them and s its score, weights of values are 2**(s + log2(f)), relative to
-the largest of them so far, so that one exponential serves both sums, and no magnitude of a page leaves float16:
+A token is x * norm * gain, its score s. Weights are relative to the largest 2**s * gain so far, gain being a power of two of
+the whole page: one exponential serves both sums, and no magnitude of a page leaves float16.
 
-    acc = sum 2**(s + log2(f) - m) * x        l = sum 2**(s + log2(f) - m) / f        out = acc / l        lse = m + log2(l)
+    p = 2**(s - m) * gain        acc = sum p * norm * x        l = sum p / gain        out = acc / l        lse = m + log2(l)
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .. import gpu
 from ..launch import on
 from ..mla_layout import LATENT_DIM, ROPE_DIM
 from ..paging import load_page_id
-from ..tile.arithmetic import split_halves
+from ..tile.arithmetic import exponent_of, fma, power_of_two, split_halves
 from .cache import LatentCache
 from .config import MLAConfig, mla_plan
 
 LATENTS = tl.constexpr(LATENT_DIM)
 ROPE = tl.constexpr(ROPE_DIM)
-LEAST_FACTOR = tl.constexpr(2.0**-60)
-"""Tokens of smaller norm * gain are read with this one as values: zeros, for which its inverse has to be finite."""
+LEAST_EXPONENT = tl.constexpr(-60)
+"""Pages of a smaller gain have this one as values: zeros, for which its inverse has to be finite."""
 
 
 class Queries(NamedTuple):
@@ -137,32 +137,48 @@ def _load_queries(q_ptr, factor_ptr, place, row, mask, num_heads, PLANES: tl.con
 
 
 @triton.jit
-def _latent_products(queries, planes, BLOCK_T: tl.constexpr):
-    """Return the products [rows, tokens] of queries and latents, both in planes."""
-    product = tl.zeros((queries[0].shape[0], BLOCK_T), tl.float32)
+def _scores(queries, planes, rope, size):
+    """Return the scores [rows, tokens] of tokens, of whose latents `size` [tokens] is the length.
+
+    No product continues another one's sum: for one that does, Triton gives all warps the same rows.
+    """
+    scores = tl.dot(queries.rope, tl.trans(rope))
+    sizes = tl.broadcast_to(size[None, :], scores.shape)
     for plane in tl.static_range(len(planes)):
-        product = tl.dot(queries[plane], tl.trans(planes[plane]), product)
-    return product
+        scores = fma(tl.dot(queries.planes[plane], tl.trans(planes[plane])), sizes, scores)
+    return scores * queries.factor[:, None]
 
 
 @triton.jit
-def _advance(state, scores, factor, planes):
-    """Return the state of rows after tokens with these scores, factors and numbers; factor None: all are 1."""
-    logs = scores
-    if factor is not None:
-        factor = tl.maximum(factor, LEAST_FACTOR)
-        logs = scores + tl.log2(factor)[None, :]
-    m = tl.maximum(state.m, tl.max(logs, axis=1))
+def _masked(scores, queries, token, first_seen):
+    """Return scores of which those of tokens that a row doesn't see are -inf.
+
+    Behind a branch Triton shares the rows of products of warp groups out, too; small tiles spill registers there.
+    """
+    if scores.shape[0] < 64 or tl.max(token, axis=0) > first_seen:
+        scores = tl.where(token[None, :] <= (first_seen + queries.index)[:, None], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _advance(state, scores, norm, gain, planes):
+    """Return the state of rows after tokens with these scores, norms and numbers; norm None: all norms and gains are 1."""
+    exponent = 0
+    if norm is not None:
+        exponent = tl.maximum(exponent_of(gain) - 1, LEAST_EXPONENT)
+    m = tl.maximum(state.m, tl.max(scores, axis=1) + exponent)
     origin = tl.where(m == float("-inf"), 0.0, m)  # rows that see nothing yet
     alpha = tl.exp2(state.m - origin)
-    weights = tl.exp2(logs - origin[:, None])
+    weights = tl.exp2(scores - (origin - exponent)[:, None])
+    total = tl.sum(weights, axis=1)
+    if norm is not None:
+        weights *= norm[None, :]
+        total *= power_of_two(-exponent)
     operand = weights.to(tl.float16)
-    if factor is not None:
-        weights *= tl.fdiv(1.0, factor)[None, :]
     acc = ()
     for plane in tl.static_range(len(planes)):
         acc = acc + (tl.dot(operand, planes[plane], state.acc[plane] * alpha[:, None]),)
-    return Rows(acc, m, state.l * alpha + tl.sum(weights, axis=1))
+    return Rows(acc, m, state.l * alpha + total)
 
 
 @triton.jit
@@ -174,12 +190,9 @@ def _attend_page(state, queries, record_ptr, token, first_seen, LAYOUT: tl.const
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)))
     planes = _load_latents(record_ptr, token, LAYOUT, PLAN)
     rope = tl.load(rope_ptr + token[:, None] * ROPE + offs_r[None, :])
-    size = tl.load(norm_ptr + token).to(tl.float32) * gain
-    product = _latent_products(queries.planes, planes, PLAN.block_t)
-    rotary = tl.dot(queries.rope, tl.trans(rope))
-    scores = (product * size[None, :] + rotary) * queries.factor[:, None]
-    scores = tl.where(token[None, :] <= (first_seen + queries.index)[:, None], scores, float("-inf"))
-    return _advance(state, scores, size, planes)
+    norm = tl.load(norm_ptr + token).to(tl.float32)
+    scores = _masked(_scores(queries, planes, rope, norm * gain), queries, token, first_seen)
+    return _advance(state, scores, norm, gain, planes)
 
 
 @triton.jit
@@ -189,9 +202,8 @@ def _attend_raw(state, queries, token_ptr, stride_token, token, first_seen, num_
     mask = (token < num_valid)[:, None]
     planes = _load_planes(token_ptr, place, mask, PLAN.planes)
     rope = tl.load(token_ptr + LATENTS + place + tl.arange(0, ROPE)[None, :], mask, other=0.0)
-    product = tl.dot(queries.rope, tl.trans(rope), _latent_products(queries.planes, planes, PLAN.block_t))
-    seen = token[None, :] <= (first_seen + queries.index)[:, None]
-    return _advance(state, tl.where(seen, product * queries.factor[:, None], float("-inf")), None, planes)
+    scores = _scores(queries, planes, rope, tl.full((PLAN.block_t,), 1.0, tl.float32))
+    return _advance(state, _masked(scores, queries, token, first_seen), None, None, planes)
 
 
 @triton.jit
