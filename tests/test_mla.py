@@ -407,3 +407,35 @@ def test_byte_offsets_above_2_to_31(device):
         kvarn.mla_dequantize_pages(pages, ids, layout), kvarn.mla_dequantize_pages(small, ids * 0, layout), strict=True
     ):
         assert_same_bits(x, y)
+
+
+# Operators.
+
+
+def test_operators(device):
+    """A step in one compiled graph gives what the functions do, and the operators are as PyTorch wants them."""
+    from kvarn_triton.mla import operators
+
+    layout, config = LAYOUTS[0], MLAConfig(16, 16, 4)
+    call = moved(latent_case(layout, [127, 100], num_heads=2, sink_len=64, num_tail_slots=1), device)
+    call["seq_lens"] = call["seq_lens"] + 1
+    latents, rope = (x.to(device) for x in tokens_of(2, torch.float16))
+    slots = kvarn.raw_slots(call["seq_lens"][:, None] - 1, call["raw_table"], sink_len=64, page_size=64).flatten()
+
+    def step(api, x: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        api.mla_append_tokens(latents, rope, x["raw_pages"], slots)
+        tables = (x[name] for name in ("raw_table", "block_table", "seq_lens", "num_quantized"))
+        api.mla_commit_pages(x["raw_pages"], x["pages"], *tables, layout, sink_len=64)
+        return api.mla_decode_attention(**x, return_lse=True, num_splits=2, config=config)
+
+    plain, traced = ({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in call.items()} for _ in range(2))
+    expected = step(kvarn, plain)
+    results = torch.compile(lambda x: step(operators, x), backend="aot_eager", fullgraph=True)(traced)
+    for result, wanted in zip(results, expected, strict=True):
+        assert_same_bits(result, wanted)
+    for name in ("raw_pages", "pages", "num_quantized"):
+        assert_same_bits(traced[name], plain[name])
+    assert plain["num_quantized"].tolist() == [1, 0]
+    tensors = [traced[name] for name in ("q", "pages", "block_table", "seq_lens")]
+    raw = [traced[name] for name in ("raw_pages", "raw_table", "num_quantized")]
+    torch.library.opcheck(torch.ops.kvarn_triton.mla_decode_attention, (*tensors, 4, 64, 0.1, *raw, 64, 2, None))

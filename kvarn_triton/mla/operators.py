@@ -1,0 +1,115 @@
+"""What a model's code calls of latent attention, as operators of PyTorch, for `torch.compile(fullgraph=True)`.
+
+`from kvarn_triton.mla import operators` registers `torch.ops.kvarn_triton.mla_*`; importing the package registers nothing. Each
+function has the parameters of the function of its name, less those of results and encoders. What that one refuses, it refuses
+when it runs. There are no gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..mla_layout import LATENT_DIM, MLALayout
+from . import decode, tail
+from .config import MLAConfig
+
+_LIBRARY = torch.library.Library("kvarn_triton", "FRAGMENT")
+_OPS = torch.ops.kvarn_triton
+_layout = functools.lru_cache(MLALayout)
+
+_LIBRARY.define(
+    "mla_decode_attention(Tensor q, Tensor pages, Tensor block_table, Tensor seq_lens, int bits, int page_size, "
+    "float sm_scale, Tensor? raw_pages, Tensor? raw_table, Tensor? num_quantized, int sink_len, int? num_splits, "
+    "int[]? config) -> (Tensor out, Tensor lse)"
+)
+_LIBRARY.define("mla_append_tokens(Tensor latents, Tensor rope, Tensor(a!) raw_pages, Tensor slots) -> ()")
+_LIBRARY.define(
+    "mla_commit_pages(Tensor raw_pages, Tensor(a!) pages, Tensor raw_table, Tensor block_table, Tensor committed_lens, "
+    "Tensor(b!) num_quantized, int bits, int page_size, int sink_len, bool advance) -> ()"
+)
+
+
+@torch.no_grad()
+def _decode(q, pages, block_table, seq_lens, bits, page_size, sm_scale, *cache):
+    names = ("raw_pages", "raw_table", "num_quantized", "sink_len", "num_splits")
+    options = dict(zip(names, cache, strict=False)) | {"config": MLAConfig(*cache[-1]) if cache[-1] else None}
+    layout = _layout(bits, page_size)
+    return decode.mla_decode_attention(
+        q, pages, block_table, seq_lens, layout, sm_scale=sm_scale, return_lse=True, **options
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _append(latents, rope, raw_pages, slots):
+    tail.mla_append_tokens(latents, rope, raw_pages, slots)
+
+
+@torch.no_grad()
+def _commit(raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, bits, page_size, sink_len, advance):
+    tail.mla_commit_pages(
+        raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, _layout(bits, page_size), sink_len=sink_len,
+        advance=advance,
+    )  # fmt: skip
+
+
+def _fake_decode(q, *_):
+    return q.new_empty(*q.shape[:-1], LATENT_DIM), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+for _name, _run, _fake in (
+    ("mla_decode_attention", _decode, _fake_decode),
+    ("mla_append_tokens", _append, lambda *_: None),
+    ("mla_commit_pages", _commit, lambda *_: None),
+):
+    for _key in ("CUDA", "CPU"):
+        _LIBRARY.impl(_name, _run, _key)
+    torch.library.register_fake(f"kvarn_triton::{_name}", _fake, lib=_LIBRARY)
+
+
+def mla_decode_attention(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    layout: MLALayout,
+    *,
+    sm_scale: float,
+    raw_pages: torch.Tensor | None = None,
+    raw_table: torch.Tensor | None = None,
+    num_quantized: torch.Tensor | None = None,
+    sink_len: int = 0,
+    return_lse: bool = False,
+    num_splits: int | None = None,
+    config: MLAConfig | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Call `kvarn_triton.mla_decode_attention`, which says what it does, as an operator."""
+    numbers = config and [config.block_m, config.block_t, config.num_warps, config.num_stages, config.programs_per_sm]
+    out, lse = _OPS.mla_decode_attention(
+        q, pages, block_table, seq_lens, layout.bits, layout.page_size, sm_scale, raw_pages, raw_table, num_quantized, sink_len,
+        num_splits, numbers,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def mla_append_tokens(latents: torch.Tensor, rope: torch.Tensor, raw_pages: torch.Tensor, slots: torch.Tensor) -> None:
+    """Call `kvarn_triton.mla_append_tokens`, which says what it does, as an operator."""
+    _OPS.mla_append_tokens(latents, rope, raw_pages, slots)
+
+
+def mla_commit_pages(
+    raw_pages: torch.Tensor,
+    pages: torch.Tensor,
+    raw_table: torch.Tensor,
+    block_table: torch.Tensor,
+    committed_lens: torch.Tensor,
+    num_quantized: torch.Tensor,
+    layout: MLALayout,
+    *,
+    sink_len: int = 0,
+    advance: bool = True,
+) -> None:
+    """Call `kvarn_triton.mla_commit_pages`, which says what it does, as an operator."""
+    sizes = layout.bits, layout.page_size, sink_len, advance
+    _OPS.mla_commit_pages(raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, *sizes)
