@@ -288,6 +288,10 @@ def test_decode_views(device):
     views = {"q": q[:, 1:5, 8:584], "pages": pages[:, : layout_bytes(call)]}
     assert kvarn.mla_decode_attention(**call | views, out=out) is out
     assert_same_bits(out, expected)
+    drafts = torch.stack((q, q), dim=1)[:, :, 1:5, 8:584]  # rows of sequences that no single stride describes
+    several = kvarn.mla_decode_attention(**call | {"q": drafts})
+    assert_same_bits(several, kvarn.mla_decode_attention(**call | {"q": drafts.contiguous()}))
+    assert relative_error(several[:, 1], expected) < 2**-9
 
 
 def layout_bytes(call: dict) -> int:
@@ -387,6 +391,37 @@ def test_a_server(device, without_kernels):
             tokens = torch.cat((latents[:length], rope[:length]), dim=1)
             weights = torch.softmax(0.05 * q[0].float() @ tokens.T, dim=-1)
             assert relative_error(out[0], weights @ tokens[:, :512]) < 0.02
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs CUDA graphs")
+def test_replayed_graph(device):
+    """A captured step appends, completes a page and attends as eager steps do, without a wait for the GPU."""
+    call = moved(latent_case(LAYOUTS[0], [120, 60], num_heads=16, num_tail_slots=1), device)
+    latents, rope = (x.to(device) for x in tokens_of(2 * 12, torch.float16))
+    fed = {"latents": latents.view(12, 2, 512).clone(), "rope": rope.reshape(12, 2, 64)}
+    graphed, eager = ({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in call.items()} for _ in range(2))
+    new = {name: x[0].clone() for name, x in fed.items()}
+
+    def step(x: dict) -> torch.Tensor:
+        x["seq_lens"] += 1
+        slots = kvarn.raw_slots(x["seq_lens"][:, None] - 1, x["raw_table"], sink_len=0, page_size=64).flatten()
+        kvarn.mla_append_tokens(new["latents"], new["rope"], x["raw_pages"], slots)
+        tables = (x[name] for name in ("raw_table", "block_table", "seq_lens", "num_quantized"))
+        kvarn.mla_commit_pages(x["raw_pages"], x["pages"], *tables, x["layout"])
+        return kvarn.mla_decode_attention(**x)
+
+    spare = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    step(spare)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(graphed)
+    for i in range(12):
+        for name, x in fed.items():
+            new[name].copy_(x[i])
+        graph.replay()
+        assert_same_bits(out, step(eager))
+    assert graphed["num_quantized"].tolist() == [2, 1]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs 3 GB of pages")

@@ -158,7 +158,7 @@ def _attend(
         num_splits = _num_splits(cache.batch, -(-rows // config.block_m), max_tokens, config, q.device)
     partial = torch.empty(num_splits, cache.batch * rows, LATENT_DIM, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(num_splits, cache.batch * rows, dtype=torch.float32, device=q.device)
-    queries = rotate_queries(aligned(q).view(-1, num_heads, TOKEN_DIM), sm_scale)
+    queries = rotate_queries(aligned(q).reshape(-1, num_heads, TOKEN_DIM), sm_scale)
     launch_mla_splits(partial, partial_lse, queries, cache, (num_queries, num_heads), config)
     memory = aligned(out)
     flat = memory.view(-1, num_heads, LATENT_DIM)
