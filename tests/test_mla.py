@@ -313,20 +313,22 @@ def test_magnitudes(magnitude, device):
 
 
 def test_zero_and_bad_tokens(device):
-    """Pages of zeros count in the sum of weights; a page with a NaN gives NaN to those who see it, and to nobody else."""
+    """Pages of zeros count in the sum of weights, those of zero bytes too; a page with a NaN gives NaN to those who see it."""
     layout = MLALayout(4, 64)
     latents, rope = torch.zeros(192, 512), torch.zeros(192, 64)
     latents[64:128] = 1.0
     latents[130, 5] = torch.nan
-    pages, ids = torch.zeros(3, layout.page_bytes, dtype=torch.uint8), torch.arange(3, dtype=torch.int32)
+    pages, ids = torch.zeros(4, layout.page_bytes, dtype=torch.uint8), torch.arange(3, dtype=torch.int32)
     reference.mla_store_pages(latents, rope, pages, ids, layout)
-    call = {"q": torch.zeros(2, 2, 576).half(), "pages": pages, "block_table": ids.expand(2, 3).contiguous(), "sm_scale": 1.0}
-    lens = torch.tensor([128, 129], dtype=torch.int32)
+    table = torch.tensor([[0, 1, 2], [0, 1, 2], [3, 1, 2]], dtype=torch.int32)
+    call = {"q": torch.zeros(3, 2, 576).half(), "pages": pages, "block_table": table, "sm_scale": 1.0}
+    lens = torch.tensor([128, 129, 128], dtype=torch.int32)
     out, lse = kvarn.mla_decode_attention(
         **moved(call | {"seq_lens": lens}, device), layout=layout, return_lse=True, num_splits=1
     )
-    torch.testing.assert_close(out[0].cpu().float(), torch.full((2, 512), 0.5), atol=2e-3, rtol=0)
-    torch.testing.assert_close(lse[0].cpu(), torch.full((2,), math.log(128.0)))
+    for row in (0, 2):
+        torch.testing.assert_close(out[row].cpu().float(), torch.full((2, 512), 0.5), atol=2e-3, rtol=0)
+        torch.testing.assert_close(lse[row].cpu(), torch.full((2,), math.log(128.0)))
     assert out[1].isnan().all()
 
 
@@ -398,7 +400,7 @@ def test_replayed_graph(device):
     """A captured step appends, completes a page and attends as eager steps do, without a wait for the GPU."""
     call = moved(latent_case(LAYOUTS[0], [120, 60], num_heads=16, num_tail_slots=1), device)
     latents, rope = (x.to(device) for x in tokens_of(2 * 12, torch.float16))
-    fed = {"latents": latents.view(12, 2, 512).clone(), "rope": rope.reshape(12, 2, 64)}
+    fed = {"latents": latents.reshape(12, 2, 512), "rope": rope.reshape(12, 2, 64)}
     graphed, eager = ({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in call.items()} for _ in range(2))
     new = {name: x[0].clone() for name, x in fed.items()}
 

@@ -29,8 +29,8 @@ from .config import MLAConfig, mla_plan
 
 LATENTS = tl.constexpr(LATENT_DIM)
 ROPE = tl.constexpr(ROPE_DIM)
-LEAST_EXPONENT = tl.constexpr(-60)
-"""Pages of a smaller gain have this one as values: zeros, for which its inverse has to be finite."""
+LEAST_EXPONENT = tl.constexpr(-100)
+"""Least exponent of a gain, the encoder's own, as weights have it: that of pages of zero bytes has to have an inverse, too."""
 
 
 class Queries(NamedTuple):
