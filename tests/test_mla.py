@@ -277,15 +277,17 @@ def test_num_splits(device):
 
 
 def test_decode_views(device):
-    """Queries and pages may be views of something larger; `out` is written and returned."""
-    call = moved(latent_case(LAYOUTS[0], [100, 64], num_heads=4), device)
+    """Queries, pages and raw pages may be views of something larger; `out` is written and returned."""
+    call = moved(latent_case(LAYOUTS[0], [100, 64], num_heads=4, num_tail_slots=1), device)
     expected = kvarn.mla_decode_attention(**call)
     q = torch.full((2, 6, 640), torch.nan, dtype=torch.float16, device=device)
     q[:, 1:5, 8:584] = call["q"]
     pages = torch.full((len(call["pages"]), layout_bytes(call) + 128), 255, dtype=torch.uint8, device=device)
     pages[:, : layout_bytes(call)] = call["pages"]
     out = torch.empty_like(expected)
-    views = {"q": q[:, 1:5, 8:584], "pages": pages[:, : layout_bytes(call)]}
+    raw_pages = torch.full((len(call["raw_pages"]), 65, 608), torch.nan, dtype=torch.float16, device=device)
+    raw_pages[:, 1:, 16:592] = call["raw_pages"]
+    views = {"q": q[:, 1:5, 8:584], "pages": pages[:, : layout_bytes(call)], "raw_pages": raw_pages[:, 1:, 16:592]}
     assert kvarn.mla_decode_attention(**call | views, out=out) is out
     assert_same_bits(out, expected)
     drafts = torch.stack((q, q), dim=1)[:, :, 1:5, 8:584]  # rows of sequences that no single stride describes
@@ -338,12 +340,13 @@ def test_zero_and_bad_tokens(device):
 def test_append_tokens(device):
     """Tokens land in their slots, rotated, with the bits of the reference; others are untouched."""
     latents, rope = (x.to(device) for x in tokens_of(5, torch.bfloat16))
-    raw_pages = torch.full((3, 64, 576), -7.0, dtype=torch.float16, device=device)
-    expected, slots = raw_pages.clone(), torch.tensor([3, -1, 64, 191, 0], device=device)
+    memory = torch.full((3, 66, 576), -7.0, dtype=torch.float16, device=device)
+    raw_pages, expected = memory[:, :64], memory[:, :64].clone()
+    slots = torch.tensor([3, -1, 64, 191, 0], device=device)
     kvarn.mla_append_tokens(latents, rope, raw_pages, slots)
     reference.mla_append_tokens(latents, rope, expected, slots)
     assert_same_bits(raw_pages, expected)
-    assert int((raw_pages != -7).any(dim=-1).sum()) == 4
+    assert int((memory != -7).any(dim=-1).sum()) == 4
 
 
 @pytest.mark.parametrize("advance", [True, False])

@@ -52,13 +52,14 @@ class MLAPlan:
     planes: int  # parts of the channels of a latent, each an operand of its own
     fields: int  # of a byte
     ptx: bool
+    early: bool  # whether the kernel starts before the one that prepares its queries ends
 
 
 @functools.lru_cache
-def mla_plan(layout: MLALayout, config: MLAConfig, ptx: bool) -> MLAPlan:
+def mla_plan(layout: MLALayout, config: MLAConfig, ptx: bool, early: bool) -> MLAPlan:
     """Return what the kernel is compiled for."""
     fields = fields_per_byte(layout.bits)
-    return MLAPlan(config.block_m, config.block_t, config.num_stages, max(fields, 2), fields, ptx)
+    return MLAPlan(config.block_m, config.block_t, config.num_stages, max(fields, 2), fields, ptx, early)
 
 
 def mla_config(layout: MLALayout, rows: int, device: torch.device) -> MLAConfig:

@@ -12,6 +12,7 @@ import numbers
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from .. import configs, gpu, reference
 from ..attention.merge import MergePlan, merged, store_result
@@ -28,11 +29,11 @@ LEAST_BLOCKS = 4
 
 
 @functools.lru_cache
-def _plan_merge(num_splits: int) -> tuple[MergePlan, int]:
+def _plan_merge(num_splits: int, early: bool) -> tuple[MergePlan, int]:
     """Return what the merge is compiled for, and its warps."""
     block_s = next((block for block in configs.MERGE_BLOCKS if block >= num_splits), configs.MERGE_BLOCKS[1])
     block_s = min(block_s, configs.MERGE_BLOCKS[1])
-    plan = MergePlan(LATENT_DIM, LATENT_DIM, LATENT_DIM, block_s, False, True, 1, 1, None)
+    plan = MergePlan(LATENT_DIM, LATENT_DIM, LATENT_DIM, block_s, early, True, 1, 1, None)
     return plan, configs.merge_warps(block_s, LATENT_DIM)
 
 
@@ -48,6 +49,8 @@ def _kvarn_mla_merge_kernel(
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = token * tl.num_programs(1) + head
     total = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
+    if PLAN.early:
+        gdc_wait()
     result, lse = merged(partial_ptr + row * PLAN.v_head_dim, partial_lse_ptr + row, num_splits, total, PLAN)
     lse_row_ptr = lse_ptr
     if lse_ptr is not None:
@@ -162,8 +165,10 @@ def _attend(
     launch_mla_splits(partial, partial_lse, queries, cache, (num_queries, num_heads), config)
     memory = aligned(out)
     flat = memory.view(-1, num_heads, LATENT_DIM)
-    plan, num_warps = _plan_merge(num_splits)
+    early = gpu.launches_early(q.device)
+    plan, num_warps = _plan_merge(num_splits, early)
     on(out, _kvarn_mla_merge_kernel)[flat.shape[:2]](
-        as_rows(flat), lse, partial, partial_lse, num_splits, PLAN=plan, num_warps=num_warps, enable_fp_fusion=False
-    )
+        as_rows(flat), lse, partial, partial_lse, num_splits, PLAN=plan, num_warps=num_warps, enable_fp_fusion=False,
+        **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
     copy_back(memory, out)

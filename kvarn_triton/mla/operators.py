@@ -47,7 +47,8 @@ def _append(latents, rope, raw_pages, slots):
 
 
 @torch.no_grad()
-def _commit(raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, bits, page_size, sink_len, advance):
+def _commit(raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, *sizes):
+    bits, page_size, sink_len, advance = sizes
     tail.mla_commit_pages(
         raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, _layout(bits, page_size), sink_len=sink_len,
         advance=advance,

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from .. import gpu
 from ..launch import as_rows, on
 from ..mla_layout import LATENT_DIM, ROPE_DIM, TOKEN_DIM
 from ..tile.arithmetic import LOG2E, bounded_exponent, hadamard, power_of_two
@@ -22,7 +24,10 @@ def _kvarn_mla_rotate_queries_kernel(
     sm_scale,
     D: tl.constexpr,
     D_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
     row = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     q_ptr = q.ptr + token * q.stride_token + head * q.stride_head
@@ -42,12 +47,12 @@ def rotate_queries(q: torch.Tensor, sm_scale: float) -> tuple[torch.Tensor, torc
     """Return rotated queries float16 [rows, 576] of `q` [tokens, heads, 576], and the factor of each row's scores.
 
     The largest number of a row is brought into [0.5, 1) by a power of two, which is part of the factor, with `sm_scale` and
-    log2(e): nothing overflows float16.
+    log2(e): nothing overflows float16. The next kernel may start early, and waits.
     """
     tokens, heads = q.shape[:2]
     rotated = torch.empty(tokens * heads, TOKEN_DIM, dtype=torch.float16, device=q.device)
     factor = torch.empty(tokens * heads, dtype=torch.float32, device=q.device)
     on(q, _kvarn_mla_rotate_queries_kernel)[(tokens, heads)](
-        rotated, factor, as_rows(q), sm_scale, D=LATENT_DIM, D_R=ROPE_DIM, num_warps=1
+        rotated, factor, as_rows(q), sm_scale, D=LATENT_DIM, D_R=ROPE_DIM, EARLY=gpu.launches_early(q.device), num_warps=1
     )
     return rotated, factor

@@ -1,0 +1,81 @@
+"""From the bytes of a record to latents as operands of products: float16, rounded once, in planes, without their norms."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..mla_layout import LATENT_DIM
+from ..tile.arithmetic import split_halves
+
+LATENTS = tl.constexpr(LATENT_DIM)
+
+
+@triton.constexpr_function
+def _latents_ptx(field, bits):
+    """PTX of `_decode` for four bytes: codes become the float16 numbers 1024 + code * 2**shift, then codes, then numbers."""
+    shift = field * bits if bits < 8 else 0
+    mask = (2**bits - 1) << shift
+    codes = "mov.b32 t, $2; " if bits == 8 else f"and.b32 t, $2, {mask * 0x01010101}; "
+    if shift:
+        factor, offset = (15 - shift) << 10, 0x8000 | (25 - shift) << 10  # 2**-shift and -1024 * 2**-shift
+        down = f"mov.b32 c, {factor * 0x10001}; mov.b32 d, {offset * 0x10001}; "
+        down += "fma.rn.f16x2 a, a, c, d; fma.rn.f16x2 b, b, c, d; "
+    else:
+        down = "mov.b32 c, 0x64006400; sub.rn.f16x2 a, a, c; sub.rn.f16x2 b, b, c; "
+    return (
+        "{ .reg .b32 t, a, b, c, d; " + codes + "prmt.b32 a, t, 0x64646464, 0x4140; prmt.b32 b, t, 0x64646464, 0x4342; " + down
+        + "fma.rn.f16x2 $0, a, $3, $5; fma.rn.f16x2 $1, b, $4, $6; }"
+    )  # fmt: skip
+
+
+@triton.jit
+def _decode(packed, scale, zero, FIELD: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Return code * scale + zero, float16, of one field of bytes int8 [tokens, channels]; the others are float16 [channels].
+
+    The PTX is said to have side effects, so that Triton doesn't see that operands of products come from bytes: it would choose
+    other operands, which don't share one tile in shared memory.
+    """
+    if PTX:
+        numbers = tl.inline_asm_elementwise(
+            _latents_ptx(FIELD, BITS), "=&r,=&r,r,r,r,r,r", [packed, scale[None, :], zero[None, :]], tl.float16, is_pure=False,
+            pack=4,
+        )  # fmt: skip
+    else:
+        codes = (packed.to(tl.int32) >> (FIELD * BITS)) & (2**BITS - 1)
+        numbers = codes.to(tl.float32) * scale.to(tl.float32)[None, :] + zero.to(tl.float32)[None, :]
+        numbers = numbers.to(tl.float16)
+    return numbers
+
+
+@triton.jit
+def _scale_and_zero(words, PTX: tl.constexpr):
+    """Return the scales and zeros, float16, of parameters. Written as PTX, pairs of them are made once, not once per token."""
+    if PTX:
+        scale, zero = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;", "=&r,=&r,r,r", [words], (tl.float16, tl.float16),
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        scale, zero = split_halves(words)
+    return scale, zero
+
+
+@triton.jit
+def load_latents(record_ptr, token, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+    """Return some tokens of a record as planes float16 [tokens, channels], without their norms."""
+    PLANES: tl.constexpr = PLAN.planes
+    FIELDS: tl.constexpr = PLAN.fields
+    CHANNELS: tl.constexpr = LATENTS // PLANES
+    offs_c = tl.arange(0, CHANNELS)
+    params_ptr = (record_ptr + LAYOUT.k_params_offset).to(tl.pointer_type(tl.uint32))
+    codes_ptr = (record_ptr + LAYOUT.k_codes_offset).to(tl.pointer_type(tl.int8))
+    place = token[:, None] * (LATENTS // FIELDS) + offs_c[None, :]
+    planes = ()
+    for part in tl.static_range(PLANES // FIELDS):
+        packed = tl.load(codes_ptr + part * CHANNELS + place)
+        for field in tl.static_range(FIELDS):
+            words = tl.load(params_ptr + (field * (PLANES // FIELDS) + part) * CHANNELS + offs_c)
+            scale, zero = _scale_and_zero(words, PLAN.ptx)
+            planes = planes + (_decode(packed, scale, zero, field, LAYOUT.k_bits, PLAN.ptx),)
+    return planes
