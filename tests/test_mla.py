@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 
+import numpy
 import pytest
 import torch
 from helpers import DTYPES, LSE_ERROR, ON_GPU, assert_rounded_alike, assert_same_bits, draw, uneven
 
 import kvarn_triton as kvarn
 from kvarn_triton import PUBLISHED, Encoder, MLAConfig, MLALayout, PageLayout, reference
+from kvarn_triton.mla.latents import _latents_ptx as latents_ptx
 from kvarn_triton.mla_layout import MLA_BITS
 from kvarn_triton.testing import relative_error
 from kvarn_triton.testing.latents import latent_attention_in, latent_case
@@ -176,6 +178,52 @@ def test_encoders(encoder, device):
     kvarn.mla_store_pages(latents.to(device), rope.to(device), pages, ids, layout, encoder=encoder)
     reference.mla_store_pages(latents.to(device), rope.to(device), expected, ids, layout, encoder=encoder)
     assert_same_bits(pages, expected)
+
+
+def run_ptx(asm: str, registers: dict[str, int]) -> dict[str, int]:
+    """Return the registers of 32 bits after the instructions of `mla.latents`, which the interpreter does not run."""
+
+    def halves(x: int) -> numpy.ndarray:
+        return numpy.array([x], dtype=numpy.uint32).view(numpy.float16).astype(numpy.float64)
+
+    def word(x: numpy.ndarray) -> int:
+        return int(x.astype(numpy.float16).view(numpy.uint32)[0])
+
+    for instruction in filter(None, (text.strip() for text in asm.strip("{} ").split(";"))):
+        name, _, operands = instruction.partition(" ")
+        target, *sources = (operand.strip() for operand in operands.split(","))
+        values = [registers[x] if x in registers else int(x, 0) for x in sources] if name != ".reg" else []
+        if name == "mov.b32":
+            registers[target] = values[0]
+        elif name == "and.b32":
+            registers[target] = values[0] & values[1]
+        elif name == "prmt.b32":
+            found = [x >> 8 * i & 255 for x in values[:2] for i in range(4)]
+            registers[target] = sum(found[values[2] >> 4 * i & 7] << 8 * i for i in range(4))
+        elif name == "sub.rn.f16x2":
+            registers[target] = word(halves(values[0]) - halves(values[1]))
+        elif name == "fma.rn.f16x2":
+            registers[target] = word(halves(values[0]) * halves(values[1]) + halves(values[2]))
+        else:
+            assert name == ".reg", name
+    return registers
+
+
+@pytest.mark.parametrize(("bits", "field"), [(4, 0), (4, 1), (8, 0)])
+def test_ptx_of_codes(bits, field):
+    """Four bytes become code * scale + zero, rounded once, for every byte."""
+    ptx = getattr(latents_ptx, "fn", latents_ptx)(field, bits)
+    scale, zero = (draw(256, seed=seed).half().numpy() / (16, 1)[seed] for seed in (0, 1))
+    scale, zero = scale.astype(numpy.float16), zero.astype(numpy.float16)
+    for first in range(0, 256, 4):
+        pairs = [x[first : first + 4].view(numpy.uint32).tolist() for x in (scale, zero)]
+        given = dict(zip(("$3", "$4", "$5", "$6"), pairs[0] + pairs[1], strict=True))
+        given["$2"] = int.from_bytes(range(first, first + 4), "little")
+        after = run_ptx(ptx, given)
+        found = numpy.array([after["$0"], after["$1"]], dtype=numpy.uint32).view(numpy.float16)
+        codes = numpy.arange(first, first + 4) >> field * bits & 2**bits - 1
+        exact = codes * scale[first : first + 4].astype(numpy.float64) + zero[first : first + 4]
+        assert (found == exact.astype(numpy.float16)).all(), first
 
 
 # Attention.
