@@ -238,7 +238,7 @@ def test_wrong_device(device):
 @pytest.mark.skipif(not ON_GPU, reason="the CPU has nothing to wait for")
 def test_no_synchronization(device):
     """No function waits for the GPU (KF 31)."""
-    arguments = valid_arguments(device)
+    arguments = valid_arguments(device) | valid_mla_arguments(device)
     for function, valid in arguments.items():
         getattr(kvarn, function)(**valid)  # compiled by now
     torch.cuda.synchronize()
