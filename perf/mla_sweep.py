@@ -21,7 +21,10 @@ SM_SCALE = 192**-0.5
 DISTINCT = 64
 """Pages with tokens of their own; others are copies of them."""
 OTHER_CONFIGS = {
-    16: (MLAConfig(16, 32, 4, 2, 2), MLAConfig(16, 32, 4, 2, 3), MLAConfig(16, 64, 4, 1, 2), MLAConfig(16, 64, 8, 2, 2)),
+    16: (
+        *(MLAConfig(16, 32, 4, 2, 2), MLAConfig(16, 64, 4, 1, 2), MLAConfig(16, 32, 4, 2, 3, 168)),
+        *(MLAConfig(16, 64, 8, 2, 2, 128), MLAConfig(16, 64, 8, 1, 2, 128), MLAConfig(16, 64, 4, 2, 4)),
+    ),
     128: (
         *(MLAConfig(64, 64, 8, 1), MLAConfig(64, 32, 8), MLAConfig(32, 64, 8), MLAConfig(32, 32, 4, 2, 2)),
         *(MLAConfig(16, 64, 4, 2, 2), MLAConfig(64, 32, 8, 1), MLAConfig(32, 64, 4)),

@@ -69,6 +69,23 @@ def test_page_bytes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((8, 64, 4), "block_m: expected a power of two from 16 to 128, got 8"),
+        ((16, 128, 4), "block_t: expected a power of two from 16 to 64, got 128"),
+        ((16, 64, 3), "num_warps: expected a power of two from 1 to 16, got 3"),
+        ((16, 64, 4, 0), "num_stages: expected an integer of at least 1, got 0"),
+        ((16, 64, 4, 2, 0), "programs_per_sm: expected an integer of at least 1, got 0"),
+        ((16, 64, 4, 2, 1, 8), "maxnreg: expected an integer of at least 24, got 8"),
+    ],
+)
+def test_unsupported_parameters(arguments, message):
+    """Launch parameters that nothing can be compiled for are refused when they are made."""
+    with pytest.raises(ValueError, match=message):
+        MLAConfig(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         ({"bits": 5}, "bits: expected one of 4, 8, got 5"),
         ({"bits": 4.0}, "bits: expected one of 4, 8, got 4.0"),
         ({"page_size": 32}, "page_size: expected one of 64, 128, got 32"),
@@ -504,7 +521,7 @@ def test_operators(device):
     """A step in one compiled graph gives what the functions do, and the operators are as PyTorch wants them."""
     from kvarn_triton.mla import operators
 
-    layout, config = LAYOUTS[0], MLAConfig(16, 16, 4)
+    layout, config = LAYOUTS[0], MLAConfig(16, 16, 4, maxnreg=248)
     call = moved(latent_case(layout, [127, 100], num_heads=2, sink_len=64, num_tail_slots=1), device)
     call["seq_lens"] = call["seq_lens"] + 1
     latents, rope = (x.to(device) for x in tokens_of(2, torch.float16))

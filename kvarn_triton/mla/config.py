@@ -25,6 +25,7 @@ class MLAConfig:
         num_warps: warps of a program.
         num_stages: stages of the software pipeline.
         programs_per_sm: programs of one multiprocessor, by which the number of splits is chosen.
+        maxnreg: most registers of a thread; None leaves it to the compiler. NVIDIA only.
     """
 
     block_m: int
@@ -32,6 +33,7 @@ class MLAConfig:
     num_warps: int
     num_stages: int = 2
     programs_per_sm: int = 1
+    maxnreg: int | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (("block_m", 16, 128), ("block_t", 16, 64), ("num_warps", 1, 16)):
@@ -40,6 +42,12 @@ class MLAConfig:
             require(fits, name, f"a power of two from {least} to {most}", value)
         check_count("num_stages", self.num_stages, 1)
         check_count("programs_per_sm", self.programs_per_sm, 1)
+        if self.maxnreg is not None:
+            check_count("maxnreg", self.maxnreg, 24)
+
+    def options(self) -> dict[str, int]:
+        """Return the launch options that only some GPUs have."""
+        return {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
 
 
 @dataclass(frozen=True)

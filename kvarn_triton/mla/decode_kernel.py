@@ -285,5 +285,6 @@ def launch_mla_splits(
         LAYOUT=layout,
         PLAN=mla_plan(layout, config, gpu.uses_ptx(), early),
         num_warps=config.num_warps,
+        **config.options(),
         **({"launch_pdl": True} if early else {}),
     )

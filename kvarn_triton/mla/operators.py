@@ -7,6 +7,7 @@ when it runs. There are no gradients.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -86,7 +87,7 @@ def mla_decode_attention(
     config: MLAConfig | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Call `kvarn_triton.mla_decode_attention`, which says what it does, as an operator."""
-    numbers = config and [config.block_m, config.block_t, config.num_warps, config.num_stages, config.programs_per_sm]
+    numbers = config and [x for x in dataclasses.astuple(config) if x is not None]
     out, lse = _OPS.mla_decode_attention(
         q, pages, block_table, seq_lens, layout.bits, layout.page_size, sm_scale, raw_pages, raw_table, num_quantized, sink_len,
         num_splits, numbers,
