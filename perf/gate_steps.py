@@ -62,7 +62,8 @@ def _step(kvarn: Recorder, subject: Subject, csr: bool, attention: dict[str, Any
         seen = {name: x for name, x in attention.items() if name in ("window", "sinks", "tree_mask", "span_ends")}
         options = moved(attention if api is kvarn else seen, where)
         out, lse = api.attend(q.to(where), pages, raw_pages, step, k=k, v=v, return_lse=True, **options)
-        past = api.attend(q.to(where), pages, raw_pages, step, past_only=True, **options)
+        before = {name: x for name, x in options.items() if name not in ("tree_mask", "span_ends")}
+        past = api.attend(q.to(where), pages, raw_pages, step, past_only=True, **before)
         ids = torch.tensor([0, 3], dtype=torch.int32).to(where)
         api.copy_raw_pages(raw_pages, ids, ids + 1)
         api.cut_tokens(pages, raw_pages, step, given["seq_lens"] // 2 + 9)

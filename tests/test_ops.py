@@ -12,6 +12,7 @@ from test_dispatch import run_python
 
 import kvarn_triton as kvarn
 from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, PrefillConfig, ops
+from kvarn_triton.mla import operators  # noqa: F401
 from kvarn_triton.tables import Entry
 from kvarn_triton.testing import cache_case
 
