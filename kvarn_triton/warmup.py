@@ -287,8 +287,9 @@ def _warm_prefill(
             step = dataclasses.replace(step, slots=torch.full((count,), -1, device=pages.device))
             raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": raw_table, "num_quantized": lens}
             memory = {}
-            if scratch is not None:
-                memory["scratch"] = torch.empty(columns, *raw_pages.shape[1:], dtype=scratch, device=pages.device)
+            if scratch is not None:  # one slot for all columns: nothing is written
+                one = torch.empty(1, *raw_pages.shape[1:], dtype=scratch, device=pages.device)
+                memory["scratch"] = one.expand(columns, *raw_pages.shape[1:])
             given: list[dict[str, Any]] = [{}, {"k": k[:count], "v": v[:count]}]
             if masks:
                 given.append(given[1] | {name: torch.zeros(count, dtype=kind, device=q.device) for name, kind in masks.items()})
