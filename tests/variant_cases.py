@@ -93,7 +93,7 @@ def warmed_calls(variants: Variants) -> dict[str, Callable[[], object]]:
     committed["committed_lens"] = tables["seq_lens"]
     cut = {name: value for name, value in committed.items() if name != "committed_lens"} | {"new_lens": v.ints(batch, below=70)}
     out = {"out": v.floats(batch, heads, LAYOUT.v_head_dim)} if v.pick(0, 1) else {}
-    tokens = v.pick(1, 2, 4, 5, 8, 17, 40) * batch
+    tokens = v.pick(1, 2, 4, 5, 8, 17, 40, 300) * batch
     chunk = {"q": v.floats(tokens, heads, LAYOUT.head_dim)}
     chunk["cu_seqlens_q"] = v.place((torch.arange(batch + 1) * (tokens // batch)).int())
     chunk["seq_lens"] = v.place(tables["seq_lens"].cpu() + tokens // batch)
