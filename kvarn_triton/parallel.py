@@ -19,11 +19,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .attention.prefill import check_new
 from .attention.states import merge_states
+from .cache import cache_of, check_queries, checked_for_attention
 from .checks import FLOATS, check_count, check_tensor, require
+from .masking import Mask
+from .reference.step import flat_tokens
 from .serving.attention import attend as attend_here
 from .step import Step
 
+_MASKS = "tree_mask", "span_ends"
 _NO_WINDOW = "None: the pages of a rank are not next to each other, so that no window is one of theirs"
 
 
@@ -194,7 +199,8 @@ def attend(
         v: the step's values.
         group: of `torch.distributed`; by default all processes.
         return_lse: whether to return the log-sum-exp too.
-        options: `sm_scale`, `soft_cap`, `sinks`, `split_size`, `workspace`, `scratch`, `table` and `config`.
+        options: `sm_scale`, `soft_cap`, `sinks`, `tree_mask`, `span_ends`, `split_size`, `workspace`, `scratch`, `table` and
+            `config`.
 
     Returns:
         `out`, or `out` and `lse`, the same bits on all ranks: what one rank with all pages gives, but for the rounding of each
@@ -212,8 +218,9 @@ def attend(
         require(k is not None and v is not None, "k", "a tensor, and v beside it, with cu_seqlens_q", None)
         options["past_only"] = shard.rank > 0
     if shard.rank > 0:
+        _check_for_rank_0(q, k, v, pages, raw_pages, step, options)
         k, v = None, None
-        options |= {"sinks": None}
+        options |= {"sinks": None} | dict.fromkeys(_MASKS[: 0 if step.cu_seqlens_q is None else 2])
     if shard.size == 1:
         return attend_here(q, pages, raw_pages, step, k=k, v=v, return_lse=return_lse, **options)
     rank, size = _ranks(group)
@@ -226,6 +233,24 @@ def attend(
     parts.lses[rank].copy_(lse)
     out, lse = _exchanged(parts, rank, group)
     return (out, lse) if return_lse else out
+
+
+def _check_for_rank_0(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    pages: torch.Tensor,
+    raw_pages: torch.Tensor,
+    step: Step,
+    options: dict[str, Any],
+) -> None:
+    """Refuse what rank 0 refuses of what it alone is given: it would leave the others waiting for it."""
+    cache = checked_for_attention(cache_of(pages, raw_pages, step), step.batch)
+    mask = Mask(None, None, None, options.get("sinks"), False, options.get("tree_mask"), options.get("span_ends"))
+    q, k, v = flat_tokens(q), None if k is None else flat_tokens(k), None if v is None else flat_tokens(v)
+    check_queries(q, cache, mask, None)
+    if step.cu_seqlens_q is not None:
+        check_new(q, (k, v), step.cu_seqlens_q, cache, mask)
 
 
 def merge_ranks(out: torch.Tensor, lse: torch.Tensor, group: Any = None) -> tuple[torch.Tensor, torch.Tensor]:

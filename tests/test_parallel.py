@@ -59,7 +59,7 @@ def attended(case, size: int, run: int, **options) -> tuple[torch.Tensor, torch.
         pages, raw_pages, (step, _) = case.part(shard)
         seen = dict(options) if shard.rank == 0 else options | {"sinks": None}
         if case.new:
-            seen |= case.new if shard.rank == 0 else {"past_only": True}
+            seen |= case.new if shard.rank == 0 else {"past_only": True, "tree_mask": None, "span_ends": None}
         states.append(kvarn_triton.attend(case.q, pages, raw_pages, step, return_lse=True, **seen))
     outs, lses = (torch.stack(parts) for parts in zip(*states, strict=True))
     return merge_states(outs, lses)
@@ -98,6 +98,37 @@ def test_kernels(kind, device):
 def test_options_of_attention(kind, device, without_kernels):
     """A soft cap and attention sinks, which count once."""
     check(kind, device, 3, 1, soft_cap=3.0, sinks=torch.linspace(-2, 4, 4, device=device), sm_scale=0.3)
+
+
+def test_masks(device, without_kernels):
+    """Trees and spans of new tokens, which one rank attends to."""
+    count = len(case_of("chunk", device, torch.float32).q)
+    words = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(0)).to(device)
+    ends = (torch.arange(count, dtype=torch.int32, device=device) // 4 + 1) * 4
+    check("chunk", device, 3, 1, tree_mask=words, span_ends=ends)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_refuse_alike(rank, device, monkeypatch, without_kernels):
+    """What one rank alone is given is checked on all: none waits for one that was refused."""
+    monkeypatch.setattr(parallel, "_ranks", lambda group: (rank, 2))
+    monkeypatch.setattr(parallel, "_exchanged", lambda parts, rank, group: (parts.outs[rank], parts.lses[rank]))
+    shard = Shard(rank, 2)
+    chunk, decode = case_of("chunk", device), case_of("decode", device)
+    words = torch.zeros(len(chunk.q), dtype=torch.int64, device=device)
+    wrong = (
+        (chunk, {"k": chunk.new["k"][1:]}, "k: expected"),
+        (chunk, {"sinks": torch.zeros(3, device=device)}, "sinks: expected"),
+        (chunk, {"tree_mask": words.int()}, "tree_mask: expected"),
+        (chunk, {"span_ends": words}, "span_ends: expected"),
+        (decode, {"tree_mask": words[: len(decode.q)]}, "tree_mask: expected None"),
+    )
+    for case, options, message in wrong:
+        pages, raw_pages, local = case.part(shard)
+        with pytest.raises(ValueError, match=message):
+            parallel.attend(case.q, pages, raw_pages, local, **case.new | options)
+    pages, raw_pages, local = chunk.part(shard)
+    parallel.attend(chunk.q, pages, raw_pages, local, **chunk.new, tree_mask=words)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
