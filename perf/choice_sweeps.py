@@ -167,7 +167,7 @@ def measured(model: real_model.RealModel, size: Size, options: Options) -> Itera
         row: Row = {"side": side, "bits": bits, "method": name, "kl": kl, "kl_relative": kl / published_kl}
         for kind, one in found.items():
             row |= {f"{kind}_{key}": value for key, value in one.summary().items()}
-            row[f"{kind}_more"], row[f"{kind}_more_error"] = real.paired(one.nats, published[kind].nats)
+            row[f"{kind}_more"], row[f"{kind}_more_error"] = real.paired(one.nats, published[kind].nats, one.context)
         yield run | row
 
 

@@ -134,10 +134,21 @@ def answers(
     return {kind: Answers(nats[mask], right[mask], owners[mask]) for kind, mask in masks.items()}
 
 
-def paired(x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
-    """Return the mean of x - y over questions and its standard error."""
+def paired(x: torch.Tensor, y: torch.Tensor, context: torch.Tensor | None = None) -> tuple[float, float]:
+    """Return the mean of x - y over questions and its standard error.
+
+    Questions of one `context` share its keys and values, so that their errors go together: the standard error is that of sums
+    over contexts. Without `context` each question is on its own. Of one context alone there is no standard error: NaN.
+    """
     difference = (x - y).double()
-    return difference.mean().item(), (difference.std() / len(difference) ** 0.5).item()
+    if context is None:
+        context = torch.arange(len(difference))
+    of_context = torch.unique(context, return_inverse=True)[1].to(difference.device)
+    count = int(of_context.max()) + 1
+    sums = torch.zeros(count, dtype=difference.dtype, device=difference.device)
+    sums = sums.index_add(0, of_context, difference - difference.mean())
+    error = (sums.square().sum() * count / (count - 1)).sqrt() / len(difference) if count > 1 else sums.new_tensor(float("nan"))
+    return difference.mean().item(), error.item()
 
 
 def joined(parts: Sequence[Answers]) -> Answers:

@@ -138,7 +138,7 @@ def against(answers: dict[str, real.Answers], published: dict[str, real.Answers]
     """Return nats of every kind of question less those of the published method, with the standard error of the difference."""
     row: Row = {}
     for name, found in answers.items():
-        row[f"{name}_more"], row[f"{name}_more_error"] = real.paired(found.nats, published[name].nats)
+        row[f"{name}_more"], row[f"{name}_more_error"] = real.paired(found.nats, published[name].nats, found.context)
     return row
 
 

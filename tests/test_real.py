@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -207,3 +208,14 @@ def test_choice_has_the_default():
         read = choice_sweeps.codec_of(side, bits, name, 64).read_back(tiles, tiles)[index]
         own = kv_codecs.kvarn(layout, Encoder(), "default").read_back(tiles, tiles)[index]
         assert relative_error(read, own) < 0.01, (side, bits)
+
+
+def test_standard_errors_are_of_contexts():
+    """Questions of a context count together: with as many in each, the error is that of the means of contexts."""
+    x, y = torch.randn(12, generator=torch.Generator().manual_seed(0)), torch.zeros(12)
+    mean, error = real.paired(x, y)
+    assert (mean, error) == pytest.approx((x.mean().item(), (x.std() / 12**0.5).item()))
+    context = torch.tensor([5, 3, 9, 5, 3, 9, 5, 3, 9, 5, 3, 9])
+    means = x.view(4, 3).mean(0)
+    assert real.paired(x, y, context) == pytest.approx((x.mean().item(), (means.std() / 3**0.5).item()), rel=1e-5)
+    assert math.isnan(real.paired(x, y, context * 0)[1])
