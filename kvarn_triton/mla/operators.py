@@ -7,7 +7,6 @@ when it runs. There are no gradients.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -87,7 +86,10 @@ def mla_decode_attention(
     config: MLAConfig | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Call `kvarn_triton.mla_decode_attention`, which says what it does, as an operator."""
-    numbers = config and [x for x in dataclasses.astuple(config) if x is not None]
+    numbers = None
+    if config is not None:  # not dataclasses.astuple, which some versions of torch can't trace
+        numbers = [config.block_m, config.block_t, config.num_warps, config.num_stages, config.programs_per_sm]
+        numbers += [] if config.maxnreg is None else [config.maxnreg]
     out, lse = _OPS.mla_decode_attention(
         q, pages, block_table, seq_lens, layout.bits, layout.page_size, sm_scale, raw_pages, raw_table, num_quantized, sink_len,
         num_splits, numbers,
