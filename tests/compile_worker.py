@@ -181,8 +181,10 @@ def describe(compiled: Compiled, case: str) -> dict:
         "starts_early": getattr(compiled.kernel.metadata, "launch_pdl", False),
         "waits": "griddepcontrol.wait" in ptx.partition("st.global")[0],
         "lets_next_start": "griddepcontrol.launch_dependents" in ptx,
-        "largest_loop": used.loops[0].total() if used.loops else 0,
-        "largest_loop_spills": used.loops[0]["LDL"] + used.loops[0]["STL"] if used.loops else 0,
+        # The balancing multiplies and adds, a fit adds more often than it multiplies.
+        "balance_loop": max((loop.total() for loop in used.loops if loop["FFMA"] > loop["FADD"]), default=0),
+        "fit_loop": max((loop.total() for loop in used.loops if loop["FFMA"] <= loop["FADD"]), default=0),
+        "loop_spills_of_all": sum(loop["LDL"] + loop["STL"] for loop in used.loops),
     }
 
 
