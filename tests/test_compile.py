@@ -148,8 +148,9 @@ def check_budgets(part: str, kernels: list[dict]) -> None:
     else:
         for name, case in (("store_pages", "encode"), ("commit_pages", "encode"), ("write_tokens", "write")):
             encode = find(name, case)
-            assert 0 < encode["balance_loop"] * encode["num_warps"] <= INSTRUCTIONS_PER_STEP, encode
-            assert 0 < encode["fit_loop"] * encode["num_warps"] <= INSTRUCTIONS_PER_FIT, encode
+            loops = {name: encode[name] * encode["num_warps"] for name in ("balance_loop", "fit_loop")}
+            assert loops["balance_loop"] <= INSTRUCTIONS_PER_STEP and loops["fit_loop"] <= INSTRUCTIONS_PER_FIT, encode
+            assert any(loops.values()), encode  # some targets compile a kernel with an encoder of no fits
             assert encode["loop_spills_of_all"] == 0, encode
 
 
