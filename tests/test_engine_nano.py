@@ -54,6 +54,6 @@ def test_measurement(tmp_path):
     ran("perf/nano.py", "--tiny", "--context", "300", "--json", str(file))
     rows = json.loads(file.read_text())["sweeps"]["nano-vllm"]
     assert [(row["cache"], row["batch"] > 1) for row in rows] == [
-        ("k4v2_g64", False), ("k4v2_g64", True), ("16 bits", False), ("16 bits", True),
+        ("k4v2_g128", False), ("k4v2_g128", True), ("16 bits", False), ("16 bits", True),
     ]  # fmt: skip
     assert all(row["tokens_per_s"] > 0 and row["model_ms"] > 0 for row in rows)
