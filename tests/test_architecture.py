@@ -32,7 +32,7 @@ def most_parameters(path: Path, function: ast.FunctionDef) -> int | None:
         return KERNEL_PARAMETERS
     if any("triton." in ast.unparse(decorator) for decorator in function.decorator_list):
         return JIT_PARAMETERS
-    public = function.name in (*kvarn_triton.__all__, "cache_case", "latent_case") or path.is_relative_to(PACKAGE / "reference")
+    public = function.name in (*kvarn_triton.__all__, "cache_case") or path.is_relative_to(PACKAGE / "reference")
     # An engine says what its backends are called with.
     given = path == PACKAGE / "integrations" / "vllm" / "backend.py" and function.name in ("__init__", "forward")
     return None if public or given else PYTHON_PARAMETERS

@@ -18,7 +18,6 @@ def latent_case(
     *,
     num_heads: int = 16,
     num_queries: int | None = None,
-    dtype: torch.dtype = torch.float16,
     sink_len: int = 0,
     num_tail_slots: int = 0,
     keep: int = 0,
@@ -31,7 +30,6 @@ def latent_case(
         seq_lens: tokens of each sequence.
         num_heads: query heads.
         num_queries: query tokens of each sequence; None: one, in three dimensions.
-        dtype: dtype of the queries.
         sink_len: raw tokens at the start; a multiple of page_size.
         num_tail_slots: columns of the raw table behind the sink; 0: everything is quantized, the last page too.
         keep: finished pages that are still raw.
@@ -58,7 +56,7 @@ def latent_case(
         starts = sink_len + size * torch.arange(count)
         reference.mla_store_pages(latents[b], rope[b], pages, ids[b, :count], layout, token_starts=starts)
     shape = (batch, num_heads, TOKEN_DIM) if num_queries is None else (batch, num_queries, num_heads, TOKEN_DIM)
-    call = {"q": draw(*shape).to(dtype), "pages": pages, "block_table": ids, "seq_lens": lens, "layout": layout}
+    call = {"q": draw(*shape).half(), "pages": pages, "block_table": ids, "seq_lens": lens, "layout": layout}
     call["sm_scale"] = 1.5 * TOKEN_DIM**-0.5
     if not raw:
         return call

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from ... import configs
 from ...layout import PageLayout
 from ...serving.attention import attend
 from ...serving.read import read_tokens
@@ -16,9 +17,8 @@ from ...serving.write import write_tokens
 from .rows import Rows
 from .shared import HANDOVER, LAYERS, PAGES, TRACED, Shared
 
-SCRATCH_TOKENS = 256
-"""New tokens of a row from which on its pages are dequantized once, to memory, and not once for every 128 rows of queries."""
 SCRATCH_BYTES = 2**30
+"""Most memory for dequantized pages that a long chunk gets; `attend` itself takes less."""
 _NUMBERS = itertools.count()
 
 
@@ -238,7 +238,7 @@ class KVarNLayer(CacheLayerMixin):
         """Return memory for dequantized pages, where a chunk of a prompt is worth it and it isn't much."""
         shape = self.rows.num_pages, 2, *self.raw_pages.shape[2:]
         size = q.element_size() * math.prod(shape)
-        if q.shape[2] < SCRATCH_TOKENS or not q.is_cuda or not 0 < size <= SCRATCH_BYTES:
+        if q.shape[2] < configs.SCRATCH_TOKENS or not q.is_cuda or not 0 < size <= SCRATCH_BYTES:
             return None
         return torch.empty(shape, dtype=q.dtype, device=q.device)
 
