@@ -41,10 +41,11 @@ def _kvarn_mla_dequantize_pages_kernel(
     latents_ptr = latents[0] + entry.to(tl.int64) * latents[1]
     rope_ptr = rope[0] + entry.to(tl.int64) * rope[1]
     offs_r, offs_c = tl.arange(0, ROPE)[None, :], tl.arange(0, LATENTS)[None, :]
+    tokens = tl.where(page >= 0, G, 0)
     for first in range(part * _TOKENS, G, parts * _TOKENS):
         token = (first + tl.arange(0, _TOKENS))[:, None]
         halves_ptr = (record_ptr + LAYOUT.rope_offset).to(tl.pointer_type(tl.float16))
-        x = tl.load(halves_ptr + token * ROPE + offs_r, (page >= 0) & (token < G), other=0.0)
+        x = tl.load(halves_ptr + token * ROPE + offs_r, token < tokens, other=0.0)
         tl.store(rope_ptr + token.to(tl.int64) * rope[2] + offs_r, x.to(rope_ptr.dtype.element_ty))
         if page < 0:
             zeros = tl.zeros((_TOKENS, LATENTS), latents_ptr.dtype.element_ty)
