@@ -1,0 +1,114 @@
+"""Latent attention (MLA) in a model of transformers: a DeepSeek V3 whose decode steps read pages, beside the model as it is.
+
+Needs `transformers`. The weights are random ones, large enough that attention is sharp. What an engine does is in `decode`: it
+absorbs the up-projection of keys into the query, attends to latents, and multiplies the result by the up-projection of values.
+"""
+
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, apply_rotary_pos_emb_interleave
+
+from kvarn_triton import (
+    MLALayout,
+    mla_append_tokens,
+    mla_commit_pages,
+    mla_decode_attention,
+    mla_store_pages,
+    raw_slots,
+)
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+ints = {"dtype": torch.int32, "device": device}
+layout = MLALayout(bits=8, page_size=64)
+prompt_len, num_new = 250, 12
+
+
+class PagedAttention(DeepseekV3Attention):
+    """One layer, and its pages: a prompt is computed as before, then stored; a decode step attends to pages and the tail."""
+
+    def prepare(self, tables):
+        """Allocate pages for one sequence; layers share the tables and each counts its own pages."""
+        self.tables = tables
+        self.pages = layout.empty_pages(8, device)
+        self.raw_pages = torch.empty(1, layout.page_size, 576, dtype=torch.float16, device=device)
+        self.num_quantized = torch.zeros(1, **ints)
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs):
+        q, latents, rope = self.projected(hidden_states, position_embeddings)
+        start = kwargs["position_ids"][0, 0].item()
+        if start == 0:
+            self.store(latents, rope)
+            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+        return self.o_proj(self.decode(q, latents, rope, start).flatten(1)[None]), None
+
+    def projected(self, hidden_states, position_embeddings):
+        """Return queries [tokens, heads, 192], latents [tokens, 512] and rotary channels [tokens, 64]: what MLA caches."""
+        n, width = hidden_states.shape[1], self.kv_lora_rank
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states))).view(1, n, self.num_heads, -1).transpose(1, 2)
+        q_plain, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        latents, rope = self.kv_a_proj_with_mqa(hidden_states).split([width, self.qk_rope_head_dim], dim=-1)
+        q_rope, rope = apply_rotary_pos_emb_interleave(q_rope, rope[:, None], *position_embeddings)
+        return torch.cat([q_plain, q_rope], dim=-1)[0].transpose(0, 1), self.kv_a_layernorm(latents)[0], rope[0, 0]
+
+    def append(self, latents, rope, first):
+        """Write tokens from position `first` on to the tail."""
+        positions = torch.arange(first, first + len(latents), **ints)[None]
+        slots = raw_slots(positions, self.tables[1], sink_len=0, page_size=layout.page_size)[0]
+        mla_append_tokens(latents, rope, self.raw_pages, slots)
+
+    def store(self, latents, rope):
+        """Write a prompt: its full pages quantized, the rest to the tail."""
+        full = len(latents) // layout.page_size
+        mla_store_pages(latents, rope, self.pages, self.tables[0][0, :full], layout)
+        self.append(latents[full * layout.page_size :], rope[full * layout.page_size :], full * layout.page_size)
+        self.num_quantized.fill_(full)
+
+    def decode(self, q, latents, rope, position):
+        """Return what the heads of one token attend to, [1, heads, v_head_dim]."""
+        block_table, raw_table = self.tables
+        lens = torch.full((1,), position + 1, **ints)
+        self.append(latents, rope, position)
+        mla_commit_pages(self.raw_pages, self.pages, raw_table, block_table, lens, self.num_quantized, layout)
+        # The up-projection has a matrix for keys and one for values of each head, of 512 columns.
+        up = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
+        up_k, up_v = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        q_plain, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        absorbed = torch.einsum("thd,hdc->thc", q_plain, up_k)
+        out = mla_decode_attention(
+            torch.cat([absorbed, q_rope], dim=-1).half(), self.pages, block_table, lens, layout, sm_scale=self.scaling,
+            raw_pages=self.raw_pages, raw_table=raw_table, num_quantized=self.num_quantized,
+        )  # fmt: skip
+        return torch.einsum("thc,hdc->thd", out.to(up.dtype), up_v)
+
+
+torch.manual_seed(0)
+config = DeepseekV3Config(
+    vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=16,
+    num_key_value_heads=16, q_lora_rank=128, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128,
+    first_k_dense_replace=3, initializer_range=0.08, attn_implementation="eager",
+)  # fmt: skip
+model = DeepseekV3ForCausalLM(config).to(device).eval()
+tokens = torch.randint(512, (1, prompt_len + num_new), device=device)
+
+
+@torch.no_grad()
+def logits_of_steps():
+    """Return the logits of `num_new` decode steps behind a prompt, [num_new, vocabulary]."""
+    cache, found = DynamicCache(config=config), []
+    model(tokens[:, :prompt_len], past_key_values=cache)
+    for position in range(prompt_len, prompt_len + num_new):
+        ids = torch.tensor([[position]], device=device)
+        found.append(model(tokens[:, position : position + 1], position_ids=ids, past_key_values=cache).logits[0, -1])
+    return torch.stack(found)
+
+
+expected = logits_of_steps()
+tables = torch.arange(8, **ints)[None], torch.zeros(1, 1, **ints)
+for layer in model.model.layers:
+    layer.self_attn.__class__ = PagedAttention
+    layer.self_attn.prepare(tables)
+logits = logits_of_steps()
+error = ((logits - expected).norm() / expected.norm()).item()
+equal = (logits.argmax(1) == expected.argmax(1)).sum().item()
+print(f"relative error {error:.4f} of logits, {equal} of {num_new} best tokens are equal")
+assert error < 0.02 and equal == num_new
