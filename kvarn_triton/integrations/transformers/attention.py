@@ -47,24 +47,50 @@ def kvarn_mask(
 
     Returns:
         For pages bool [batch, 1, 1, n], which of the n new positions are tokens, or None: all. Four dimensions let it pass
-        through a model as it is, and its shape is the same in every decode step. Without pages the mask of "sdpa".
+        through a model as it is, and its shape is the same in every decode step. If tokens of a prompt see later ones, as those
+        of an image do, what `_spans` returns. Without pages the mask of "sdpa".
 
     Raises:
-        ValueError: if a layer with pages is to have another mask than a causal one.
+        ValueError: if a layer with pages is to have another mask than a causal one, or one of spans in a prompt.
     """
     if "local_size" not in kwargs and not torch.compiler.is_compiling():
         HANDOVER.paged = kv_offset == PAGES
     if kv_offset != PAGES:
         return sdpa_mask(kv_length=kv_length, kv_offset=kv_offset, attention_mask=attention_mask, **kwargs)
     if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
-        raise ValueError(
-            "attention mask: expected a causal one with padding for pages, got another one (bidirectional, blocks, images); "
-            "say KVarNCache(..., attend_pages=False) and another attention implementation"
-        )
+        return _spans(kv_length, attention_mask, **kwargs)
     if attention_mask is None:
         return None
     # A copy, because strides of a view grow with the mask, and graphs are compiled for strides.
     return attention_mask[:, None, None, -kv_length:].bool().clone(memory_format=torch.contiguous_format)
+
+
+def _spans(count: int, attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+    """Return the mask of a prompt in which tokens see later ones, with all before those: int32 [batch, 1, 1 or 2, count].
+
+    The first row has how many tokens each position sees, padding not counted, as `span_ends` of `attend`; the second one, there
+    if there may be padding, has 1 for tokens. Nothing may be in the cache: what a mask says of older tokens is not known.
+    """
+    seen, tokens = None, None if attention_mask is None else attention_mask[:, -count:].bool()
+    positions = kwargs.get("cache_position")  # what transformers 5.0 gives instead of q_offset
+    first = kwargs.get("q_offset") if positions is None else positions[0]
+    if first == 0 and not torch.compiler.is_compiling():
+        kwargs["allow_is_causal_skip"] = False
+        seen = sdpa_mask(kv_length=count, kv_offset=0, attention_mask=attention_mask, **kwargs)
+    if seen is not None and seen.shape[2:] == (count, count):
+        seen = seen[:, 0]
+        places = torch.arange(count, device=seen.device)
+        last = torch.where(seen, places, 0).amax(dim=2)
+        number = (seen.new_ones(seen.shape[:2]) if tokens is None else tokens).cumsum(1)
+        ends = number.gather(1, last)
+        fits = (seen.sum(2) == ends) & (last >= places)
+        if bool((fits if tokens is None else fits | ~tokens).all()):
+            rows = [ends] if tokens is None else [ends, tokens]
+            return torch.stack([row.int() for row in rows], dim=1)[:, None]
+    raise ValueError(
+        "attention mask: expected a causal one with padding for pages, or tokens of a whole prompt (images) that see all tokens up "
+        "to a later one, got another one; say KVarNCache(..., attend_pages=False) and another attention implementation"
+    )
 
 
 def kvarn_attention(
@@ -116,7 +142,11 @@ def kvarn_attention(
             raise ValueError(f"{name}: expected None with pages, got a tensor; say KVarNCache(..., attend_pages=False)")
     if kwargs.get("is_causal") is False or kwargs.get("output_attentions"):
         raise ValueError("is_causal, output_attentions: expected causal attention without weights, as pages have no others")
+    mask, span_ends = new_tokens_of(attention_mask, query)
+    scores = scores._replace(span_ends=span_ends)
     if sharing is not None:
+        if span_ends is not None:
+            raise ValueError("attention mask: expected a causal one where layers share keys, got spans (images)")
         return sharing.read(query, scores), None
     assert layer is not None
     index = getattr(module, "layer_idx", layer.index)
@@ -125,24 +155,29 @@ def kvarn_attention(
             f"layer {index}: expected attention to the {query.shape[2]} tokens that update() returned for layer {layer.index}, "
             f"got {key.shape[2]} tokens; say KVarNCache(..., attend_pages=False)"
         )
-    mask = new_tokens_of(attention_mask, query)
     if torch.compiler.is_compiling():
         scales, window = [scores.sm_scale, soft_cap or 0.0], scores.window
         return attend_captured(query, key, value, mask, scores.sinks, scales, window, layer.number), None
     return layer.attend(query, key, value, mask, scores), None
 
 
-def new_tokens_of(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
-    """Return which of the n new positions are tokens, bool [batch, n], from a mask of `kvarn_mask`; None: all."""
+def new_tokens_of(mask: torch.Tensor | None, query: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return what a mask of `kvarn_mask` says of the n new positions.
+
+    Returns:
+        Which are tokens, bool [batch, n]; None: all. And how many tokens each sees, int32 [batch, n]; None: those up to itself.
+    """
     if mask is None:
-        return None
-    expected = query.shape[0], 1, 1, query.shape[2]
-    if mask.dtype != torch.bool or tuple(mask.shape) != expected:
-        raise ValueError(
-            f"attention_mask: expected None or [batch, positions] with pages, got {mask.dtype} {list(mask.shape)}; say "
-            "KVarNCache(..., attend_pages=False) and another attention implementation"
-        )
-    return mask[:, 0, 0]
+        return None, None
+    batch, count = query.shape[0], query.shape[2]
+    if mask.dtype == torch.bool and tuple(mask.shape) == (batch, 1, 1, count):
+        return mask[:, 0, 0], None
+    if mask.dtype == torch.int32 and tuple(mask.shape) in ((batch, 1, 1, count), (batch, 1, 2, count)):
+        return (mask[:, 0, 1].bool() if mask.shape[2] == 2 else None), mask[:, 0, 0]
+    raise ValueError(
+        f"attention_mask: expected None or [batch, positions] with pages, got {mask.dtype} {list(mask.shape)}; say "
+        "KVarNCache(..., attend_pages=False) and another attention implementation"
+    )
 
 
 @torch.library.custom_op("kvarn_triton_transformers::attend", mutates_args=())

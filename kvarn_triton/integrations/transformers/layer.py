@@ -29,6 +29,8 @@ class Scores(NamedTuple):
     window: int | None = None
     soft_cap: float | None = None
     sinks: torch.Tensor | None = None
+    span_ends: torch.Tensor | None = None
+    """int32 [batch, n], how many tokens each new one sees; None: those up to itself."""
 
 
 class KVarNLayer(CacheLayerMixin):
@@ -215,7 +217,7 @@ class KVarNLayer(CacheLayerMixin):
     def _is_plain(self, q: torch.Tensor, v: torch.Tensor, scores: Scores) -> bool:
         """Return whether PyTorch has a kernel for a whole prompt that needs no memory for scores."""
         fits = q.shape[-1] == v.shape[-1] <= 256 and (q.dtype != torch.float32 or q.device.type == "cpu")
-        return fits and q.shape[2] > 1 and scores[1:] == (None, None, None)
+        return fits and q.shape[2] > 1 and all(option is None for option in scores[1:])
 
     def read(self, q: torch.Tensor, scores: Scores, new: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """Attend with q [batch, num_q_heads, n, head_dim] to what was written; `new` are the keys and values of the step."""
@@ -226,6 +228,8 @@ class KVarNLayer(CacheLayerMixin):
         options = {"sm_scale": scores.sm_scale, "window": scores.window, "soft_cap": scores.soft_cap, "sinks": scores.sinks}
         options["scratch"] = self._scratch(q)
         packed = q if rows.order is None else q.transpose(1, 2)[rows.order]
+        if scores.span_ends is not None and count > 1:
+            options["span_ends"] = scores.span_ends.flatten() if rows.order is None else scores.span_ends[rows.order]
         result = attend(packed, self.pages, self.raw_pages, rows.step, k=k, v=v, **options)  # type: ignore[arg-type]
         assert isinstance(result, torch.Tensor)
         if rows.order is None:
