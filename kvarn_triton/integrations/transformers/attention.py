@@ -88,8 +88,8 @@ def _spans(count: int, attention_mask: torch.Tensor | None, **kwargs: Any) -> to
             rows = [ends] if tokens is None else [ends, tokens]
             return torch.stack([row.int() for row in rows], dim=1)[:, None]
     raise ValueError(
-        "attention mask: expected a causal one with padding for pages, or tokens of a whole prompt (images) that see all tokens up "
-        "to a later one, got another one; say KVarNCache(..., attend_pages=False) and another attention implementation"
+        "attention mask: expected a causal one with padding for pages, or tokens of a whole prompt (images) that see all up to "
+        "a later one, got another one; say KVarNCache(..., attend_pages=False) and another attention implementation"
     )
 
 
