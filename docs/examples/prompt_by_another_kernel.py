@@ -1,7 +1,7 @@
-"""A long chunk of a prompt, whose attention another library computes: all keys and values are read back into 16-bit memory first.
+"""A long chunk of a prompt, whose attention another library computes: keys and values are read back into 16-bit memory first.
 
-Where an engine has a 16-bit kernel that is faster than `attend` at chunks, such as FlashAttention 3, this is how to use it: memory
-for the keys and values of one layer of one sequence serves all layers and sequences. PyTorch's own kernel stands for the other.
+Where an engine has a 16-bit kernel that is faster than `attend` at chunks, such as FlashAttention 3, this is how to use it.
+Memory for the keys and values of one layer of one sequence serves all. PyTorch's own kernel stands for the other one.
 """
 
 import torch
