@@ -1,19 +1,12 @@
 """The kernel of latent attention: all query heads of a tile attend to a part of a sequence, some tokens at a time.
 
 One program has a tile of query rows, (query token, head), of one sequence, and one split of its tokens. A block of tokens is
-dequantized once, to float16, in rotated coordinates and without its norms, and is an operand of two products on the tensor
-cores: with the queries (scores) and with the weights (values). Grid: (program,), tiles of a split next to each other. Bytes
-moved: each record once per tile, of which the second comes from the L2 cache; partial results.
-
-A token is x * norm * gain, its score s. Weights are relative to the largest 2**s * gain so far, gain being a power of two of
-the whole page: one exponential serves both sums, and no magnitude of a page leaves float16.
-
-    p = 2**(s - m) * gain        acc = sum p * norm * x        l = sum p / gain        out = acc / l        lse = m + log2(l)
+dequantized once, to float16, in rotated coordinates and without its norms; `rows` says what is done with it. Grid: (program,),
+tiles of a split next to each other. Bytes moved: each record once per tile, of which the second comes from the L2 cache;
+partial results.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -22,99 +15,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import gpu
 from ..launch import on
-from ..mla_layout import LATENT_DIM, ROPE_DIM
 from ..paging import load_page_id
-from ..tile.arithmetic import exponent_of, fma, power_of_two
 from .cache import LatentCache
 from .config import MLAConfig, mla_plan
 from .latents import load_latents
-
-LATENTS = tl.constexpr(LATENT_DIM)
-ROPE = tl.constexpr(ROPE_DIM)
-LEAST_EXPONENT = tl.constexpr(-100)
-"""Least exponent of a gain, the encoder's own, as weights have it: that of pages of zero bytes has to have an inverse, too."""
-
-
-class Queries(NamedTuple):
-    """A tile of query rows."""
-
-    planes: tuple  # float16 [rows, channels], one of each plane
-    rope: tl.tensor  # float16 [rows, 64]
-    factor: tl.tensor  # float32 [rows], of scores
-    index: tl.tensor  # int32 [rows], of the query token in its sequence's
-
-
-class Rows(NamedTuple):
-    """The state of a tile of query rows."""
-
-    acc: tuple  # float32 [rows, channels], one of each plane
-    m: tl.tensor  # float32 [rows], base 2
-    l: tl.tensor  # float32 [rows]  # noqa: E741
-
-
-@triton.jit
-def _load_planes(x_ptr, place, mask, PLANES: tl.constexpr):
-    """Return rows of 512 numbers at some places [rows, 1] as planes [rows, channels]; those outside of the mask are 0."""
-    CHANNELS: tl.constexpr = LATENTS // PLANES
-    offs_c = tl.arange(0, CHANNELS)
-    planes = ()
-    for plane in tl.static_range(PLANES):
-        planes = planes + (tl.load(x_ptr + plane * CHANNELS + place + offs_c[None, :], mask, other=0.0),)
-    return planes
-
-
-@triton.jit
-def _load_queries(q_ptr, factor_ptr, place, row, mask, num_heads, PLANES: tl.constexpr):
-    """Return the queries of a tile of rows."""
-    start = (place * (LATENTS + ROPE))[:, None]
-    rope = tl.load(q_ptr + LATENTS + start + tl.arange(0, ROPE)[None, :], mask[:, None], other=0.0)
-    factor = tl.load(factor_ptr + place, mask, other=0.0)
-    return Queries(_load_planes(q_ptr, start, mask[:, None], PLANES), rope, factor, row // num_heads)
-
-
-@triton.jit
-def _scores(queries, planes, rope, size):
-    """Return the scores [rows, tokens] of tokens, of whose latents `size` [tokens] is the length.
-
-    No product continues another one's sum: for one that does, Triton gives all warps the same rows.
-    """
-    scores = tl.dot(queries.rope, tl.trans(rope))
-    sizes = tl.broadcast_to(size[None, :], scores.shape)
-    for plane in tl.static_range(len(planes)):
-        scores = fma(tl.dot(queries.planes[plane], tl.trans(planes[plane])), sizes, scores)
-    return scores * queries.factor[:, None]
-
-
-@triton.jit
-def _masked(scores, queries, token, first_seen):
-    """Return scores of which those of tokens that a row doesn't see are -inf.
-
-    Behind a branch Triton shares the rows of products of warp groups out, too; small tiles spill registers there.
-    """
-    if scores.shape[0] < 64 or tl.max(token, axis=0) > first_seen:
-        scores = tl.where(token[None, :] <= (first_seen + queries.index)[:, None], scores, float("-inf"))
-    return scores
-
-
-@triton.jit
-def _advance(state, scores, norm, gain, planes):
-    """Return the state of rows after tokens with these scores, norms and numbers; norm None: all norms and gains are 1."""
-    exponent = 0
-    if norm is not None:
-        exponent = tl.maximum(exponent_of(gain) - 1, LEAST_EXPONENT)
-    m = tl.maximum(state.m, tl.max(scores, axis=1) + exponent)
-    origin = tl.where(m == float("-inf"), 0.0, m)  # rows that see nothing yet
-    alpha = tl.exp2(state.m - origin)
-    weights = tl.exp2(scores - (origin - exponent)[:, None])
-    total = tl.sum(weights, axis=1)
-    if norm is not None:
-        weights *= norm[None, :]
-        total *= power_of_two(-exponent)
-    operand = weights.to(tl.float16)
-    acc = ()
-    for plane in tl.static_range(len(planes)):
-        acc = acc + (tl.dot(operand, planes[plane], state.acc[plane] * alpha[:, None]),)
-    return Rows(acc, m, state.l * alpha + total)
+from .rows import LATENTS, ROPE, advance, load_planes, load_queries, masked, new_rows, scores_of, store_rows
 
 
 @triton.jit
@@ -127,8 +32,8 @@ def _attend_page(state, queries, record_ptr, token, first_seen, LAYOUT: tl.const
     planes = load_latents(record_ptr, token, LAYOUT, PLAN)
     rope = tl.load(rope_ptr + token[:, None] * ROPE + offs_r[None, :])
     norm = tl.load(norm_ptr + token).to(tl.float32)
-    scores = _masked(_scores(queries, planes, rope, norm * gain), queries, token, first_seen)
-    return _advance(state, scores, norm, gain, planes)
+    scores = masked(scores_of(queries, planes, rope, norm * gain), queries, token, first_seen)
+    return advance(state, scores, norm, gain, planes)
 
 
 @triton.jit
@@ -136,31 +41,10 @@ def _attend_raw(state, queries, token_ptr, stride_token, token, first_seen, num_
     """Return the state of rows after some tokens of a raw page, of which the first `num_valid` may be read."""
     place = (token * stride_token)[:, None]
     mask = (token < num_valid)[:, None]
-    planes = _load_planes(token_ptr, place, mask, PLAN.planes)
+    planes = load_planes(token_ptr, place, mask, PLAN.planes)
     rope = tl.load(token_ptr + LATENTS + place + tl.arange(0, ROPE)[None, :], mask, other=0.0)
-    scores = _scores(queries, planes, rope, tl.full((PLAN.block_t,), 1.0, tl.float32))
-    return _advance(state, _masked(scores, queries, token, first_seen), None, None, planes)
-
-
-@triton.jit
-def _new_rows(ROWS: tl.constexpr, PLANES: tl.constexpr):
-    """Return the state of rows that have attended to nothing."""
-    acc = ()
-    for _ in tl.static_range(PLANES):
-        acc = acc + (tl.zeros((ROWS, LATENTS // PLANES), tl.float32),)
-    return Rows(acc, tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32))
-
-
-@triton.jit
-def _store_rows(out_ptr, lse_ptr, place, mask, state, PLANES: tl.constexpr):
-    """Store the results of rows [rows] to their places."""
-    CHANNELS: tl.constexpr = LATENTS // PLANES
-    offs_c = tl.arange(0, CHANNELS)[None, :]
-    inverse = tl.fdiv(1.0, tl.where(state.l > 0, state.l, 1.0))
-    for plane in tl.static_range(PLANES):
-        part_ptr = out_ptr + plane * CHANNELS + place[:, None] * LATENTS
-        tl.store(part_ptr + offs_c, state.acc[plane] * inverse[:, None], mask[:, None])
-    tl.store(lse_ptr + place, state.m + tl.log2(state.l), mask)
+    scores = scores_of(queries, planes, rope, tl.full((PLAN.block_t,), 1.0, tl.float32))
+    return advance(state, masked(scores, queries, token, first_seen), None, None, planes)
 
 
 _NOT_SPECIALIZED = [
@@ -216,14 +100,14 @@ def _kvarn_mla_decode_kernel(
     if first >= last:
         tl.store(lse_ptr + result, tl.full((PLAN.block_m,), float("-inf"), tl.float32), mask)
         return
-    queries = _load_queries(q_ptr, factor_ptr, place, row, mask, num_heads, PLAN.planes)
+    queries = load_queries(q_ptr, factor_ptr, place, row, mask, num_heads, PLAN.planes)
     first_seen = seq_len - num_queries
     first_body = num_sink_pages * BLOCKS
     end = last  # of blocks in quantized pages
     if num_quantized_ptr is not None:
         count = tl.maximum(tl.load(num_quantized_ptr + sequence), 0)
         end = tl.minimum(first_body + tl.minimum(count, num_blocks) * BLOCKS, last)
-    state = _new_rows(PLAN.block_m, PLAN.planes)
+    state = new_rows(PLAN.block_m, PLAN.planes)
     ids_ptr = table_ptr + sequence.to(tl.int64) * stride_table
     num_ids = tl.cdiv(end, BLOCKS) - num_sink_pages
     for block in tl.range(tl.maximum(first, first_body), end, num_stages=STAGES):
@@ -245,7 +129,7 @@ def _kvarn_mla_decode_kernel(
             token_ptr = raw[0] + page.to(tl.int64) * raw[1]
             start = index * G
             state = _attend_raw(state, queries, token_ptr, raw[2], token, first_seen - start, seq_len - start, PLAN)
-    _store_rows(out_ptr, lse_ptr, result, mask, state, PLAN.planes)
+    store_rows(out_ptr, lse_ptr, result, mask, state, PLAN.planes)
 
 
 def launch_mla_splits(

@@ -31,19 +31,19 @@ def _latents_ptx(field, bits):
 
 @triton.jit
 def _decode(packed, scale, zero, FIELD: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
-    """Return code * scale + zero, float16, of one field of bytes int8 [tokens, channels]; the others are float16 [channels].
+    """Return code * scale + zero, float16, of one field of bytes int8 [tokens, channels]; the others have one or as many rows.
 
     The PTX is said to have side effects, so that Triton doesn't see that operands of products come from bytes: it would choose
     other operands, which don't share one tile in shared memory.
     """
     if PTX:
         numbers = tl.inline_asm_elementwise(
-            _latents_ptx(FIELD, BITS), "=&r,=&r,r,r,r,r,r", [packed, scale[None, :], zero[None, :]], tl.float16, is_pure=False,
+            _latents_ptx(FIELD, BITS), "=&r,=&r,r,r,r,r,r", [packed, scale, zero], tl.float16, is_pure=False,
             pack=4,
         )  # fmt: skip
     else:
         codes = (packed.to(tl.int32) >> (FIELD * BITS)) & (2**BITS - 1)
-        numbers = codes.to(tl.float32) * scale.to(tl.float32)[None, :] + zero.to(tl.float32)[None, :]
+        numbers = codes.to(tl.float32) * scale.to(tl.float32) + zero.to(tl.float32)
         numbers = numbers.to(tl.float16)
     return numbers
 
@@ -63,7 +63,10 @@ def _scale_and_zero(words, PTX: tl.constexpr):
 
 @triton.jit
 def load_latents(record_ptr, token, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
-    """Return some tokens of a record as planes float16 [tokens, channels], without their norms."""
+    """Return some tokens as planes float16 [tokens, channels], without their norms.
+
+    They are of one record, or each of its own: `record_ptr` is one pointer or [tokens, 1].
+    """
     PLANES: tl.constexpr = PLAN.planes
     FIELDS: tl.constexpr = PLAN.fields
     CHANNELS: tl.constexpr = LATENTS // PLANES
@@ -75,7 +78,11 @@ def load_latents(record_ptr, token, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
     for part in tl.static_range(PLANES // FIELDS):
         packed = tl.load(codes_ptr + part * CHANNELS + place)
         for field in tl.static_range(FIELDS):
-            words = tl.load(params_ptr + (field * (PLANES // FIELDS) + part) * CHANNELS + offs_c)
-            scale, zero = _scale_and_zero(words, PLAN.ptx)
+            words_ptr = params_ptr + (field * (PLANES // FIELDS) + part) * CHANNELS
+            if record_ptr.type.is_block():
+                scale, zero = _scale_and_zero(tl.load(words_ptr + offs_c[None, :]), PLAN.ptx)
+            else:
+                scale, zero = _scale_and_zero(tl.load(words_ptr + offs_c), PLAN.ptx)
+                scale, zero = scale[None, :], zero[None, :]
             planes = planes + (_decode(packed, scale, zero, field, LAYOUT.k_bits, PLAN.ptx),)
     return planes
