@@ -70,9 +70,10 @@ def mla_plan(layout: MLALayout, config: MLAConfig, ptx: bool, early: bool) -> ML
     return MLAPlan(config.block_m, config.block_t, config.num_stages, max(fields, 2), fields, ptx, early)
 
 
-def mla_config(layout: MLALayout, rows: int, device: torch.device) -> MLAConfig:
-    """Return the parameters for `rows` query rows of a sequence."""
-    return _mla_config(layout.bits, rows, gpu.arch_of(device), gpu.gpu_of(device))
+def mla_config(layout: MLALayout, rows: int, device: torch.device, sparse: bool = False) -> MLAConfig:
+    """Return the parameters for `rows` query rows of a sequence; `sparse`: of a query token with a list of tokens."""
+    known, arch = gpu.gpu_of(device), gpu.arch_of(device)
+    return _sparse_config(rows, arch, known) if sparse else _mla_config(layout.bits, rows, arch, known)
 
 
 @functools.lru_cache
@@ -91,3 +92,13 @@ def _mla_config(bits: int, rows: int, arch: str | None, known: gpu.Gpu | None) -
         return MLAConfig(16, 64 if bits == 4 else 32, 4, programs_per_sm=2)
     # Products of 64 rows are those of warp groups, which sm90 alone has.
     return MLAConfig(64 if rows > 32 and arch == "sm90" else 32, 64, 8)
+
+
+@functools.lru_cache
+def _sparse_config(rows: int, arch: str | None, known: gpu.Gpu | None) -> MLAConfig:
+    """Return what fits of lists: a block of 32 tokens takes 32 KiB of shared memory, and nothing is copied ahead."""
+    if known is None or not known.nvidia:
+        return _mla_config(4, rows, arch, known)
+    if rows <= 16:
+        return MLAConfig(16, 32, 4, num_stages=1, programs_per_sm=2 if known.program_bytes >= 128 * _KIB else 1)
+    return MLAConfig(64 if rows > 32 and arch == "sm90" else 32, 32, 8, num_stages=1)

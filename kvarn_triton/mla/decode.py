@@ -1,7 +1,8 @@
 """Paged split-K decode attention with latents as keys and values: absorbed queries over sink, quantized and tail pages.
 
 Three launches: queries are rotated (`query`), tiles of query rows attend to splits of each sequence (`decode_kernel`), and one
-program for each row merges its partial results and rotates them back. Grid of the last: (row,).
+program for each row merges its partial results and rotates them back. Grid of the last: (row,). With a list of tokens for each
+query token there are four (`sparse`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .cache import LatentCache, checked
 from .config import MLAConfig, mla_config
 from .decode_kernel import launch_mla_splits
 from .query import rotate_queries
+from .sparse import launch_mla_sparse
 
 LEAST_BLOCKS = 4
 """Blocks of tokens below which a split is not worth a program, in the longest sequence that the tables have room for."""
@@ -77,6 +79,7 @@ def mla_decode_attention(
     raw_table: torch.Tensor | None = None,
     num_quantized: torch.Tensor | None = None,
     sink_len: int = 0,
+    indices: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
     num_splits: int | None = None,
@@ -102,10 +105,13 @@ def mla_decode_attention(
             slot j % num_tail_slots. Needed with `raw_pages`.
         num_quantized: int32 [batch], how many body pages are read from `pages`. Needed with `raw_pages`.
         sink_len: tokens at the start of every sequence that stay raw, a multiple of page_size.
+        indices: int32 [batch, topk], or [batch, n, topk] beside several query tokens: the positions of the tokens that each
+            query token attends to, from 0 on, those of the sink included, in any order. A number below 0, and one of a token
+            that the query token does not see, stands for none. A position that is there twice counts twice. None: all tokens.
         out: where to write: [*q.shape[:-1], 512], of the dtype of `q`, contiguous.
         return_lse: whether to return the log-sum-exp too.
-        num_splits: among how many programs the tokens of each sequence are shared; chosen by the shapes if not given. With the
-            same number, the bits of a row depend on nothing else in the batch.
+        num_splits: among how many programs the tokens of each sequence, or list, are shared; chosen by the shapes if not given.
+            With the same number, the bits of a row depend on nothing else in the batch.
         config: launch parameters; by default the package's own for the device and the number of query rows.
 
     Returns:
@@ -113,8 +119,8 @@ def mla_decode_attention(
         Where there is no token to see `out` is 0 and lse = -inf.
 
     Raises:
-        ValueError: for a wrong shape, dtype, device, stride or option; nothing is written. Ids and lengths are not read to be
-            checked.
+        ValueError: for a wrong shape, dtype, device, stride or option; nothing is written. Ids, lengths and positions are not
+            read to be checked.
     """
     cache = checked(
         LatentCache(layout, pages, block_table, seq_lens, raw_pages, raw_table, num_quantized, sink_len), "seq_lens"
@@ -127,6 +133,8 @@ def mla_decode_attention(
     shape = (*q.shape[:-1], LATENT_DIM)
     if out is not None:
         check_tensor("out", out, shape, q.dtype, device=q.device, contiguous_dims=dims)
+    if indices is not None:
+        _check_indices(indices, q, cache)
     if num_splits is not None:
         check_count("num_splits", num_splits, 1)
     if config is not None:
@@ -134,14 +142,23 @@ def mla_decode_attention(
     if not gpu.on_device(q):
         return reference.mla_decode_attention(
             q, pages, block_table, seq_lens, layout, sm_scale=sm_scale, raw_pages=raw_pages, raw_table=raw_table,
-            num_quantized=num_quantized, sink_len=sink_len, out=out, return_lse=return_lse,
+            num_quantized=num_quantized, sink_len=sink_len, indices=indices, out=out, return_lse=return_lse,
         )  # fmt: skip
     out = torch.empty(shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty(shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
     if out.numel():
-        rows = q.shape[1:-1].numel()
-        _attend(out, lse, q, cache, float(sm_scale), num_splits, config or mla_config(layout, rows, q.device))
+        rows = q.shape[1:-1].numel() if indices is None else q.shape[-2]
+        config = config or mla_config(layout, rows, q.device, indices is not None)
+        _attend(out, lse, q, cache, indices, float(sm_scale), num_splits, config)
     return out if lse is None else (out, lse)
+
+
+def _check_indices(indices: torch.Tensor, q: torch.Tensor, cache: LatentCache) -> None:
+    """Check the lists of tokens of a call, and that the places of all tokens are numbers of 32 bits."""
+    check_tensor("indices", indices, [*q.shape[:-2], None], torch.int32, device=q.device)
+    for name, pool in (("pages", cache.pages), ("raw_pages", cache.raw_pages)):
+        fits = pool is None or pool.shape[0] * cache.layout.page_size < 2**31
+        require(fits, name, "less than 2**31 tokens beside indices", None if pool is None else list(pool.shape))
 
 
 def _attend(
@@ -149,20 +166,27 @@ def _attend(
     lse: torch.Tensor | None,
     q: torch.Tensor,
     cache: LatentCache,
+    indices: torch.Tensor | None,
     sm_scale: float,
     num_splits: int | None,
     config: MLAConfig,
 ) -> None:
     """Attend as `mla_decode_attention` does; nothing is checked, and there is something to do."""
     num_queries, num_heads = q.shape[1:3] if q.dim() == 4 else (1, q.shape[1])
-    rows = num_queries * num_heads
-    max_tokens = cache.max_pages * cache.layout.page_size
+    # What has its tokens shared out: a sequence, all rows together, or the list of a query token.
+    units, rows, most = cache.batch, num_queries * num_heads, cache.max_pages * cache.layout.page_size
+    if indices is not None:
+        units, rows, most = cache.batch * num_queries, num_heads, indices.shape[-1]
     if num_splits is None:
-        num_splits = _num_splits(cache.batch, -(-rows // config.block_m), max_tokens, config, q.device)
-    partial = torch.empty(num_splits, cache.batch * rows, LATENT_DIM, dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty(num_splits, cache.batch * rows, dtype=torch.float32, device=q.device)
+        num_splits = _num_splits(units, -(-rows // config.block_m), most, config, q.device)
+    partial = torch.empty(num_splits, units * rows, LATENT_DIM, dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty(num_splits, units * rows, dtype=torch.float32, device=q.device)
     queries = rotate_queries(aligned(q).reshape(-1, num_heads, TOKEN_DIM), sm_scale)
-    launch_mla_splits(partial, partial_lse, queries, cache, (num_queries, num_heads), config)
+    if indices is None:
+        launch_mla_splits(partial, partial_lse, queries, cache, (num_queries, num_heads), config)
+    else:
+        lists = indices.reshape(units, most)
+        launch_mla_sparse(partial, partial_lse, queries, cache, lists, (num_queries, num_heads), config)
     memory = aligned(out)
     flat = memory.view(-1, num_heads, LATENT_DIM)
     early = gpu.launches_early(q.device)

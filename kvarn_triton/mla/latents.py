@@ -76,7 +76,11 @@ def load_latents(record_ptr, token, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
     place = token[:, None] * (LATENTS // FIELDS) + offs_c[None, :]
     planes = ()
     for part in tl.static_range(PLANES // FIELDS):
-        packed = tl.load(codes_ptr + part * CHANNELS + place)
+        packed_ptr = codes_ptr + part * CHANNELS + place
+        if record_ptr.type.is_block():
+            # A thread has as many neighbouring bytes as words, 4, so that the words of a warp are neighbours, too.
+            packed_ptr = tl.max_contiguous(packed_ptr, [1, 4])
+        packed = tl.load(packed_ptr)
         for field in tl.static_range(FIELDS):
             words_ptr = params_ptr + (field * (PLANES // FIELDS) + part) * CHANNELS
             if record_ptr.type.is_block():

@@ -169,6 +169,18 @@ def gather_latents(
     return torch.cat(parts)
 
 
+def listed_tokens(last: torch.Tensor, seq_len: int, lists: torch.Tensor | None) -> list[tuple[slice, torch.Tensor]]:
+    """Return which rows of a sequence attend to which positions: all rows to all, or with lists [rows, topk] each to its own.
+
+    `last` is the position of each row's token. What a list has below 0 or beyond that is left out.
+    """
+    if lists is None:
+        return [(slice(None), torch.arange(seq_len, device=last.device))]
+    return [
+        (slice(i, i + 1), row[(row >= 0) & (row <= last[i])].long()) for i, row in enumerate(lists)
+    ]  # fmt: skip
+
+
 @torch.no_grad()
 def mla_decode_attention(
     q: torch.Tensor,
@@ -182,6 +194,7 @@ def mla_decode_attention(
     raw_table: torch.Tensor | None = None,
     num_quantized: torch.Tensor | None = None,
     sink_len: int = 0,
+    indices: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
     num_splits: int | None = None,
@@ -192,18 +205,18 @@ def mla_decode_attention(
     result = q.new_zeros(*q.shape[:-1], LATENT_DIM) if out is None else out
     lse = torch.full(q.shape[:-1], -math.inf, dtype=torch.float32, device=q.device)
     for b in range(q.shape[0]):
-        queries = q[b] if q.dim() == 4 else q[b][None]
+        queries, out_rows, lse_rows = (x[b] if q.dim() == 4 else x[b][None] for x in (q, result, lse))
         seq_len = int(seq_lens[b])
         tokens = gather_latents(
             pages, block_table, seq_len, layout, row=b, raw_pages=raw_pages, raw_table=raw_table,
             num_quantized=None if num_quantized is None else int(num_quantized[b]), sink_len=sink_len, dtype=dtype,
-        )[None]  # fmt: skip
-        positions = torch.arange(seq_len, device=q.device)
+        )  # fmt: skip
         last = torch.arange(seq_len - len(queries), seq_len, device=q.device)
         latents, rope = queries.to(dtype).split([LATENT_DIM, ROPE_DIM], dim=-1)
-        rotated, row_lse = attend(
-            torch.cat((hadamard(latents), rope), dim=-1), tokens, tokens[..., :LATENT_DIM], last, positions, sm_scale
-        )
-        result[b] = hadamard(rotated).to(result.dtype).view_as(result[b])
-        lse[b] = row_lse.float().view_as(lse[b])
+        rotated = torch.cat((hadamard(latents), rope), dim=-1)
+        lists = None if indices is None else indices[b].reshape(len(queries), indices.shape[-1])
+        for rows, listed in listed_tokens(last, seq_len, lists):
+            keys = tokens[listed][None]
+            part, part_lse = attend(rotated[rows], keys, keys[..., :LATENT_DIM], last[rows], listed, sm_scale)
+            out_rows[rows], lse_rows[rows] = hadamard(part).to(result.dtype), part_lse.float()
     return (result, lse) if return_lse else result

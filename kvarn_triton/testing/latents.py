@@ -85,14 +85,15 @@ def latent_attention_in(dtype: torch.dtype, call: dict[str, Any]) -> torch.Tenso
         tokens = reference.mla.gather_latents(
             seq_len=length, row=b, num_quantized=None if counts is None else int(counts[b]), **cache
         )
-        queries = (q[b] if q.dim() == 4 else q[b][None]).float()
+        queries, rows_of_out = (x[b].float() if q.dim() == 4 else x[b][None].float() for x in (q, out))
         latents, rope = queries.split([LATENT_DIM, ROPE_DIM], dim=-1)
         rotated = torch.cat((reference.hadamard(latents), rope), dim=-1)
         rotated, tokens = (x.to(dtype).float() for x in (rotated, tokens))
-        positions = torch.arange(length, device=q.device)
         last = torch.arange(length - len(queries), length, device=q.device)
-        units = torch.eye(length, device=q.device)[None]
-        weights, _ = attend(rotated, tokens[None], units, last, positions, call["sm_scale"])
-        weighted = torch.einsum("nht,td->nhd", weights.to(dtype).float(), tokens[:, :LATENT_DIM])
-        out[b] = reference.hadamard(weighted).view_as(out[b])
+        lists = call["indices"][b].reshape(len(queries), -1) if "indices" in call else None
+        for rows, listed in reference.mla.listed_tokens(last, length, lists):
+            seen, units = tokens[listed], torch.eye(len(listed), device=q.device)[None]
+            weights, _ = attend(rotated[rows], seen[None], units, last[rows], listed, call["sm_scale"])
+            weighted = torch.einsum("nht,td->nhd", weights.to(dtype).float(), seen[:, :LATENT_DIM])
+            rows_of_out[rows] = reference.hadamard(weighted)
     return out.to(dtype)
