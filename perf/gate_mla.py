@@ -63,9 +63,12 @@ def _tails(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     yield equal("mla_commit_pages", {name: (found[name], expected[name]) for name in ("pages", "num_quantized")})
 
 
-def _decode(kvarn: Recorder, subject: Subject, heads: int, **options: int) -> Iterator[Row]:
-    """Compare decode attention and its log-sum-exp with float64."""
+def _decode(kvarn: Recorder, subject: Subject, heads: int, topk: int = 0, **options: int) -> Iterator[Row]:
+    """Compare decode attention and its log-sum-exp with float64; `topk`: entries of a list for each query token, if any."""
     call = latent_case(LAYOUT, [150, 0, 64], num_heads=heads, seed=subject.seed, **options)
+    if topk:  # a third of them is none or out of sight
+        generator = torch.Generator().manual_seed(subject.seed)
+        call["indices"] = torch.randint(-25, 175, (*call["q"].shape[:-2], topk), dtype=torch.int32, generator=generator)
     call["q"] = call["q"].to(subject.dtype)
     how = {"out": torch.empty(*call["q"].shape[:-1], 512, dtype=subject.dtype), "num_splits": 2, "config": SOME_CONFIG}
     found = [kvarn.mla_decode_attention(**moved(call | how, subject.device), return_lse=True)]
@@ -88,3 +91,13 @@ def _decode_served(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
 @check("latents: decode, drafts over pages", "mla_decode_attention", 2.0)
 def _decode_drafts(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     yield from _decode(kvarn, subject, 8, num_queries=3)
+
+
+@check("latents: decode, lists of tokens", "mla_decode_attention", 2.0)
+def _decode_lists(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
+    yield from _decode(kvarn, subject, 16, topk=100, sink_len=64, num_tail_slots=1)
+
+
+@check("latents: decode, lists of drafts", "mla_decode_attention", 2.0)
+def _decode_lists_of_drafts(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
+    yield from _decode(kvarn, subject, 8, topk=40, num_queries=2)

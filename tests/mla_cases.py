@@ -23,11 +23,13 @@ def arguments(layout: MLALayout) -> dict:
     }
 
 
-def decode(layout: MLALayout, heads: int, *, raw: bool = True, dtype: torch.dtype = torch.float16) -> None:
-    """Call mla_decode_attention."""
+def decode(layout: MLALayout, heads: int, *, raw: bool = True, dtype: torch.dtype = torch.float16, topk: int = 0) -> None:
+    """Call mla_decode_attention; `topk`: with lists of so many tokens."""
     call = arguments(layout)
     if not raw:
         call |= dict.fromkeys(("raw_pages", "raw_table", "num_quantized"))
+    if topk:
+        call["indices"] = torch.zeros(2, topk, dtype=torch.int32)
     lens = torch.zeros(2, dtype=torch.int32)
     kvarn.mla_decode_attention(torch.zeros(2, heads, 576, dtype=dtype), seq_lens=lens, sm_scale=0.1, return_lse=True, **call)
 
@@ -54,12 +56,15 @@ def mla_cases(target: str) -> dict[str, Callable[[], None]]:
         "mla 16 heads": lambda: decode(MLALayout(4, 128), 16, raw=False),
         "mla 16 heads, 8 bits": lambda: decode(MLALayout(8, 64), 16),
         "mla 32 heads": lambda: decode(MLALayout(4, 64), 32),
+        "mla lists": lambda: decode(MLALayout(4, 64), 16, topk=2048, raw=False),
+        "mla lists, 32 heads, 8 bits": lambda: decode(MLALayout(8, 128), 32, topk=2048),
         "mla small": lambda: small(MLALayout(4, 64), torch.bfloat16),
     }
     if target == "sm90":
         cases |= {
             "mla 128 heads": lambda: decode(MLALayout(4, 128), 128),
             "mla 128 heads, 8 bits, bfloat16": lambda: decode(MLALayout(8, 128), 128, dtype=torch.bfloat16),
+            "mla lists, 128 heads": lambda: decode(MLALayout(4, 128), 128, topk=2048),
             "mla small, 8 bits": lambda: small(MLALayout(8, 128), torch.float32),
         }
     return cases

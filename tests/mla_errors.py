@@ -38,7 +38,11 @@ def valid_mla_arguments(device: torch.device) -> dict[str, dict]:
         },
         "mla_commit_pages": {**tables, "committed_lens": call["seq_lens"], "layout": LAYOUT, "sink_len": 64},
         "mla_dequantize_pages": {"pages": call["pages"], "page_ids": ids, "layout": LAYOUT, "out": out},
-        "mla_decode_attention": {**call, "out": torch.zeros(2, 3, 512, device=device).half()},
+        "mla_decode_attention": {
+            **call,
+            "out": torch.zeros(2, 3, 512, device=device).half(),
+            "indices": torch.tensor([[3, -1, 140], [0, 69, 70]], dtype=torch.int32, device=device),
+        },
     }
 
 
@@ -116,6 +120,13 @@ WRONG_MLA: dict[str, list[tuple[str, Callable, str]]] = {
         ("num_quantized", set_to(None), "expected a tensor, got NoneType"),
         ("out", to(torch.float32), "expected dtype float16, got float32"),
         ("out", lambda x: x[:1], r"expected shape \[2, 3, 512\], got \[1, 3, 512\]"),
+        ("indices", to(torch.int64), "expected dtype int32, got int64"),
+        ("indices", lambda x: x[0], r"expected shape \[2, \*\], got \[3\]"),
+        ("indices", lambda x: x[:1], r"expected shape \[2, \*\], got \[1, 3\]"),
+        ("indices", lambda x: x[:, None], r"expected shape \[2, \*\], got \[2, 1, 3\]"),
+        ("indices", *GAPPED),
+        ("pages", lambda x: x[:1].expand(2**25, -1), r"expected less than 2\*\*31 tokens beside indices, got \[33554432, "),
+        ("raw_pages", lambda x: x[:1].expand(2**25, -1, -1), r"expected less than 2\*\*31 tokens beside indices, got "),
         ("num_splits", set_to(0), "num_splits: expected an integer of at least 1, got 0"),
         ("config", set_to({}), "config: expected an MLAConfig, got 'dict'"),
         *[

@@ -47,6 +47,8 @@ that a copy of the bytes takes."""
 INSTRUCTIONS_PER_64_LATENTS = 5300
 """Most warp instructions of the loop over pages of latent attention for 64 tokens: 4 bits, 16 heads, all warps of a program
 together. An H200 has about 6,300 issue slots in the time that it needs to read them."""
+INSTRUCTIONS_PER_32_LISTED = 5000
+"""The same for 32 tokens of a list, each with the scales of its own page."""
 MLA_BUDGET_TARGETS = ("sm90", "sm100")
 READ_TRIPS = (8, 16)
 """How often the loops over values and over keys run there; that of values is the larger one."""
@@ -73,7 +75,10 @@ KERNELS = {
     "prefill": ("merge_queries", "prefill_attention"),
     "scratch": ("expand_pages", "prefill_attention"),
     "encode": ("advance_quantized", "append_new", "commit_pages", "store_pages", "write_tokens"),
-    "mla": ("mla_append_tokens", "mla_decode", "mla_dequantize_pages", "mla_merge", "mla_rotate_queries"),
+    "mla": (
+        *("mla_append_tokens", "mla_decode", "mla_dequantize_pages", "mla_find_tokens", "mla_merge", "mla_rotate_queries"),
+        "mla_sparse",
+    ),
     "mla encode": ("mla_advance", "mla_commit_pages", "mla_store_pages"),
     "encode other": ("advance_quantized", "append_tokens", "commit_pages", "store_pages", "write_tokens"),
     "encode largest": ("advance_quantized", "commit_pages", "store_pages", "write_tokens"),
@@ -123,6 +128,9 @@ def test_compiles(target, parts, tmp_path):
         few = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_mla_decode_kernel", "mla 16 heads"))
         assert 0 < few["page_loop"] * few["num_warps"] <= INSTRUCTIONS_PER_64_LATENTS, few
         assert few["loop_spills"] <= 4, few
+        lists = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_mla_sparse_kernel", "mla lists"))
+        assert 0 < lists["page_loop"] * lists["num_warps"] <= INSTRUCTIONS_PER_32_LISTED, lists
+        assert lists["loop_spills"] == 0, lists
 
 
 def check_budgets(part: str, kernels: list[dict]) -> None:

@@ -404,7 +404,7 @@ def test_zero_and_bad_tokens(device):
 
 
 def lists_of(call: dict, topk: int, seed: int = 0) -> torch.Tensor:
-    """Return a list for each query token: tokens that it sees in any order, then in some places none, and ones it doesn't see."""
+    """Return a list for each query token: tokens that it sees in any order, in some places none, and ones out of sight."""
     generator = torch.Generator().manual_seed(seed)
     q, lens = call["q"], call["seq_lens"].tolist()
     lists = torch.full((*q.shape[:-2], topk), -1, dtype=torch.int32)
@@ -639,13 +639,19 @@ def test_operators(device):
     call = moved(latent_case(layout, [127, 100], num_heads=2, sink_len=64, num_tail_slots=1), device)
     call["seq_lens"] = call["seq_lens"] + 1
     latents, rope = (x.to(device) for x in tokens_of(2, torch.float16))
+    prompt, prompt_rope = (x.to(device) for x in tokens_of(67, torch.float16, seed=5))
     slots = kvarn.raw_slots(call["seq_lens"][:, None] - 1, call["raw_table"], sink_len=64, page_size=64).flatten()
+    ids, starts = (torch.tensor([i], dtype=torch.int32, device=device) for i in (int(call["block_table"][1, 0]), 3))
+    lists = lists_of(moved(call, torch.device("cpu")), 20).to(device)
 
-    def step(api, x: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(api, x: dict) -> tuple[torch.Tensor, ...]:
         api.mla_append_tokens(latents, rope, x["raw_pages"], slots)
+        api.mla_store_pages(prompt, prompt_rope, x["pages"], ids, layout, token_starts=starts)
         tables = (x[name] for name in ("raw_table", "block_table", "seq_lens", "num_quantized"))
         api.mla_commit_pages(x["raw_pages"], x["pages"], *tables, layout, sink_len=64)
-        return api.mla_decode_attention(**x, return_lse=True, num_splits=2, config=config)
+        read = api.mla_dequantize_pages(x["pages"], ids, layout, dtype=torch.bfloat16, rotated=True)
+        listed = api.mla_decode_attention(**x, indices=lists, return_lse=True)
+        return *api.mla_decode_attention(**x, return_lse=True, num_splits=2, config=config), *listed, *read
 
     plain, traced = ({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in call.items()} for _ in range(2))
     expected = step(kvarn, plain)
@@ -657,4 +663,4 @@ def test_operators(device):
     assert plain["num_quantized"].tolist() == [1, 0]
     tensors = [traced[name] for name in ("q", "pages", "block_table", "seq_lens")]
     raw = [traced[name] for name in ("raw_pages", "raw_table", "num_quantized")]
-    torch.library.opcheck(torch.ops.kvarn_triton.mla_decode_attention, (*tensors, 4, 64, 0.1, *raw, 64, 2, None))
+    torch.library.opcheck(torch.ops.kvarn_triton.mla_decode_attention, (*tensors, 4, 64, 0.1, *raw, 64, 2, None, lists))

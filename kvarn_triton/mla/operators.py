@@ -11,8 +11,8 @@ import functools
 
 import torch
 
-from ..mla_layout import LATENT_DIM, MLALayout
-from . import decode, tail
+from ..mla_layout import LATENT_DIM, ROPE_DIM, MLALayout
+from . import decode, dequantize, store, tail
 from .config import MLAConfig
 
 _LIBRARY = torch.library.Library("kvarn_triton", "FRAGMENT")
@@ -22,7 +22,15 @@ _layout = functools.lru_cache(MLALayout)
 _LIBRARY.define(
     "mla_decode_attention(Tensor q, Tensor pages, Tensor block_table, Tensor seq_lens, int bits, int page_size, "
     "float sm_scale, Tensor? raw_pages, Tensor? raw_table, Tensor? num_quantized, int sink_len, int? num_splits, "
-    "int[]? config) -> (Tensor out, Tensor lse)"
+    "int[]? config, Tensor? indices=None) -> (Tensor out, Tensor lse)"
+)
+_LIBRARY.define(
+    "mla_store_pages(Tensor latents, Tensor rope, Tensor(a!) pages, Tensor page_ids, int bits, int page_size, "
+    "Tensor? token_starts) -> ()"
+)
+_LIBRARY.define(
+    "mla_dequantize_pages(Tensor pages, Tensor page_ids, int bits, int page_size, ScalarType dtype, bool rotated) "
+    "-> (Tensor latents, Tensor rope)"
 )
 _LIBRARY.define("mla_append_tokens(Tensor latents, Tensor rope, Tensor(a!) raw_pages, Tensor slots) -> ()")
 _LIBRARY.define(
@@ -33,12 +41,23 @@ _LIBRARY.define(
 
 @torch.no_grad()
 def _decode(q, pages, block_table, seq_lens, bits, page_size, sm_scale, *cache):
-    names = ("raw_pages", "raw_table", "num_quantized", "sink_len", "num_splits")
-    options = dict(zip(names, cache, strict=False)) | {"config": MLAConfig(*cache[-1]) if cache[-1] else None}
+    names = ("raw_pages", "raw_table", "num_quantized", "sink_len", "num_splits", "config", "indices")
+    options = dict(zip(names, cache, strict=False))
+    options["config"] = MLAConfig(*options["config"]) if options["config"] else None
     layout = _layout(bits, page_size)
     return decode.mla_decode_attention(
         q, pages, block_table, seq_lens, layout, sm_scale=sm_scale, return_lse=True, **options
     )  # fmt: skip
+
+
+@torch.no_grad()
+def _store(latents, rope, pages, page_ids, bits, page_size, token_starts):
+    store.mla_store_pages(latents, rope, pages, page_ids, _layout(bits, page_size), token_starts=token_starts)
+
+
+@torch.no_grad()
+def _dequantize(pages, page_ids, bits, page_size, dtype, rotated):
+    return dequantize.mla_dequantize_pages(pages, page_ids, _layout(bits, page_size), dtype=dtype, rotated=rotated)
 
 
 @torch.no_grad()
@@ -59,8 +78,14 @@ def _fake_decode(q, *_):
     return q.new_empty(*q.shape[:-1], LATENT_DIM), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
+def _fake_dequantize(pages, page_ids, _bits, page_size, dtype, _rotated):
+    return tuple(pages.new_empty(page_ids.shape[0], page_size, d, dtype=dtype) for d in (LATENT_DIM, ROPE_DIM))
+
+
 for _name, _run, _fake in (
     ("mla_decode_attention", _decode, _fake_decode),
+    ("mla_store_pages", _store, lambda *_: None),
+    ("mla_dequantize_pages", _dequantize, _fake_dequantize),
     ("mla_append_tokens", _append, lambda *_: None),
     ("mla_commit_pages", _commit, lambda *_: None),
 ):
@@ -81,6 +106,7 @@ def mla_decode_attention(
     raw_table: torch.Tensor | None = None,
     num_quantized: torch.Tensor | None = None,
     sink_len: int = 0,
+    indices: torch.Tensor | None = None,
     return_lse: bool = False,
     num_splits: int | None = None,
     config: MLAConfig | None = None,
@@ -92,9 +118,34 @@ def mla_decode_attention(
         numbers += [] if config.maxnreg is None else [config.maxnreg]
     out, lse = _OPS.mla_decode_attention(
         q, pages, block_table, seq_lens, layout.bits, layout.page_size, sm_scale, raw_pages, raw_table, num_quantized, sink_len,
-        num_splits, numbers,
+        num_splits, numbers, indices,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def mla_store_pages(
+    latents: torch.Tensor,
+    rope: torch.Tensor,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    layout: MLALayout,
+    *,
+    token_starts: torch.Tensor | None = None,
+) -> None:
+    """Call `kvarn_triton.mla_store_pages`, which says what it does, as an operator."""
+    _OPS.mla_store_pages(latents, rope, pages, page_ids, layout.bits, layout.page_size, token_starts)
+
+
+def mla_dequantize_pages(
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    layout: MLALayout,
+    *,
+    dtype: torch.dtype = torch.float16,
+    rotated: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call `kvarn_triton.mla_dequantize_pages`, which says what it does, as an operator."""
+    return _OPS.mla_dequantize_pages(pages, page_ids, layout.bits, layout.page_size, dtype, rotated)
 
 
 def mla_append_tokens(latents: torch.Tensor, rope: torch.Tensor, raw_pages: torch.Tensor, slots: torch.Tensor) -> None:
