@@ -15,6 +15,7 @@ from .mla.decode import mla_decode_attention
 from .mla.dequantize import mla_dequantize_pages
 from .mla.store import mla_store_pages
 from .mla.tail import mla_append_tokens, mla_commit_pages
+from .mla.warmup import mla_warmup
 from .mla_layout import MLALayout
 from .pages.append import append_tokens, raw_slots
 from .pages.balance import variance_normalize
@@ -72,6 +73,7 @@ __all__ = [
     "mla_decode_attention",
     "mla_dequantize_pages",
     "mla_store_pages",
+    "mla_warmup",
     "no_compilation",
     "pack",
     "page_header",

@@ -48,8 +48,9 @@ def no_compilation() -> Iterator[None]:
 
     def refuse(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
         if self.__name__.startswith("_kvarn_"):
+            warm = "mla_warmup" if self.__name__.startswith("_kvarn_mla_") else "warmup"
             raise CompilationError(
-                f"{self.__name__} is not compiled for these arguments: call kvarn_triton.warmup with their layout"
+                f"{self.__name__} is not compiled for these arguments: call kvarn_triton.{warm} with their layout"
             )
         return compile_kernel(self, *args, **kwargs)
 

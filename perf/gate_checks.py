@@ -272,7 +272,7 @@ def _warm(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     others |= {"config": SOME_CONFIG, "steps": True, "sink_columns": True, "tree_mask": True, "span_ends": True}
     among = {"tree_mask": torch.zeros(3, dtype=torch.int64), "span_ends": torch.zeros(3, dtype=torch.int32)}
     among |= {name: subject.draw(3, 2, d) for name, d in (("k", layout.head_dim), ("v", layout.v_head_dim))}
-    with _launches(device) as launches:
+    with launches_on(device) as launches:
         kvarn.warmup(layout, 8, 2, device, dtype=dtype, **kinds, **others)
         before = set(launches)
         with kvarn.no_compilation():
@@ -291,7 +291,7 @@ def _warm(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def _launches(device: torch.device) -> Iterator[list[tuple[str, str]]]:
+def launches_on(device: torch.device) -> Iterator[list[tuple[str, str]]]:
     """Note kernels and their compile-time arguments instead of interpreting them; on a GPU they run, and none is noted."""
     found: list[tuple[str, str]] = []
 

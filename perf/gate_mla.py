@@ -8,7 +8,7 @@ import torch
 from cases import ERROR_RATIO
 from common import Row
 from gate_attention import LSE_ERROR
-from gate_checks import Recorder, Subject, check, equal, moved
+from gate_checks import Recorder, Subject, check, equal, launches_on, moved
 
 from kvarn_triton import PUBLISHED, MLAConfig, MLALayout, reference
 from kvarn_triton.testing import relative_error
@@ -101,3 +101,20 @@ def _decode_lists(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
 @check("latents: decode, lists of drafts", "mla_decode_attention", 2.0)
 def _decode_lists_of_drafts(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     yield from _decode(kvarn, subject, 8, topk=40, num_queries=2)
+
+
+@check("latents: warm-up, and nothing compiled after it", "mla_warmup", 2.0)
+def _warm(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
+    device, how = torch.device(subject.device), {"config": SOME_CONFIG}
+    call = moved(latent_case(LAYOUT, [70, 90], num_heads=8, sink_len=64, num_tail_slots=1), subject.device)
+    call["q"] = call["q"].to(subject.dtype)
+    others = {"dtype": subject.dtype, "encoder": PUBLISHED, "max_queries": 2, "indices": True, "dequantize": torch.float32}
+    with launches_on(device) as launches:
+        kvarn.mla_warmup(LAYOUT, 8, device, **how, **others)
+        before = set(launches)
+        with kvarn.no_compilation():
+            kvarn.mla_decode_attention(**call, **how)
+            kvarn.mla_decode_attention(**call, **how, indices=call["block_table"])
+            kvarn.mla_dequantize_pages(call["pages"], call["block_table"][0], LAYOUT, dtype=torch.float32)
+    new = ", ".join(sorted({name for name, _ in set(launches) - before}))
+    yield {"operation": "mla_warmup", "criterion": "nothing is compiled after it", "detail": new or "nothing", "ok": not new}

@@ -18,7 +18,7 @@ from kvarn_triton import reference
 PACKAGE = Path(kvarn.__file__).parent
 FUNCTIONS = [name for name in kvarn.__all__ if inspect.isfunction(getattr(kvarn, name))]
 WITHOUT_TWIN = {
-    "check_cache", "check_step", "decode_workspace_size", "load_table", "no_compilation", "page_header",
+    "check_cache", "check_step", "decode_workspace_size", "load_table", "mla_warmup", "no_compilation", "page_header",
     "prefill_workspace_size", "read_page_header", "save_table", "warmup",
 }  # fmt: skip
 """The reference needs no workspace and compiles nothing; a look at tables or a header is the same everywhere."""

@@ -55,7 +55,10 @@ def test_variants_without_compilation(device):
 def test_variants_of_addresses(device):
     """The same calls are right to make: in the interpreter, without a warm-up."""
     for seed in range(2):
-        for calls in (variant_cases.warmed_calls, variant_cases.step_calls, variant_cases.other_calls):
+        for calls in (
+            *(variant_cases.warmed_calls, variant_cases.step_calls),
+            *(variant_cases.latent_calls, variant_cases.other_calls),
+        ):
             for call in calls(variant_cases.Variants(seed, device, most=3)).values():
                 call()
 

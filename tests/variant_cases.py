@@ -12,6 +12,7 @@ import kvarn_triton as kvarn
 LAYOUT = kvarn.PageLayout(head_dim=64, page_size=64, k_bits=4, v_bits=2)
 HEADS, GROUP, NUM_PAGES, NUM_RAW = 2, 4, 9, 7
 DTYPE, SCRATCH = torch.float16, torch.bfloat16
+LATENTS = kvarn.MLALayout(4, 64)
 QUICK = kvarn.Encoder(iterations=0, clip=False, fits=0, norm="balance")
 """The encoder that takes the least time to compile."""
 WARMUP = {
@@ -172,6 +173,41 @@ def step_calls(variants: Variants) -> dict[str, Callable[[], object]]:
     }
 
 
+def latent_calls(variants: Variants) -> dict[str, Callable[[], object]]:
+    """Return calls over latents; `mla_warmup` compiles what they launch."""
+    v, batch, ids = variants, variants.pick(1, 2, 3, 16, 33), (torch.int32, torch.int64)
+    columns, sink_pages = v.pick(1, 2, 5, 16, 17), v.pick(0, 1, 2)
+    lengths = v.ints(batch, below=columns * 64 + 1)
+    pools = v.pool(NUM_PAGES, 1, LATENTS.page_bytes, dtype=torch.uint8)[:, 0], v.pool(NUM_RAW, 64, 576, dtype=torch.float16)
+    if v.pick(0, 1):  # of one page, any stride is right
+        pools = pools[0], pools[1][:1].as_strided((1, *pools[1].shape[1:]), (1, *pools[1].stride()[1:]))
+    tables = {"pages": pools[0], "block_table": v.ints(batch, columns, below=NUM_PAGES), "layout": LATENTS}
+    raw = {"raw_pages": pools[1], "raw_table": v.ints(batch, sink_pages + v.pick(1, 2, 15), below=len(pools[1]))}
+    raw |= {"num_quantized": v.ints(batch, below=2), "sink_len": 64 * sink_pages}
+    n, heads, topk = v.pick(1, 2, 3), HEADS * GROUP, v.pick(1, 2, 16, 33)
+    queries = (batch, n) if v.pick(0, 1) else (batch,)
+    how = {"sm_scale": v.pick(1, 2) / 16, "return_lse": bool(v.pick(0, 1))} | (raw if v.pick(0, 1) else {})
+    how |= {"num_splits": v.pick(1, 3, 9, 40)} if v.pick(0, 1) else {}
+    how |= {"out": torch.empty(*queries, heads, 512, dtype=DTYPE, device=v.device)} if v.pick(0, 1) else {}
+    count = v.pick(1, 2, 7, 16)
+    latents, rope = v.floats(count * 64, 512), v.floats(count * 64, 64)
+    page_ids = v.ints(count, below=NUM_PAGES, dtype=ids[v.pick(0, 1)])
+    starts = {"token_starts": v.ints(count, below=64, dtype=ids[v.pick(0, 1)])} if v.pick(0, 1) else {}
+    slots = v.ints(count, below=len(pools[1]) * 64, dtype=ids[v.pick(0, 1)])
+    results = v.floats(count, 64, 512, dtype=torch.float32), v.floats(count, 64, 64, dtype=torch.float32)
+    q, lists = v.floats(*queries, heads, 576), v.ints(*queries, topk, below=columns * 64)
+    return {
+        "decode": lambda: kvarn.mla_decode_attention(q, seq_lens=lengths, **tables, **how),
+        "lists": lambda: kvarn.mla_decode_attention(q, seq_lens=lengths, indices=lists, **tables, **how),
+        "commit": lambda: kvarn.mla_commit_pages(**tables, **raw, committed_lens=lengths, encoder=QUICK),
+        "append": lambda: kvarn.mla_append_tokens(latents[:count], rope[:count], pools[1], slots),
+        "store": lambda: kvarn.mla_store_pages(latents, rope, pools[0], page_ids, LATENTS, encoder=QUICK, **starts),
+        "dequantize": lambda: kvarn.mla_dequantize_pages(
+            pools[0], page_ids, LATENTS, rotated=bool(v.pick(0, 1)), out=results, dtype=torch.float32
+        ),
+    }
+
+
 def other_calls(variants: Variants) -> dict[str, Callable[[], object]]:
     """Return calls of what `warmup` leaves out: the first call of each compiles what all others use."""
     v, count = variants, variants.pick(1, 2, 3, 16, 33)
@@ -199,10 +235,13 @@ def run(seeds: int, device: torch.device, guard: Callable) -> None:
     """Warm up, call everything else once, then call all variants inside `guard`."""
     kvarn.warmup(LAYOUT, HEADS * GROUP, HEADS, device, **WARMUP)
     kvarn.warmup(LAYOUT, HEADS * GROUP, HEADS, device, **WARMUP | {"sink_columns": False})
+    kvarn.mla_warmup(
+        LATENTS, HEADS * GROUP, device, dtype=DTYPE, encoder=QUICK, max_queries=3, indices=True, dequantize=torch.float32
+    )  # fmt: skip
     for call in other_calls(Variants(0, device)).values():
         call()
     with guard():
         for seed in range(seeds):
-            for calls in (warmed_calls, step_calls, other_calls):
+            for calls in (warmed_calls, step_calls, latent_calls, other_calls):
                 for call in calls(Variants(seed, device)).values():
                     call()

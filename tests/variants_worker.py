@@ -44,7 +44,17 @@ def check_grids(kernels: list[Compiled]) -> None:
     kvarn.copy_raw_pages(raw_pages, flat, flat)
     kvarn.merge_states(heads, heads[..., 0].float(), heads, heads[..., 0].float())
     kvarn.hadamard(heads)
-    assert len({kernel.name for kernel in kernels}) >= 13
+    latents, tokens = kvarn.MLALayout(4, 64), torch.zeros(64, 576, dtype=torch.float16)
+    pages, raw_pages = torch.zeros(1, latents.page_bytes, dtype=torch.uint8), torch.zeros(1, 64, 576, dtype=torch.float16)
+    q = torch.zeros(1, 2, 576, dtype=torch.float16).expand(MANY, 2, 576)
+    for indices in (None, ids):
+        kvarn.mla_decode_attention(q, pages, ids, flat, latents, sm_scale=1.0, indices=indices)
+    kvarn.mla_commit_pages(raw_pages, pages, ids, ids, flat, flat, latents)
+    tokens = tokens[:1].expand(MANY, 576)
+    kvarn.mla_append_tokens(tokens[:, :512], tokens[:, 512:], raw_pages, flat)
+    kvarn.mla_store_pages(tokens[:, :512], tokens[:, 512:], pages, flat, latents, token_starts=flat)
+    kvarn.mla_dequantize_pages(pages, flat, latents)
+    assert len({kernel.name for kernel in kernels}) >= 23
     for kernel in kernels:
         assert kernel.grid[0] < 2**31 and all(size < 2**16 for size in kernel.grid[1:]), kernel
 
@@ -89,7 +99,7 @@ def main() -> None:
             call_many_heads()
         variant_cases.run(SEEDS, torch.device("cpu"), guard)
         check_grids(kernels)
-    assert len({name for name, _ in seen}) == 23, seen
+    assert len({name for name, _ in seen}) == 33, seen
     print("\n".join(new))
 
 

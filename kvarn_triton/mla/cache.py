@@ -73,4 +73,5 @@ def checked(cache: LatentCache, lens: str) -> LatentCache:
         check_tensor("num_quantized", cache.num_quantized, [batch], torch.int32, device=device)
         assert cache.raw_table is not None
         check_raw_table(cache.raw_table, cache.sink_len, page_size)
+        cache = dataclasses.replace(cache, raw_pages=aligned(cache.raw_pages))  # a view: strides as kernels know them
     return dataclasses.replace(cache, pages=aligned(cache.pages))

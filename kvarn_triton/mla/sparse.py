@@ -78,6 +78,8 @@ def _kvarn_mla_find_tokens_kernel(
         before = tl.cumsum(each, axis=0) - each
         offset = position % G
         page = tl.maximum(tl.load(ids_ptr + body, in_page, other=0), 0)
+        if EARLY:
+            gdc_wait()  # whoever waits for this kernel waits for the one before it, too
         tl.store(slots_row_ptr + quantized + (before & 0xFFFF), page * G + offset, in_page)
         if raw_table_ptr is not None:
             column = tl.where(body < 0, index, num_sink_pages + body % num_tail_slots)
@@ -87,10 +89,10 @@ def _kvarn_mla_find_tokens_kernel(
         total = tl.sum(each, axis=0)
         quantized += total & 0xFFFF
         raw += total >> 16
+    if EARLY:
+        gdc_wait()
     tl.store(counts_ptr + query * 2, quantized)
     tl.store(counts_ptr + query * 2 + 1, raw)
-    if EARLY:
-        gdc_wait()  # whoever waits for this kernel waits for the one before it, too
 
 
 @triton.jit

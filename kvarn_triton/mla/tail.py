@@ -68,7 +68,7 @@ def mla_append_tokens(latents: torch.Tensor, rope: torch.Tensor, raw_pages: torc
         return
     if latents.shape[0] == 0:
         return
-    latents, rope = aligned(latents), aligned(rope)
+    raw_pages, latents, rope = aligned(raw_pages), aligned(latents), aligned(rope)  # of the pool a view
     on(raw_pages, _kvarn_mla_append_tokens_kernel)[(latents.shape[0],)](
         (raw_pages, *raw_pages.stride()[:2]),
         (latents, latents.stride(0)),
@@ -192,11 +192,12 @@ def mla_commit_pages(
         return
     if cache.batch == 0:
         return
+    assert cache.raw_pages is not None
     shared: dict[str, Any] = {"sink_len": sink_len, "max_pages": block_table.shape[1], "stride_table": block_table.stride(0)}
     shared |= {"table_ptr": block_table, "lens_ptr": committed_lens, "num_quantized_ptr": num_quantized}
     on(pages, _kvarn_mla_commit_pages_kernel)[(cache.batch,)](
         (cache.pages, cache.pages.stride(0)),
-        (raw_pages, *raw_pages.stride()[:2]),
+        (cache.raw_pages, *cache.raw_pages.stride()[:2]),
         raw_table_ptr=raw_table,
         num_tail_slots=raw_table.shape[1] - cache.num_sink_pages,
         stride_raw_table=raw_table.stride(0),
