@@ -1,7 +1,8 @@
 """The 16-bit twin of latent attention: the same kernel over plain float16 latents, to compare with.
 
-It reads [num_pages, page_size, 576] through a block table, 1,152 bytes a token. A block of tokens is an operand of both
-products, as in the quantized kernel, which differs from it in how a block comes to be. A second kernel merges the splits.
+It reads [num_pages, page_size, 576] through a block table, or tokens by their slots, 1,152 bytes a token. A block of tokens is
+an operand of both products, as in the quantized kernel, which differs from it in how a block comes to be. A second kernel
+merges the splits.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _twin_mla_kernel(
     lse_ptr,  # float32 [num_splits, batch * heads], base 2
     q_ptr,  # float16 [batch, heads, 576]
     pages_ptr,  # float16 [num_pages, page_size, 576]
-    block_table_ptr,  # int32 [batch, max_pages]
+    block_table_ptr,  # int32 [batch, max_pages], or with LISTED slots of tokens [batch, topk]
     seq_lens_ptr,  # int32 [batch]
     qk_scale,  # sm_scale * log2(e)
     num_heads,
@@ -44,6 +45,7 @@ def _twin_mla_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    LISTED: tl.constexpr,
 ):
     tiles = tl.cdiv(num_heads, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -66,8 +68,11 @@ def _twin_mla_kernel(
     table_ptr = block_table_ptr + row.to(tl.int64) * stride_table
     for block in tl.range(first, last, num_stages=NUM_STAGES):
         start = block * BLOCK_T
-        page = tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64)
-        tokens = (page * PAGE_SIZE + start % PAGE_SIZE + offs_t) * (LATENT + ROPE)
+        if LISTED:
+            tokens = tl.load(table_ptr + tl.minimum(start + offs_t, seq_len - 1)).to(tl.int64) * (LATENT + ROPE)
+        else:
+            page = tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64)
+            tokens = (page * PAGE_SIZE + start % PAGE_SIZE + offs_t) * (LATENT + ROPE)
         low, high, rope = _load_row_parts(pages_ptr, tokens, offs_t >= 0)
         # As in the quantized kernel, no product continues another one's sum, so that warps share them out.
         scores = tl.dot(q_rope, tl.trans(rope)) * qk_scale
@@ -138,19 +143,22 @@ CONFIGS = {
 
 def twin_mla(
     q: torch.Tensor, pages: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, sm_scale: float,
-    num_programs: int, config: TwinConfig,
+    num_programs: int, config: TwinConfig, listed: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """Return attention [batch, heads, 512] of absorbed queries; about `num_programs` run at once for each that fits."""
+    """Return attention [batch, heads, 512] of absorbed queries; about `num_programs` run at once for each that fits.
+
+    `listed`: the table has slots of tokens, as many as `seq_lens` says.
+    """
     (batch, heads, _), page_size = q.shape, pages.shape[1]
     tiles = -(-heads // config.block_m)
-    most = max(block_table.shape[1] * page_size // (4 * config.block_t), 1)
+    most = max(block_table.shape[1] * (1 if listed else page_size) // (4 * config.block_t), 1)
     splits = min(max(num_programs * config.programs_per_sm // (batch * tiles), 1), most)
     partial = torch.empty(splits, batch * heads, 512, dtype=torch.float32, device=q.device)
     lse = torch.empty(splits, batch * heads, dtype=torch.float32, device=q.device)
     _twin_mla_kernel[(tiles * splits * batch,)](
         partial, lse, q, pages, block_table, seq_lens, sm_scale * math.log2(math.e), heads, splits, batch,
         block_table.stride(0), PAGE_SIZE=page_size, BLOCK_M=config.block_m, BLOCK_T=config.block_t,
-        NUM_STAGES=config.num_stages, num_warps=config.num_warps,
+        NUM_STAGES=config.num_stages, LISTED=listed, num_warps=config.num_warps,
     )  # fmt: skip
     out = torch.empty(batch, heads, 512, dtype=q.dtype, device=q.device)
     _twin_mla_merge_kernel[(batch * heads,)](out, partial, lse, splits, BLOCK_S=8, num_warps=4)

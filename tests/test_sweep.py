@@ -60,6 +60,7 @@ def test_registry():
         "predicts",
         "model",
         "mla",
+        "mla_lists",
     }
     for name, entry in common.SWEEPS.items():
         assert sweep.parser().parse_args([name]).command == name
@@ -261,5 +262,12 @@ def test_the_twin_of_latent_attention(config, device):
     out = mla_twin.twin_mla(q, pages, table, lens, 0.05, 4, config)
     for row, length in enumerate(lens.tolist()):
         tokens = pages[table[row].long()].flatten(0, 1)[:length].double()
+        weights = torch.softmax(0.05 * q[row].double() @ tokens.T, dim=-1)
+        assert relative_error(out[row], weights @ tokens[:, :512]) < 2**-9
+    slots = torch.tensor([[5, 200, 64, 7, 380], [1, 2, 0, 0, 0]], dtype=torch.int32, device=device)
+    lens = torch.tensor([5, 2], dtype=torch.int32, device=device)
+    out = mla_twin.twin_mla(q, pages, slots, lens, 0.05, 4, config, listed=True)
+    for row, length in enumerate(lens.tolist()):
+        tokens = pages.flatten(0, 1)[slots[row, :length].long()].double()
         weights = torch.softmax(0.05 * q[row].double() @ tokens.T, dim=-1)
         assert relative_error(out[row], weights @ tokens[:, :512]) < 2**-9
