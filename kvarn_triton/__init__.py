@@ -13,6 +13,7 @@ from .layout import FORMAT_VERSION, PRESETS, PageLayout
 from .mla.config import MLAConfig
 from .mla.decode import mla_decode_attention
 from .mla.dequantize import mla_dequantize_pages
+from .mla.step import mla_attend, mla_write_tokens
 from .mla.store import mla_store_pages
 from .mla.tail import mla_append_tokens, mla_commit_pages
 from .mla.warmup import mla_warmup
@@ -69,11 +70,13 @@ __all__ = [
     "load_table",
     "merge_states",
     "mla_append_tokens",
+    "mla_attend",
     "mla_commit_pages",
     "mla_decode_attention",
     "mla_dequantize_pages",
     "mla_store_pages",
     "mla_warmup",
+    "mla_write_tokens",
     "no_compilation",
     "pack",
     "page_header",

@@ -495,6 +495,12 @@ def test_views_of_lists(device):
     call, memory = moved(call, device), memory.to(device)
     expected = kvarn.mla_decode_attention(**call, indices=lists.to(device))
     assert_same_bits(kvarn.mla_decode_attention(**call, indices=memory[:, 1:, 3:43]), expected)
+    pages = torch.full((len(call["pages"]), layout_bytes(call) + 128), 255, dtype=torch.uint8, device=device)
+    pages[:, : layout_bytes(call)] = call["pages"]
+    raw_pages = torch.full((len(call["raw_pages"]), 65, 608), torch.nan, dtype=torch.float16, device=device)
+    raw_pages[:, 1:, 16:592] = call["raw_pages"]
+    views = {"pages": pages[:, : layout_bytes(call)], "raw_pages": raw_pages[:, 1:, 16:592]}
+    assert_same_bits(kvarn.mla_decode_attention(**call | views, indices=lists.to(device)), expected)
     out, lse = kvarn.mla_decode_attention(**call, indices=memory[:, 1:, :0], return_lse=True)
     assert (out == 0).all() and (lse == -torch.inf).all()
 
@@ -575,6 +581,57 @@ def test_a_server(device, without_kernels):
             tokens = torch.cat((latents[:length], rope[:length]), dim=1)
             weights = torch.softmax(0.05 * q[0].float() @ tokens.T, dim=-1)
             assert relative_error(out[0], weights @ tokens[:, :512]) < 0.02
+
+
+CHUNKS = (
+    ((150, 63, 0), (150, 63, 0)),
+    ((200, 67, 1), (50, 4, 1)),
+    ((201, 65, 2), (1, 1, 1)),  # three drafts are taken back
+    ((256, 130, 3), (55, 65, 1)),
+)
+"""Lengths of three sequences after a step, and how many tokens of each are new."""
+STEPS = {
+    "decodes": {},
+    "sink": {"sink_len": 64},
+    "drafts": {"max_drafts": 3},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps(name, device):
+    """Prompts in chunks, decodes, drafts that are taken back: pools and plans as the reference has them, attention to them."""
+    layout, options = LAYOUTS[0], STEPS[name]
+    latents, rope = tokens_of(400, torch.bfloat16)
+    columns = options.get("sink_len", 0) // 64 + 4
+    raw_table = torch.arange(3 * columns, dtype=torch.int32).flip(0).view(3, columns)
+    block_table = torch.randperm(12, generator=torch.Generator().manual_seed(0)).int().view(3, 4)
+    sides = []
+    for where, api in ((device, kvarn), (torch.device("cpu"), reference)):
+        pages = torch.full((12, layout.page_bytes), 255, dtype=torch.uint8, device=where)
+        raw_pages = torch.full((3 * columns, 64, 576), -7.0, dtype=torch.float16, device=where)
+        for lens, new in CHUNKS:
+            ends = torch.tensor([0, *new]).cumsum(0).int()
+            tables = torch.tensor(lens, dtype=torch.int32), ends, block_table, raw_table
+            step = api.plan_step(layout.keys, *(x.to(where) for x in tables), num_tokens=sum(new), **options)
+            spans = zip(range(3), lens, new, strict=True)
+            rows = torch.cat([torch.arange(length - n, length) + 20 * b for b, length, n in spans])
+            given = (x[rows].to(where) for x in (latents, rope))
+            api.mla_write_tokens(*given, pages, raw_pages, step, layout)
+        sides.append((pages, raw_pages, step))
+    found, expected = sides
+    for result, wanted in zip(found[:2], expected[:2], strict=True):
+        assert_same_bits(result.cpu(), wanted)
+    q = draw(3, 2, 5, 576, seed=1).half()
+    lists = torch.randint(-20, 256, (3, 2, 90), generator=torch.Generator().manual_seed(2)).int()
+    for indices in (None, lists):
+        given = None if indices is None else indices.to(device)
+        out = kvarn.mla_attend(q.to(device), *found, layout, sm_scale=0.05, indices=given)
+        exact = reference.mla_attend(q.double(), *expected, layout, sm_scale=0.05, indices=indices)
+        assert relative_error(out.cpu(), exact) < 2**-9
+    tokens = torch.cat((latents, rope), dim=1)[:256].double()
+    weights = torch.softmax(0.05 * q[0, 1].double() @ tokens.T, dim=-1)
+    dense = reference.mla_attend(q.double(), *expected, layout, sm_scale=0.05)
+    assert relative_error(dense[0, 1], weights @ tokens[:, :512]) < 0.2
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs CUDA graphs")

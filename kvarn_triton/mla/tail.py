@@ -66,6 +66,11 @@ def mla_append_tokens(latents: torch.Tensor, rope: torch.Tensor, raw_pages: torc
     if not gpu.on_device(raw_pages):
         reference.mla_append_tokens(latents, rope, raw_pages, slots)
         return
+    launch_append(latents, rope, raw_pages, slots)
+
+
+def launch_append(latents: torch.Tensor, rope: torch.Tensor, raw_pages: torch.Tensor, slots: torch.Tensor) -> None:
+    """Append tokens; nothing is checked."""
     if latents.shape[0] == 0:
         return
     raw_pages, latents, rope = aligned(raw_pages), aligned(latents), aligned(rope)  # of the pool a view

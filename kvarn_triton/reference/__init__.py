@@ -15,10 +15,12 @@ from .cache import append_tokens, commit_pages, cut_back, dequantize_pages, raw_
 from .codec import encode
 from .mla import (
     mla_append_tokens,
+    mla_attend,
     mla_commit_pages,
     mla_decode_attention,
     mla_dequantize_pages,
     mla_store_pages,
+    mla_write_tokens,
 )
 from .packing import pack, unpack
 from .step import attend, copy_raw_pages, cut_tokens, plan_step, read_tokens, write_tokens
@@ -47,10 +49,12 @@ __all__ = [
     "hadamard",
     "merge_states",
     "mla_append_tokens",
+    "mla_attend",
     "mla_commit_pages",
     "mla_decode_attention",
     "mla_dequantize_pages",
     "mla_store_pages",
+    "mla_write_tokens",
     "pack",
     "plan_step",
     "prefill_attention",

@@ -13,6 +13,7 @@ import torch
 
 from ..encoder import DEFAULT, Encoder
 from ..mla_layout import LATENT_DIM, ROPE_DIM, TOKEN_DIM, MLALayout
+from ..step import Step
 from .arithmetic import KERNEL_ORDER, Arithmetic, butterflies
 from .attention import attend
 from .codec import HALF_MAX, dequantize, encode, hadamard, working_dtype
@@ -220,3 +221,52 @@ def mla_decode_attention(
             part, part_lse = attend(rotated[rows], keys, keys[..., :LATENT_DIM], last[rows], listed, sm_scale)
             out_rows[rows], lse_rows[rows] = hadamard(part).to(result.dtype), part_lse.float()
     return (result, lse) if return_lse else result
+
+
+@torch.no_grad()
+def mla_write_tokens(
+    latents: torch.Tensor,
+    rope: torch.Tensor,
+    pages: torch.Tensor,
+    raw_pages: torch.Tensor,
+    step: Step,
+    layout: MLALayout,
+    *,
+    encoder: Encoder = DEFAULT,
+    arithmetic: Arithmetic = KERNEL_ORDER,
+) -> None:
+    """Write the tokens of a step; see `kvarn_triton.mla_write_tokens`. `arithmetic` is the order of sums."""
+    for page, raw_page, older, token, rounded in step.tasks.t().tolist():
+        if page < 0:
+            continue
+        new = slice(token + older, token + layout.page_size)
+        rotated = hadamard(latents[new].to(working_dtype(latents.dtype)), arithmetic=arithmetic)
+        rotated = _to_half(rotated).to(rotated.dtype) if rounded else rotated
+        old = raw_pages[max(raw_page, 0), :older]
+        tile = torch.cat((old[:, :LATENT_DIM].to(rotated.dtype), rotated))
+        halves = torch.cat((old[:, LATENT_DIM:], _to_half(rope[new])))
+        pages[page] = encode_latents(tile, halves, layout, encoder, arithmetic)
+    mla_append_tokens(latents, rope, raw_pages, step.slots)
+
+
+@torch.no_grad()
+def mla_attend(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    raw_pages: torch.Tensor,
+    step: Step,
+    layout: MLALayout,
+    *,
+    sm_scale: float,
+    indices: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    num_splits: int | None = None,
+    config: object = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attend with the queries of a step; see `kvarn_triton.mla_attend`."""
+    assert step.block_table is not None
+    return mla_decode_attention(
+        q, pages, step.block_table, step.seq_lens, layout, sm_scale=sm_scale, raw_pages=raw_pages, raw_table=step.raw_table,
+        num_quantized=step.num_quantized, sink_len=step.sink_len, indices=indices, out=out, return_lse=return_lse,
+    )  # fmt: skip
