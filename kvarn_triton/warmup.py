@@ -26,7 +26,7 @@ from .pages.dequantize import dequantize_pages
 from .pages.store import store_pages
 from .serving.attention import attend
 from .serving.move import copy_raw_pages, cut_tokens
-from .serving.plan import plan_step
+from .serving.plan import plan_every_way
 from .serving.read import read_tokens
 from .serving.write import write_tokens
 from .step import TASK_FIELDS, Step
@@ -316,13 +316,7 @@ def _warm_steps(
     ints: dict[str, Any] = {"dtype": torch.int32, "device": pages.device}
     lens, columns, ids = torch.zeros(1, **ints), torch.zeros(1, 3, **ints), torch.full((1,), -1, **ints)
     block_table, indices = _body_tables(columns, csr)
-    sizes: list[dict[str, Any]] = [{}, {"cu_seqlens_q": torch.zeros(2, **ints), "num_tokens": 1}]
-    for size, rows, prefix_lens, per in itertools.product(sizes, (None, lens), (None, lens), (1,) if csr else (1, 2)):
-        step = plan_step(
-            layout, lens, size.get("cu_seqlens_q"), block_table, columns, num_tokens=size.get("num_tokens"), rows=rows,
-            prefix_lens=prefix_lens, pages_per_block=per, sink_columns=sink_columns,
-            sink_len=layout.page_size if sink_columns else 0, **indices,
-        )  # fmt: skip
+    step = plan_every_way(layout, lens, block_table, columns, sink_columns=sink_columns, **indices)
     for at_once in (True, False):
         write_tokens(*new, pages, raw_pages, dataclasses.replace(step, at_once=at_once), encoder=encoder)
     cut_tokens(pages, raw_pages, step, lens)

@@ -103,17 +103,45 @@ def _decode_lists_of_drafts(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     yield from _decode(kvarn, subject, 8, topk=40, num_queries=2)
 
 
+@check("latents: a step", "mla_write_tokens", 4.0)
+def _steps(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
+    tokens, lens = subject.draw(133, 576), torch.tensor([150, 3], dtype=torch.int32)
+    q, lists = subject.draw(2, 4, 576), torch.tensor([[149, -1, 20, 130], [0, 1, 2, 3]], dtype=torch.int32)
+    ends, tables = torch.tensor([0, 130, 133], dtype=torch.int32), torch.arange(12, dtype=torch.int32).view(2, 6)
+    how: dict[str, object] = {"sm_scale": 0.05, "num_splits": 2, "config": SOME_CONFIG, "return_lse": True}
+    results = []
+    for where, api in ((subject.device, kvarn), ("cpu", reference)):
+        pages = torch.zeros(12, LAYOUT.page_bytes, dtype=torch.uint8, device=where)
+        raw_pages = torch.zeros(12, 64, 576, dtype=torch.float16, device=where)
+        given = (x.to(where) for x in (lens, ends, tables, tables))
+        step = api.plan_step(LAYOUT.keys, *given, num_tokens=133, sink_len=64)
+        latents, rope = tokens.to(where).split([512, 64], dim=1)
+        api.mla_write_tokens(latents, rope, pages, raw_pages, step, LAYOUT, encoder=PUBLISHED)
+        out = torch.empty(2, 4, 512, dtype=q.dtype, device=where)
+        api.mla_attend(q.to(where), pages, raw_pages, step, LAYOUT, indices=lists.to(where), out=out, **how)
+        results.append((pages, raw_pages, out.cpu()))
+    (pages, raw_pages, out), (expected, expected_raw, exact) = results
+    yield equal("mla_write_tokens", {"pages": (pages, expected), "raw_pages": (raw_pages, expected_raw)})
+    allowed = 8 * torch.finfo(subject.dtype).eps
+    row = {"operation": "mla_attend", "criterion": "error <= 8 roundings", "error": relative_error(out, exact)}
+    yield row | {"allowed": allowed, "detail": f"{row['error']:.1e} of {allowed:.1e}", "ok": row["error"] <= allowed}
+
+
 @check("latents: warm-up, and nothing compiled after it", "mla_warmup", 2.0)
 def _warm(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     device, how = torch.device(subject.device), {"config": SOME_CONFIG}
     call = moved(latent_case(LAYOUT, [70, 90], num_heads=8, sink_len=64, num_tail_slots=1), subject.device)
     call["q"] = call["q"].to(subject.dtype)
     others = {"dtype": subject.dtype, "encoder": PUBLISHED, "max_queries": 2, "indices": True, "dequantize": torch.float32}
+    others["steps"] = True
     with launches_on(device) as launches:
         kvarn.mla_warmup(LAYOUT, 8, device, **how, **others)
         before = set(launches)
         with kvarn.no_compilation():
             kvarn.mla_decode_attention(**call, **how)
+            step = kvarn.plan_step(LAYOUT.keys, call["seq_lens"], None, call["block_table"], call["raw_table"], sink_len=64)
+            new = (torch.zeros(2, d, dtype=subject.dtype, device=device) for d in (512, 64))
+            kvarn.mla_write_tokens(*new, call["pages"], call["raw_pages"], step, LAYOUT, encoder=PUBLISHED)
             kvarn.mla_decode_attention(**call, **how, indices=call["block_table"])
             kvarn.mla_dequantize_pages(call["pages"], call["block_table"][0], LAYOUT, dtype=torch.float32)
     new = ", ".join(sorted({name for name, _ in set(launches) - before}))

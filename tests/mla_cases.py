@@ -43,10 +43,12 @@ def small(layout: MLALayout, dtype: torch.dtype) -> None:
 
 
 def encode(layout: MLALayout, dtype: torch.dtype, encoder: Encoder) -> None:
-    """Call mla_store_pages and mla_commit_pages."""
+    """Call mla_store_pages, mla_write_tokens and mla_commit_pages."""
     call = arguments(layout)
     latents, rope = torch.zeros(layout.page_size, 576, dtype=dtype).split([512, 64], dim=1)
     kvarn.mla_store_pages(latents, rope, call["pages"], torch.zeros(1, dtype=torch.int32), layout, encoder=encoder)
+    step = kvarn.plan_step(layout.keys, torch.zeros(2).int(), None, call["block_table"], call["raw_table"])
+    kvarn.mla_write_tokens(latents[:2], rope[:2], call["pages"], call["raw_pages"], step, layout, encoder=encoder)
     kvarn.mla_commit_pages(**call, committed_lens=torch.zeros(2, dtype=torch.int32), encoder=encoder)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
-from error_cases import GAPPED, NOT_A_TENSOR, gapped, set_to, to, unaligned
+from error_cases import GAPPED, NOT_A_TENSOR, STEP, gapped, set_to, to, unaligned
 
-from kvarn_triton import MLALayout
+from kvarn_triton import MLALayout, PageLayout, plan_step
 from kvarn_triton.testing.latents import latent_case
 
 LAYOUT = MLALayout(4, 64)
@@ -21,6 +22,8 @@ def valid_mla_arguments(device: torch.device) -> dict[str, dict]:
     ids = torch.tensor([1, 0], dtype=torch.int32, device=device)
     out = torch.zeros(2, 64, 512, device=device), torch.zeros(2, 64, 64, device=device)
     tables = {name: call[name] for name in ("raw_pages", "pages", "raw_table", "block_table", "num_quantized")}
+    plan = plan_step(LAYOUT.keys, call["seq_lens"], None, call["block_table"], call["raw_table"], sink_len=64)
+    step = {"pages": call["pages"], "raw_pages": call["raw_pages"], "step": plan, "layout": LAYOUT}
     return {
         "mla_store_pages": {
             "latents": latents,
@@ -43,6 +46,8 @@ def valid_mla_arguments(device: torch.device) -> dict[str, dict]:
             "out": torch.zeros(2, 3, 512, device=device).half(),
             "indices": torch.tensor([[3, -1, 140], [0, 69, 70]], dtype=torch.int32, device=device),
         },
+        "mla_write_tokens": {"latents": latents[:2], "rope": rope[:2], **step},
+        "mla_attend": {"q": call["q"], **step, "sm_scale": 0.1},
     }
 
 
@@ -77,6 +82,15 @@ TABLES = [
     ("block_table", lambda x: x[0], r"expected shape \[\*, \*\], got \[\d+\]"),
     ("num_quantized", to(torch.int64), "expected dtype int32, got int64"),
     ("num_quantized", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
+]
+PLANS = [
+    *STEP,
+    ("step", lambda x: dataclasses.replace(x, block_table=None), "step: expected a plan with a block_table, got "),
+    ("step", lambda x: dataclasses.replace(x, sink_lens=x.seq_lens), "step: expected a plan without sink_columns, got "),
+    ("step", lambda x: dataclasses.replace(x, sink_len=16), "step: expected a plan whose sink_len is a multiple of 64, got 16"),
+    ("step", lambda x: dataclasses.replace(x, layout=PageLayout(512, 128, 4, 4)), "step: expected pages of 64 tokens, got 128"),
+    ("raw_pages", set_to(None), "raw_pages: expected a tensor, got 'NoneType'"),
+    ("raw_pages", to(torch.bfloat16), "expected dtype float16, got bfloat16"),
 ]
 WRONG_MLA: dict[str, list[tuple[str, Callable, str]]] = {
     "mla_store_pages": [
@@ -133,5 +147,18 @@ WRONG_MLA: dict[str, list[tuple[str, Callable, str]]] = {
             ("sm_scale", set_to(value), r"sm_scale: expected a finite number \(up to 1e30\), got ")
             for value in (None, True, "1", float("nan"), float("inf"), torch.tensor(1.0))
         ],
+    ],
+    "mla_write_tokens": [
+        *PAGES,
+        *TOKENS,
+        *PLANS,
+        ("latents", lambda x: x[:1], "latents: expected 2 tokens, got 1"),
+    ],
+    "mla_attend": [
+        *PAGES,
+        *PLANS,
+        ("q", to(torch.float32), "expected dtype float16 or bfloat16, got float32"),
+        ("indices", set_to(torch.zeros(2, 3).long()), "expected dtype int32, got int64"),
+        ("num_splits", set_to(0), "num_splits: expected an integer of at least 1, got 0"),
     ],
 }

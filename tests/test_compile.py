@@ -79,7 +79,7 @@ KERNELS = {
         *("mla_append_tokens", "mla_decode", "mla_dequantize_pages", "mla_find_tokens", "mla_merge", "mla_rotate_queries"),
         "mla_sparse",
     ),
-    "mla encode": ("mla_advance", "mla_commit_pages", "mla_store_pages"),
+    "mla encode": ("mla_advance", "mla_commit_pages", "mla_store_pages", "mla_write_pages", "plan_step"),
     "encode other": ("advance_quantized", "append_tokens", "commit_pages", "store_pages", "write_tokens"),
     "encode largest": ("advance_quantized", "commit_pages", "store_pages", "write_tokens"),
 }

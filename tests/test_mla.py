@@ -699,6 +699,7 @@ def test_operators(device):
     prompt, prompt_rope = (x.to(device) for x in tokens_of(67, torch.float16, seed=5))
     slots = kvarn.raw_slots(call["seq_lens"][:, None] - 1, call["raw_table"], sink_len=64, page_size=64).flatten()
     ids, starts = (torch.tensor([i], dtype=torch.int32, device=device) for i in (int(call["block_table"][1, 0]), 3))
+    plan = kvarn.plan_step(layout.keys, call["seq_lens"], None, call["block_table"], call["raw_table"], sink_len=64)
     lists = lists_of(moved(call, torch.device("cpu")), 20).to(device)
 
     def step(api, x: dict) -> tuple[torch.Tensor, ...]:
@@ -706,9 +707,12 @@ def test_operators(device):
         api.mla_store_pages(prompt, prompt_rope, x["pages"], ids, layout, token_starts=starts)
         tables = (x[name] for name in ("raw_table", "block_table", "seq_lens", "num_quantized"))
         api.mla_commit_pages(x["raw_pages"], x["pages"], *tables, layout, sink_len=64)
+        api.mla_write_tokens(latents, rope, x["pages"], x["raw_pages"], plan, layout)
+        pools = x["q"], x["pages"], x["raw_pages"]
+        attended = api.mla_attend(*pools, plan, layout, sm_scale=0.1, indices=lists, return_lse=True, num_splits=1)
         read = api.mla_dequantize_pages(x["pages"], ids, layout, dtype=torch.bfloat16, rotated=True)
         listed = api.mla_decode_attention(**x, indices=lists, return_lse=True)
-        return *api.mla_decode_attention(**x, return_lse=True, num_splits=2, config=config), *listed, *read
+        return *api.mla_decode_attention(**x, return_lse=True, num_splits=2, config=config), *listed, *read, *attended
 
     plain, traced = ({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in call.items()} for _ in range(2))
     expected = step(kvarn, plain)

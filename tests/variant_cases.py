@@ -194,12 +194,16 @@ def latent_calls(variants: Variants) -> dict[str, Callable[[], object]]:
     page_ids = v.ints(count, below=NUM_PAGES, dtype=ids[v.pick(0, 1)])
     starts = {"token_starts": v.ints(count, below=64, dtype=ids[v.pick(0, 1)])} if v.pick(0, 1) else {}
     slots = v.ints(count, below=len(pools[1]) * 64, dtype=ids[v.pick(0, 1)])
+    plan = kvarn.plan_step(LATENTS.keys, lengths, None, tables["block_table"], raw["raw_table"], sink_len=64 * sink_pages)
     results = v.floats(count, 64, 512, dtype=torch.float32), v.floats(count, 64, 64, dtype=torch.float32)
     q, lists = v.floats(*queries, heads, 576), v.ints(*queries, topk, below=columns * 64)
     return {
         "decode": lambda: kvarn.mla_decode_attention(q, seq_lens=lengths, **tables, **how),
         "lists": lambda: kvarn.mla_decode_attention(q, seq_lens=lengths, indices=lists, **tables, **how),
         "commit": lambda: kvarn.mla_commit_pages(**tables, **raw, committed_lens=lengths, encoder=QUICK),
+        "write": lambda: kvarn.mla_write_tokens(
+            v.floats(batch, 512), v.floats(batch, 64), *pools, plan, LATENTS, encoder=QUICK
+        ),
         "append": lambda: kvarn.mla_append_tokens(latents[:count], rope[:count], pools[1], slots),
         "store": lambda: kvarn.mla_store_pages(latents, rope, pools[0], page_ids, LATENTS, encoder=QUICK, **starts),
         "dequantize": lambda: kvarn.mla_dequantize_pages(
@@ -236,7 +240,8 @@ def run(seeds: int, device: torch.device, guard: Callable) -> None:
     kvarn.warmup(LAYOUT, HEADS * GROUP, HEADS, device, **WARMUP)
     kvarn.warmup(LAYOUT, HEADS * GROUP, HEADS, device, **WARMUP | {"sink_columns": False})
     kvarn.mla_warmup(
-        LATENTS, HEADS * GROUP, device, dtype=DTYPE, encoder=QUICK, max_queries=3, indices=True, dequantize=torch.float32
+        LATENTS, HEADS * GROUP, device, dtype=DTYPE, encoder=QUICK, max_queries=3, indices=True, dequantize=torch.float32,
+        steps=True,
     )  # fmt: skip
     for call in other_calls(Variants(0, device)).values():
         call()

@@ -52,9 +52,11 @@ def check_grids(kernels: list[Compiled]) -> None:
     kvarn.mla_commit_pages(raw_pages, pages, ids, ids, flat, flat, latents)
     tokens = tokens[:1].expand(MANY, 576)
     kvarn.mla_append_tokens(tokens[:, :512], tokens[:, 512:], raw_pages, flat)
+    step = kvarn.plan_step(latents.keys, flat, None, ids, ids)
+    kvarn.mla_write_tokens(tokens[:, :512], tokens[:, 512:], pages, raw_pages, step, latents)
     kvarn.mla_store_pages(tokens[:, :512], tokens[:, 512:], pages, flat, latents, token_starts=flat)
     kvarn.mla_dequantize_pages(pages, flat, latents)
-    assert len({kernel.name for kernel in kernels}) >= 23
+    assert len({kernel.name for kernel in kernels}) >= 24
     for kernel in kernels:
         assert kernel.grid[0] < 2**31 and all(size < 2**16 for size in kernel.grid[1:]), kernel
 
@@ -99,7 +101,7 @@ def main() -> None:
             call_many_heads()
         variant_cases.run(SEEDS, torch.device("cpu"), guard)
         check_grids(kernels)
-    assert len({name for name, _ in seen}) == 33, seen
+    assert len({name for name, _ in seen}) == 34, seen
     print("\n".join(new))
 
 

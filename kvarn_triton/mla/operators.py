@@ -12,7 +12,9 @@ import functools
 import torch
 
 from ..mla_layout import LATENT_DIM, ROPE_DIM, MLALayout
+from ..step import Step
 from . import decode, dequantize, store, tail
+from . import step as steps
 from .config import MLAConfig
 
 _LIBRARY = torch.library.Library("kvarn_triton", "FRAGMENT")
@@ -31,6 +33,11 @@ _LIBRARY.define(
 _LIBRARY.define(
     "mla_dequantize_pages(Tensor pages, Tensor page_ids, int bits, int page_size, ScalarType dtype, bool rotated) "
     "-> (Tensor latents, Tensor rope)"
+)
+_LIBRARY.define(
+    "mla_write_tokens(Tensor latents, Tensor rope, Tensor(a!) pages, Tensor(b!) raw_pages, Tensor seq_lens, "
+    "Tensor block_table, Tensor raw_table, Tensor num_quantized, Tensor slots, Tensor tasks, int sink_len, int bits, "
+    "int page_size) -> ()"
 )
 _LIBRARY.define("mla_append_tokens(Tensor latents, Tensor rope, Tensor(a!) raw_pages, Tensor slots) -> ()")
 _LIBRARY.define(
@@ -74,6 +81,16 @@ def _commit(raw_pages, pages, raw_table, block_table, committed_lens, num_quanti
     )  # fmt: skip
 
 
+@torch.no_grad()
+def _write(latents, rope, pages, raw_pages, seq_lens, block_table, raw_table, num_quantized, slots, tasks, *sizes):
+    sink_len, bits, page_size = sizes
+    layout = _layout(bits, page_size)
+    step = Step(
+        layout.keys, seq_lens, None, block_table, None, None, raw_table, num_quantized, None, slots, tasks, sink_len, 1, False
+    )  # fmt: skip
+    steps.mla_write_tokens(latents, rope, pages, raw_pages, step, layout)
+
+
 def _fake_decode(q, *_):
     return q.new_empty(*q.shape[:-1], LATENT_DIM), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
@@ -86,6 +103,7 @@ for _name, _run, _fake in (
     ("mla_decode_attention", _decode, _fake_decode),
     ("mla_store_pages", _store, lambda *_: None),
     ("mla_dequantize_pages", _dequantize, _fake_dequantize),
+    ("mla_write_tokens", _write, lambda *_: None),
     ("mla_append_tokens", _append, lambda *_: None),
     ("mla_commit_pages", _commit, lambda *_: None),
 ):
@@ -168,3 +186,33 @@ def mla_commit_pages(
     """Call `kvarn_triton.mla_commit_pages`, which says what it does, as an operator."""
     sizes = layout.bits, layout.page_size, sink_len, advance
     _OPS.mla_commit_pages(raw_pages, pages, raw_table, block_table, committed_lens, num_quantized, *sizes)
+
+
+def mla_write_tokens(
+    latents: torch.Tensor, rope: torch.Tensor, pages: torch.Tensor, raw_pages: torch.Tensor, step: Step, layout: MLALayout
+) -> None:
+    """Call `kvarn_triton.mla_write_tokens`, which says what it does, as an operator."""
+    table, sizes = steps.check_mla_step(step, layout), (step.sink_len, layout.bits, layout.page_size)
+    tensors = step.seq_lens, table, step.raw_table, step.num_quantized, step.slots, step.tasks
+    _OPS.mla_write_tokens(latents, rope, pages, raw_pages, *tensors, *sizes)
+
+
+def mla_attend(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    raw_pages: torch.Tensor,
+    step: Step,
+    layout: MLALayout,
+    *,
+    sm_scale: float,
+    indices: torch.Tensor | None = None,
+    return_lse: bool = False,
+    num_splits: int | None = None,
+    config: MLAConfig | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Call `kvarn_triton.mla_attend`, which says what it does, by the operator of `mla_decode_attention`."""
+    return mla_decode_attention(
+        q, pages, steps.check_mla_step(step, layout), step.seq_lens, layout, sm_scale=sm_scale, raw_pages=raw_pages,
+        raw_table=step.raw_table, num_quantized=step.num_quantized, sink_len=step.sink_len, indices=indices,
+        return_lse=return_lse, num_splits=num_splits, config=config,
+    )  # fmt: skip

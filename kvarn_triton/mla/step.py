@@ -60,19 +60,25 @@ def _kvarn_mla_write_pages_kernel(
         store_record(blocks, halves, pages[0] + page.to(tl.int64) * pages[1], LAYOUT, FIELDS, ENCODER)
 
 
+def check_mla_step(step: Step, layout: MLALayout) -> torch.Tensor:
+    """Check that a plan is one for latents; return its block table."""
+    require(isinstance(layout, MLALayout), "layout", "an MLALayout", type(layout).__name__)
+    require(step.layout.page_size == layout.page_size, "step", f"pages of {layout.page_size} tokens", step.layout.page_size)
+    require(step.block_table is not None, "step", "a plan with a block_table", "one with kv_indices")
+    require(step.sink_lens is None, "step", "a plan without sink_columns", "one with them")
+    fits = step.sink_len % layout.page_size == 0
+    require(fits, "step", f"a plan whose sink_len is a multiple of {layout.page_size}", step.sink_len)
+    assert step.block_table is not None
+    return step.block_table
+
+
 def _cache_of(pages: torch.Tensor, raw_pages: torch.Tensor, step: Step, layout: MLALayout) -> LatentCache:
     """Return the cache that a plan and the pools of a layer are, checked, as kernels take it."""
     check_plan(pages, step)
-    require(step.block_table is not None, "step", "a plan with a block_table", "one with kv_indices")
-    require(step.sink_lens is None, "step", "a plan without sink_columns", "one with them")
+    table = check_mla_step(step, layout)
     require(raw_pages is not None, "raw_pages", "a tensor", "NoneType")
-    assert step.block_table is not None
-    cache = LatentCache(
-        layout, pages, step.block_table, step.seq_lens, raw_pages, step.raw_table, step.num_quantized, step.sink_len
-    )  # fmt: skip
-    cache = checked(cache, "seq_lens")
-    require(step.layout.page_size == layout.page_size, "step", f"pages of {layout.page_size} tokens", step.layout.page_size)
-    return cache
+    cache = LatentCache(layout, pages, table, step.seq_lens, raw_pages, step.raw_table, step.num_quantized, step.sink_len)
+    return checked(cache, "seq_lens")
 
 
 def mla_write_tokens(
@@ -103,8 +109,7 @@ def mla_write_tokens(
         ValueError: for a wrong shape, dtype, device, stride or plan; nothing is written.
     """
     cache = _cache_of(pages, raw_pages, step, layout)
-    check_tokens(latents, rope, pages.device)
-    require(latents.shape[0] == step.num_tokens, "latents", f"{step.num_tokens} tokens", latents.shape[0])
+    check_tokens(latents, rope, pages.device, step.num_tokens)
     if not gpu.on_device(pages):
         reference.mla_write_tokens(
             latents, rope, pages, raw_pages, step, layout, encoder=encoder, arithmetic=reference.ANY_ORDER

@@ -120,7 +120,8 @@ def mla_store_pages(
     )
 
 
-def check_tokens(latents: torch.Tensor, rope: torch.Tensor, device: torch.device) -> None:
-    """Check the latents and rotary channels of tokens."""
+def check_tokens(latents: torch.Tensor, rope: torch.Tensor, device: torch.device, count: int | None = None) -> None:
+    """Check the latents and rotary channels of tokens, of `count` if there have to be so many."""
     check_tensor("latents", latents, [None, LATENT_DIM], FLOATS, device=device)
+    require(count is None or latents.shape[0] == count, "latents", f"{count} tokens", latents.shape[0])
     check_tensor("rope", rope, [latents.shape[0], ROPE_DIM], latents.dtype, device=device)

@@ -11,9 +11,11 @@ from .. import configs, gpu
 from ..checks import FLOATS, check_choice, check_count, require
 from ..encoder import DEFAULT, Encoder
 from ..mla_layout import LATENT_DIM, TOKEN_DIM, MLALayout
+from ..serving.plan import plan_every_way
 from .config import MLAConfig, mla_config
 from .decode import mla_decode_attention
 from .dequantize import mla_dequantize_pages
+from .step import mla_write_tokens
 from .store import mla_store_pages
 from .tail import mla_append_tokens, mla_commit_pages
 
@@ -29,6 +31,7 @@ def mla_warmup(
     indices: bool = False,
     config: MLAConfig | None = None,
     dequantize: torch.dtype | None = None,
+    steps: bool = False,
 ) -> None:
     """Compile, and load, every kernel that a server's steps launch for one model with latent attention.
 
@@ -45,6 +48,7 @@ def mla_warmup(
         indices: whether attention gets `indices` in some calls.
         config: as given to `mla_decode_attention`.
         dequantize: dtype of what `mla_dequantize_pages` gives; None if it is not called.
+        steps: whether `plan_step` and `mla_write_tokens` are called.
 
     Raises:
         ValueError: for a wrong option.
@@ -78,8 +82,11 @@ def mla_warmup(
                 mla_decode_attention(q, num_splits=num_splits, return_lse=return_lse, **tables, **raw, **given)
             mla_decode_attention(q, **tables, **given)
     mla_commit_pages(**tables, **raw, committed_lens=lens, encoder=encoder)
+    step = plan_every_way(layout.keys, lens, columns, columns) if steps else None
     tokens = torch.zeros(layout.page_size, TOKEN_DIM, dtype=dtype, device=device)
     latents, rope = tokens[:, :LATENT_DIM], tokens[:, LATENT_DIM:]
+    if step is not None:
+        mla_write_tokens(latents[:1], rope[:1], pages, raw_pages, step, layout, encoder=encoder)
     for ids in (torch.int32, torch.int64):
         none = torch.full((1,), -1, dtype=ids, device=device)
         mla_append_tokens(latents[:1], rope[:1], raw_pages, none)

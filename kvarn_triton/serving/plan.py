@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 
 from .. import gpu, reference
@@ -116,3 +119,23 @@ def _check(inputs: StepInputs) -> None:
     least = slots_for(2 * inputs.max_drafts, layout.page_size)
     expected = f"a number for which the {inputs.num_tail_slots} tail slots of raw_table suffice ({least} are needed)"
     require(inputs.num_tail_slots >= least, "max_drafts", expected, inputs.max_drafts)
+
+
+def plan_every_way(
+    layout: PageLayout,
+    lens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    raw_table: torch.Tensor,
+    *,
+    sink_columns: bool = False,
+    **indices: Any,
+) -> Step:
+    """Plan a step in which nothing happens with and without every argument, so that all of it is compiled; return a plan."""
+    ends = torch.zeros(2, dtype=torch.int32, device=lens.device)
+    sizes: tuple[dict[str, Any], ...] = ({"cu_seqlens_q": None}, {"cu_seqlens_q": ends, "num_tokens": 1})
+    for size, rows, prefix_lens, per in itertools.product(sizes, (None, lens), (None, lens), (1,) if indices else (1, 2)):
+        step = plan_step(
+            layout, lens, block_table=block_table, raw_table=raw_table, rows=rows, prefix_lens=prefix_lens, pages_per_block=per,
+            sink_columns=sink_columns, sink_len=layout.page_size if sink_columns else 0, **size, **indices,
+        )  # fmt: skip
+    return step
