@@ -594,15 +594,17 @@ STEPS = {
     "decodes": {},
     "sink": {"sink_len": 64},
     "drafts": {"max_drafts": 3},
+    "one slot": {"num_tail_slots": 1},
 }
+"""Options of the plan; with one slot new tokens go where a page that completes has its older ones."""
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_steps(name, device):
     """Prompts in chunks, decodes, drafts that are taken back: pools and plans as the reference has them, attention to them."""
-    layout, options = LAYOUTS[0], STEPS[name]
+    layout, options = LAYOUTS[0], STEPS[name].copy()
     latents, rope = tokens_of(400, torch.bfloat16)
-    columns = options.get("sink_len", 0) // 64 + 4
+    columns = options.get("sink_len", 0) // 64 + options.pop("num_tail_slots", 4)
     raw_table = torch.arange(3 * columns, dtype=torch.int32).flip(0).view(3, columns)
     block_table = torch.randperm(12, generator=torch.Generator().manual_seed(0)).int().view(3, 4)
     sides = []
