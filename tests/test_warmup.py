@@ -12,7 +12,7 @@ import torch
 import variant_cases
 from helpers import ON_GPU
 
-from kvarn_triton import PageLayout, no_compilation, warmup
+from kvarn_triton import MLALayout, PageLayout, mla_warmup, no_compilation, warmup
 
 TESTS = Path(__file__).parent
 
@@ -87,3 +87,20 @@ def test_warmup_refuses(arguments, message, device):
     options = {"num_q_heads": 4, "num_kv_heads": 2, "device": device} | arguments
     with pytest.raises(ValueError, match=message):
         warmup(PageLayout(64, 64, 4, 2), **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layout": PageLayout(64, 64, 4, 2)}, "layout: expected an MLALayout, got 'PageLayout'"),
+        ({"num_heads": 0}, "num_heads: expected an integer of at least 1, got 0"),
+        ({"dtype": torch.float32}, "dtype: expected one of torch.float16, torch.bfloat16, got torch.float32"),
+        ({"max_queries": 0}, "max_queries: expected an integer of at least 1, got 0"),
+        ({"config": 3}, "config: expected an MLAConfig, got 'int'"),
+        ({"dequantize": torch.int8}, "dequantize: expected one of"),
+    ],
+)
+def test_mla_warmup_refuses(arguments, message, device):
+    """Wrong options are named before anything is compiled."""
+    with pytest.raises(ValueError, match=message):
+        mla_warmup(**{"layout": MLALayout(), "num_heads": 4, "device": device} | arguments)
