@@ -486,6 +486,17 @@ def test_splits_of_lists(device):
         assert_same_bits(kvarn.mla_decode_attention(**alone, num_splits=3)[0], results[3][row])
 
 
+def test_query_tokens_as_sequences(device):
+    """Query tokens that are sequences of their own, with the tables of their sequence, get what they do together."""
+    call = latent_case(LAYOUTS[0], [150, 70], num_heads=3, sink_len=64, num_tail_slots=1, num_queries=3)
+    call = moved(call | {"indices": lists_of(call, 40)}, device)
+    apart = call | {name: call[name].flatten(0, 1) for name in ("q", "indices")}
+    apart |= {name: call[name].repeat_interleave(3, 0) for name in ("block_table", "raw_table", "num_quantized")}
+    apart["seq_lens"] = (call["seq_lens"][:, None] + torch.arange(-2, 1, device=device)).flatten().int()
+    results = [kvarn.mla_decode_attention(**x, num_splits=2).flatten() for x in (call, apart)]
+    assert_same_bits(*results)
+
+
 def test_views_of_lists(device):
     """Lists may be views of something larger, and empty."""
     call = latent_case(LAYOUTS[0], [100, 64], num_heads=4, num_tail_slots=1, num_queries=2)
