@@ -82,11 +82,12 @@ def _commit(raw_pages, pages, raw_table, block_table, committed_lens, num_quanti
 
 
 @torch.no_grad()
-def _write(latents, rope, pages, raw_pages, seq_lens, block_table, raw_table, num_quantized, slots, tasks, *sizes):
-    sink_len, bits, page_size = sizes
-    layout = _layout(bits, page_size)
+def _write(latents, rope, pages, raw_pages, *plan):
+    *tensors, sink_len, bits, page_size = plan
+    layout, names = _layout(bits, page_size), ("seq_lens", "block_table", "raw_table", "num_quantized", "slots", "tasks")
     step = Step(
-        layout.keys, seq_lens, None, block_table, None, None, raw_table, num_quantized, None, slots, tasks, sink_len, 1, False
+        layout.keys, cu_seqlens_q=None, kv_indptr=None, kv_indices=None, sink_lens=None, sink_len=sink_len, max_query_len=1,
+        at_once=False, **dict(zip(names, tensors, strict=True)),
     )  # fmt: skip
     steps.mla_write_tokens(latents, rope, pages, raw_pages, step, layout)
 
