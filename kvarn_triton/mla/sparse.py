@@ -110,7 +110,8 @@ def _prefetch_listed(pages, slots_ptr, entry, LAYOUT: tl.constexpr, PTX: tl.cons
     CODES: tl.constexpr = LAYOUT.k_codes_bytes // LAYOUT.page_size
     prefetch(record_ptr + LAYOUT.k_codes_offset + token * CODES, CODES, "L2", PTX)
     prefetch(record_ptr + LAYOUT.rope_offset + token * (2 * ROPE), 2 * ROPE, "L2", PTX)
-    prefetch(record_ptr + LAYOUT.k_params_offset, LAYOUT.page_bytes - LAYOUT.k_params_offset, "L2", PTX)
+    prefetch(record_ptr + LAYOUT.k_params_offset, LAYOUT.k_norm_offset - LAYOUT.k_params_offset, "L2", PTX)
+    prefetch(record_ptr + LAYOUT.k_norm_offset, LAYOUT.page_bytes - LAYOUT.k_norm_offset, "L2", PTX)
 
 
 @triton.jit
