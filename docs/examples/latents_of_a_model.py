@@ -1,12 +1,21 @@
-"""Latent attention (MLA) in a model of transformers: a DeepSeek V3 whose decode steps read pages, beside the model as it is.
+"""Latent attention (MLA) in models of transformers: DeepSeek V3 and V3.2 with pages, beside the models as they are.
 
-Needs `transformers`. The weights are random ones, large enough that attention is sharp. What an engine does is in `decode`: it
-absorbs the up-projection of keys into the query, attends to latents, and multiplies the result by the up-projection of values.
+Needs `transformers`, 5.17 or later. The weights are random ones, large enough that attention is sharp. What an engine does is
+in `decode`: it absorbs the up-projection of keys into the query, attends to latents, and multiplies the result by the
+up-projection of values. V3.2 attends to the tokens on a list, which its indexer makes for each token. Here they are the lists
+of the run without pages, because an indexer that sees other roundings puts other tokens on its list.
 """
 
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
+    DynamicCache,
+)
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, apply_rotary_pos_emb_interleave
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention
 
 from kvarn_triton import (
     MLALayout,
@@ -23,7 +32,7 @@ layout = MLALayout(bits=8, page_size=64)
 prompt_len, num_new = 250, 12
 
 
-class PagedAttention(DeepseekV3Attention):
+class Paged:
     """One layer, and its pages: a prompt is computed as before, then stored; a decode step attends to pages and the tail."""
 
     def prepare(self, tables):
@@ -33,13 +42,14 @@ class PagedAttention(DeepseekV3Attention):
         self.raw_pages = torch.empty(1, layout.page_size, 576, dtype=torch.float16, device=device)
         self.num_quantized = torch.zeros(1, **ints)
 
-    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings, *args, **kwargs):
         q, latents, rope = self.projected(hidden_states, position_embeddings)
         start = kwargs["position_ids"][0, 0].item()
         if start == 0:
             self.store(latents, rope)
-            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
-        return self.o_proj(self.decode(q, latents, rope, start).flatten(1)[None]), None
+            return super().forward(hidden_states, position_embeddings, *args, **kwargs)
+        out = self.decode(q, latents, rope, start, lists.get((self.layer_idx, start)))
+        return self.o_proj(out.flatten(1)[None]), None
 
     def projected(self, hidden_states, position_embeddings):
         """Return queries [tokens, heads, 192], latents [tokens, 512] and rotary channels [tokens, 64]: what MLA caches."""
@@ -63,8 +73,8 @@ class PagedAttention(DeepseekV3Attention):
         self.append(latents[full * layout.page_size :], rope[full * layout.page_size :], full * layout.page_size)
         self.num_quantized.fill_(full)
 
-    def decode(self, q, latents, rope, position):
-        """Return what the heads of one token attend to, [1, heads, v_head_dim]."""
+    def decode(self, q, latents, rope, position, indices):
+        """Return what the heads of one token attend to, [1, heads, v_head_dim]; `indices` [1, 1, n] are on its list."""
         block_table, raw_table = self.tables
         lens = torch.full((1,), position + 1, **ints)
         self.append(latents, rope, position)
@@ -77,24 +87,31 @@ class PagedAttention(DeepseekV3Attention):
         out = mla_decode_attention(
             torch.cat([absorbed, q_rope], dim=-1).half(), self.pages, block_table, lens, layout, sm_scale=self.scaling,
             raw_pages=self.raw_pages, raw_table=raw_table, num_quantized=self.num_quantized,
+            indices=None if indices is None else indices[:, 0],
         )  # fmt: skip
         return torch.einsum("thc,hdc->thd", out.to(up.dtype), up_v)
 
 
-torch.manual_seed(0)
-config = DeepseekV3Config(
-    vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=16,
-    num_key_value_heads=16, q_lora_rank=128, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128,
-    first_k_dense_replace=3, initializer_range=0.08, attn_implementation="eager",
-)  # fmt: skip
-model = DeepseekV3ForCausalLM(config).to(device).eval()
-tokens = torch.randint(512, (1, prompt_len + num_new), device=device)
+class PagedV3(Paged, DeepseekV3Attention):
+    """A layer of DeepSeek V3."""
+
+
+class PagedV32(Paged, DeepseekV32Attention):
+    """A layer of DeepSeek V3.2."""
+
+
+lists = {}
+
+
+def keep_list(indexer, arguments, result):
+    """Keep the list of a token [1, 1, topk], by layer and position."""
+    lists[indexer.layer_idx, arguments[4][0, 0].item()] = result
 
 
 @torch.no_grad()
-def logits_of_steps():
+def logits_of_steps(model, tokens):
     """Return the logits of `num_new` decode steps behind a prompt, [num_new, vocabulary]."""
-    cache, found = DynamicCache(config=config), []
+    cache, found = DynamicCache(config=model.config), []
     model(tokens[:, :prompt_len], past_key_values=cache)
     for position in range(prompt_len, prompt_len + num_new):
         ids = torch.tensor([[position]], device=device)
@@ -102,13 +119,33 @@ def logits_of_steps():
     return torch.stack(found)
 
 
-expected = logits_of_steps()
-tables = torch.arange(8, **ints)[None], torch.zeros(1, 1, **ints)
-for layer in model.model.layers:
-    layer.self_attn.__class__ = PagedAttention
-    layer.self_attn.prepare(tables)
-logits = logits_of_steps()
-error = ((logits - expected).norm() / expected.norm()).item()
-equal = (logits.argmax(1) == expected.argmax(1)).sum().item()
-print(f"relative error {error:.4f} of logits, {equal} of {num_new} best tokens are equal")
-assert error < 0.02 and equal == num_new
+sizes = {
+    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "q_lora_rank": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
+    "v_head_dim": 128, "initializer_range": 0.08, "attn_implementation": "eager",
+}  # fmt: skip
+models = {
+    "DeepSeek V3": (DeepseekV3ForCausalLM, DeepseekV3Config(**sizes, first_k_dense_replace=3), PagedV3),
+    "DeepSeek V3.2, 64 tokens on a list": (
+        DeepseekV32ForCausalLM,
+        DeepseekV32Config(**sizes, first_k_dense_replace=3, index_topk=64, index_n_heads=4, index_head_dim=128),
+        PagedV32,
+    ),
+}
+for name, (architecture, config, layer) in models.items():
+    torch.manual_seed(0)
+    model = architecture(config).to(device).eval()
+    tokens = torch.randint(512, (1, prompt_len + num_new), device=device)
+    for each in model.model.layers:
+        if hasattr(each.self_attn, "indexer"):
+            each.self_attn.indexer.register_forward_hook(keep_list)
+    expected = logits_of_steps(model, tokens)
+    tables = torch.arange(8, **ints)[None], torch.zeros(1, 1, **ints)
+    for each in model.model.layers:
+        each.self_attn.__class__ = layer
+        each.self_attn.prepare(tables)
+    logits = logits_of_steps(model, tokens)
+    error = ((logits - expected).norm() / expected.norm()).item()
+    equal = (logits.argmax(1) == expected.argmax(1)).sum().item()
+    print(f"{name}: relative error {error:.4f} of logits, {equal} of {num_new} best tokens are equal")
+    assert error < 0.02 and equal == num_new
