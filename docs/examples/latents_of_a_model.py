@@ -17,14 +17,7 @@ from transformers import (
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, apply_rotary_pos_emb_interleave
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention
 
-from kvarn_triton import (
-    MLALayout,
-    mla_append_tokens,
-    mla_commit_pages,
-    mla_decode_attention,
-    mla_store_pages,
-    raw_slots,
-)
+from kvarn_triton import MLALayout, mla_attend, mla_write_tokens, plan_step
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 ints = {"dtype": torch.int32, "device": device}
@@ -35,20 +28,20 @@ prompt_len, num_new = 250, 12
 class Paged:
     """One layer, and its pages: a prompt is computed as before, then stored; a decode step attends to pages and the tail."""
 
-    def prepare(self, tables):
-        """Allocate pages for one sequence; layers share the tables and each counts its own pages."""
-        self.tables = tables
+    step = None  # planned once for all layers
+
+    def prepare(self):
+        """Allocate memory for one sequence."""
         self.pages = layout.empty_pages(8, device)
-        self.raw_pages = torch.empty(1, layout.page_size, 576, dtype=torch.float16, device=device)
-        self.num_quantized = torch.zeros(1, **ints)
+        self.raw_pages = torch.empty(2, layout.page_size, 576, dtype=torch.float16, device=device)
 
     def forward(self, hidden_states, position_embeddings, *args, **kwargs):
         q, latents, rope = self.projected(hidden_states, position_embeddings)
-        start = kwargs["position_ids"][0, 0].item()
-        if start == 0:
-            self.store(latents, rope)
+        mla_write_tokens(latents, rope, self.pages, self.raw_pages, Paged.step, layout)
+        position = kwargs["position_ids"][0, 0].item()
+        if position == 0:
             return super().forward(hidden_states, position_embeddings, *args, **kwargs)
-        out = self.decode(q, latents, rope, start, lists.get((self.layer_idx, start)))
+        out = self.decode(q, lists.get((self.layer_idx, position)))
         return self.o_proj(out.flatten(1)[None]), None
 
     def projected(self, hidden_states, position_embeddings):
@@ -60,35 +53,15 @@ class Paged:
         q_rope, rope = apply_rotary_pos_emb_interleave(q_rope, rope[:, None], *position_embeddings)
         return torch.cat([q_plain, q_rope], dim=-1)[0].transpose(0, 1), self.kv_a_layernorm(latents)[0], rope[0, 0]
 
-    def append(self, latents, rope, first):
-        """Write tokens from position `first` on to the tail."""
-        positions = torch.arange(first, first + len(latents), **ints)[None]
-        slots = raw_slots(positions, self.tables[1], sink_len=0, page_size=layout.page_size)[0]
-        mla_append_tokens(latents, rope, self.raw_pages, slots)
-
-    def store(self, latents, rope):
-        """Write a prompt: its full pages quantized, the rest to the tail."""
-        full = len(latents) // layout.page_size
-        mla_store_pages(latents, rope, self.pages, self.tables[0][0, :full], layout)
-        self.append(latents[full * layout.page_size :], rope[full * layout.page_size :], full * layout.page_size)
-        self.num_quantized.fill_(full)
-
-    def decode(self, q, latents, rope, position, indices):
+    def decode(self, q, indices):
         """Return what the heads of one token attend to, [1, heads, v_head_dim]; `indices` [1, 1, n] are on its list."""
-        block_table, raw_table = self.tables
-        lens = torch.full((1,), position + 1, **ints)
-        self.append(latents, rope, position)
-        mla_commit_pages(self.raw_pages, self.pages, raw_table, block_table, lens, self.num_quantized, layout)
         # The up-projection has a matrix for keys and one for values of each head, of 512 columns.
         up = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
         up_k, up_v = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q_plain, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        absorbed = torch.einsum("thd,hdc->thc", q_plain, up_k)
-        out = mla_decode_attention(
-            torch.cat([absorbed, q_rope], dim=-1).half(), self.pages, block_table, lens, layout, sm_scale=self.scaling,
-            raw_pages=self.raw_pages, raw_table=raw_table, num_quantized=self.num_quantized,
-            indices=None if indices is None else indices[:, 0],
-        )  # fmt: skip
+        absorbed = torch.cat([torch.einsum("thd,hdc->thc", q_plain, up_k), q_rope], dim=-1).half()
+        listed = None if indices is None else indices[:, 0]
+        out = mla_attend(absorbed, self.pages, self.raw_pages, Paged.step, layout, sm_scale=self.scaling, indices=listed)
         return torch.einsum("thc,hdc->thd", out.to(up.dtype), up_v)
 
 
@@ -111,12 +84,16 @@ def keep_list(indexer, arguments, result):
 @torch.no_grad()
 def logits_of_steps(model, tokens):
     """Return the logits of `num_new` decode steps behind a prompt, [num_new, vocabulary]."""
-    cache, found = DynamicCache(config=model.config), []
-    model(tokens[:, :prompt_len], past_key_values=cache)
-    for position in range(prompt_len, prompt_len + num_new):
-        ids = torch.tensor([[position]], device=device)
-        found.append(model(tokens[:, position : position + 1], position_ids=ids, past_key_values=cache).logits[0, -1])
-    return torch.stack(found)
+    cache, found, seq_lens = DynamicCache(config=model.config), [], torch.zeros(1, **ints)
+    block_table, raw_table = torch.arange(8, **ints)[None], torch.arange(2, **ints)[None]
+    for ids in tokens.split([prompt_len, *[1] * num_new], dim=1):
+        n, first = ids.shape[1], seq_lens.item()
+        seq_lens += n
+        ends = torch.tensor([0, n], **ints)
+        Paged.step = plan_step(layout.keys, seq_lens, ends, block_table, raw_table, num_tokens=n)
+        positions = torch.arange(first, first + n, device=device)[None]
+        found.append(model(ids, position_ids=positions, past_key_values=cache).logits[0, -1])
+    return torch.stack(found[1:])
 
 
 sizes = {
@@ -140,10 +117,9 @@ for name, (architecture, config, layer) in models.items():
         if hasattr(each.self_attn, "indexer"):
             each.self_attn.indexer.register_forward_hook(keep_list)
     expected = logits_of_steps(model, tokens)
-    tables = torch.arange(8, **ints)[None], torch.zeros(1, 1, **ints)
     for each in model.model.layers:
         each.self_attn.__class__ = layer
-        each.self_attn.prepare(tables)
+        each.self_attn.prepare()
     logits = logits_of_steps(model, tokens)
     error = ((logits - expected).norm() / expected.norm()).item()
     equal = (logits.argmax(1) == expected.argmax(1)).sum().item()
