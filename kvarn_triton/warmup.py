@@ -316,10 +316,11 @@ def _warm_steps(
     lens, columns, ids = torch.zeros(1, **ints), torch.zeros(1, 3, **ints), torch.full((1,), -1, **ints)
     block_table, indices = _body_tables(columns, csr)
     sizes: list[dict[str, Any]] = [{}, {"cu_seqlens_q": torch.zeros(2, **ints), "num_tokens": 1}]
-    for size, rows, prefix_lens, per in itertools.product(sizes, (None, lens), (None, lens), (1,) if csr else (1, 2)):
+    some, per_block = (None, lens), (1,) if csr else (1, 2)
+    for size, rows, prefix_lens, per, early in itertools.product(sizes, some, some, per_block, (False, True)):
         step = plan_step(
             layout, lens, size.get("cu_seqlens_q"), block_table, columns, num_tokens=size.get("num_tokens"), rows=rows,
-            prefix_lens=prefix_lens, pages_per_block=per, sink_columns=sink_columns,
+            prefix_lens=prefix_lens, pages_per_block=per, sink_columns=sink_columns, early_pages=early, max_drafts=int(early),
             sink_len=layout.page_size if sink_columns else 0, **indices,
         )  # fmt: skip
     for at_once in (True, False):

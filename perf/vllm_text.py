@@ -32,12 +32,16 @@ CASES = {
     "blocks of two pages": {"enable_prefix_caching": False, "block_size": 128},
     "drafts": {"enable_prefix_caching": False, "drafts": 5, "repeat": 24},
     "drafts, preemption": {"enable_prefix_caching": False, "drafts": 5, "repeat": 24, "num_gpu_blocks_override": 7},
+    "drafts, prefix caching": {"shared": 130, "twice": True, "drafts": 5, "repeat": 24},
+    "drafts, prefix caching, no sink": {"shared": 130, "twice": True, "drafts": 5, "repeat": 24, "sink_pages": 0},
+    "drafts, prefix caching, answers hit": {"shared": 70, "continued": True, "drafts": 5, "repeat": 24},
+    "drafts, prefix caching, preemption": {"shared": 130, "drafts": 5, "repeat": 24, "num_gpu_blocks_override": 7},
     "processes": {"enable_prefix_caching": False, "multiprocessing": True},
     "compiled": {"enable_prefix_caching": False, "enforce_eager": False},
 }
 """What each run changes; `own` runs take the same but for the cache."""
 
-OURS = "shared", "twice", "repeat", "sink_pages", "drafts", "multiprocessing"
+OURS = "shared", "twice", "continued", "repeat", "sink_pages", "drafts", "multiprocessing"
 """Options of a case that aren't vLLM's."""
 
 REFUSED = {
@@ -47,7 +51,6 @@ REFUSED = {
     "a sliding window": {
         "hf_overrides": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}
     },
-    "drafts beside prefix caching": {"enable_prefix_caching": True, "drafts": 5},
     "blocks of 32 tokens": {"block_size": 32},
 }
 """What ends in an error when a server starts."""
@@ -109,7 +112,12 @@ def generate(case: dict, model: str, layout: str | None, new_tokens: int, oracle
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=2)
     prompts = prompts_of(case, llm.model_config.get_vocab_size())
     begin = time.time()
-    results = [llm.generate(prompts, sampling, use_tqdm=False) for _ in range(1 + bool(case.get("twice")))]
+    results = [llm.generate(prompts, sampling, use_tqdm=False)]
+    if case.get("continued"):  # the next prompts are the first ones with their answers
+        for prompt, each in zip(prompts, results[0], strict=True):
+            prompt["prompt_token_ids"] = [*prompt["prompt_token_ids"], *each.outputs[0].token_ids]
+    if case.get("twice") or case.get("continued"):
+        results.append(llm.generate(prompts, sampling, use_tqdm=False))
     counted = {each.name: getattr(each, "value", None) for each in llm.get_metrics()}
     wanted = ("num_preemptions", "prefix_cache_hits", "num_accepted_tokens", "num_draft_tokens")
     outputs = [each.outputs[0] for result in results for each in result]

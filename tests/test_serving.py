@@ -24,6 +24,12 @@ CASES = {
     "csr-body": Case(SMALL, sink_len=16, csr=True),
     "no-sink": Case(SMALL, max_drafts=3, num_tail_slots=2, dtype=torch.bfloat16, raw_dtype=torch.float32),
     "short-sink": Case(PageLayout(64, 64, 3, 2), sink_len=100, raw_dtype=torch.bfloat16 if ON_GPU else torch.float16),
+    "early-pages": Case(SMALL, sink_len=64, sink_columns=True, max_drafts=5, early_pages=True, num_tail_slots=2),
+    "early-long": Case(SMALL, sink_len=16, max_drafts=60, early_pages=True, num_tail_slots=2),
+    "early-blocks": Case(
+        SMALL, sink_len=64, sink_columns=True, pages_per_block=2, max_blocks=4, num_blocks=10, max_drafts=70, early_pages=True,
+        num_tail_slots=3, raw_dtype=torch.float32,
+    ),
     "long-drafts": Case(SMALL, sink_len=16, max_drafts=40, num_tail_slots=3),
 }
 
@@ -72,7 +78,9 @@ def random_plan(random: Random, device: torch.device) -> tuple[tuple, dict]:
     sink_len = random.choice((0, 64, 128)) if sink_columns else random.choice((0, 16, 64, 100))
     drafts = random.choice((0, 0, 1, 5, 70))
     options = {"sink_columns": sink_columns, "sink_len": sink_len, "max_drafts": drafts}
-    raw_table = ints(requests, -(-sink_len // size) + slots_for(2 * drafts, size) + random.randint(0, 2), least=-1, most=40)
+    early = options["early_pages"] = random.random() < 0.5
+    slots = slots_for((2 - early) * drafts, size) + random.randint(0, 2)
+    raw_table = ints(requests, -(-sink_len // size) + slots, least=-1, most=40)
     count = requests
     if random.random() < 0.6:
         options["rows"] = ints(batch, least=-1, most=requests - 1)

@@ -59,9 +59,8 @@ def test_choice():
     )
     assert choice_of(named).layout(80) == PageLayout(80, 128, 3, 3)
     drafts = SimpleNamespace(method="ngram", num_speculative_tokens=5)
-    off = SimpleNamespace(cache_dtype="auto", enable_prefix_caching=False)
-    choice = choice_of(config_of(speculative_config=drafts, cache_config=off, use_v2_model_runner=False))
-    assert (choice.max_drafts, choice.tail_slots, choice.num_slots) == (5, 2, 48)
+    choice = choice_of(config_of(speculative_config=drafts, use_v2_model_runner=False))
+    assert (choice.max_drafts, choice.tail_slots, choice.num_slots, choice.prefix_caching) == (5, 2, 48, True)
     assert len(set(names())) == 32 and all(PageLayout.from_name(name.removeprefix("kvarn_")) for name in names())
 
 
@@ -88,10 +87,6 @@ def test_asked():
         ({"additional_config": {"kvarn_layout": "k4v2_g64", "kvarn_sink_pages": 2}}, "kvarn_sink_pages: expected 0 or 1"),
         ({"cache_config": SimpleNamespace(cache_dtype="fp8", enable_prefix_caching=False)}, "kv_cache_dtype: expected 'auto'"),
         ({"speculative_config": SimpleNamespace(method="eagle", num_speculative_tokens=2)}, "speculative method"),
-        (
-            {"speculative_config": SimpleNamespace(method="ngram", num_speculative_tokens=2)},
-            "enable_prefix_caching: expected off",
-        ),
         ({"kv_transfer_config": object()}, "kv_transfer_config: expected none"),
         (
             {"parallel_config": SimpleNamespace(decode_context_parallel_size=2, prefill_context_parallel_size=1)},
@@ -112,11 +107,14 @@ CASES = [
     {"prefix_caching": True, "sink_pages": 0},
     {"max_drafts": 5},
     {"max_drafts": 40, "sink_pages": 0},
+    {"max_drafts": 5, "prefix_caching": True},
+    {"max_drafts": 40, "prefix_caching": True, "sink_pages": 0},
 ]
+NAMES = "plain", "prefix", "prefix, no sink", "drafts", "drafts, no sink", "both", "both, no sink"
 
 
 @pytest.mark.parametrize("known_rows", [True, False], ids=["rows", "blocks"])
-@pytest.mark.parametrize("case", CASES, ids=["plain", "prefix", "prefix, no sink", "drafts", "drafts, no sink"])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_server(case: dict, known_rows: bool, device: torch.device):
     """Steps of a server like vLLM's, dummy ones between them, are those of exact attention up to the rounding of 8 bits."""
     if device.type == "cuda" and not known_rows:
@@ -150,7 +148,7 @@ def test_plans_stay_where_they_are():
 
 
 @pytest.mark.slow("the interpreter")
-@pytest.mark.parametrize("case", CASES[1:4:2], ids=["prefix", "drafts"])
+@pytest.mark.parametrize("case", CASES[1:6:2], ids=NAMES[1:6:2])
 def test_server_kernels(case: dict, device: torch.device, monkeypatch: pytest.MonkeyPatch):
     """The same through kernels, plans of decodes in their memory included."""
     monkeypatch.setattr(gpu, "on_device", lambda tensor: True)
