@@ -27,8 +27,16 @@ CASES = {
     "early-pages": Case(SMALL, sink_len=64, sink_columns=True, max_drafts=5, early_pages=True, num_tail_slots=2),
     "early-long": Case(SMALL, sink_len=16, max_drafts=60, early_pages=True, num_tail_slots=2),
     "early-blocks": Case(
-        SMALL, sink_len=64, sink_columns=True, pages_per_block=2, max_blocks=4, num_blocks=10, max_drafts=70, early_pages=True,
-        num_tail_slots=3, raw_dtype=torch.float32,
+        SMALL,
+        sink_len=64,
+        sink_columns=True,
+        pages_per_block=2,
+        max_blocks=4,
+        num_blocks=10,
+        max_drafts=70,
+        early_pages=True,
+        num_tail_slots=3,
+        raw_dtype=torch.float32,
     ),
     "long-drafts": Case(SMALL, sink_len=16, max_drafts=40, num_tail_slots=3),
 }
