@@ -1,8 +1,9 @@
 """Greedy tokens of vLLM with pages of kvarn_triton beside those with its own cache: python perf/vllm_text.py --model FOLDER
 
 Each run is a process of its own with 8 requests over 4 slots in chunks of 128 tokens. It needs vLLM and a model; with k8v8_g64
-all but near ties of logits should agree: where tokens differ first, the distance of the two best logits is printed. `--random
-FOLDER` writes a small random Llama first, which needs no download. `--oracle CASE` compares pages and attention in each step.
+all but near ties of logits should agree: where tokens differ first, the distance of the two best logits is printed. Some cases
+are of small random models, which are written first and need no download (`vllm_models.py`); `--random FOLDER` takes such a Llama
+for all others. `--oracle CASE` compares pages and attention in each step.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from vllm_models import write_model
+
 LENGTHS = 20, 150, 63, 64, 65, 129, 190, 7
 CASES = {
     "plain": {"enable_prefix_caching": False},
@@ -36,37 +39,28 @@ CASES = {
     "drafts, prefix caching, no sink": {"shared": 130, "twice": True, "drafts": 5, "repeat": 24, "sink_pages": 0},
     "drafts, prefix caching, answers hit": {"shared": 70, "continued": True, "drafts": 5, "repeat": 24},
     "drafts, prefix caching, preemption": {"shared": 130, "drafts": 5, "repeat": 24, "num_gpu_blocks_override": 7},
+    "soft caps": {"random": "soft caps"},
+    "windows beside full attention, soft caps": {"random": "windows, soft caps", "only_full": True},
+    "sinks": {"random": "sinks"},
+    "windows beside full attention, sinks": {"random": "windows, sinks", "only_full": True},
+    "2 ranks": {"random": "llama, 4 kv heads", "tensor_parallel_size": 2},
+    "3 ranks": {"tensor_parallel_size": 3},
     "processes": {"enable_prefix_caching": False, "multiprocessing": True},
     "compiled": {"enable_prefix_caching": False, "enforce_eager": False},
 }
 """What each run changes; `own` runs take the same but for the cache."""
 
-OURS = "shared", "twice", "continued", "repeat", "sink_pages", "drafts", "multiprocessing"
+OURS = "shared", "twice", "continued", "repeat", "sink_pages", "drafts", "multiprocessing", "random", "only_full"
 """Options of a case that aren't vLLM's."""
 
 REFUSED = {
     "no layout": {"additional_config": {}},
     "fp8": {"kv_cache_dtype": "fp8"},
     "KV transfer": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-    "a sliding window": {
-        "hf_overrides": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}
-    },
+    "a sliding window": {"random": "windows, soft caps"},
     "blocks of 32 tokens": {"block_size": 32},
 }
 """What ends in an error when a server starts."""
-
-
-def random_llama(folder: Path) -> None:
-    """Write a small Llama with random weights, head_dim 64, and no tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, head_dim=64, initializer_range=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def prompts_of(case: dict, vocabulary: int) -> list[dict]:
@@ -98,7 +92,8 @@ def generate(case: dict, model: str, layout: str | None, new_tokens: int, oracle
         named = layout.startswith("kvarn_")
         ours = {"kv_cache_dtype": layout} if named else {}
         ours["additional_config"] = sink if named else sink | {"kvarn_layout": layout}
-        options = {"attention_backend": "CUSTOM"} | ours | options
+        full = {"attention_config": {"backend_per_kind": {"full_attention": "CUSTOM"}}}
+        options = (full if case.get("only_full") else {"attention_backend": "CUSTOM"}) | ours | options
     watched = None
     if oracle and layout is not None:
         import vllm_oracle
@@ -134,7 +129,7 @@ def run(name: str, args: argparse.Namespace, layout: str | None) -> dict:
     """Run a case in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokens.json"
-        command = [sys.executable, __file__, "--model", args.model, "--case", name, "--write", str(path)]
+        command = [sys.executable, __file__, "--model", model_of(name, args, folder), "--case", name, "--write", str(path)]
         command += ["--new-tokens", str(args.new_tokens)] + (["--layout", layout] if layout else ["--own"])
         command += ["--oracle", name] if name in args.oracle else []
         done = subprocess.run(command, capture_output=True, text=True)
@@ -144,10 +139,20 @@ def run(name: str, args: argparse.Namespace, layout: str | None) -> dict:
         return json.loads(path.read_text()) if path.exists() else {"tokens": [], "counted": {}, "seconds": 0, "oracle": ""}
 
 
+def model_of(name: str, args: argparse.Namespace, folder: str) -> str:
+    """Return the folder of a case's model; a random one is written to a folder first."""
+    random = (CASES | REFUSED)[name].get("random")
+    if random is None:
+        return args.model
+    write_model(random, Path(folder))
+    return folder
+
+
 def refusal(name: str, args: argparse.Namespace) -> str | None:
     """Start a server that should be refused; return the sentence, or None if it started."""
-    command = [sys.executable, __file__, "--model", args.model, "--case", name, "--write", os.devnull, "--layout", args.layout]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--model", model_of(name, args, folder), "--case", name, "--write", os.devnull]
+        done = subprocess.run([*command, "--layout", args.layout], capture_output=True, text=True)
     if not done.returncode:
         return None
     lines = [line.strip() for line in (done.stdout + done.stderr).splitlines()]
@@ -236,7 +241,7 @@ def main() -> int:
         Path(args.write).write_text(json.dumps(result))
         return 0
     if args.random:
-        random_llama(Path(args.random))
+        write_model("llama", Path(args.random))
         args.model = args.random
     failed = 0
     print(heading(args), flush=True)

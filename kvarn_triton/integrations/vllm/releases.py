@@ -19,7 +19,11 @@ SIGNATURES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.config", "get_current_vllm_config", ()),
     ("vllm.config", "get_current_vllm_config_or_none", ()),
     ("vllm.logger", "init_logger", ("name",)),
-    ("vllm.utils.import_utils", "resolve_obj_by_qualname", ("qualname",)),
+    (
+        "vllm.platforms.interface",
+        "Platform.get_attn_backend_cls",
+        ("selected_backend", "attn_selector_config", "num_heads"),
+    ),
     (_BACKEND, "AttentionBackend.get_name", ()),
     (_BACKEND, "AttentionBackend.get_impl_cls", ()),
     (_BACKEND, "AttentionBackend.get_builder_cls", ()),
@@ -75,7 +79,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (_BACKEND, "AttentionMetadataBuilder", ("_cudagraph_support", "reorder_batch_threshold")),
     (_BACKEND, "AttentionCGSupport", ("UNIFORM_SINGLE_TOKEN_DECODE",)),
     (_BACKEND, "AttentionType", ("DECODER",)),
-    ("vllm.v1.attention.backends.registry", "AttentionBackendEnum", ("CUSTOM", "CPU_ATTN")),
+    ("vllm.v1.attention.backends.registry", "AttentionBackendEnum", ("CUSTOM", "get_path")),
     ("vllm.platforms.interface", "Platform", ("is_cpu", "device_type")),
     (
         "vllm.config",
