@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "vocab_size": 128, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "head_dim": 64, "initializer_range": 0.1,
 }  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -23,11 +23,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "sinks": (
         "GptOss",
-        {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": [FULL] * 4, "sliding_window": 64},
+        {"num_local_experts": 2, "num_experts_per_tok": 2, "layer_types": [FULL] * 4, "sliding_window": 64},
     ),
     "windows, sinks": (
         "GptOss",
-        {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": [SLIDING, FULL] * 2, "sliding_window": 64},
+        {"num_local_experts": 2, "num_experts_per_tok": 2, "layer_types": [SLIDING, FULL] * 2, "sliding_window": 64},
     ),
 }
 """By name: the classes of transformers, and what they have beside `SIZES`."""

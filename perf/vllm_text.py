@@ -2,8 +2,8 @@
 
 Each run is a process of its own with 8 requests over 4 slots in chunks of 128 tokens. It needs vLLM and a model; with k8v8_g64
 all but near ties of logits should agree: where tokens differ first, the distance of the two best logits is printed. Some cases
-are of small random models, which are written first and need no download (`vllm_models.py`); `--random FOLDER` takes such a Llama
-for all others. `--oracle CASE` compares pages and attention in each step.
+are of small random models, which need no download (`vllm_models.py`); `--random FOLDER` takes such a Llama for all others.
+`--oracle CASE` compares pages and attention in each step.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from vllm_server import Server
 from kvarn_triton import PageLayout, gpu
 from kvarn_triton.integrations.vllm import choice as choices
 from kvarn_triton.integrations.vllm import register, releases
+from kvarn_triton.integrations.vllm.capacity import Capacity, advice
 from kvarn_triton.integrations.vllm.choice import Choice, asked, choice_of, names
 from kvarn_triton.integrations.vllm.slots import Rows, SlotsByBlock, SlotsByRow
 
@@ -77,6 +78,41 @@ def test_asked():
         config = config_of(attention_config=SimpleNamespace(backend=backend, backend_per_kind=per_kind))
         assert asked(config) == expected
     assert not asked(None)
+
+
+MEMORY = int(0.92 * 80e9 - 16e9)
+"""Of a cache in vLLM, in bytes: a GPU of 80 GB, of which vLLM takes 0.92 by default, with a model of 16 GB."""
+
+
+@pytest.mark.parametrize(
+    ("layout", "requests", "expected"),
+    [
+        ("k4v2_g64", 1024, 3.09),
+        ("k4v2_g64", 256, 4.08),
+        ("k4v2_g128", 1024, 1.89),
+        ("k4v2_g128", 256, 3.99),
+        ("k2v2_g64", 1024, 4.27),
+        ("k4v4_g64", 1024, 2.42),
+    ],
+)
+def test_capacity(layout: str, requests: int, expected: float):
+    """Tokens of an 8B shape against 16 bits, with the most requests that vLLM runs by default on GPUs of 70 GB, and on others.
+
+    A user is told where 16-bit tokens take more than a tenth.
+    """
+    config = config_of(
+        additional_config={"kvarn_layout": layout}, scheduler_config=SimpleNamespace(max_num_seqs=requests)
+    )  # fmt: skip
+    choice = choice_of(config)
+    cache = Capacity(choice, num_layers=32, num_kv_heads=8, head_dim=128)
+    times = cache.tokens(MEMORY) / (MEMORY // (32 * 8 * 128 * 2 * 2))
+    assert expected <= times < expected + 0.02
+    told = advice(choice, cache.raw_bytes, MEMORY - cache.raw_bytes)
+    assert (told is not None) == (cache.raw_bytes > 0.1 * MEMORY)
+    if told is not None:
+        fewer = dataclasses.replace(choice, max_requests=int(told.split("with ")[1].split(" ")[0]))
+        assert 0.09 < dataclasses.replace(cache, choice=fewer).raw_bytes / MEMORY <= 0.1
+        assert ("_g64" in told) == layout.endswith("_g128")
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from ...checks import require  # noqa: E402
 from ...layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES  # noqa: E402
 from ...serving.attention import attend  # noqa: E402
 from ...serving.write import write_tokens  # noqa: E402
+from .capacity import advice  # noqa: E402
 from .choice import PREFIX, Choice, asked, choice_of  # noqa: E402
 from .plans import Planner, Plans  # noqa: E402
 
@@ -165,6 +166,9 @@ class KVarNBuilder(AttentionMetadataBuilder[Plans]):
             count, choice.layout_name, tokens, pages / mib, pages / tokens, raw / mib, choice.num_slots, choice.sink_len,
             choice.tail_slots * choice.page_size, tokens, (pages + raw) / tokens,
         )  # fmt: skip
+        told = advice(choice, raw, pages)
+        if told is not None:
+            logger.warning(told)
 
 
 class KVarNImpl(AttentionImpl[Plans]):
