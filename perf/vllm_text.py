@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vllm_models import write_model
@@ -34,6 +35,7 @@ CASES = {
     "prefixes without caching, no sink": {"enable_prefix_caching": False, "shared": 130, "twice": True, "sink_pages": 0},
     "prefix caching, preemption": {"shared": 130, "num_gpu_blocks_override": 6},
     "blocks of two pages": {"enable_prefix_caching": False, "block_size": 128},
+    "blocks of all layers": {"enable_prefix_caching": False, "cache_layout": "BLHNC"},
     "drafts": {"enable_prefix_caching": False, "drafts": 5, "repeat": 24},
     "drafts, preemption": {"enable_prefix_caching": False, "drafts": 5, "repeat": 24, "num_gpu_blocks_override": 7},
     "drafts, prefix caching": {"shared": 130, "twice": True, "drafts": 5, "repeat": 24},
@@ -51,7 +53,18 @@ CASES = {
 }
 """What each run changes; `own` runs take the same but for the cache."""
 
-OURS = "shared", "twice", "continued", "repeat", "sink_pages", "drafts", "multiprocessing", "random", "only_full"
+OURS = (
+    "shared",
+    "twice",
+    "continued",
+    "repeat",
+    "sink_pages",
+    "drafts",
+    "multiprocessing",
+    "random",
+    "only_full",
+    "cache_layout",
+)
 """Options of a case that aren't vLLM's."""
 
 REFUSED = {
@@ -89,6 +102,8 @@ def generate(case: dict, model: str, layout: str | None, new_tokens: int, oracle
         drafts = {"method": "ngram", "num_speculative_tokens": case["drafts"], "prompt_lookup_max": 3, "prompt_lookup_min": 1}
         options["speculative_config"] = drafts
     if layout is not None:
+        if case.get("cache_layout"):
+            os.environ["VLLM_KV_CACHE_LAYOUT"] = case["cache_layout"]
         sink = {"kvarn_sink_pages": case.get("sink_pages", 1)}
         named = layout.startswith("kvarn_")
         ours = {"kv_cache_dtype": layout} if named else {}
@@ -240,6 +255,7 @@ def main() -> int:
     oracle = "cases in which what is read and written is compared in each step; not for drafts and processes of their own"
     parser.add_argument("--oracle", nargs="*", default=[], metavar="CASE", help=oracle)
     parser.add_argument("--log", action="store_true", help="show what the plug-in logs")
+    parser.add_argument("--jobs", type=int, default=1, help="servers at a time")
     parser.add_argument("--command", help="what results name as their command, where another one runs this")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--own", action="store_true", help=argparse.SUPPRESS)
@@ -256,12 +272,15 @@ def main() -> int:
         args.model = args.random
     failed = 0
     print(heading(args), flush=True)
-    for name in REFUSED if args.refusals else ():
-        sentence = refusal(name, args)
+    pool = ThreadPoolExecutor(args.jobs)
+    refused = {name: pool.submit(refusal, name, args) for name in (REFUSED if args.refusals else ())}
+    runs = {name: [pool.submit(run, name, args, layout) for layout in (None, args.layout)] for name in args.only}
+    for name, said in refused.items():
+        sentence = said.result()
         failed += sentence is None
         print(f"{name}: {'NOT refused' if sentence is None else 'refused'}: {sentence}", flush=True)
     for name in args.only:
-        own, ours = run(name, args, None), run(name, args, args.layout)
+        own, ours = (each.result() for each in runs[name])
         same = [a == b for a, b in zip(own["tokens"], ours["tokens"], strict=False)]
         total = sum(map(len, own["tokens"]))
         equal = sum(x == y for a, b in zip(own["tokens"], ours["tokens"], strict=False) for x, y in zip(a, b, strict=True))

@@ -104,8 +104,8 @@ class KVarNBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Return the order of dimensions: layers, blocks, heads, pages of a block, bytes."""
-        return (KVCacheLayout.LBHNC,)
+        """Return the orders of dimensions, the preferred one first: layers, blocks, heads, pages of a block, bytes."""
+        return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:

@@ -74,7 +74,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "page_size_bytes", "uses_slot_mapping",
         ),
     ),
-    (_CACHE, "KVCacheLayout", ("LBHNC",)),
+    (_CACHE, "KVCacheLayout", ("LBHNC", "BLHNC")),
     (_BACKEND, "AttentionBackend", ("supported_dtypes", "forward_includes_kv_cache_update")),
     (_BACKEND, "AttentionMetadataBuilder", ("_cudagraph_support", "reorder_batch_threshold")),
     (_BACKEND, "AttentionCGSupport", ("UNIFORM_SINGLE_TOKEN_DECODE",)),
