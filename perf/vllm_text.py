@@ -35,7 +35,7 @@ CASES = {
     "prefixes without caching, no sink": {"enable_prefix_caching": False, "shared": 130, "twice": True, "sink_pages": 0},
     "prefix caching, preemption": {"shared": 130, "num_gpu_blocks_override": 6},
     "blocks of two pages": {"enable_prefix_caching": False, "block_size": 128},
-    "blocks of all layers": {"enable_prefix_caching": False, "cache_layout": "BLHNC"},
+    "blocks of all layers": {"random": "llama, 4 kv heads", "cache_layout": "BLHNC"},
     "drafts": {"enable_prefix_caching": False, "drafts": 5, "repeat": 24},
     "drafts, preemption": {"enable_prefix_caching": False, "drafts": 5, "repeat": 24, "num_gpu_blocks_override": 7},
     "drafts, prefix caching": {"shared": 130, "twice": True, "drafts": 5, "repeat": 24},
@@ -47,22 +47,13 @@ CASES = {
     "sinks": {"random": "sinks"},
     "windows beside full attention, sinks": {"random": "windows, sinks", "only_full": True},
     "2 ranks": {"random": "llama, 4 kv heads", "tensor_parallel_size": 2},
-    "3 ranks": {"tensor_parallel_size": 3},
     "processes": {"enable_prefix_caching": False, "multiprocessing": True},
     "compiled": {"enable_prefix_caching": False, "enforce_eager": False},
 }
 """What each run changes; `own` runs take the same but for the cache."""
 
 OURS = (
-    "shared",
-    "twice",
-    "continued",
-    "repeat",
-    "sink_pages",
-    "drafts",
-    "multiprocessing",
-    "random",
-    "only_full",
+    *("shared", "twice", "continued", "repeat", "sink_pages", "drafts", "multiprocessing", "random", "only_full"),
     "cache_layout",
 )
 """Options of a case that aren't vLLM's."""

@@ -341,6 +341,30 @@ def test_bytes_of_a_block(monkeypatch: pytest.MonkeyPatch):
 
 
 @needs_vllm
+@pytest.mark.parametrize(("order", "expected"), [("LBHNC", 21 * 262144), ("BLHNC", 21 * 59392)])
+def test_blocks_beside_windows(order: str, expected: int, monkeypatch: pytest.MonkeyPatch):
+    """Beside layers with a window vLLM pads pages to 16 bits, unless a block holds the pages of all layers.
+
+    21 layers of each kind, 8 kv heads, head_dim 128: bytes of a block of 64 tokens in full attention.
+    """
+    module = importlib.import_module("kvarn_triton.integrations.vllm.backend")
+    interface = importlib.import_module("vllm.v1.kv_cache_interface")
+    layout = interface.KVCacheLayout[order]
+    assert layout in module.KVarNBackend.supported_kv_cache_layouts()
+    monkeypatch.setattr(module, "current_choice", lambda: choices.choice_of(config_of()))
+    heads = {"block_size": 64, "num_kv_heads": 8, "head_size": 128, "head_size_v": 128, "dtype": torch.bfloat16}
+    full = module.KVarNBackend.customize_spec(interface.FullAttentionSpec(**heads))
+    specs = {f"{i}": interface.SlidingWindowSpec(sliding_window=4096, **heads) if i % 2 else full for i in range(42)}
+    config = config_of()
+    config.scheduler_config.disable_hybrid_kv_cache_manager = False
+    config.cache_config.get_resolved_kv_cache_layout = lambda: layout
+    groups = importlib.import_module("vllm.v1.core.kv_cache_utils").get_kv_cache_groups(config, specs)
+    (group,) = (each for each in groups if "0" in each.layer_names)
+    size = group.kv_cache_spec.page_size_bytes
+    assert (size if order == "BLHNC" else size * len(group.layer_names)) == expected
+
+
+@needs_vllm
 @pytest.mark.slow("starting vLLM")
 def test_generation(tmp_path: Path):
     """vLLM generates with pages, and nearly the tokens of its own cache: logits of a random model are close together."""
