@@ -23,7 +23,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "sinks": (
         "GptOss",
-        {"num_local_experts": 2, "num_experts_per_tok": 2, "layer_types": [FULL] * 4, "sliding_window": 64},
+        {"num_local_experts": 2, "num_experts_per_tok": 2, "layer_types": [FULL] * 4, "sliding_window": None},
     ),
     "windows, sinks": (
         "GptOss",

@@ -17,7 +17,7 @@ if [[ ! -e $folder/vllm-$release ]]; then
     mv -- "$folder/unfinished" "$folder/vllm-$release"
 fi
 export PYTHONPATH=$folder/vllm-$release VLLM_TARGET_DEVICE=cpu
-cases=("prefix caching" "windows beside full attention, soft caps")
+cases=("prefix caching" "drafts, prefix caching, answers hit")
 run "$python" "$here/../../perf/vllm_text.py" --model "$folder/model" --layout kvarn_k8v8_g64 --new-tokens 12 --jobs 2 \
     --command "tests/engines/vllm_033_cpu.sh FOLDER" --only "${cases[@]}"
 printf '\npython -m pytest tests/test_vllm.py -k "contract or bytes":\n'
