@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,6 +67,9 @@ REFUSED = {
     "blocks of 32 tokens": {"block_size": 32},
 }
 """What ends in an error when a server starts."""
+
+WRITING = threading.Lock()
+"""Models are imported lazily, and by one thread at a time."""
 
 
 def prompts_of(case: dict, vocabulary: int) -> list[dict]:
@@ -151,7 +155,8 @@ def model_of(name: str, args: argparse.Namespace, folder: str) -> str:
     random = (CASES | REFUSED)[name].get("random")
     if random is None:
         return args.model
-    write_model(random, Path(folder))
+    with WRITING:
+        write_model(random, Path(folder))
     return folder
 
 
