@@ -149,6 +149,26 @@ def test_large_plans(one_each, device):
     compare_plans((SMALL, lens.to(**ints), ends, *tables), options, one_each)
 
 
+@pytest.mark.parametrize(("count", "at_once"), [(65, True), (66, False)])
+def test_tails_that_are_written_over(count, at_once, device):
+    """A page takes its older tokens from a slot that tokens of the same step go to: two launches, if there are so many."""
+    ints = {"dtype": torch.int32, "device": device}
+    tables = torch.arange(4, **ints)[None], torch.arange(2, **ints)[None]
+    lens, ends = torch.tensor([63 + count], **ints), torch.tensor([0, count], **ints)
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(count, 1, 64, generator=generator).half().to(device) for _ in range(2))
+    raw = torch.randn(2, 2, 1, 64, 64, generator=generator).half().to(device)
+    results = []
+    for api in (kvarn_triton, reference):
+        step = api.plan_step(SMALL, lens, ends, *tables, num_tokens=count, max_drafts=5, early_pages=True)
+        pages, raw_pages = torch.zeros(SMALL.pages_shape(4, 1), dtype=torch.uint8, device=device), raw.clone()
+        api.write_tokens(k, v, pages, raw_pages, step, encoder=ENCODER)
+        results.append((pages, raw_pages))
+    assert step.at_once == at_once
+    for got, wanted in zip(*results, strict=True):
+        assert torch.equal(bits_of(got), bits_of(wanted))
+
+
 @pytest.mark.parametrize("layout", [SMALL, PageLayout(80, 64, 3, 4, v_head_dim=64)], ids=str)
 def test_four_dimensions(layout, device):
     """Activations [batch, heads, n, channels] of any strides are written and attended to as [tokens, heads, channels] are."""
