@@ -327,6 +327,7 @@ _PLANNED = [
     *["str layout", "int head_dim", "int v_head_dim", "Tensor seq_lens", "Tensor? cu_seqlens_q", "Tensor? block_table"],
     *["Tensor raw_table", "int num_tokens", "int max_query_len", "int sink_len", "bool sink_columns", "Tensor? rows"],
     *["int pages_per_block", "int max_drafts", "Tensor? prefix_lens", "Tensor? kv_indptr", "Tensor? kv_indices"],
+    "bool early_pages=False",
 ]
 _define(
     "plan_step", _PLANNED, "Tensor[]", *(f"return {f}(_inputs({', '.join(_names(_PLANNED))}))" for f in ("_plan", "_fake_plan"))
@@ -345,5 +346,5 @@ def _planned(inputs: StepInputs, out: Step | None) -> Step:
 plan_step = _like(
     plan.plan_step,
     "_planned(inputs_of(layout, seq_lens, cu_seqlens_q, block_table, raw_table, num_tokens, max_query_len, sink_len, "
-    "sink_columns, rows, pages_per_block, max_drafts, prefix_lens, kv_indptr, kv_indices), out)",
+    "sink_columns, rows, pages_per_block, max_drafts, prefix_lens, kv_indptr, kv_indices, early_pages), out)",
 )

@@ -34,7 +34,7 @@ class Step:
     raw_table: torch.Tensor
     """int32 [batch, num_sink_pages + num_tail_slots], as attention takes it."""
     num_quantized: torch.Tensor
-    """int32 [batch], pages of the body that are quantized once the step's tokens are written."""
+    """int32 [batch], pages of the body that are read in quantized form once the step's tokens are written."""
     sink_lens: torch.Tensor | None
     """int32 [batch], tokens of each sequence's sink that are raw: `sink_len` or 0. None: `sink_len` in all of them."""
     slots: torch.Tensor
@@ -79,6 +79,17 @@ class StepInputs:
     prefix_lens: torch.Tensor | None
     kv_indptr: torch.Tensor | None
     kv_indices: torch.Tensor | None
+    early_pages: bool
+
+    @property
+    def delay(self) -> int:
+        """How many tokens later than its last one a page is quantized."""
+        return 0 if self.early_pages else self.max_drafts
+
+    @property
+    def least_tail_slots(self) -> int:
+        """Tail slots that the ring needs."""
+        return slots_for(self.max_drafts + self.delay, self.layout.page_size)
 
     @property
     def num_sink_pages(self) -> int:
@@ -144,7 +155,7 @@ class StepInputs:
             "sink_len": self.sink_len,
             "sink_lens": None,
             "max_query_len": self.max_query_len,
-            "at_once": slots_for(self.max_drafts + self.max_query_len, self.layout.page_size) <= self.num_tail_slots,
+            "at_once": slots_for(self.delay + self.max_query_len, self.layout.page_size) <= self.num_tail_slots,
         }
         for name in ("seq_lens", "cu_seqlens_q", "block_table", "kv_indptr", "kv_indices", "raw_table"):
             fields[name] = getattr(self, name)

@@ -31,6 +31,7 @@ def _tables(subject: Subject, csr: bool) -> dict[str, Any]:
     call |= {"max_query_len": max(NEW) * size // 64, "max_drafts": 3, "pages_per_block": 2, "raw_table": raw_table}
     call["rows"] = torch.tensor([2, 0, 1], dtype=torch.int32)
     call["prefix_lens"] = torch.tensor([0, 0, size], dtype=torch.int32)
+    call["early_pages"] = subject.layout.k_bits != subject.layout.v_bits
     return call | {"block_table": torch.tensor([[1, 4], [0, 5], [3, 2]], dtype=torch.int32)}
 
 

@@ -136,6 +136,7 @@ def plans_and_reads(layout: PageLayout) -> None:
     ids = torch.zeros(2, dtype=torch.int32)
     step_of(layout, None)
     pages, raw_pages, step = step_of(layout, torch.zeros(3, dtype=torch.int32), rows=ids, prefix_lens=ids)
+    step_of(layout, None, early_pages=True, max_drafts=1)
     kvarn.plan_step(layout, ids, None, None, ids[:, None], kv_indptr=torch.zeros(3).int(), kv_indices=ids)
     k, v = (torch.zeros(2, 2, 9, d, dtype=torch.float16) for d in (layout.head_dim, layout.v_head_dim))
     kvarn.read_tokens(pages, raw_pages, step, k, v)

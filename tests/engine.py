@@ -32,6 +32,7 @@ class Case:
     sink_columns: bool = False
     pages_per_block: int = 1
     max_drafts: int = 0
+    early_pages: bool = False
     num_tail_slots: int = 1
     csr: bool = False
     num_kv_heads: int = 1
@@ -50,6 +51,11 @@ class Case:
     def block_size(self) -> int:
         """Tokens of a block."""
         return self.size * self.pages_per_block
+
+    @property
+    def delay(self) -> int:
+        """Tokens that come before a page is quantized."""
+        return 0 if self.early_pages else self.max_drafts
 
     @property
     def origin(self) -> int:
@@ -223,7 +229,7 @@ class Engine:
     def register(self, request: Request, length: int) -> None:
         """Enter the full blocks of a prompt into the prefix cache: before they are written."""
         if self.case.sink_columns and request.document > 0:
-            for i in range(min(length - self.case.max_drafts, request.prompt_len) // self.case.block_size):
+            for i in range(min(length - self.case.delay, request.prompt_len) // self.case.block_size):
                 self.cache.setdefault((request.document, i), request.blocks[i])
 
     def step(self) -> None:
@@ -257,9 +263,9 @@ class Engine:
         for page in range((length - case.origin) // case.size):
             first = case.origin + page * case.size
             end = first + case.size
-            if end <= request.hit or end > length - case.max_drafts or end <= done - case.max_drafts:
+            if end <= request.hit or end > length - case.delay or end <= done - case.delay:
                 continue
-            rounded = first < done or end > length - 2 * case.max_drafts
+            rounded = first < done or end > length - case.max_drafts - case.delay
             tiles = [self.rotated(half[first:end], rounded).transpose(0, 1) for half in tokens]
             records = encode_records(tiles[0], tiles[1], case.layout, ENCODER)
             block = request.blocks[page // case.pages_per_block]
@@ -280,7 +286,8 @@ class Engine:
             first = case.origin + page * case.size
             if first < sink or first >= length:
                 continue
-            if first + case.size <= max(length - case.max_drafts, request.hit):
+            final = request.tokens.shape[1] if case.early_pages else request.hit
+            if first + case.size <= max(length - case.max_drafts, final):
                 block = request.blocks[page // case.pages_per_block]
                 record = self.expected[block * case.pages_per_block + page % case.pages_per_block]
                 fields = decode_records(record, case.layout, rotated=False)
@@ -358,6 +365,7 @@ class Batch:
         engine, case = self.engine, self.engine.case
         device = engine.device
         options = {"sink_len": case.sink_len, "sink_columns": case.sink_columns, "max_drafts": case.max_drafts}
+        options["early_pages"] = case.early_pages
         prefix_lens, block_table = engine.prefix_lens, engine.block_table
         raw_table, rows = engine.raw_table, self.rows
         if engine.random.random() < 0.3:  # tables in the order of the batch
@@ -374,6 +382,7 @@ class Batch:
         sizes = {} if self.single else {"num_tokens": self.num_tokens, "max_query_len": self.longest}
         return engine.api.plan_step(
             case.layout, self.seq_lens.to(device), None if self.single else self.ends.to(device), block_table,
-            raw_table.to(device), rows=None if rows is None else rows.to(device), prefix_lens=prefix_lens.to(device),
+            raw_table.to(device), rows=None if rows is None else rows.to(device),
+            prefix_lens=None if case.early_pages else prefix_lens.to(device),
             **options, **tables, **sizes,
         )  # fmt: skip

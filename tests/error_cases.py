@@ -415,6 +415,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
             set_to(100),
             "expected a number for which the 2 tail slots of raw_table suffice .5 are needed., got 100",
         ),
+        ("early_pages", set_to(1), "early_pages: expected a bool, got 1"),
         ("out", set_to(3), "out: expected a Step, got 'int'"),
     ],
     "write_tokens": [

@@ -89,7 +89,7 @@ def calls_of_steps() -> list[tuple]:
     cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
     plain = *NAMES, lens, None, case.block_table, case.raw_table, 2, 1, 64, False, None, 1, 0, None, None, None
     csr = torch.tensor([0, 3, 6], dtype=torch.int32), torch.arange(6, dtype=torch.int32)
-    full = *NAMES, lens, cu_seqlens, None, case.raw_table, 5, 3, 64, True, rows, 1, 3, lens, *csr
+    full = *NAMES, lens, cu_seqlens, None, case.raw_table, 5, 3, 64, True, rows, 1, 3, lens, *csr, True
     chunk = kvarn.plan_step(
         LAYOUT, lens, cu_seqlens, None, case.raw_table, num_tokens=5, sink_len=64, kv_indptr=csr[0], kv_indices=csr[1]
     )  # fmt: skip

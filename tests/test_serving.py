@@ -24,6 +24,20 @@ CASES = {
     "csr-body": Case(SMALL, sink_len=16, csr=True),
     "no-sink": Case(SMALL, max_drafts=3, num_tail_slots=2, dtype=torch.bfloat16, raw_dtype=torch.float32),
     "short-sink": Case(PageLayout(64, 64, 3, 2), sink_len=100, raw_dtype=torch.bfloat16 if ON_GPU else torch.float16),
+    "early-pages": Case(SMALL, sink_len=64, sink_columns=True, max_drafts=5, early_pages=True, num_tail_slots=2),
+    "early-long": Case(SMALL, sink_len=16, max_drafts=60, early_pages=True, num_tail_slots=2),
+    "early-blocks": Case(
+        SMALL,
+        sink_len=64,
+        sink_columns=True,
+        pages_per_block=2,
+        max_blocks=4,
+        num_blocks=10,
+        max_drafts=70,
+        early_pages=True,
+        num_tail_slots=3,
+        raw_dtype=torch.float32,
+    ),
     "long-drafts": Case(SMALL, sink_len=16, max_drafts=40, num_tail_slots=3),
 }
 
@@ -72,7 +86,9 @@ def random_plan(random: Random, device: torch.device) -> tuple[tuple, dict]:
     sink_len = random.choice((0, 64, 128)) if sink_columns else random.choice((0, 16, 64, 100))
     drafts = random.choice((0, 0, 1, 5, 70))
     options = {"sink_columns": sink_columns, "sink_len": sink_len, "max_drafts": drafts}
-    raw_table = ints(requests, -(-sink_len // size) + slots_for(2 * drafts, size) + random.randint(0, 2), least=-1, most=40)
+    early = options["early_pages"] = random.random() < 0.5
+    slots = slots_for((2 - early) * drafts, size) + random.randint(0, 2)
+    raw_table = ints(requests, -(-sink_len // size) + slots, least=-1, most=40)
     count = requests
     if random.random() < 0.6:
         options["rows"] = ints(batch, least=-1, most=requests - 1)
@@ -131,6 +147,26 @@ def test_large_plans(one_each, device):
         ends = torch.cat((torch.zeros(1), counts.cumsum(0))).to(**ints)
         options |= {"num_tokens": int(ends[-1]) + 9, "max_drafts": 3}
     compare_plans((SMALL, lens.to(**ints), ends, *tables), options, one_each)
+
+
+@pytest.mark.parametrize(("count", "at_once"), [(65, True), (66, False)])
+def test_tails_that_are_written_over(count, at_once, device):
+    """A page takes its older tokens from a slot that tokens of the same step go to: two launches, if there are so many."""
+    ints = {"dtype": torch.int32, "device": device}
+    tables = torch.arange(4, **ints)[None], torch.arange(2, **ints)[None]
+    lens, ends = torch.tensor([63 + count], **ints), torch.tensor([0, count], **ints)
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(count, 1, 64, generator=generator).half().to(device) for _ in range(2))
+    raw = torch.randn(2, 2, 1, 64, 64, generator=generator).half().to(device)
+    results = []
+    for api in (kvarn_triton, reference):
+        step = api.plan_step(SMALL, lens, ends, *tables, num_tokens=count, max_drafts=5, early_pages=True)
+        pages, raw_pages = torch.zeros(SMALL.pages_shape(4, 1), dtype=torch.uint8, device=device), raw.clone()
+        api.write_tokens(k, v, pages, raw_pages, step, encoder=ENCODER)
+        results.append((pages, raw_pages))
+    assert step.at_once == at_once
+    for got, wanted in zip(*results, strict=True):
+        assert torch.equal(bits_of(got), bits_of(wanted))
 
 
 @pytest.mark.parametrize("layout", [SMALL, PageLayout(80, 64, 3, 4, v_head_dim=64)], ids=str)

@@ -19,6 +19,7 @@ from vllm_server import Server
 from kvarn_triton import PageLayout, gpu
 from kvarn_triton.integrations.vllm import choice as choices
 from kvarn_triton.integrations.vllm import register, releases
+from kvarn_triton.integrations.vllm.capacity import Capacity, advice
 from kvarn_triton.integrations.vllm.choice import Choice, asked, choice_of, names
 from kvarn_triton.integrations.vllm.slots import Rows, SlotsByBlock, SlotsByRow
 
@@ -59,9 +60,8 @@ def test_choice():
     )
     assert choice_of(named).layout(80) == PageLayout(80, 128, 3, 3)
     drafts = SimpleNamespace(method="ngram", num_speculative_tokens=5)
-    off = SimpleNamespace(cache_dtype="auto", enable_prefix_caching=False)
-    choice = choice_of(config_of(speculative_config=drafts, cache_config=off, use_v2_model_runner=False))
-    assert (choice.max_drafts, choice.tail_slots, choice.num_slots) == (5, 2, 48)
+    choice = choice_of(config_of(speculative_config=drafts, use_v2_model_runner=False))
+    assert (choice.max_drafts, choice.tail_slots, choice.num_slots, choice.prefix_caching) == (5, 2, 48, True)
     assert len(set(names())) == 32 and all(PageLayout.from_name(name.removeprefix("kvarn_")) for name in names())
 
 
@@ -80,6 +80,41 @@ def test_asked():
     assert not asked(None)
 
 
+MEMORY = int(0.92 * 80e9 - 16e9)
+"""Of a cache in vLLM, in bytes: a GPU of 80 GB, of which vLLM takes 0.92 by default, with a model of 16 GB."""
+
+
+@pytest.mark.parametrize(
+    ("layout", "requests", "expected"),
+    [
+        ("k4v2_g64", 1024, 3.09),
+        ("k4v2_g64", 256, 4.08),
+        ("k4v2_g128", 1024, 1.89),
+        ("k4v2_g128", 256, 3.99),
+        ("k2v2_g64", 1024, 4.27),
+        ("k4v4_g64", 1024, 2.42),
+    ],
+)
+def test_capacity(layout: str, requests: int, expected: float):
+    """Tokens of an 8B shape against 16 bits, with the most requests that vLLM runs by default on GPUs of 70 GB, and on others.
+
+    A user is told where 16-bit tokens take more than a tenth.
+    """
+    config = config_of(
+        additional_config={"kvarn_layout": layout}, scheduler_config=SimpleNamespace(max_num_seqs=requests)
+    )  # fmt: skip
+    choice = choice_of(config)
+    cache = Capacity(choice, num_layers=32, num_kv_heads=8, head_dim=128)
+    times = cache.tokens(MEMORY) / (MEMORY // (32 * 8 * 128 * 2 * 2))
+    assert expected <= times < expected + 0.02
+    told = advice(choice, cache.raw_bytes, MEMORY - cache.raw_bytes)
+    assert (told is not None) == (cache.raw_bytes > 0.1 * MEMORY)
+    if told is not None:
+        fewer = dataclasses.replace(choice, max_requests=int(told.split("with ")[1].split(" ")[0]))
+        assert 0.09 < dataclasses.replace(cache, choice=fewer).raw_bytes / MEMORY <= 0.1
+        assert ("_g64" in told) == layout.endswith("_g128")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -88,10 +123,6 @@ def test_asked():
         ({"additional_config": {"kvarn_layout": "k4v2_g64", "kvarn_sink_pages": 2}}, "kvarn_sink_pages: expected 0 or 1"),
         ({"cache_config": SimpleNamespace(cache_dtype="fp8", enable_prefix_caching=False)}, "kv_cache_dtype: expected 'auto'"),
         ({"speculative_config": SimpleNamespace(method="eagle", num_speculative_tokens=2)}, "speculative method"),
-        (
-            {"speculative_config": SimpleNamespace(method="ngram", num_speculative_tokens=2)},
-            "enable_prefix_caching: expected off",
-        ),
         ({"kv_transfer_config": object()}, "kv_transfer_config: expected none"),
         (
             {"parallel_config": SimpleNamespace(decode_context_parallel_size=2, prefill_context_parallel_size=1)},
@@ -112,11 +143,14 @@ CASES = [
     {"prefix_caching": True, "sink_pages": 0},
     {"max_drafts": 5},
     {"max_drafts": 40, "sink_pages": 0},
+    {"max_drafts": 5, "prefix_caching": True},
+    {"max_drafts": 40, "prefix_caching": True, "sink_pages": 0},
 ]
+NAMES = "plain", "prefix", "prefix, no sink", "drafts", "drafts, no sink", "both", "both, no sink"
 
 
 @pytest.mark.parametrize("known_rows", [True, False], ids=["rows", "blocks"])
-@pytest.mark.parametrize("case", CASES, ids=["plain", "prefix", "prefix, no sink", "drafts", "drafts, no sink"])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_server(case: dict, known_rows: bool, device: torch.device):
     """Steps of a server like vLLM's, dummy ones between them, are those of exact attention up to the rounding of 8 bits."""
     if device.type == "cuda" and not known_rows:
@@ -150,7 +184,7 @@ def test_plans_stay_where_they_are():
 
 
 @pytest.mark.slow("the interpreter")
-@pytest.mark.parametrize("case", CASES[1:4:2], ids=["prefix", "drafts"])
+@pytest.mark.parametrize("case", CASES[1:6:2], ids=NAMES[1:6:2])
 def test_server_kernels(case: dict, device: torch.device, monkeypatch: pytest.MonkeyPatch):
     """The same through kernels, plans of decodes in their memory included."""
     monkeypatch.setattr(gpu, "on_device", lambda tensor: True)
@@ -304,6 +338,30 @@ def test_bytes_of_a_block(monkeypatch: pytest.MonkeyPatch):
         interface.SlidingWindowSpec(block_size=64, sliding_window=128, **heads),
     ):
         assert module.KVarNBackend.customize_spec(spec) is spec
+
+
+@needs_vllm
+@pytest.mark.parametrize(("order", "expected"), [("LBHNC", 21 * 262144), ("BLHNC", 21 * 59392)])
+def test_blocks_beside_windows(order: str, expected: int, monkeypatch: pytest.MonkeyPatch):
+    """Beside layers with a window vLLM pads pages to 16 bits, unless a block holds the pages of all layers.
+
+    21 layers of each kind, 8 kv heads, head_dim 128: bytes of a block of 64 tokens in full attention.
+    """
+    module = importlib.import_module("kvarn_triton.integrations.vllm.backend")
+    interface = importlib.import_module("vllm.v1.kv_cache_interface")
+    layout = interface.KVCacheLayout[order]
+    assert layout in module.KVarNBackend.supported_kv_cache_layouts()
+    monkeypatch.setattr(module, "current_choice", lambda: choices.choice_of(config_of()))
+    heads = {"block_size": 64, "num_kv_heads": 8, "head_size": 128, "head_size_v": 128, "dtype": torch.bfloat16}
+    full = module.KVarNBackend.customize_spec(interface.FullAttentionSpec(**heads))
+    specs = {f"{i}": interface.SlidingWindowSpec(sliding_window=4096, **heads) if i % 2 else full for i in range(42)}
+    config = config_of()
+    config.scheduler_config.disable_hybrid_kv_cache_manager = False
+    config.cache_config.get_resolved_kv_cache_layout = lambda: layout
+    groups = importlib.import_module("vllm.v1.core.kv_cache_utils").get_kv_cache_groups(config, specs)
+    (group,) = (each for each in groups if "0" in each.layer_names)
+    size = group.kv_cache_spec.page_size_bytes
+    assert (size if order == "BLHNC" else size * len(group.layer_names)) == expected
 
 
 @needs_vllm

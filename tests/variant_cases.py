@@ -137,6 +137,7 @@ def step_calls(variants: Variants) -> dict[str, Callable[[], object]]:
     raw_table = v.ints(batch, -(-sink_len // size) + v.pick(3, 4, 16), below=NUM_RAW)
     lens = v.place(tables["seq_lens"].cpu().clamp(max=tables["block_table"].shape[1] * size) // 2 + 1)
     options = {"sink_len": sink_len, "sink_columns": sink_columns, "pages_per_block": per, "max_drafts": v.pick(0, 1, 16)}
+    options["early_pages"] = bool(v.pick(0, 1))
     if v.pick(0, 1):
         options["rows"] = v.ints(batch, below=batch)
     if v.pick(0, 1):

@@ -60,6 +60,7 @@ class Server:
         self.owners = [0] * BLOCKS  # requests that have a block
         self.running: list[Request] = []
         self.waiting: list[Request] = []
+        self.ended: list[list[int]] = []  # tokens that others continue
         self.documents = [[self.random.randrange(VOCABULARY) for _ in range(LONGEST)] for _ in range(3)]
         self.worst = 0.0
         self.seen: dict[str, int] = dict.fromkeys(
@@ -67,13 +68,18 @@ class Server:
         )
 
     def arrive(self) -> None:
-        """Put a request into the queue: some pages of a document, then tokens of its own, or none."""
+        """Put a request into the queue: pages of a document, or what another one ended with; tokens of its own, or none."""
         rand = self.random
         shared = rand.choice((0, 0, self.size, self.size + 3, 2 * self.size, 2 * self.size + 10))
         own = rand.choice((0, 1, 5, self.size - 1, self.size, rand.randint(1, 2 * self.size)))
         tokens = rand.choice(self.documents)[:shared] + [rand.randrange(VOCABULARY) for _ in range(own)]
-        if tokens:
+        if self.ended and rand.random() < 0.4:
+            tokens = self.ended.pop() + tokens[: rand.randint(1, 20)]
+        if tokens and len(tokens) < LONGEST:
             self.waiting.append(Request(tokens, min(len(tokens) + rand.choice((1, 2, 30, 90)), LONGEST)))
+            if self.choice.max_drafts and self.choice.prefix_caching and rand.random() < 0.5:
+                end = -(-(len(tokens) + 1) // self.size) * self.size + rand.choice((1, 1, 2))  # right after a page is full
+                self.waiting[-1].end = min(end, LONGEST)
 
     def take_block(self) -> int | None:
         """Return a block that nobody has, and forget what it held."""
@@ -155,7 +161,7 @@ class Server:
             if victim is request:
                 return
         if self.choice.prefix_caching:
-            for page in range((request.computed + count) // self.size):
+            for page in range(min(request.computed + count, len(request.tokens)) // self.size):
                 self.cached.setdefault(tuple(request.tokens[: (page + 1) * self.size]), request.blocks[page])
         chosen.append((request, count, drafts))
 
@@ -184,6 +190,8 @@ class Server:
                 request.tokens = [*sequence[: request.computed], self.random.randrange(VOCABULARY)]
             if len(request.tokens) >= request.end:
                 self.seen["ended"] += 1
+                if self.choice.max_drafts and self.choice.prefix_caching:
+                    self.ended.append(request.tokens)
                 self.release(request)
         return True
 

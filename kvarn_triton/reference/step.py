@@ -9,6 +9,12 @@ has
 
 So which pages a step completes follows from lengths before and after it. Pages that a sequence got from a prefix cache are in
 quantized form from the start: `prefix_lens`.
+
+With `early_pages` a page is quantized as soon as its last token is written, and again if that token was taken back. Pages that
+end by `computed`, the tokens before the step, are then final, and
+
+    pages that end by max(computed, L - max_drafts)        are read in quantized form, while
+    tokens of pages that end after L - max_drafts          are in the tail ring.
 """
 
 from __future__ import annotations
@@ -51,12 +57,13 @@ def plan_step(
     prefix_lens: torch.Tensor | None = None,
     kv_indptr: torch.Tensor | None = None,
     kv_indices: torch.Tensor | None = None,
+    early_pages: bool = False,
     out: Step | None = None,
 ) -> Step:
     """Plan a step; see `kvarn_triton.plan_step`."""
     inputs = inputs_of(
         layout, seq_lens, cu_seqlens_q, block_table, raw_table, num_tokens, max_query_len, sink_len, sink_columns, rows,
-        pages_per_block, max_drafts, prefix_lens, kv_indptr, kv_indices,
+        pages_per_block, max_drafts, prefix_lens, kv_indptr, kv_indices, early_pages,
     )  # fmt: skip
     step = inputs.step(out)
     fill_plan(inputs, step)
@@ -79,7 +86,7 @@ def fill_plan(inputs: StepInputs, step: Step) -> None:
             num_tasks += 1
         skipped = row.inputs.num_sink_pages if inputs.sink_columns and row.sink_len else 0
         shift = inputs.num_sink_pages if row.sink_len < inputs.sink_len else 0
-        tables["num_quantized"].append(max(max(row.end, row.floor) - skipped, 0))
+        tables["num_quantized"].append(max(max(row.quantized, row.floor) - skipped, 0))
         tables["sink_lens"].append(row.sink_len)
         tables["raw_table"].append(row.raw_ids[shift:] + [-1] * shift)
         tables["block_table"].append(row.ids[skipped:] + [-1] * min(skipped, len(row.ids)))
@@ -116,18 +123,24 @@ class Sequence:
 
     @property
     def begin(self) -> int:
-        """Column of the first page that this step completes."""
-        return max(self.pages_to(self.computed - self.inputs.max_drafts), self.floor)
+        """Column of the first page that this step quantizes."""
+        return max(self.pages_to(self.computed - self.inputs.delay), self.floor)
 
     @property
     def end(self) -> int:
-        """Column after the last page that is complete."""
-        return min(self.pages_to(self.length - self.inputs.max_drafts), len(self.ids))
+        """Column after the last page that has been quantized."""
+        return min(self.pages_to(self.length - self.inputs.delay), len(self.ids))
+
+    @property
+    def quantized(self) -> int:
+        """Column after the last page that is read in quantized form: none of its tokens can be taken back."""
+        certain = self.length - self.inputs.max_drafts
+        return min(self.pages_to(max(certain, self.computed) if self.inputs.early_pages else certain), len(self.ids))
 
     @property
     def rounded(self) -> int:
         """Column of the first page whose tokens are in the ring, too."""
-        return self.pages_to(self.length - 2 * self.inputs.max_drafts)
+        return self.pages_to(self.length - self.inputs.max_drafts - self.inputs.delay)
 
     def place(self, position: int) -> tuple[int, int]:
         """Return the column of the raw table, and the place in its page, of the token at a position."""

@@ -72,7 +72,7 @@ def cut_tokens(pages: torch.Tensor, raw_pages: torch.Tensor, step: Step, new_len
 
     The page that a new end is inside of is dequantized into its slot of the tail ring; it is not written, for others may share
     it. The next step is planned with lengths that follow from `new_lens`, and with `prefix_lens` of at least `new_lens` if it
-    has `max_drafts`. Nothing is to be done where no more than `max_drafts` tokens are taken back.
+    has `max_drafts` without `early_pages`. Nothing is to be done where no more than `max_drafts` tokens are taken back.
 
     Args:
         pages: uint8 [num_pages, num_kv_heads, page_bytes].

@@ -11,7 +11,7 @@ from .. import gpu, reference
 from ..cache import check_body_tables, check_raw_table
 from ..checks import check_count, check_tensor, require
 from ..layout import PageLayout
-from ..step import Step, StepInputs, inputs_of, slots_for
+from ..step import Step, StepInputs, inputs_of
 from .plan_kernel import launch_plan_step
 
 
@@ -32,12 +32,14 @@ def plan_step(
     prefix_lens: torch.Tensor | None = None,
     kv_indptr: torch.Tensor | None = None,
     kv_indices: torch.Tensor | None = None,
+    early_pages: bool = False,
     out: Step | None = None,
 ) -> Step:
     """Plan one step of a server for all of its layers, on the device: one launch, and nothing is read back.
 
     Which pages are quantized follows from lengths, so no count is kept between steps: a page is quantized in the step that
-    writes its last token, or, with `max_drafts`, as many tokens later. Then, in every layer, `write_tokens` and `attend`.
+    writes its last token, or, with `max_drafts` and without `early_pages`, as many tokens later. Then, in every layer,
+    `write_tokens` and `attend`.
 
     Args:
         layout: the page format.
@@ -47,8 +49,8 @@ def plan_step(
         block_table: int32 [batch, max_blocks], ids that are set before pages complete; a page with an id below 0 is not
             written. None with `kv_indptr` and `kv_indices`.
         raw_table: int32 [batch, num_sink_pages + num_tail_slots]. The ring needs (2 * max_drafts + page_size - 2) //
-            page_size + 1 slots; with one for each page that a step's tokens and `max_drafts` can touch, a step is written by
-            one launch, else by two.
+            page_size + 1 slots, with `early_pages` (max_drafts + page_size - 2) // page_size + 1; with one for each page that a
+            step's tokens, and without `early_pages` `max_drafts` more, can touch, a step is written by one launch, else by two.
         num_tokens: new tokens of all sequences, padding included: the first size of `k`. Needed beside `cu_seqlens_q`.
         max_query_len: most new tokens of a sequence; by default `num_tokens`.
         sink_len: tokens at the start of every sequence that stay raw.
@@ -61,10 +63,14 @@ def plan_step(
         pages_per_block: pages of a block, if ids are those of blocks: page i of block b is `pages[b * pages_per_block + i]`.
         max_drafts: most tokens at the end of a sequence that may be taken back afterwards, by a smaller `seq_lens` in the next
             step.
-        prefix_lens: int32 [batch], tokens that each sequence got in quantized form when it began; needed if it got any and
-            `max_drafts` is above 0.
+        prefix_lens: int32 [batch], tokens that each sequence got in quantized form when it began; needed if it got any,
+            `max_drafts` is above 0 and `early_pages` is False.
         kv_indptr: int32 [batch + 1], rising; where the page ids of each sequence begin in `kv_indices`, and the last one's end.
         kv_indices: int32 [n], page ids.
+        early_pages: whether a page is quantized in the step that writes its last token, draft or not, and once more if that
+            token was taken back. The sequence itself reads it when its tokens are certain, from the ring until then; another
+            one may get it from a prefix cache as soon as its tokens are accepted. Without drafts it changes nothing. The same
+            in all steps of a sequence.
         out: the plan of another step with the same tensors, sizes and options, to be written to: for captured graphs that
             don't capture this call.
 
@@ -77,7 +83,7 @@ def plan_step(
     return plan_from(
         inputs_of(
             layout, seq_lens, cu_seqlens_q, block_table, raw_table, num_tokens, max_query_len, sink_len, sink_columns, rows,
-            pages_per_block, max_drafts, prefix_lens, kv_indptr, kv_indices,
+            pages_per_block, max_drafts, prefix_lens, kv_indptr, kv_indices, early_pages,
         ),
         out,
     )  # fmt: skip
@@ -116,7 +122,8 @@ def _check(inputs: StepInputs) -> None:
     check_count("pages_per_block", inputs.pages_per_block, least=1)
     require(not csr or inputs.pages_per_block == 1, "pages_per_block", "1 beside kv_indices", inputs.pages_per_block)
     check_count("max_drafts", inputs.max_drafts)
-    least = slots_for(2 * inputs.max_drafts, layout.page_size)
+    require(isinstance(inputs.early_pages, bool), "early_pages", "a bool", inputs.early_pages)
+    least = inputs.least_tail_slots
     expected = f"a number for which the {inputs.num_tail_slots} tail slots of raw_table suffice ({least} are needed)"
     require(inputs.num_tail_slots >= least, "max_drafts", expected, inputs.max_drafts)
 
@@ -133,9 +140,11 @@ def plan_every_way(
     """Plan a step in which nothing happens with and without every argument, so that all of it is compiled; return a plan."""
     ends = torch.zeros(2, dtype=torch.int32, device=lens.device)
     sizes: tuple[dict[str, Any], ...] = ({"cu_seqlens_q": None}, {"cu_seqlens_q": ends, "num_tokens": 1})
-    for size, rows, prefix_lens, per in itertools.product(sizes, (None, lens), (None, lens), (1,) if indices else (1, 2)):
+    some, per_block = (None, lens), (1,) if indices else (1, 2)
+    for size, rows, prefix_lens, per, early in itertools.product(sizes, some, some, per_block, (False, True)):
         step = plan_step(
             layout, lens, block_table=block_table, raw_table=raw_table, rows=rows, prefix_lens=prefix_lens, pages_per_block=per,
-            sink_columns=sink_columns, sink_len=layout.page_size if sink_columns else 0, **size, **indices,
+            sink_columns=sink_columns, sink_len=layout.page_size if sink_columns else 0, max_drafts=int(early),
+            early_pages=early, **size, **indices,
         )  # fmt: skip
     return step

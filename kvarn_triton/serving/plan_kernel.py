@@ -57,7 +57,7 @@ def _pages_to(length, origin, G: tl.constexpr):
 
 
 @triton.jit
-def _lengths_of(seqs, row, mask, G: tl.constexpr, SINK_COLUMNS: tl.constexpr):
+def _lengths_of(seqs, row, mask, G: tl.constexpr, SINK_COLUMNS: tl.constexpr, EARLY: tl.constexpr):
     """Return the lengths of a row, or of several; those that are masked have no tokens."""
     length = tl.maximum(tl.load(seqs.seq_lens_ptr + row, mask, other=0), 0)
     if seqs.cu_seqlens_ptr is None:
@@ -84,10 +84,17 @@ def _lengths_of(seqs, row, mask, G: tl.constexpr, SINK_COLUMNS: tl.constexpr):
     if seqs.prefix_lens_ptr is not None:
         floor = tl.minimum(_pages_to(tl.load(seqs.prefix_lens_ptr + request, mask, other=0), origin, G), columns)
     computed = length - count
-    end = tl.minimum(_pages_to(length - seqs.max_drafts, origin, G), columns)
-    begin = tl.maximum(_pages_to(computed - seqs.max_drafts, origin, G), floor)
-    quantized = tl.maximum(tl.maximum(end, floor) - skipped, 0)
-    rounded = _pages_to(length - 2 * seqs.max_drafts, origin, G)
+    if EARLY:
+        end = tl.minimum(_pages_to(length, origin, G), columns)
+        begin = tl.maximum(_pages_to(computed, origin, G), floor)
+        rounded = _pages_to(length - seqs.max_drafts, origin, G)
+        certain = tl.minimum(tl.maximum(rounded, _pages_to(computed, origin, G)), columns)
+        quantized = tl.maximum(tl.maximum(certain, floor) - skipped, 0)
+    else:
+        end = tl.minimum(_pages_to(length - seqs.max_drafts, origin, G), columns)
+        begin = tl.maximum(_pages_to(computed - seqs.max_drafts, origin, G), floor)
+        quantized = tl.maximum(tl.maximum(end, floor) - skipped, 0)
+        rounded = _pages_to(length - 2 * seqs.max_drafts, origin, G)
     return Lengths(request, start, computed, length, sink, skipped, begin, tl.maximum(end, begin), quantized, rounded)
 
 
@@ -100,7 +107,10 @@ def _raw_column(position, sink, sink_len, num_tail_slots, G: tl.constexpr):
 
 
 @triton.jit
-def _plan_tokens(slots_ptr, seqs, block, batch, num_tokens, num_tail_slots, G: tl.constexpr, SINK_COLUMNS: tl.constexpr):
+def _plan_tokens(
+    slots_ptr, seqs, block, batch, num_tokens, num_tail_slots,
+    G: tl.constexpr, SINK_COLUMNS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """Find the sequence of each token of a block, and where it goes in the raw pool."""
     token = block * BLOCK + tl.arange(0, BLOCK)
     mask = token < num_tokens
@@ -114,7 +124,7 @@ def _plan_tokens(slots_ptr, seqs, block, batch, num_tokens, num_tail_slots, G: t
             row += tl.sum((ends[None, :] <= token[:, None]).to(tl.int32), axis=1)
         mask = mask & (token >= tl.load(seqs.cu_seqlens_ptr))
     mask = mask & (row < batch)
-    lengths = _lengths_of(seqs, row, mask, G, SINK_COLUMNS)
+    lengths = _lengths_of(seqs, row, mask, G, SINK_COLUMNS, EARLY)
     position = lengths.computed + token - lengths.start
     column, place = _raw_column(position, lengths.sink, seqs.sink_len, num_tail_slots, G)
     origin = 0 if SINK_COLUMNS else seqs.sink_len
@@ -127,13 +137,13 @@ def _plan_tokens(slots_ptr, seqs, block, batch, num_tokens, num_tail_slots, G: t
 @triton.jit
 def _plan_pages(
     tasks_ptr, seqs, table_ptr, lengths, row, batch, num_tasks, num_tail_slots, pages_per_block,
-    G: tl.constexpr, SINK_COLUMNS: tl.constexpr,
+    G: tl.constexpr, SINK_COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """List the pages that a sequence completes behind those of the sequences before it, and mark what is left as none."""
     before = 0
     for first in range(0, row, BLOCK):
         other = first + tl.arange(0, BLOCK)
-        each = _lengths_of(seqs, other, other < row, G, SINK_COLUMNS)
+        each = _lengths_of(seqs, other, other < row, G, SINK_COLUMNS, EARLY)
         before += tl.sum(each.end - each.begin, axis=0)
     origin = 0 if SINK_COLUMNS else seqs.sink_len
     count = lengths.end - lengths.begin
@@ -236,6 +246,7 @@ def _kvarn_plan_step_kernel(
     stride_raw_table,
     G: tl.constexpr,
     SINK_COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     seqs = Sequences(
         seq_lens_ptr, cu_seqlens_ptr, rows_ptr, prefix_lens_ptr, indptr_ptr, raw_table_ptr, stride_raw_table, max_pages,
@@ -243,7 +254,7 @@ def _kvarn_plan_step_kernel(
     )  # fmt: skip
     row = tl.program_id(0)
     if row < batch:
-        lengths = _lengths_of(seqs, row, row >= 0, G, SINK_COLUMNS)
+        lengths = _lengths_of(seqs, row, row >= 0, G, SINK_COLUMNS, EARLY)
         if indptr_ptr is None:
             row_table_ptr = table_ptr + lengths.request.to(tl.int64) * stride_table
         else:
@@ -251,14 +262,14 @@ def _kvarn_plan_step_kernel(
         tl.store(num_quantized_ptr + row, lengths.quantized)
         _plan_pages(
             tasks_ptr, seqs, row_table_ptr, lengths, row, batch, num_tasks, num_tail_slots, pages_per_block,
-            G, SINK_COLUMNS,
+            G, SINK_COLUMNS, EARLY,
         )  # fmt: skip
         tables = Tables(
             out_block_table_ptr, out_indptr_ptr, out_raw_table_ptr, out_sink_lens_ptr, block_columns, raw_columns
         )  # fmt: skip
         _copy_tables(tables, seqs, row_table_ptr, lengths, row, batch, pages_per_block, G)
     else:
-        _plan_tokens(slots_ptr, seqs, row - batch, batch, num_tokens, num_tail_slots, G, SINK_COLUMNS)
+        _plan_tokens(slots_ptr, seqs, row - batch, batch, num_tokens, num_tail_slots, G, SINK_COLUMNS, EARLY)
 
 
 def launch_plan_step(inputs: StepInputs, step: Step) -> None:
@@ -299,6 +310,7 @@ def launch_plan_step(inputs: StepInputs, step: Step) -> None:
         stride_raw_table=raw_table.stride(0),
         G=inputs.layout.page_size,
         SINK_COLUMNS=inputs.sink_columns,
+        EARLY=inputs.early_pages and inputs.max_drafts > 0,
         num_warps=4,
     )
 

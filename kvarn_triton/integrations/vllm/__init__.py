@@ -42,7 +42,9 @@ def _register(taken: bool) -> None:
 
     register_backend(AttentionBackendEnum.CUSTOM, f"{_HERE}.backend.KVarNBackend")
     if taken and current_platform.is_cpu():
-        register_backend(AttentionBackendEnum.CPU_ATTN, f"{_HERE}.cpu.Backend")
+        from .cpu import take
+
+        take(type(current_platform), AttentionBackendEnum.CUSTOM)
     if taken:
         _register_names()
 

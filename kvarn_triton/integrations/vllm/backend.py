@@ -29,6 +29,7 @@ from ...checks import require  # noqa: E402
 from ...layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES  # noqa: E402
 from ...serving.attention import attend  # noqa: E402
 from ...serving.write import write_tokens  # noqa: E402
+from .capacity import advice  # noqa: E402
 from .choice import PREFIX, Choice, asked, choice_of  # noqa: E402
 from .plans import Planner, Plans  # noqa: E402
 
@@ -103,8 +104,8 @@ class KVarNBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Return the order of dimensions: layers, blocks, heads, pages of a block, bytes."""
-        return (KVCacheLayout.LBHNC,)
+        """Return the orders of dimensions, the preferred one first: layers, blocks, heads, pages of a block, bytes."""
+        return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
@@ -165,6 +166,9 @@ class KVarNBuilder(AttentionMetadataBuilder[Plans]):
             count, choice.layout_name, tokens, pages / mib, pages / tokens, raw / mib, choice.num_slots, choice.sink_len,
             choice.tail_slots * choice.page_size, tokens, (pages + raw) / tokens,
         )  # fmt: skip
+        told = advice(choice, raw, pages)
+        if told is not None:
+            logger.warning(told)
 
 
 class KVarNImpl(AttentionImpl[Plans]):
@@ -193,7 +197,7 @@ class KVarNImpl(AttentionImpl[Plans]):
         require(
             kv_sharing_target_layer_name is None, "kv sharing", "layers with keys of their own", kv_sharing_target_layer_name
         )
-        advice = "none; on a GPU leave such layers to vLLM: attention_config.backend_per_kind={'full_attention': 'CUSTOM'}"
+        advice = "none; leave such layers to vLLM: attention_config.backend_per_kind={'full_attention': 'CUSTOM'}"
         require(sliding_window is None, "sliding_window", advice, sliding_window)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads

@@ -58,7 +58,7 @@ class Choice:
     @property
     def tail_slots(self) -> int:
         """Raw pages of the ring of a tail."""
-        return slots_for(2 * self.max_drafts, self.page_size)
+        return slots_for(self.max_drafts, self.page_size)
 
     @property
     def columns(self) -> int:
@@ -113,12 +113,9 @@ def choice_of(config: Any) -> Choice:
     sink_pages = options.get(SINK_KEY, 1)
     require(sink_pages in (0, 1), SINK_KEY, "0 or 1", sink_pages)
     drafts = config.speculative_config
-    prefix_caching = bool(config.cache_config.enable_prefix_caching)
     if drafts is not None:
         method = drafts.method
         require(method in ("ngram", "ngram_gpu"), "speculative method", "ngram or ngram_gpu (no draft models)", method)
-        expected = "off beside speculative decoding: pages are quantized some tokens late then, after others may hit them"
-        require(not prefix_caching, "enable_prefix_caching", expected, "on")
     require(config.kv_transfer_config is None, "kv_transfer_config", "none: 16-bit tokens are not in blocks", "one")
     parallel = config.parallel_config
     for field in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -130,6 +127,6 @@ def choice_of(config: Any) -> Choice:
         sink_pages=int(sink_pages),
         max_drafts=0 if drafts is None else int(drafts.num_speculative_tokens),
         max_requests=int(config.scheduler_config.max_num_seqs),
-        prefix_caching=prefix_caching,
+        prefix_caching=bool(config.cache_config.enable_prefix_caching),
         known_rows=bool(config.use_v2_model_runner),
     )

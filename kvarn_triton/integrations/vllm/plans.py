@@ -106,7 +106,7 @@ class Planner:
     def _inputs(self, seq_lens: torch.Tensor, ends: torch.Tensor | None, *others: Any) -> StepInputs:
         """Return what a step is planned from: lengths, ends, the tables and, beside ends, both sizes."""
         block_table, raw_table, *sizes = others
-        options = self.choice.sink_len, True, None, 1, self.choice.max_drafts, None, None, None
+        options = self.choice.sink_len, True, None, 1, self.choice.max_drafts, None, None, None, True
         return inputs_of(self.layout, seq_lens, ends, block_table, raw_table, *(sizes or (None, None)), *options)
 
     def _fixed(self, inputs: StepInputs) -> Step:

@@ -31,9 +31,9 @@ class Rows:
 class SlotsByRow:
     """Slots of requests whose rows are known.
 
-    A request has a raw sink if it computed its first tokens in this row. A new request that hits the prefix cache right where
-    an older one of the same row ended is taken for that one if both begin with the same block, which has the same tokens
-    then: a block that is written anew from position 0 is forgotten in all rows.
+    A request has a raw sink if it computed its first tokens in this row. A new request that hits the prefix cache where an
+    older one of the same row ended, or its last drafts did, is taken for that one if both begin with the same block, which has
+    the same tokens then: a block that is written anew from position 0 is forgotten in all rows.
 
     Args:
         choice: how the cache is laid out.
@@ -67,7 +67,8 @@ class SlotsByRow:
         live = rows.seq_lens > 0
         index = torch.where(live, request_rows, self.choice.max_requests)
         first, fresh = rows.block_table[:, 0], rows.computed == 0
-        same = (self.first_block[index] == first) & (self.length[index] == rows.computed)
+        taken_back = self.length[index] - rows.computed
+        same = (self.first_block[index] == first) & (taken_back >= 0) & (taken_back <= self.choice.max_drafts)
         sinks = fresh | (same & self.has_sink[index])
         written = torch.where(live & fresh, first, -2)
         self.first_block.masked_fill_((self.first_block[:, None] == written).any(dim=1), -1)
@@ -79,8 +80,8 @@ class SlotsByBlock:
     """Slots of requests that are known by their blocks, on the host.
 
     A sink is known by the block of its tokens, so that requests with the same first block share it. A tail is known by the
-    block that is being filled, which belongs to one request; without a prefix cache by the request's first.
-    Requests that ended are not announced: the slot that was not used for longest is taken.
+    block that is being filled, or with drafts by those that the next token may be in, which belong to one request; without a
+    prefix cache by the request's first. Requests that ended are not announced: the slot that was not used for longest is taken.
 
     Args:
         choice: how the cache is laid out.
@@ -130,11 +131,13 @@ class SlotsByBlock:
                 raise RuntimeError("kvarn_triton: the raw pages of a running request went to another one")
         found: dict[int, int] = {}
         done = []
-        for row, (_, length, blocks) in spans.items():
+        for row, (begin, length, blocks) in spans.items():
             slot = slots[row]
             found[row] = self.tails.take() if slot is None else slot
-            if by_first or length % size:
-                self.tails.put(blocks[0 if by_first else length // size], found[row])
+            least = max(begin + 1, length - self.choice.max_drafts)  # where the next step begins, at least
+            filling = blocks[:1] if by_first else blocks[least // size : -(-length // size)]
+            if filling:
+                self.tails.put(filling, found[row])
             else:
                 done.append(found[row])
         self.tails.free += done
@@ -142,26 +145,37 @@ class SlotsByBlock:
 
 
 class _Slots:
-    """Slots by block, the one used last at the end."""
+    """Slots by blocks, the one used last at the end."""
 
     def __init__(self, count: int) -> None:
         self.of: dict[int, int] = {}
+        self.blocks: dict[int, list[int]] = {}  # by slot
         self.free = list(range(count))
 
     def pop(self, block: int) -> int | None:
         """Return the slot of a block and forget whose it is."""
-        return self.of.pop(block, None)
+        slot = self.of.get(block)
+        if slot is not None:
+            for each in self.blocks.pop(slot):
+                del self.of[each]
+        return slot
 
     def take(self) -> int:
         """Return a free slot, or the one that was not used for longest."""
-        return self.free.pop(0) if self.free else self.of.pop(next(iter(self.of)))
+        if self.free:
+            return self.free.pop(0)
+        slot = self.pop(next(iter(self.of)))
+        assert slot is not None
+        return slot
 
-    def put(self, block: int, slot: int) -> None:
-        """Say whose a slot is. The slot of a request that ended, and had this block before, is free."""
-        stale = self.of.pop(block, None)
-        if stale is not None:
-            self.free.append(stale)
-        self.of[block] = slot
+    def put(self, blocks: list[int], slot: int) -> None:
+        """Say whose a slot is. The slot of a request that ended, and had one of these blocks before, is free."""
+        for block in blocks:
+            stale = self.pop(block)
+            if stale is not None:
+                self.free.append(stale)
+        self.of |= dict.fromkeys(blocks, slot)
+        self.blocks[slot] = blocks
 
     def use(self, block: int, new: bool) -> int | None:
         """Return the slot of a block; None if it has none and isn't new."""
@@ -169,5 +183,5 @@ class _Slots:
         if slot is None and new:
             slot = self.take()
         if slot is not None:
-            self.of[block] = slot
+            self.put([block], slot)
         return slot
