@@ -132,7 +132,7 @@ def generate(case: dict, model: str, layout: str | None, new_tokens: int, oracle
         "best": [[{token: one.logprob for token, one in two.items()} for two in each.logprobs or ()] for each in outputs],
         "oracle": "" if watched is None else str(watched),
         "seconds": round(time.time() - begin, 1),
-        "counted": {name: value for name, value in counted.items() if name.endswith(wanted) and value},
+        "counted": {name.removeprefix("vllm:"): value for name, value in counted.items() if name.endswith(wanted) and value},
     }
 
 
@@ -283,7 +283,8 @@ def main() -> int:
         failed += not same
         print(
             f"{name}: {sum(same)} of {len(own['tokens'])} requests and {equal} of {total} tokens are equal; "
-            f"{ours['counted']} (own: {own['counted']}), {ours['seconds']} s (own: {own['seconds']} s)",
+            f"{ours['counted']} (own: {'the same' if own['counted'] == ours['counted'] else own['counted']}), "
+            f"{ours['seconds']} s (own: {own['seconds']} s)",
             flush=True,
         )
         for line in distances(own, ours) + ([f"    {ours['oracle']}"] if ours["oracle"] else []):
