@@ -10,7 +10,7 @@ import triton.language as tl
 
 from . import gpu
 from .checks import require
-from .layout import PageLayout, fields_per_byte
+from .layout import PageLayout, fields_per_byte, num_high_bits
 from .reference.arithmetic import BLOCK_TOKENS, block_channels
 from .tables import DecodeConfig, DecodeTable, PrefillConfig, builtin_table
 from .tile.dequantize import STORE_RUN
@@ -242,11 +242,14 @@ def _padded_channels(layout: PageLayout) -> tuple[int, int]:
 
 
 def _page_shared_bytes(layout: PageLayout) -> int:
-    """Return how much shared memory a page takes in a decode program: codes padded to whole products, 3-bit ones twice."""
+    """Return how much shared memory a page takes in a decode program: codes padded to whole products, and high bits.
+
+    Those of 3-bit codes are loaded twice, for either half of a row.
+    """
     k_channels, v_channels = _padded_channels(layout)
     k_bytes = layout.page_size * max(k_channels // fields_per_byte(layout.k_bits), 32)
     v_bytes = v_channels * max(layout.page_size // fields_per_byte(layout.v_bits), 32)
-    k_copies, v_copies = (3 if bits == 3 else 1 for bits in (layout.k_bits, layout.v_bits))
+    k_copies, v_copies = (3 if bits == 3 else 2 if num_high_bits(bits) else 1 for bits in (layout.k_bits, layout.v_bits))
     return k_bytes * k_copies + v_bytes * v_copies + 4 * k_channels + 2 * v_channels + 6 * layout.page_size + 8
 
 
