@@ -15,7 +15,7 @@ from kvarn_triton.layout import SUPPORTED_BITS
 from kvarn_triton.testing import relative_error
 
 # Recorded relative errors of Gaussian tiles and of uneven ones, plus about 2 %.
-QUALITY = {2: (0.51, 0.56), 3: (0.218, 0.228), 4: (0.102, 0.108), 8: (0.0061, 0.0062)}
+QUALITY = {2: (0.51, 0.56), 3: (0.218, 0.228), 4: (0.102, 0.108), 5: (0.0491, 0.0501), 6: (0.0242, 0.0271), 8: (0.0061, 0.0062)}
 # Fits of keys of 3 bits and more would lessen the error, and lose what is looked for.
 DEFAULT_QUALITY = {
     "channel": {2: (0.384, 0.363), 3: (0.218, 0.212), 4: (0.102, 0.096), 8: (0.0061, 0.0061)},

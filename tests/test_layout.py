@@ -20,7 +20,7 @@ ALL_LAYOUTS = [
     PageLayout(*sizes) for sizes in itertools.product(SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, SUPPORTED_BITS, SUPPORTED_BITS)
 ]
 UNEQUAL_LAYOUTS = [
-    PageLayout(head_dim, SUPPORTED_PAGE_SIZES[i % 2], SUPPORTED_BITS[i % 4], SUPPORTED_BITS[i // 4 % 4], v_head_dim)
+    PageLayout(head_dim, SUPPORTED_PAGE_SIZES[i % 2], SUPPORTED_BITS[i % 6], SUPPORTED_BITS[i // 6 % 6], v_head_dim)
     for i, (head_dim, v_head_dim) in enumerate(itertools.permutations(SUPPORTED_HEAD_DIMS, 2))
 ]
 OFFSETS = ("k_codes", "v_codes", "k_params", "v_params", "k_norm", "v_norm", "gains")
@@ -83,6 +83,10 @@ def test_fields_of_a_record(head_dim, v_head_dim, v_bits):
         ("k8v8_g64", 17_664),
         ("k4v2_g64", 7_424),
         ("k2v2_g64", 5_376),
+        ("k6v6_g128", 26_240),
+        ("k5v4_g128", 20_096),
+        ("k6v6_g64", 13_568),
+        ("k5v5_g64", 11_520),
     ],
 )
 def test_page_bytes(name, page_bytes):
@@ -159,6 +163,7 @@ def test_names_and_identity():
     for name in PRESETS:
         assert PageLayout.from_name(name, head_dim=64).name == name
     assert PageLayout.from_name("k2v8_g64", head_dim=96) == PageLayout(96, 64, 2, 8)
+    assert PageLayout.from_name("k6v5_g64", head_dim=96) == PageLayout(96, 64, 6, 5)
     assert len(set(ALL_LAYOUTS)) == len(ALL_LAYOUTS)
     assert {PageLayout(): 1}[PageLayout(128, 128, 4, 2)] == 1
     assert PageLayout() != PageLayout(k_bits=3)
@@ -172,8 +177,8 @@ def test_names_and_identity():
         ({"head_dim": 100}, "head_dim: expected one of 64, 80, 96, 112, 128, 192, 256, 512, got 100"),
         ({"head_dim": 128.0}, "head_dim: .*got 128.0"),
         ({"page_size": 32}, "page_size: expected one of 64, 128, got 32"),
-        ({"k_bits": 5}, "k_bits: expected one of 2, 3, 4, 8, got 5"),
-        ({"v_bits": 1}, "v_bits: expected one of 2, 3, 4, 8, got 1"),
+        ({"k_bits": 7}, "k_bits: expected one of 2, 3, 4, 5, 6, 8, got 7"),
+        ({"v_bits": 1}, "v_bits: expected one of 2, 3, 4, 5, 6, 8, got 1"),
         ({"v_head_dim": 100}, "v_head_dim: expected one of 64, 80, 96, 112, 128, 192, 256, 512, got 100"),
         ({"v_head_dim": "64"}, "v_head_dim: .*got '64'"),
         ({"head_dim": 100, "v_head_dim": 64}, "^head_dim: .*got 100"),
@@ -185,10 +190,10 @@ def test_unsupported_sizes(arguments, message):
         PageLayout(**arguments)
 
 
-@pytest.mark.parametrize("name", ["k4v2", "k5v2_g128", "k4v2_g32", "k4v2_g128 ", "K4V2_G128", "", None, 4])
+@pytest.mark.parametrize("name", ["k4v2", "k7v2_g128", "k4v2_g32", "k4v2_g128 ", "K4V2_G128", "", None, 4])
 def test_unknown_names(name):
     """A name that isn't one is refused, whatever its type."""
-    with pytest.raises(ValueError, match=r"name: expected k<bits>v<bits>_g<page_size>.*\(bits 2, 3, 4, 8, page_size 64, 128\)"):
+    with pytest.raises(ValueError, match=r"name: expected k<bits>v<bits>_g<page_size>.*\(bits 2, 3, 4, 5, 6, 8, page_size 64, 128\)"):
         PageLayout.from_name(name)
 
 
@@ -270,7 +275,7 @@ def test_headers_of_layouts(layout):
         (16, b"k4v3", r"header.name: expected k4v2_g128, got b'k4v3_g128"),
         (32, b"\x64", "head_dim: expected one of 64, 80, 96, 112, 128, 192, 256, 512, got 100"),
         (40, b"\x20", "page_size: expected one of 64, 128, got 32"),
-        (44, b"\x05", "k_bits: expected one of 2, 3, 4, 8, got 5"),
+        (44, b"\x07", "k_bits: expected one of 2, 3, 4, 5, 6, 8, got 7"),
         (52, b"\x81", "header.page_bytes: expected 18304, got 18305"),
         (56, b"\x00", "header.num_kv_heads: expected at least 1, got 0"),
         (60, b"\x01", "header.reserved: expected 0, got 1"),

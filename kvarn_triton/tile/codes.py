@@ -146,17 +146,19 @@ def row_distance(rows, bits):
 
 @triton.jit
 def place_of_high(row, byte, ROWS: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr):
-    """Return which byte has the high bits of a byte of codes, and which of its sharers that is."""
+    """Return the first byte of a row of high bits, which byte of it has those of a byte of codes, and which sharer that is."""
     if BITS == 3:
         HALF: tl.constexpr = BYTES // 2
-        place = row * HALF + byte % HALF
+        start = row * HALF
+        byte_of_row = byte % HALF
         sharer = byte // HALF
     else:
         DISTANCE: tl.constexpr = row_distance(ROWS, BITS)
         COUNT: tl.constexpr = num_sharers(BITS)
-        place = (row // (COUNT * DISTANCE) * DISTANCE + row % DISTANCE) * BYTES + byte
+        start = (row // (COUNT * DISTANCE) * DISTANCE + row % DISTANCE) * BYTES
+        byte_of_row = byte
         sharer = row // DISTANCE % COUNT
-    return place, sharer
+    return start, byte_of_row, sharer
 
 
 @triton.constexpr_function
@@ -234,7 +236,8 @@ def _load_distant(
     row = tl.zeros_like(column) + FIRST
     for i in tl.static_range(len(OWN)):
         row += ((column >> i) & 1) << OWN[i]
-    place = place_of_high(row[None, :], byte, ROWS, BYTES, BITS)[0]
+    start, byte_of_row, _ = place_of_high(row[None, :], byte, ROWS, BYTES, BITS)
+    place = start + byte_of_row
     if BYTES == byte.shape[0] and ALL:
         shared = tl.load(rows_ptr + place)
     else:
@@ -315,8 +318,8 @@ def load_codes(
     packed = tl.load(packed_ptr + row * BYTES + byte, mask, other=0).to(tl.int32)
     codes = (packed >> (field * WIDTH)) & (2**WIDTH - 1)
     if MORE:
-        place, sharer = place_of_high(row, byte, ROWS, BYTES, BITS)
-        high = tl.load(packed_ptr + ROWS * BYTES + place, mask, other=0).to(tl.int32)
+        start, byte_of_row, sharer = place_of_high(row, byte, ROWS, BYTES, BITS)
+        high = tl.load(packed_ptr + ROWS * BYTES + start + byte_of_row, mask, other=0).to(tl.int32)
         codes = codes | (((high >> (field * MORE + sharer * (FIELDS * MORE))) & (2**MORE - 1)) << WIDTH)
     return codes
 
@@ -380,7 +383,8 @@ def load_sums(codes_ptr, first, own, place, ROWS: tl.constexpr, BYTES: tl.conste
     high = packed
     if num_high_bits(BITS):
         COUNT: tl.constexpr = num_sharers(BITS)
-        high_place, sharer = place_of_high(first[0] + own[0] + place[0], first[1] + own[1] + place[1], ROWS, BYTES, BITS)
-        bits = tl.load(codes_ptr + ROWS * BYTES + high_place).to(tl.int32)
+        row = first[0] + own[0] + place[0]
+        start, byte_of_row, sharer = place_of_high(row, first[1] + own[1] + place[1], ROWS, BYTES, BITS)
+        bits = tl.load(codes_ptr + ROWS * BYTES + start + byte_of_row).to(tl.int32)
         high = (bits >> (sharer * (8 // COUNT))) << field_width(BITS)
     return packed, high
