@@ -36,7 +36,7 @@ def largest_power_of_two_divisor(n: int) -> int:
 
 
 def num_high_bits(bits: int) -> int:
-    """Return how many bits of a code are in bytes elsewhere, because `bits` don't divide a byte: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2."""
+    """Return how many bits of a code are in bytes elsewhere: 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2 do not divide a byte."""
     return 1 if bits in (3, 5) else 2 if bits == 6 else 0
 
 

@@ -193,7 +193,8 @@ def test_unsupported_sizes(arguments, message):
 @pytest.mark.parametrize("name", ["k4v2", "k7v2_g128", "k4v2_g32", "k4v2_g128 ", "K4V2_G128", "", None, 4])
 def test_unknown_names(name):
     """A name that isn't one is refused, whatever its type."""
-    with pytest.raises(ValueError, match=r"name: expected k<bits>v<bits>_g<page_size>.*\(bits 2, 3, 4, 5, 6, 8, page_size 64, 128\)"):
+    sizes = r"\(bits 2, 3, 4, 5, 6, 8, page_size 64, 128\)"
+    with pytest.raises(ValueError, match=rf"name: expected k<bits>v<bits>_g<page_size>.*{sizes}"):
         PageLayout.from_name(name)
 
 
@@ -235,6 +236,26 @@ def test_golden_record(store, device):
         assert getattr(layout, f"{name}_offset") == offset
         assert record[offset : offset + 8].hex() == first, name
     assert hashlib.sha256(record).hexdigest() == GOLDEN_SHA256
+
+
+GOLDEN_SHARING = {
+    (5, 6): (0x0A00, "043ead38b8150d8c", "db7ad95108bf5bf40a95db23d6ef556eabc6ea89f01af999444c13e20d296ff9"),
+    (6, 5): (0x0C00, "0a975eab54020e46", "64bfeb94e96b15d53b1b88d3e546ff3810dc0e3a0edfa67756ede188c49c9671"),
+}
+"""Of golden records with other bits: offset and first 8 bytes of the value codes, and the hash."""
+
+
+@pytest.mark.parametrize("bits", GOLDEN_SHARING)
+@pytest.mark.parametrize("store", [reference.store_pages, store_pages], ids=["reference", "kernel"])
+def test_golden_records_of_5_and_6_bits(store, bits, device):
+    """The bytes of the same record with codes whose high bits distant rows share."""
+    layout = PageLayout(64, 64, *bits)
+    k, v = golden_activations()
+    pages = torch.empty(layout.pages_shape(1, 1), dtype=torch.uint8, device=device)
+    store(k.to(device), v.to(device), pages, torch.zeros(1, dtype=torch.int32, device=device), layout, encoder=PUBLISHED)
+    record, (offset, first, expected) = pages[0, 0].cpu().numpy().tobytes(), GOLDEN_SHARING[bits]
+    assert layout.v_codes_offset == offset and record[offset : offset + 8].hex() == first
+    assert hashlib.sha256(record).hexdigest() == expected
 
 
 GOLDEN_HEADER = (

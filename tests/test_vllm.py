@@ -62,7 +62,7 @@ def test_choice():
     off = SimpleNamespace(cache_dtype="auto", enable_prefix_caching=False)
     choice = choice_of(config_of(speculative_config=drafts, cache_config=off, use_v2_model_runner=False))
     assert (choice.max_drafts, choice.tail_slots, choice.num_slots) == (5, 2, 48)
-    assert len(set(names())) == 32 and all(PageLayout.from_name(name.removeprefix("kvarn_")) for name in names())
+    assert len(set(names())) == 72 and all(PageLayout.from_name(name.removeprefix("kvarn_")) for name in names())
 
 
 def test_asked():

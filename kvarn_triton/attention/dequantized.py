@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from ..tile.arithmetic import log2, split_halves
-from ..tile.codes import load_packed, order_of, unsigned_codes, unsigned_codes_ptx
+from ..tile.codes import load_packed, unsigned_codes, unsigned_codes_ptx
+from ..tile.high_bits import order_of
 from .operands import join_planes
 from .query import plane_channels
 from .softmax import State, advance

@@ -75,9 +75,7 @@ def digit_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl.co
     for part in tl.static_range(G // BLOCK_T):
         token = part * BLOCK_T + tl.arange(0, BLOCK_T)
         row = part * BLOCK_T + spread_columns(tl.arange(0, BLOCK_T))
-        packed, high = load_packed(
-            codes_ptr, row, part * BLOCK_T, spread_order(BLOCK_T), G, True, BYTES, BLOCK_K, BITS, PTX
-        )
+        packed, high = load_packed(codes_ptr, row, part * BLOCK_T, spread_order(BLOCK_T), G, True, BYTES, BLOCK_K, BITS, PTX)
         product = tl.zeros((2 * planes[0].shape[0], BLOCK_T), sum_dtype(OPERAND))
         for f in tl.static_range(FIELDS):
             codes = field_codes(packed, high, f, BITS, field_factor(f, BITS), OPERAND, PTX)

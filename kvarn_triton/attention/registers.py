@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 
 from ..tile.arithmetic import split_halves
-from ..tile.codes import codes_of_words_ptx, item_of_field, load_words, order_of, place_in_word, unsigned_codes
+from ..tile.codes import codes_of_words_ptx, item_of_field, load_words, place_in_word, unsigned_codes
+from ..tile.high_bits import order_of
 from .operands import LEAST_PLANE, join_planes, split_planes
 from .softmax import State, advance
 

@@ -1,8 +1,7 @@
 """From the bytes of a page to codes: how every reader loads them and takes them apart, at every bit width.
 
 A byte has several fields, each a code of `bits` bits. Codes of 3, 5 and 6 bits are kept as two or four bits in fields of so
-many, and high bits behind all of those (`docs/page_format.md`). Bytes of codes share bytes of them: with 3 bits those of the
-halves of a row, with 5 and 6 bits those of distant rows, so that a row of them is as long as one of codes.
+many, and high bits behind all of those (`high_bits`; `docs/page_format.md`).
 """
 
 from __future__ import annotations
@@ -10,21 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .. import layout
-
-num_high_bits = triton.constexpr_function(layout.num_high_bits)
-
-
-@triton.constexpr_function
-def field_width(bits):
-    """Return how many bits of a code are in its field."""
-    return bits - num_high_bits(bits)
-
-
-@triton.constexpr_function
-def num_sharers(bits):
-    """Return how many bytes of codes have their high bits in one byte."""
-    return field_width(bits) // num_high_bits(bits)
+from .high_bits import field_width, load_high, num_high_bits, num_sharers, place_of_high
 
 
 @triton.jit
@@ -124,151 +109,16 @@ def field_codes(
 
 
 @triton.jit
-def high_bits(lower, upper, PTX: tl.constexpr):
-    """Return the low four bits of all bytes of `lower`, or the upper four of `upper`, int8 or int16; one of them is zero."""
-    WIDTH: tl.constexpr = lower.dtype.primitive_bitwidth
-    MASK: tl.constexpr = 0x0F0F & (2**WIDTH - 1)
-    if PTX:
-        bits = tl.inline_asm_elementwise(
-            "{ .reg .b32 t, u; and.b32 t, $1, 0x0f0f0f0f; shr.b32 u, $2, 4; and.b32 u, u, 0x0f0f0f0f; or.b32 $0, t, u; }",
-            "=r,r,r", [lower, upper], lower.dtype, is_pure=True, pack=32 // WIDTH,
-        )  # fmt: skip
-    else:
-        bits = ((lower & MASK) | ((upper >> 4) & MASK)).to(lower.dtype)
-    return bits
-
-
-@triton.constexpr_function
-def row_distance(rows, bits):
-    """Return how many rows apart those are whose codes of 5 or 6 bits share bytes of high bits: within blocks of 2**n rows."""
-    return (rows & -rows) // num_sharers(bits)
-
-
-@triton.jit
-def place_of_high(row, byte, ROWS: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr):
-    """Return the first byte of a row of high bits, which byte of it has those of a byte of codes, and which sharer that is."""
-    if BITS == 3:
-        HALF: tl.constexpr = BYTES // 2
-        start = row * HALF
-        byte_of_row = byte % HALF
-        sharer = byte // HALF
-    else:
-        DISTANCE: tl.constexpr = row_distance(ROWS, BITS)
-        COUNT: tl.constexpr = num_sharers(BITS)
-        start = (row // (COUNT * DISTANCE) * DISTANCE + row % DISTANCE) * BYTES
-        byte_of_row = byte
-        sharer = row // DISTANCE % COUNT
-    return start, byte_of_row, sharer
-
-
-@triton.constexpr_function
-def order_of(columns):
-    """Return for each bit of the number of a column the bit of its row, if rows are in order."""
-    return tuple(range(columns.bit_length() - 1))
-
-
-@triton.constexpr_function
-def _is_shared(bit, distance, bits):
-    return distance <= 1 << bit < distance * num_sharers(bits)
-
-
-@triton.constexpr_function
-def _own_bits(order, distance, bits):
-    """Return the bits of rows that columns differ in, less those by which sharers of high bits differ."""
-    return tuple(bit for bit in order if not _is_shared(bit, distance, bits))
-
-
-@triton.constexpr_function
-def _joined_bits(order, distance, bits):
-    """Return at which bits of their number columns differ that share high bits, and how far apart as sharers."""
-    return tuple((i, (1 << bit) // distance) for i, bit in enumerate(order) if _is_shared(bit, distance, bits))
-
-
-@triton.constexpr_function
-def _sharer(first, tile, joined, distance, bits):
-    """Return which sharers a tile has; bit i of its number belongs to joined[i]."""
-    return first // distance % num_sharers(bits) + sum(apart for i, (_, apart) in enumerate(joined) if tile >> i & 1)
-
-
-@triton.constexpr_function
-def _shift_ptx(count):
-    return f"shr.b32 $0, $1, {count};"
-
-
-@triton.jit
-def _shifted(x, COUNT: tl.constexpr, PTX: tl.constexpr):
-    """Return int8 or int16 numbers shifted down; what comes in above is any."""
-    if COUNT == 0:
-        y = x
-    elif PTX:
-        PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
-        y = tl.inline_asm_elementwise(_shift_ptx(COUNT), "=r,r", [x], x.dtype, is_pure=True, pack=PACK)
-    else:
-        y = (x >> COUNT).to(x.dtype)
-    return y
-
-
-@triton.jit
-def _join_columns(a, b, BIT: tl.constexpr):
-    """Return columns of which those of `a` have a zero at a bit of their number, and those of `b` a one."""
-    ROWS: tl.constexpr = a.shape[0]
-    COLS: tl.constexpr = a.shape[1]
-    a = tl.reshape(a, (ROWS, COLS >> BIT, 1 << BIT))
-    b = tl.reshape(b, (ROWS, COLS >> BIT, 1 << BIT))
-    return tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (ROWS, 2 * COLS))
-
-
-@triton.jit
-def _load_distant(
-    rows_ptr, byte, FIRST: tl.constexpr, ORDER: tl.constexpr, ROWS: tl.constexpr, ALL: tl.constexpr, BYTES: tl.constexpr,
-    BITS: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """Load the high bits of rows of BYTES bytes, or words, where distant rows share bytes: each of those once.
-
-    Shifted copies are joined. A compiler that moves the layout of an operand of a product up to its loads does so through joins,
-    which then are but names of registers; through the number of a column it does not (Triton 3.6).
-    """
-    DISTANCE: tl.constexpr = row_distance(ROWS, BITS)
-    COUNT: tl.constexpr = num_sharers(BITS)
-    OWN: tl.constexpr = _own_bits(ORDER, DISTANCE, BITS)
-    JOINED: tl.constexpr = _joined_bits(ORDER, DISTANCE, BITS)
-    column = tl.arange(0, 2 ** len(OWN))
-    row = tl.zeros_like(column) + FIRST
-    for i in tl.static_range(len(OWN)):
-        row += ((column >> i) & 1) << OWN[i]
-    start, byte_of_row, _ = place_of_high(row[None, :], byte, ROWS, BYTES, BITS)
-    place = start + byte_of_row
-    if BYTES == byte.shape[0] and ALL:
-        shared = tl.load(rows_ptr + place)
-    else:
-        shared = tl.load(rows_ptr + place, (byte < BYTES) & (row < ROWS)[None, :], other=0)
-    tiles = ()
-    for tile in tl.static_range(2 ** len(JOINED)):
-        tiles = tiles + (_shifted(shared, _sharer(FIRST, tile, JOINED, DISTANCE, BITS) * (8 // COUNT), PTX),)
-    for i in tl.static_range(len(JOINED)):
-        joined = ()
-        for j in tl.static_range(len(tiles) // 2):
-            joined = joined + (_join_columns(tiles[2 * j], tiles[2 * j + 1], JOINED[i][0]),)
-        tiles = joined
-    return tiles[0]
-
-
-@triton.jit
-def _load_halves(rows_ptr, row, byte, ROWS: tl.constexpr, BYTES: tl.constexpr, PTX: tl.constexpr):
-    """Load the high bits of rows of BYTES bytes, or words, whose halves share bytes."""
-    place = row[None, :] * (BYTES // 2) + byte
-    mask = (row < ROWS)[None, :]
-    lower = tl.load(rows_ptr + place, (byte < BYTES // 2) & mask, other=0)
-    upper = tl.load(rows_ptr + place - BYTES // 2, (byte >= BYTES // 2) & (byte < BYTES) & mask, other=0)
-    return high_bits(lower, upper, PTX)
-
-
-@triton.jit
-def _load_rows(
+def load_packed(
     rows_ptr, row, FIRST: tl.constexpr, ORDER: tl.constexpr, ROWS: tl.constexpr, ALL: tl.constexpr, BYTES: tl.constexpr,
     BLOCK: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Load rows of BYTES bytes, or words, padded to BLOCK, as [BLOCK, rows], and the high bits of their codes."""
+    """Load the codes of rows of BYTES bytes (words: `load_words`), padded to BLOCK, as [BLOCK, rows], and their high bits.
+
+    Rows are those from FIRST on, in an order of which ORDER says to which bit of its row each bit of the number of a column
+    belongs. There are ROWS rows, others are zero; ALL: none is. High bits are in bytes of the same places, those of field 0 in
+    the lowest bits, and any others above those of this byte. Where codes have none the bytes stand for them.
+    """
     byte = tl.arange(0, BLOCK)[:, None]
     place = row[None, :] * BYTES + byte
     if BYTES == BLOCK and ALL:
@@ -276,25 +126,9 @@ def _load_rows(
     else:
         packed = tl.load(rows_ptr + place, (byte < BYTES) & (row < ROWS)[None, :], other=0)
     high = packed
-    if BITS == 3:
-        high = _load_halves(rows_ptr + ROWS * BYTES, row, byte, ROWS, BYTES, PTX)
-    elif num_high_bits(BITS):
-        high = _load_distant(rows_ptr + ROWS * BYTES, byte, FIRST, ORDER, ROWS, ALL, BYTES, BITS, PTX)
+    if num_high_bits(BITS):
+        high = load_high(rows_ptr + ROWS * BYTES, row, byte, FIRST, ORDER, ROWS, ALL, BYTES, BITS, PTX)
     return packed, high
-
-
-@triton.jit
-def load_packed(
-    codes_ptr, row, FIRST: tl.constexpr, ORDER: tl.constexpr, ROWS: tl.constexpr, ALL: tl.constexpr, BYTES: tl.constexpr,
-    BLOCK: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """Load the codes of rows of BYTES bytes, padded to BLOCK, as int8 [BLOCK, rows], and their high bits, if they have such.
-
-    Rows are those from FIRST on, in an order of which ORDER says to which bit of its row each bit of the number of a column
-    belongs. There are ROWS rows, others are zero; ALL: none is. High bits are in bytes of the same places, those of field 0 in the lowest
-    bits, and those of other codes above them. Without high bits the bytes of codes stand for them.
-    """
-    return _load_rows(codes_ptr, row, FIRST, ORDER, ROWS, ALL, BYTES, BLOCK, BITS, PTX)
 
 
 @triton.jit
@@ -357,7 +191,7 @@ def load_words(
     There are ROWS rows; others are zero.
     """
     rows_ptr = codes_ptr.to(tl.pointer_type(tl.int16))
-    return _load_rows(rows_ptr, row, FIRST, ORDER, ROWS, triton.next_power_of_2(ROWS) == ROWS, WORDS, BLOCK, BITS, PTX)
+    return load_packed(rows_ptr, row, FIRST, ORDER, ROWS, triton.next_power_of_2(ROWS) == ROWS, WORDS, BLOCK, BITS, PTX)
 
 
 @triton.jit

@@ -19,7 +19,8 @@ import triton.language as tl
 
 from ..paging import prefetch
 from .arithmetic import fma, log2, power_of_two, split_halves
-from .codes import code_in_byte, field_width, load_sums
+from .codes import code_in_byte, load_sums
+from .high_bits import field_width
 
 STORE_RUN = tl.constexpr(8)
 """Neighbouring channels that a thread writes: 16 bytes of 16-bit numbers."""

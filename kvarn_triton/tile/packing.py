@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from .blocks import TILE_TOKENS, join_last, lanes_of, rows_of
-from .codes import field_width, item_of_field, num_high_bits, num_sharers, row_distance
+from .codes import item_of_field
+from .high_bits import field_width, num_high_bits, num_sharers, row_distance
 
 
 @triton.constexpr_function
@@ -94,8 +95,8 @@ def _rows_match(part, first, num_rows, count, sharer, distance, sharers):
 def _share_bytes(packed, ROWS: tl.constexpr, PER_ROW: tl.constexpr, BITS: tl.constexpr, AXIS: tl.constexpr):
     """Put high bits of distant rows together in bytes.
 
-    `packed` are blocks of bytes, PER_ROW of them for each block of rows, which lie next to each other along AXIS. There are ROWS
-    rows, of which every sharer has a part.
+    `packed` are blocks of bytes, PER_ROW of them for each block of rows, and those lie next to each other along AXIS. There are
+    ROWS rows, of which every sharer has a part.
     """
     COUNT: tl.constexpr = packed[0].shape[AXIS]
     DISTANCE: tl.constexpr = row_distance(ROWS, BITS)
