@@ -37,7 +37,7 @@ EXPONENT_MAX = 100
 HALF_MAX = 65504.0
 COVERAGE = {2: 0.8, 3: 1.0, 4: 1.0, 5: 1.0, 6: 1.0, 8: 1.0}
 """Part of a row's range that codes of so many bits start from if they may clip."""
-FITTED_BITS = {"channel": (2,), "token": (2, 3, 4)}
+FITTED_BITS = {"channel": (2,), "token": (2, 3, 4, 5)}
 """Bits of the rows that are fitted at all."""
 
 
