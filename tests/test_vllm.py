@@ -84,7 +84,7 @@ def test_asked():
     ("changes", "message"),
     [
         ({"additional_config": {}}, "kvarn_layout: expected a layout"),
-        ({"additional_config": {"kvarn_layout": "k5v2_g64"}}, "kvarn_layout: expected a layout"),
+        ({"additional_config": {"kvarn_layout": "k7v2_g64"}}, "kvarn_layout: expected a layout"),
         ({"additional_config": {"kvarn_layout": "k4v2_g64", "kvarn_sink_pages": 2}}, "kvarn_sink_pages: expected 0 or 1"),
         ({"cache_config": SimpleNamespace(cache_dtype="fp8", enable_prefix_caching=False)}, "kv_cache_dtype: expected 'auto'"),
         ({"speculative_config": SimpleNamespace(method="eagle", num_speculative_tokens=2)}, "speculative method"),
