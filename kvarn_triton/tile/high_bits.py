@@ -124,6 +124,17 @@ def _join_columns(a, b, BIT: tl.constexpr):
 
 
 @triton.jit
+def _join_tiles(tiles, JOINED: tl.constexpr):
+    """Return the columns of 2**n tiles, whose numbers differ in n bits: those of `_joined_bits`."""
+    for i in tl.static_range(len(JOINED)):
+        joined = ()
+        for j in tl.static_range(len(tiles) // 2):
+            joined = joined + (_join_columns(tiles[2 * j], tiles[2 * j + 1], JOINED[i][0]),)
+        tiles = joined
+    return tiles[0]
+
+
+@triton.jit
 def _load_distant(
     rows_ptr, byte, FIRST: tl.constexpr, ORDER: tl.constexpr, ROWS: tl.constexpr, ALL: tl.constexpr, BYTES: tl.constexpr,
     BITS: tl.constexpr, PTX: tl.constexpr,
@@ -151,12 +162,7 @@ def _load_distant(
     tiles = ()
     for tile in tl.static_range(2 ** len(JOINED)):
         tiles = tiles + (_shifted(shared, _sharer(FIRST, tile, JOINED, DISTANCE, BITS) * (8 // COUNT), PTX),)
-    for i in tl.static_range(len(JOINED)):
-        joined = ()
-        for j in tl.static_range(len(tiles) // 2):
-            joined = joined + (_join_columns(tiles[2 * j], tiles[2 * j + 1], JOINED[i][0]),)
-        tiles = joined
-    return tiles[0]
+    return _join_tiles(tiles, JOINED)
 
 
 @triton.jit
