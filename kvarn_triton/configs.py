@@ -10,7 +10,7 @@ import triton.language as tl
 
 from . import gpu
 from .checks import require
-from .layout import PageLayout, fields_per_byte
+from .layout import PageLayout, fields_per_byte, num_high_bits
 from .reference.arithmetic import BLOCK_TOKENS, block_channels
 from .tables import DecodeConfig, DecodeTable, PrefillConfig, builtin_table
 from .tile.dequantize import STORE_RUN
@@ -241,13 +241,21 @@ def _padded_channels(layout: PageLayout) -> tuple[int, int]:
     return padded(layout.head_dim), padded(layout.v_head_dim)
 
 
+def _with_high_bits(num_bytes: int, bits: int) -> int:
+    """Return how much shared memory takes what `num_bytes` bytes of codes are, less their high bits, with those.
+
+    High bits of 3-bit codes are loaded for either half of a row, and padded to whole rows.
+    """
+    return 3 * num_bytes if bits == 3 else num_bytes * bits // (bits - num_high_bits(bits))
+
+
 def _page_shared_bytes(layout: PageLayout) -> int:
-    """Return how much shared memory a page takes in a decode program: codes padded to whole products, 3-bit ones twice."""
+    """Return how much shared memory a page takes in a decode program: codes padded to whole products."""
     k_channels, v_channels = _padded_channels(layout)
     k_bytes = layout.page_size * max(k_channels // fields_per_byte(layout.k_bits), 32)
     v_bytes = v_channels * max(layout.page_size // fields_per_byte(layout.v_bits), 32)
-    k_copies, v_copies = (3 if bits == 3 else 1 for bits in (layout.k_bits, layout.v_bits))
-    return k_bytes * k_copies + v_bytes * v_copies + 4 * k_channels + 2 * v_channels + 6 * layout.page_size + 8
+    codes = _with_high_bits(k_bytes, layout.k_bits) + _with_high_bits(v_bytes, layout.v_bits)
+    return codes + 4 * k_channels + 2 * v_channels + 6 * layout.page_size + 8
 
 
 def _shared_bytes(layout: PageLayout, num_stages: int) -> int:

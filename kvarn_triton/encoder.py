@@ -21,7 +21,7 @@ class Encoder:
         clip: start from 0.8 of the range between minimum and maximum at 2 bits. At more bits all of it is better. False starts
             from all of it, as published.
         fits: how often scale and zero are fitted to the codes by least squares and the codes assigned anew, 0 to 16; 0 as
-            published. Values of 2 to 4 bits are fitted, and keys of 2 bits. Keys of more bits never are: their extremes are
+            published. Values of 2 to 5 bits are fitted, and keys of 2 bits. Keys of more bits never are: their extremes are
             what a model finds things by, and rounding between minimum and maximum keeps those exactly.
         norm: "balance" stores the balancing factors as norms, as published. "projection" does so too, and stretches what
             rounding made too short, so that scores have no bias towards zero: the scale of every row that was fitted, about

@@ -17,13 +17,13 @@ from .checks import require
 FORMAT_VERSION = 3
 """Version of the byte format. It changes whenever a stored page would be read differently."""
 
-SUPPORTED_BITS = (2, 3, 4, 8)
+SUPPORTED_BITS = (2, 3, 4, 5, 6, 8)
 SUPPORTED_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 SUPPORTED_PAGE_SIZES = (64, 128)
 
 _ALIGNMENT = 16
 _LINE = 128
-_PRESET = re.compile(r"k([2348])v([2348])_g(64|128)")
+_PRESET = re.compile(r"k([234568])v([234568])_g(64|128)")
 
 
 def _align(num_bytes: int, alignment: int = _ALIGNMENT) -> int:
@@ -35,9 +35,14 @@ def largest_power_of_two_divisor(n: int) -> int:
     return n & -n
 
 
+def num_high_bits(bits: int) -> int:
+    """Return how many bits of a code are in bytes elsewhere: 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2 do not divide a byte."""
+    return 1 if bits in (3, 5) else 2 if bits == 6 else 0
+
+
 def fields_per_byte(bits: int) -> int:
-    """Return how many codes share one byte. A 3-bit code is a 2-bit code plus one bit of a byte elsewhere."""
-    return 8 // (2 if bits == 3 else bits)
+    """Return how many codes share one byte, less their high bits."""
+    return 8 // (bits - num_high_bits(bits))
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,8 @@ class PageLayout:
     Args:
         head_dim: channels of one head of keys and queries; 64, 80, 96, 112, 128, 192, 256 or 512.
         page_size: tokens of one page; 64 or 128.
-        k_bits: bits of a key code; 2, 3, 4 or 8.
-        v_bits: bits of a value code; 2, 3, 4 or 8.
+        k_bits: bits of a key code; 2, 3, 4, 5, 6 or 8.
+        v_bits: bits of a value code; 2, 3, 4, 5, 6 or 8.
         v_head_dim: channels of one head of values and outputs, any of the sizes of `head_dim`. None, the default, is
             `head_dim` itself: the attribute is that number, and the layout equals one that was given it.
 

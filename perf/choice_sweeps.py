@@ -84,6 +84,7 @@ VALUES_OF_2_BITS: dict[str, Variant] = {
 }
 OTHER_VALUES: dict[str, Variant] = {
     "two fits": _fitted(2),
+    "min and max": _changed(),
     "one fit": _fitted(1),
     "one fit, no floor": _fitted(1, floor=-10.0),
     "one fit, even projections": _fitted(1, norm=_EVEN),

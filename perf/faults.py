@@ -46,6 +46,7 @@ FORMATS = (
     ("k8v8_g64", 8, 256, "bfloat16"),
     ("k2v4_g64", 4, 64, "float32"),
     ("k4v2_g64", 2, 512, "float16"),
+    ("k5v6_g64", 2, 96, "float16"),
 )
 """Beside the small format and the main one: preset, query heads per kv head, head_dim, dtype. Together all bits, all forms of
 the loops over pages, and sizes on both sides of those at which kernels change."""

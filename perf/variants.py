@@ -17,7 +17,7 @@ from kvarn_triton import PageLayout, reference
 
 Per = Literal["channel", "token"]
 
-CLIPPED_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
+CLIPPED_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
 """Step of the evenly spaced values of least squared error for normal numbers of standard deviation 1, by bits."""
 
 
@@ -214,7 +214,7 @@ def codec(layout: PageLayout, k: Variant | None, v: Variant | None, name: str) -
 
 LENGTHS = {
     bits: Variant(iterations=2, divide="rms", shrink=part, rounds=1, norm="length")
-    for bits, part in {2: 0.7, 3: 0.9, 4: 1.0, 8: 1.0}.items()
+    for bits, part in {2: 0.7, 3: 0.9, 4: 1.0, 5: 1.0, 6: 1.0, 8: 1.0}.items()
 }
 """The default of version 0.1 by bits: the least KL on models that are trained here, and what has to be found is lost."""
 

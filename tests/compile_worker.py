@@ -20,6 +20,10 @@ from kvarn_triton.testing.compiler import Compiled, compile_for, resources
 
 MAIN = PageLayout(head_dim=128, page_size=128, k_bits=4, v_bits=2)
 OTHER_VALUES = PageLayout(head_dim=192, page_size=128, k_bits=4, v_bits=2, v_head_dim=128)
+SHARING = PageLayout(head_dim=128, page_size=128, k_bits=6, v_bits=5)
+"""Codes whose high bits distant rows share."""
+SHARING_TARGETS = ("sm80", "sm90", "sm100", "gfx942")
+"""Targets that compile it."""
 PLAIN = kvarn.Encoder(iterations=8, clip=False, fits=0, norm="balance")
 """An encoder without the steps that take the compiler longest."""
 NARROW_TARGETS = ("sm86",)
@@ -205,8 +209,12 @@ def decode_cases(target: str) -> dict[str, Call]:
         "decode window and soft cap": lambda: decode(MAIN, window=1000, soft_cap=30.0),
         "decode head_dim 192 and 128": lambda: decode(OTHER_VALUES),
     }
+    if target in SHARING_TARGETS:
+        cases["decode quantized only, 6 and 5 bits"] = lambda: decode(SHARING, raw=False)
     if target in WIDE_TARGETS:
         cases |= {
+            "dequantize 6 and 5 bits": lambda: dequantize(SHARING, torch.bfloat16),
+            "decode head_dim 80 and 192, 5 and 6 bits": lambda: decode(PageLayout(80, 64, 5, 6, v_head_dim=192), group=5),
             "steps, sinks in pages": lambda: attend_steps(MAIN),
             "steps, reads of head_dim 80 and 256": lambda: plans_and_reads(PageLayout(80, 64, 3, 8, v_head_dim=256)),
             "decode window beside the sink": lambda: decode(MAIN, window=99, keep_sink=True),
@@ -236,6 +244,8 @@ def prefill_cases(target: str) -> dict[str, Call]:
         }
     if target in WIDE_TARGETS:
         cases |= {
+            "prefill 16 rows, 6 and 5 bits": lambda: prefill(SHARING, 8, new=False),
+            "prefill many, 6 and 5 bits": lambda: prefill(SHARING, 512),
             "prefill window and soft cap": lambda: prefill(MAIN, 512, window=99, soft_cap=30.0),
             "prefill window beside the sink": lambda: prefill(MAIN, 512, window=99, keep_sink=True),
             "prefill trees": lambda: prefill(MAIN, 64, masks=("tree_mask",)),
@@ -290,6 +300,7 @@ def encode_other_cases(target: str) -> dict[str, Call]:
     """Return calls of store_pages and commit_pages at other head_dims."""
     return {
         "encode head_dim 80": lambda: encode(PageLayout(80, 64, 2, 3)),
+        "encode head_dim 80, 5 and 6 bits": lambda: encode(PageLayout(80, 64, 5, 6), commit=None),
         "encode head_dim 192, float32": lambda: encode(PageLayout(192, 128, 3, 8), dtype=torch.float32),
         "encode head_dim 192 and 128": lambda: encode(OTHER_VALUES),
         "write head_dim 192 and 128": lambda: write(OTHER_VALUES, dtype=torch.bfloat16),

@@ -164,7 +164,7 @@ CODES = [
     ("codes", lambda x: x[:, :63].contiguous(), r"codes.shape\[-2\]: expected one of 64, 128, got 63"),
     ("codes", gapped, "expected the last 3 dimensions contiguous"),
 ]
-BITS = [("bits", set_to(bits), f"bits: expected one of 2, 3, 4, 8, got {bits}") for bits in (1, 5, 16)]
+BITS = [("bits", set_to(bits), f"bits: expected one of 2, 3, 4, 5, 6, 8, got {bits}") for bits in (1, 7, 16)]
 PER = [("per", set_to("row"), "per: expected one of channel, token, got 'row'")]
 TOKENS = [
     ("k", to(torch.int32), "expected dtype float16 or bfloat16 or float32, got int32"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvarn_triton import DEFAULT, Encoder, decode_attention, prefill_attention, reference
-from kvarn_triton.layout import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, PageLayout
+from kvarn_triton.layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, PageLayout
 from kvarn_triton.testing import CacheCase, attention_in, relative_error
 
 ON_GPU = torch.cuda.is_available()
@@ -23,11 +23,11 @@ LSE_ERROR = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-5}
 
 
 def covering_layouts(turn: int = 0) -> list[PageLayout]:
-    """Return 16 layouts in which every pair of bits occurs, and every head_dim with every page_size.
+    """Return 16 layouts in which every pair of 2, 3, 4 and 8 bits occurs, and every head_dim with every page_size.
 
     `turn` pairs the bits with other shapes.
     """
-    bits = list(itertools.product(SUPPORTED_BITS, SUPPORTED_BITS))
+    bits = list(itertools.product((2, 3, 4, 8), repeat=2))
     shapes = list(itertools.product(SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES))
     return [PageLayout(*shape, *bits[(i + 5 * turn) % len(bits)]) for i, shape in enumerate(shapes)]
 
@@ -43,7 +43,15 @@ UNEQUAL_LAYOUTS = [
 ]
 """Keys and values of different head_dim, the one or the other larger, powers of two or not, on both sides of the sizes at which
 kernels change."""
-ALL_LAYOUTS = LAYOUTS + UNEQUAL_LAYOUTS
+SHARING_LAYOUTS = [
+    PageLayout(64, 64, 5, 6),
+    PageLayout(96, 128, 6, 5),
+    PageLayout(112, 64, 5, 5, v_head_dim=80),
+    PageLayout(128, 128, 6, 6),
+    PageLayout(80, 64, 2, 6, v_head_dim=192),
+]
+"""Codes of 5 and 6 bits, whose high bits distant rows share: tokens of keys; channels of values, in blocks of 16 to 128."""
+ALL_LAYOUTS = LAYOUTS + UNEQUAL_LAYOUTS + SHARING_LAYOUTS
 
 
 def layout_id(value: object) -> str | None:

@@ -130,7 +130,7 @@ def test_stride_of_halves(device):
     assert torch.equal(prefill_attention(**arguments | {"raw_pages": apart}), expected)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_mean_code_of_folded_weights(bits, device):
     """What rounding folded weights leaves over is taken back, times the mean code: without that the error is 5e-4 and more."""
     layout = PageLayout(64, 64, bits, bits)

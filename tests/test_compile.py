@@ -33,6 +33,11 @@ BUDGET_CASES = ("decode quantized only, group 8", "decode")
 SPILLS_PER_PAGE = 0 if OLDEST else 24
 """Most loads and stores of spilled registers in that loop, which are among its instructions. The kernel needs all 255
 registers; Triton 3.9 spills some of them, 20 instructions on sm100, in a loop that is shorter than that of Triton 3.6."""
+INSTRUCTIONS_PER_PAGE_OF_SHARING = 2600
+"""The same of keys of 6 bits and values of 5. The page has 1.7 times the bytes; with 4 bits it takes 1,835 at most
+(`perf/results/bits_cpu.txt`)."""
+SPILLS_OF_SHARING = 85 if OLDEST else 8
+"""Loads and stores of spilled registers among them."""
 INSTRUCTIONS_PER_PAGE_OF_ROWS = {"prefill 16 rows": 4000, "prefill 32 rows": 5700}
 """The same of prefill attention for as many query rows with a sink and a tail, masks included, which most pages skip."""
 INSTRUCTIONS_PER_STEP = 5900
@@ -122,7 +127,7 @@ def test_compiles(target, parts, tmp_path):
     for first, second in itertools.pairwise(kernels):
         assert first["lets_next_start"] or not second["starts_early"], (first, second)
     if target in BUDGET_TARGETS:
-        for part in {"main", "prefill", "encode"}.intersection(parts):
+        for part in {"main", "decode", "prefill", "encode"}.intersection(parts):
             check_budgets(part, kernels)
     if target in MLA_BUDGET_TARGETS and "mla" in parts:
         few = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_mla_decode_kernel", "mla 16 heads"))
@@ -149,6 +154,10 @@ def check_budgets(part: str, kernels: list[dict]) -> None:
         assert read["num_warps"] == 1 and values > keys, read
         assert values * READ_TRIPS[0] + keys * READ_TRIPS[1] <= INSTRUCTIONS_PER_READ, read
         assert read["stack"] == 0 and read["registers"] <= 128, read
+    elif part == "decode":
+        decode = find("decode_attention", "decode quantized only, 6 and 5 bits")
+        assert 0 < decode["page_loop"] * decode["num_warps"] <= INSTRUCTIONS_PER_PAGE_OF_SHARING, decode
+        assert decode["loop_spills"] <= SPILLS_OF_SHARING, decode
     elif part == "prefill":
         for case, most in INSTRUCTIONS_PER_PAGE_OF_ROWS.items():
             prefill = find("prefill_attention", case)

@@ -31,7 +31,7 @@ def cut_arguments(case, new_lens, csr: bool) -> dict:
 @pytest.mark.parametrize(
     ("layout", "raw_dtype", "csr"),
     [(SMALL, torch.float32, False), (SMALL, torch.float16, True), (PageLayout(80, 64, 3, 8), torch.bfloat16, False)]
-    + [(layout, torch.float16, False) for layout in UNEQUAL_LAYOUTS[:2]],
+    + [(layout, torch.float16, False) for layout in (*UNEQUAL_LAYOUTS[:2], PageLayout(80, 64, 5, 6))],
     ids=layout_id,
 )
 def test_bits(layout, raw_dtype, csr, device):

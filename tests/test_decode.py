@@ -60,7 +60,7 @@ def test_many_query_heads(group, num_kv_heads, device):
     check(cache_case(PageLayout(64, 64, 4, 2), [150, 70], device=device, **options))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_sharp_attention(bits, head_dim, device):
     """Scores with a standard deviation of about 4: most weights are far below the largest of their page."""

@@ -20,7 +20,7 @@ ALL_LAYOUTS = [
     PageLayout(*sizes) for sizes in itertools.product(SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, SUPPORTED_BITS, SUPPORTED_BITS)
 ]
 UNEQUAL_LAYOUTS = [
-    PageLayout(head_dim, SUPPORTED_PAGE_SIZES[i % 2], SUPPORTED_BITS[i % 4], SUPPORTED_BITS[i // 4 % 4], v_head_dim)
+    PageLayout(head_dim, SUPPORTED_PAGE_SIZES[i % 2], SUPPORTED_BITS[i % 6], SUPPORTED_BITS[i // 6 % 6], v_head_dim)
     for i, (head_dim, v_head_dim) in enumerate(itertools.permutations(SUPPORTED_HEAD_DIMS, 2))
 ]
 OFFSETS = ("k_codes", "v_codes", "k_params", "v_params", "k_norm", "v_norm", "gains")
@@ -83,6 +83,10 @@ def test_fields_of_a_record(head_dim, v_head_dim, v_bits):
         ("k8v8_g64", 17_664),
         ("k4v2_g64", 7_424),
         ("k2v2_g64", 5_376),
+        ("k6v6_g128", 26_240),
+        ("k5v4_g128", 20_096),
+        ("k6v6_g64", 13_568),
+        ("k5v5_g64", 11_520),
     ],
 )
 def test_page_bytes(name, page_bytes):
@@ -159,6 +163,7 @@ def test_names_and_identity():
     for name in PRESETS:
         assert PageLayout.from_name(name, head_dim=64).name == name
     assert PageLayout.from_name("k2v8_g64", head_dim=96) == PageLayout(96, 64, 2, 8)
+    assert PageLayout.from_name("k6v5_g64", head_dim=96) == PageLayout(96, 64, 6, 5)
     assert len(set(ALL_LAYOUTS)) == len(ALL_LAYOUTS)
     assert {PageLayout(): 1}[PageLayout(128, 128, 4, 2)] == 1
     assert PageLayout() != PageLayout(k_bits=3)
@@ -172,8 +177,8 @@ def test_names_and_identity():
         ({"head_dim": 100}, "head_dim: expected one of 64, 80, 96, 112, 128, 192, 256, 512, got 100"),
         ({"head_dim": 128.0}, "head_dim: .*got 128.0"),
         ({"page_size": 32}, "page_size: expected one of 64, 128, got 32"),
-        ({"k_bits": 5}, "k_bits: expected one of 2, 3, 4, 8, got 5"),
-        ({"v_bits": 1}, "v_bits: expected one of 2, 3, 4, 8, got 1"),
+        ({"k_bits": 7}, "k_bits: expected one of 2, 3, 4, 5, 6, 8, got 7"),
+        ({"v_bits": 1}, "v_bits: expected one of 2, 3, 4, 5, 6, 8, got 1"),
         ({"v_head_dim": 100}, "v_head_dim: expected one of 64, 80, 96, 112, 128, 192, 256, 512, got 100"),
         ({"v_head_dim": "64"}, "v_head_dim: .*got '64'"),
         ({"head_dim": 100, "v_head_dim": 64}, "^head_dim: .*got 100"),
@@ -185,10 +190,11 @@ def test_unsupported_sizes(arguments, message):
         PageLayout(**arguments)
 
 
-@pytest.mark.parametrize("name", ["k4v2", "k5v2_g128", "k4v2_g32", "k4v2_g128 ", "K4V2_G128", "", None, 4])
+@pytest.mark.parametrize("name", ["k4v2", "k7v2_g128", "k4v2_g32", "k4v2_g128 ", "K4V2_G128", "", None, 4])
 def test_unknown_names(name):
     """A name that isn't one is refused, whatever its type."""
-    with pytest.raises(ValueError, match=r"name: expected k<bits>v<bits>_g<page_size>.*\(bits 2, 3, 4, 8, page_size 64, 128\)"):
+    sizes = r"\(bits 2, 3, 4, 5, 6, 8, page_size 64, 128\)"
+    with pytest.raises(ValueError, match=rf"name: expected k<bits>v<bits>_g<page_size>.*{sizes}"):
         PageLayout.from_name(name)
 
 
@@ -232,6 +238,26 @@ def test_golden_record(store, device):
     assert hashlib.sha256(record).hexdigest() == GOLDEN_SHA256
 
 
+GOLDEN_SHARING = {
+    (5, 6): (0x0A00, "043ead38b8150d8c", "db7ad95108bf5bf40a95db23d6ef556eabc6ea89f01af999444c13e20d296ff9"),
+    (6, 5): (0x0C00, "0a975eab54020e46", "64bfeb94e96b15d53b1b88d3e546ff3810dc0e3a0edfa67756ede188c49c9671"),
+}
+"""Of golden records with other bits: offset and first 8 bytes of the value codes, and the hash."""
+
+
+@pytest.mark.parametrize("bits", GOLDEN_SHARING)
+@pytest.mark.parametrize("store", [reference.store_pages, store_pages], ids=["reference", "kernel"])
+def test_golden_records_of_5_and_6_bits(store, bits, device):
+    """The bytes of the same record with codes whose high bits distant rows share."""
+    layout = PageLayout(64, 64, *bits)
+    k, v = golden_activations()
+    pages = torch.empty(layout.pages_shape(1, 1), dtype=torch.uint8, device=device)
+    store(k.to(device), v.to(device), pages, torch.zeros(1, dtype=torch.int32, device=device), layout, encoder=PUBLISHED)
+    record, (offset, first, expected) = pages[0, 0].cpu().numpy().tobytes(), GOLDEN_SHARING[bits]
+    assert layout.v_codes_offset == offset and record[offset : offset + 8].hex() == first
+    assert hashlib.sha256(record).hexdigest() == expected
+
+
 GOLDEN_HEADER = (
     "4b5641524e504753" "03000000" "80000000" "6b3476325f6731323800000000000000"
     "c0000000" "80000000" "80000000" "04000000" "02000000" "80470000" "08000000" "00000000" "0500000000000000"
@@ -270,7 +296,7 @@ def test_headers_of_layouts(layout):
         (16, b"k4v3", r"header.name: expected k4v2_g128, got b'k4v3_g128"),
         (32, b"\x64", "head_dim: expected one of 64, 80, 96, 112, 128, 192, 256, 512, got 100"),
         (40, b"\x20", "page_size: expected one of 64, 128, got 32"),
-        (44, b"\x05", "k_bits: expected one of 2, 3, 4, 8, got 5"),
+        (44, b"\x07", "k_bits: expected one of 2, 3, 4, 5, 6, 8, got 7"),
         (52, b"\x81", "header.page_bytes: expected 18304, got 18305"),
         (56, b"\x00", "header.num_kv_heads: expected at least 1, got 0"),
         (60, b"\x01", "header.reserved: expected 0, got 1"),

@@ -228,19 +228,25 @@ def test_hadamard_matrix(head_dim):
 def slow_pack(codes: list[list[int]], bits: int, per: str) -> bytes:
     """Pack codes [tokens][channels] as the format's description says it, one code at a time."""
     tokens, head_dim = len(codes), len(codes[0])
-    width = 2 if bits == 3 else bits
-    fields = 8 // width
+    width = {3: 2, 5: 4, 6: 4}.get(bits, bits)
+    fields, more = 8 // width, bits - width
     rows, items = (tokens, head_dim) if per == "channel" else (head_dim, tokens)
     block = head_dim & -head_dim if per == "channel" else tokens
     size = items // fields
-    low, high = [0] * (rows * size), [0] * (rows * size // 2)
+    low, high = [0] * (rows * size), [0] * (rows * size * more // width)
+    sharers = width // more if more else 1
+    row_block = rows & -rows
+    distance = row_block // sharers
     for r, n, f in itertools.product(range(rows), range(size), range(fields)):
         item = n // (block // fields) * block + f * (block // fields) + n % (block // fields)
         code = codes[r][item] if per == "channel" else codes[item][r]
         low[r * size + n] |= (code % 2**width) << (f * width)
         if bits == 3:
             high[r * (size // 2) + n % (size // 2)] |= (code >> 2) << (f + 4 * (n // (size // 2)))
-    return bytes(low) + (bytes(high) if bits == 3 else b"")
+        elif more:
+            shared_row = r // row_block * distance + r % distance
+            high[shared_row * size + n] |= (code >> 4) << (more * f + 8 // sharers * (r % row_block // distance))
+    return bytes(low) + bytes(high)
 
 
 @pytest.mark.parametrize("per", ["channel", "token"])

@@ -169,7 +169,7 @@ def test_tails_that_are_written_over(count, at_once, device):
         assert torch.equal(bits_of(got), bits_of(wanted))
 
 
-@pytest.mark.parametrize("layout", [SMALL, PageLayout(80, 64, 3, 4, v_head_dim=64)], ids=str)
+@pytest.mark.parametrize("layout", [SMALL, PageLayout(80, 64, 3, 4, v_head_dim=64), PageLayout(64, 64, 6, 5)], ids=str)
 def test_four_dimensions(layout, device):
     """Activations [batch, heads, n, channels] of any strides are written and attended to as [tokens, heads, channels] are."""
     batch, heads, n, ints = 3, 2, 70, {"dtype": torch.int32, "device": device}

@@ -162,15 +162,17 @@ def test_16_bits(name, attention, models):
         torch.testing.assert_close(got[kept], expected[kept], atol=NEAR, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
-def test_attention_reads_the_same_pages(name, models):
+@pytest.mark.parametrize(
+    ("name", "layout"), [("llama", "k4v2_g64"), ("llama", "k6v5_g64"), ("gemma3", "k4v2_g64"), ("gpt_oss", "k4v2_g64")]
+)
+def test_attention_reads_the_same_pages(name, layout, models):
     """Attention over pages, and attention over what the same pages are dequantized to, are the same."""
     model, ids = models[name], tokens(2, 260)
     chunks = [180, 50, *[1] * 30]  # the second completes a page, which its own tokens don't see yet
     model.set_attn_implementation("kvarn")
-    paged = feed(model, ids, new(model, "k4v2_g64"), chunks)
+    paged = feed(model, ids, new(model, layout), chunks)
     model.set_attn_implementation("eager")
-    read = feed(model, ids, new(model, "k4v2_g64"), chunks)
+    read = feed(model, ids, new(model, layout), chunks)
     # Where a chunk completes its page, decode attention reads the last token's keys and values from the page.
     difference = (paged - read).abs()
     assert difference.mean() < 0.01

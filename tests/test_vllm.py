@@ -62,7 +62,7 @@ def test_choice():
     drafts = SimpleNamespace(method="ngram", num_speculative_tokens=5)
     choice = choice_of(config_of(speculative_config=drafts, use_v2_model_runner=False))
     assert (choice.max_drafts, choice.tail_slots, choice.num_slots, choice.prefix_caching) == (5, 2, 48, True)
-    assert len(set(names())) == 32 and all(PageLayout.from_name(name.removeprefix("kvarn_")) for name in names())
+    assert len(set(names())) == 72 and all(PageLayout.from_name(name.removeprefix("kvarn_")) for name in names())
 
 
 def test_asked():
@@ -119,7 +119,7 @@ def test_capacity(layout: str, requests: int, expected: float):
     ("changes", "message"),
     [
         ({"additional_config": {}}, "kvarn_layout: expected a layout"),
-        ({"additional_config": {"kvarn_layout": "k5v2_g64"}}, "kvarn_layout: expected a layout"),
+        ({"additional_config": {"kvarn_layout": "k7v2_g64"}}, "kvarn_layout: expected a layout"),
         ({"additional_config": {"kvarn_layout": "k4v2_g64", "kvarn_sink_pages": 2}}, "kvarn_sink_pages: expected 0 or 1"),
         ({"cache_config": SimpleNamespace(cache_dtype="fp8", enable_prefix_caching=False)}, "kv_cache_dtype: expected 'auto'"),
         ({"speculative_config": SimpleNamespace(method="eagle", num_speculative_tokens=2)}, "speculative method"),

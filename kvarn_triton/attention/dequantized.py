@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..tile.arithmetic import log2, split_halves
 from ..tile.codes import load_packed, unsigned_codes, unsigned_codes_ptx
+from ..tile.high_bits import order_of
 from .operands import join_planes
 from .query import plane_channels
 from .softmax import State, advance
@@ -78,7 +79,7 @@ def dequantized_scores(record_ptr, q, q_factor, LAYOUT: tl.constexpr, PLAN: tl.c
     products = ()
     for part in tl.static_range(G // BLOCK_T):
         row = part * BLOCK_T + tl.arange(0, BLOCK_T)
-        packed, high = load_packed(codes_ptr, row, G, True, BYTES, BLOCK_K, BITS, PTX)
+        packed, high = load_packed(codes_ptr, row, part * BLOCK_T, order_of(BLOCK_T), G, True, BYTES, BLOCK_K, BITS, PTX)
         planes = ()
         for f in tl.static_range(FIELDS):
             channel, mask = plane_channels(f, LAYOUT, FIELDS, byte)
@@ -105,7 +106,7 @@ def _page_values(record_ptr, value_factor, CHANNELS: tl.constexpr, LAYOUT: tl.co
     channel = tl.arange(0, CHANNELS)
     norm = tl.load((record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + channel, channel < D, other=0.0)
     norm = (norm.to(tl.float32) * value_factor).to(OPERAND)[None, :]
-    packed, high = load_packed(codes_ptr, channel, D, CHANNELS == D, BYTES, BYTES, BITS, PTX)
+    packed, high = load_packed(codes_ptr, channel, 0, order_of(CHANNELS), D, CHANNELS == D, BYTES, BYTES, BITS, PTX)
     planes = ()
     for f in tl.static_range(FIELDS):
         scale, zero = split_halves(tl.load(params_ptr + f * BYTES + tl.arange(0, BYTES)))

@@ -19,6 +19,7 @@ from .operands import (
     join_planes,
     split_planes,
     spread_columns,
+    spread_order,
     sum_dtype,
     sum_of_terms,
     two_terms,
@@ -74,7 +75,7 @@ def digit_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl.co
     for part in tl.static_range(G // BLOCK_T):
         token = part * BLOCK_T + tl.arange(0, BLOCK_T)
         row = part * BLOCK_T + spread_columns(tl.arange(0, BLOCK_T))
-        packed, high = load_packed(codes_ptr, row, G, True, BYTES, BLOCK_K, BITS, PTX)
+        packed, high = load_packed(codes_ptr, row, part * BLOCK_T, spread_order(BLOCK_T), G, True, BYTES, BLOCK_K, BITS, PTX)
         product = tl.zeros((2 * planes[0].shape[0], BLOCK_T), sum_dtype(OPERAND))
         for f in tl.static_range(FIELDS):
             codes = field_codes(packed, high, f, BITS, field_factor(f, BITS), OPERAND, PTX)
@@ -131,7 +132,9 @@ def add_digit_values(state, scores, params, record_ptr, LAYOUT: tl.constexpr, PL
     sums = ()
     for part in tl.static_range(PARTS):
         row = part * BLOCK_D + spread_columns(tl.arange(0, BLOCK_D))
-        packed, high = load_packed(codes_ptr, row, D, CHANNELS == D, BYTES, PADDED_BYTES, BITS, PTX)
+        packed, high = load_packed(
+            codes_ptr, row, part * BLOCK_D, spread_order(BLOCK_D), D, CHANNELS == D, BYTES, PADDED_BYTES, BITS, PTX
+        )
         product = tl.zeros((operands[0].shape[0], BLOCK_D), sum_dtype(OPERAND))
         for f in tl.static_range(FIELDS):
             codes = field_codes(packed, high, f, BITS, 1, OPERAND, PTX)

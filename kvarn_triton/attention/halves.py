@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ..tile.arithmetic import split_halves
 from ..tile.codes import load_packed, unsigned_codes, unsigned_codes_ptx
+from ..tile.high_bits import order_of
 from .operands import join_planes, split_planes
 from .query import plane_channels
 from .softmax import State, factors_of_part
@@ -94,7 +95,7 @@ def half_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl.con
     scores = ()
     for part in tl.static_range(G // BLOCK_T):
         row = part * BLOCK_T + tl.arange(0, BLOCK_T)
-        packed, high = load_packed(codes_ptr, row, G, True, BYTES, BLOCK_K, BITS, PTX)
+        packed, high = load_packed(codes_ptr, row, part * BLOCK_T, order_of(BLOCK_T), G, True, BYTES, BLOCK_K, BITS, PTX)
         product = tl.zeros((planes[0].shape[0], BLOCK_T), tl.float32)
         for f in tl.static_range(FIELDS):
             codes = _half_codes(packed, high, f, BITS, OPERAND, PTX)
@@ -137,7 +138,7 @@ def add_half_values(state, scores, record_ptr, LAYOUT: tl.constexpr, PLAN: tl.co
     products = ()
     for part in tl.static_range(CHANNELS // BLOCK_D):
         row = part * BLOCK_D + tl.arange(0, BLOCK_D)
-        packed, high = load_packed(codes_ptr, row, D, CHANNELS == D, BYTES, BYTES, BITS, PTX)
+        packed, high = load_packed(codes_ptr, row, part * BLOCK_D, order_of(BLOCK_D), D, CHANNELS == D, BYTES, BYTES, BITS, PTX)
         product = tl.zeros((state.acc.shape[0], BLOCK_D), tl.float32)
         for f in tl.static_range(FIELDS):
             codes = _half_codes(packed, high, f, BITS, OPERAND, PTX)

@@ -38,6 +38,13 @@ def spread_columns(column):
     )
 
 
+@triton.constexpr_function
+def spread_order(columns):
+    """Return for each bit of the number of a column the bit of the item that `spread_columns` computes there."""
+    run = int(OPERAND_RUN).bit_length() - 1
+    return (0, run, run + 1, *range(1, run), *range(run + 2, columns.bit_length() - 1))
+
+
 @triton.jit
 def in_order(product):
     """Reorder columns that were computed in the order of `spread_columns`."""

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from ..tile.arithmetic import split_halves
 from ..tile.codes import codes_of_words_ptx, item_of_field, load_words, place_in_word, unsigned_codes
+from ..tile.high_bits import order_of
 from .operands import LEAST_PLANE, join_planes, split_planes
 from .softmax import State, advance
 
@@ -32,6 +33,22 @@ def token_in_order(column, LAYOUT: tl.constexpr, FIELDS: tl.constexpr):
     WORDS: tl.constexpr = LAYOUT.page_size // FIELDS // 2
     plane = column // WORDS
     return plane // 2 * (2 * WORDS) + column % WORDS * 2 + plane % 2
+
+
+@triton.constexpr_function
+def _order_of_planes(columns, page_size, fields):
+    """Return for each bit of the number of a column the bit of the token that `token_in_order` says."""
+    word_bits = (page_size // fields // 2).bit_length() - 1
+    order = (*range(1, word_bits + 1), 0, *range(word_bits + 1, page_size.bit_length() - 1))
+    return order[: columns.bit_length() - 1]
+
+
+@triton.constexpr_function
+def _first_token(column, page_size, fields):
+    """Return what `token_in_order` says of a column."""
+    words = page_size // fields // 2
+    plane = column // words
+    return plane // 2 * (2 * words) + column % words * 2 + plane % 2
 
 
 @triton.jit
@@ -100,7 +117,7 @@ def _numbers_ptx(field, upper, bits):
 def _numbers(
     words, high, scale, zero, FIELD: tl.constexpr, UPPER: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
 ):  # fmt: skip
-    """Return the float16 numbers [words, columns] of one plane of int16 words. `high` as `codes.high_bits` returns them."""
+    """Return the float16 numbers [words, columns] of one plane of int16 words. `high` as `codes.load_words` returns them."""
     scale = tl.broadcast_to(scale[:, None], words.shape)
     zero = tl.broadcast_to(zero[:, None], words.shape)
     if PTX:
@@ -146,10 +163,13 @@ def register_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl
     for f in tl.static_range(FIELDS):
         pair = item_of_field(word, f, LAYOUT.block_size // 2, FIELDS)
         params = params + _load_params(params_ptr, pair, f, WORDS, BITS, PTX)
+    ORDER: tl.constexpr = _order_of_planes(BLOCK_T, G, PLAN.v_fields)
     products = ()
     for part in tl.static_range(G // BLOCK_T):
         token = token_in_order(part * BLOCK_T + tl.arange(0, BLOCK_T), LAYOUT, PLAN.v_fields)
-        words, high = load_words(codes_ptr, token, WORDS, BLOCK_K, G, BITS, PTX)
+        words, high = load_words(
+            codes_ptr, token, _first_token(part * BLOCK_T, G, PLAN.v_fields), ORDER, WORDS, BLOCK_K, G, BITS, PTX
+        )
         product = tl.zeros((planes[0].shape[0], BLOCK_T), tl.float32)
         for plane in tl.static_range(2 * FIELDS):
             numbers = _numbers(words, high, params[plane][0], params[plane][1], plane // 2, plane % 2, BITS, PTX)
@@ -187,7 +207,7 @@ def add_register_values(state, scores, record_ptr, LAYOUT: tl.constexpr, PLAN: t
     products = ()
     for part in tl.static_range(CHANNELS // BLOCK_D):
         row = part * BLOCK_D + tl.arange(0, BLOCK_D)
-        words, high = load_words(codes_ptr, row, WORDS, BLOCK_W, D, BITS, PTX)
+        words, high = load_words(codes_ptr, row, part * BLOCK_D, order_of(BLOCK_D), WORDS, BLOCK_W, D, BITS, PTX)
         product = tl.zeros((acc.shape[0], BLOCK_D), tl.float32)
         for plane in tl.static_range(2 * FIELDS):
             numbers = _numbers(words, high, params[plane][0], params[plane][1], plane // 2, plane % 2, BITS, PTX)

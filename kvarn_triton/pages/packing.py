@@ -71,7 +71,7 @@ def pack(codes: torch.Tensor, bits: int, *, per: Per) -> torch.Tensor:
 
     Args:
         codes: uint8 [..., page_size, head_dim], contiguous, each below 2**bits; higher bits are cut off.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 5, 6 or 8.
         per: "channel" packs channels of one token into bytes (keys), "token" tokens of one channel (values).
 
     Returns:
@@ -110,7 +110,7 @@ def unpack(packed: torch.Tensor, bits: int, page_size: int, head_dim: int, *, pe
 
     Args:
         packed: uint8 [..., page_size * head_dim * bits / 8], contiguous.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 5, 6 or 8.
         page_size: 64 or 128.
         head_dim: channels; see `PageLayout`.
         per: as given to `pack`.

@@ -80,7 +80,7 @@ def quantize(
 
     Args:
         tiles: float16, bfloat16 or float32 [..., page_size, head_dim], contiguous, of sizes that `PageLayout` supports.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 5, 6 or 8.
         per: the axis with one scale and zero each: "channel" (keys) or "token" (values).
         encoder: its `clip`, `fits` and whether its `norm` is "projection".
 

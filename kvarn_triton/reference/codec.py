@@ -35,9 +35,9 @@ TILE_SCALE_MAX = 1e19
 EXPONENT_MAX = 100
 """Largest magnitude of an exponent that moves into a gain, so that gains are normal float32 numbers."""
 HALF_MAX = 65504.0
-COVERAGE = {2: 0.8, 3: 1.0, 4: 1.0, 8: 1.0}
+COVERAGE = {2: 0.8, 3: 1.0, 4: 1.0, 5: 1.0, 6: 1.0, 8: 1.0}
 """Part of a row's range that codes of so many bits start from if they may clip."""
-FITTED_BITS = {"channel": (2,), "token": (2, 3, 4)}
+FITTED_BITS = {"channel": (2,), "token": (2, 3, 4, 5)}
 """Bits of the rows that are fitted at all."""
 
 
@@ -175,7 +175,7 @@ def quantize(
 
     Args:
         tiles: [..., page_size, head_dim].
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 5, 6 or 8.
         per: the axis with one scale and zero each.
         encoder: its `clip`, `fits` and whether its `norm` is "projection".
         arithmetic: the order of sums.
@@ -259,7 +259,7 @@ def encode(
 
     Args:
         tiles: [..., page_size, head_dim], rotated.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 5, 6 or 8.
         per: "channel" for keys, "token" for values.
         encoder: options of the encoder.
         arithmetic: the order of sums.

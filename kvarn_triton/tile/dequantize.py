@@ -20,6 +20,7 @@ import triton.language as tl
 from ..paging import prefetch
 from .arithmetic import fma, log2, power_of_two, split_halves
 from .codes import code_in_byte, load_sums
+from .high_bits import field_width
 
 STORE_RUN = tl.constexpr(8)
 """Neighbouring channels that a thread writes: 16 bytes of 16-bit numbers."""
@@ -99,9 +100,8 @@ def _lanes_first(x):
 @triton.jit
 def _scale_and_zero(words, field, BITS: tl.constexpr):
     """Return the scale and zero of parameters, float32, as `_decode` uses them for a field."""
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     scale, zero = split_halves(words)
-    return scale.to(tl.float32) * power_of_two(field * -WIDTH + (149 - DOWN)), zero.to(tl.float32) * (2.0**-DOWN)
+    return scale.to(tl.float32) * power_of_two(field * -field_width(BITS) + (149 - DOWN)), zero.to(tl.float32) * (2.0**-DOWN)
 
 
 @triton.jit
