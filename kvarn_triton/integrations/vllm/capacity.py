@@ -65,7 +65,8 @@ def advice(choice: Choice, raw_bytes: float, page_bytes: float) -> str | None:
         return None
     requests = int(choice.max_requests * SHARE / share)
     smaller = "; pages of 64 tokens (a layout that ends in _g64) need half of it" if choice.page_size > 64 else ""
-    return (
-        f"kvarn_triton: {share:.0%} of the cache's memory is for the 16-bit tokens of {choice.max_requests} requests. If fewer "
-        f"run at once, set --max-num-seqs: with {max(requests, 1)} it is {SHARE:.0%}{smaller}."
-    )
+    fewer = f"If fewer run at once, set --max-num-seqs: with {requests} it is {SHARE:.0%}"
+    if not requests:
+        fewer = "The cache needs more memory"
+    of_all = f"kvarn_triton: {share:.0%} of the cache's memory is for the 16-bit tokens of {choice.max_requests} requests."
+    return f"{of_all} {fewer}{smaller}."
