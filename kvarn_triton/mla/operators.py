@@ -193,7 +193,7 @@ def mla_write_tokens(
     latents: torch.Tensor, rope: torch.Tensor, pages: torch.Tensor, raw_pages: torch.Tensor, step: Step, layout: MLALayout
 ) -> None:
     """Call `kvarn_triton.mla_write_tokens`, which says what it does, as an operator."""
-    table, sizes = steps.check_mla_step(step, layout), (step.sink_len, layout.bits, layout.page_size)
+    table, sizes = steps.check_mla_step(pages, raw_pages, step, layout), (step.sink_len, layout.bits, layout.page_size)
     tensors = step.seq_lens, table, step.raw_table, step.num_quantized, step.slots, step.tasks
     _OPS.mla_write_tokens(latents, rope, pages, raw_pages, *tensors, *sizes)
 
@@ -212,8 +212,9 @@ def mla_attend(
     config: MLAConfig | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Call `kvarn_triton.mla_attend`, which says what it does, by the operator of `mla_decode_attention`."""
+    table = steps.check_mla_step(pages, raw_pages, step, layout)
     return mla_decode_attention(
-        q, pages, steps.check_mla_step(step, layout), step.seq_lens, layout, sm_scale=sm_scale, raw_pages=raw_pages,
-        raw_table=step.raw_table, num_quantized=step.num_quantized, sink_len=step.sink_len, indices=indices,
-        return_lse=return_lse, num_splits=num_splits, config=config,
+        q, pages, table, step.seq_lens, layout, sm_scale=sm_scale, raw_pages=raw_pages, raw_table=step.raw_table,
+        num_quantized=step.num_quantized, sink_len=step.sink_len, indices=indices, return_lse=return_lse, num_splits=num_splits,
+        config=config,
     )  # fmt: skip

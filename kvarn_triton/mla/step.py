@@ -60,8 +60,10 @@ def _kvarn_mla_write_pages_kernel(
         store_record(blocks, halves, pages[0] + page.to(tl.int64) * pages[1], LAYOUT, FIELDS, ENCODER)
 
 
-def check_mla_step(step: Step, layout: MLALayout) -> torch.Tensor:
-    """Check that a plan is one for latents; return its block table."""
+def check_mla_step(pages: torch.Tensor, raw_pages: torch.Tensor, step: Step, layout: MLALayout) -> torch.Tensor:
+    """Check that a plan is one for latents where `pages` are, and that there are raw pages; return its block table."""
+    check_plan(pages, step)
+    require(raw_pages is not None, "raw_pages", "a tensor", "NoneType")
     require(isinstance(layout, MLALayout), "layout", "an MLALayout", type(layout).__name__)
     require(step.layout.page_size == layout.page_size, "step", f"pages of {layout.page_size} tokens", step.layout.page_size)
     require(step.block_table is not None, "step", "a plan with a block_table", "one with kv_indices")
@@ -70,15 +72,6 @@ def check_mla_step(step: Step, layout: MLALayout) -> torch.Tensor:
     require(fits, "step", f"a plan whose sink_len is a multiple of {layout.page_size}", step.sink_len)
     assert step.block_table is not None
     return step.block_table
-
-
-def _cache_of(pages: torch.Tensor, raw_pages: torch.Tensor, step: Step, layout: MLALayout) -> LatentCache:
-    """Return the cache that a plan and the pools of a layer are, checked, as kernels take it."""
-    check_plan(pages, step)
-    table = check_mla_step(step, layout)
-    require(raw_pages is not None, "raw_pages", "a tensor", "NoneType")
-    cache = LatentCache(layout, pages, table, step.seq_lens, raw_pages, step.raw_table, step.num_quantized, step.sink_len)
-    return checked(cache, "seq_lens")
 
 
 def mla_write_tokens(
@@ -108,7 +101,9 @@ def mla_write_tokens(
     Raises:
         ValueError: for a wrong shape, dtype, device, stride or plan; nothing is written.
     """
-    cache = _cache_of(pages, raw_pages, step, layout)
+    table = check_mla_step(pages, raw_pages, step, layout)
+    cache = LatentCache(layout, pages, table, step.seq_lens, raw_pages, step.raw_table, step.num_quantized, step.sink_len)
+    cache = checked(cache, "seq_lens")
     check_tokens(latents, rope, pages.device, step.num_tokens)
     if not gpu.on_device(pages):
         reference.mla_write_tokens(
@@ -171,9 +166,9 @@ def mla_attend(
     Raises:
         ValueError: for a wrong shape, dtype, device, stride, option or plan; nothing is written.
     """
-    cache = _cache_of(pages, raw_pages, step, layout)
+    block_table = check_mla_step(pages, raw_pages, step, layout)
     return mla_decode_attention(
-        q, pages, cache.block_table, cache.seq_lens, layout, sm_scale=sm_scale, raw_pages=raw_pages,
-        raw_table=cache.raw_table, num_quantized=cache.num_quantized, sink_len=cache.sink_len, indices=indices, out=out,
-        return_lse=return_lse, num_splits=num_splits, config=config,
+        q, pages, block_table, step.seq_lens, layout, sm_scale=sm_scale, raw_pages=raw_pages, raw_table=step.raw_table,
+        num_quantized=step.num_quantized, sink_len=step.sink_len, indices=indices, out=out, return_lse=return_lse,
+        num_splits=num_splits, config=config,
     )  # fmt: skip

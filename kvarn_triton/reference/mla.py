@@ -177,9 +177,7 @@ def listed_tokens(last: torch.Tensor, seq_len: int, lists: torch.Tensor | None) 
     """
     if lists is None:
         return [(slice(None), torch.arange(seq_len, device=last.device))]
-    return [
-        (slice(i, i + 1), row[(row >= 0) & (row <= last[i])].long()) for i, row in enumerate(lists)
-    ]  # fmt: skip
+    return [(slice(i, i + 1), row[(row >= 0) & (row <= last[i])].long()) for i, row in enumerate(lists)]
 
 
 @torch.no_grad()

@@ -197,8 +197,8 @@ class KVarNImpl(AttentionImpl[Plans]):
         require(
             kv_sharing_target_layer_name is None, "kv sharing", "layers with keys of their own", kv_sharing_target_layer_name
         )
-        advice = "none; leave such layers to vLLM: attention_config.backend_per_kind={'full_attention': 'CUSTOM'}"
-        require(sliding_window is None, "sliding_window", advice, sliding_window)
+        expected = "none; leave such layers to vLLM: attention_config.backend_per_kind={'full_attention': 'CUSTOM'}"
+        require(sliding_window is None, "sliding_window", expected, sliding_window)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
