@@ -219,6 +219,23 @@ def _scratch_config(layout: PageLayout, dtype: torch.dtype, device: torch.device
     return PrefillConfig(block_m, num_warps, block_t, block_t, num_stages=3, programs_per_sm=1)
 
 
+AHEAD_TOKENS = 128
+"""Tokens of scratch memory of which all are seen, or none, where they are attended to before masks are looked at."""
+
+
+def attends_ahead(layout: PageLayout, dtype: torch.dtype, device: torch.device, block_m: int) -> bool:
+    """Return whether tiles of block_m rows attend to tokens of `dtype` before their own kernel, on a GPU that has another."""
+    known = gpu.gpu_of(device)
+    channels = {layout.head_dim, layout.v_head_dim}
+    fits = block_m == 128 and dtype != torch.float32 and channels <= {64, 128, 256}
+    return fits and (gpu.INTERPRETED if known is None else known.warp_groups)
+
+
+def hopper_steps(layout: PageLayout) -> tuple[int, int]:
+    """Return the tokens of a step of that kernel, and how many steps shared memory holds (`perf/results/ahead_h200.json`)."""
+    return (64 if layout.raw_head_dim > 128 else AHEAD_TOKENS), 2
+
+
 def holds_dequantized_pages(device: torch.device) -> bool:
     """Return whether a program has room for a page of 16-bit numbers beside what it was made of, as in the interpreter."""
     known = gpu.gpu_of(device)

@@ -24,6 +24,7 @@ class Gpu:
         program_bytes: most shared memory of one program.
         wavefront: threads of a warp (wavefront).
         starts_early: whether a kernel can start while the one before it ends (programmatic dependent launch).
+        warp_groups: whether it has asynchronous products of warp groups (`wgmma`).
     """
 
     arch: str
@@ -31,6 +32,7 @@ class Gpu:
     program_bytes: int
     wavefront: int = 32
     starts_early: bool = False
+    warp_groups: bool = False
 
     @property
     def nvidia(self) -> bool:
@@ -44,7 +46,7 @@ GPUS = {
         Gpu("sm80", 164 * _KIB, 163 * _KIB),
         Gpu("sm86", 100 * _KIB, 99 * _KIB),
         Gpu("sm89", 100 * _KIB, 99 * _KIB),
-        Gpu("sm90", 228 * _KIB, 227 * _KIB, starts_early=True),
+        Gpu("sm90", 228 * _KIB, 227 * _KIB, starts_early=True, warp_groups=True),
         Gpu("sm100", 228 * _KIB, 227 * _KIB, starts_early=True),
         Gpu("sm120", 100 * _KIB, 99 * _KIB, starts_early=True),
         Gpu("gfx942", 64 * _KIB, 64 * _KIB, wavefront=64),
@@ -85,7 +87,9 @@ def _known(arch: str) -> Gpu:
     nearest = older[-1] if older else family[0]
     least = min(row.multiprocessor_bytes for row in GPUS.values())
     threads = 64 if arch.startswith("gfx9") else 32
-    return dataclasses.replace(nearest, arch=arch, multiprocessor_bytes=least, program_bytes=least, wavefront=threads)
+    return dataclasses.replace(
+        nearest, arch=arch, multiprocessor_bytes=least, program_bytes=least, wavefront=threads, warp_groups=False
+    )
 
 
 def _number(arch: str) -> int:

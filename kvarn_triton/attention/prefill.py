@@ -21,6 +21,7 @@ from ..layout import PageLayout
 from ..masking import Mask, check_among
 from ..pages.expand import launch_expand_pages
 from . import workspace as workspaces
+from .ahead import tiles_ahead
 from .merge import launch_merge_queries
 from .prefill_kernel import launch_prefill_tiles
 from .schedule import Tiles
@@ -262,6 +263,7 @@ def launch_prefill(
     new = None if k is None or v is None else (as_rows(aligned(k)), as_rows(aligned(v)))
     if scratch is not None:
         launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.windows, apart=k is not None or mask.past_only)
+        tiles = tiles_ahead(num_q_heads, scratch, mask, tiles)
     _attend((memory, lse), q, new, scratch, mask, tiles, workspace[:num_bytes])
     copy_back(memory, out)
     return out if lse is None else (out, lse)
@@ -309,7 +311,7 @@ def _plan_tiles(
     round_tokens = total_tokens
     if split_size is not None and splits > 1:
         round_tokens = tokens_per_round(total_tokens, _token_bytes(splits, num_q_heads, layout), config.block_m)
-    return Tiles(cache, cu_seqlens_q, range(round_tokens), splits, split_size or 0, fill, config)
+    return Tiles(cache, cu_seqlens_q, range(round_tokens), splits, split_size or 0, fill, config, ahead=False)
 
 
 def _token_bytes(num_splits: int, num_q_heads: int, layout: PageLayout) -> int:
@@ -329,14 +331,14 @@ def _attend(
     """Attend, in rounds of `tiles.tokens`, and merge what several programs have computed of a tile."""
     out, lse = results
     layout, num_splits, num_q_heads = tiles.cache.layout, tiles.num_splits, q.shape[1]
-    if num_splits == 1:
-        launch_prefill_tiles(as_rows(out), lse, q, new, scratch, mask, tiles)
-        return
     rotation = layout.v_block_size if new is None else 1
     memory = workspace.view(torch.float32)
     for first in range(0, q.shape[0], len(tiles.tokens)):
         tokens = range(first, min(first + len(tiles.tokens), q.shape[0]))
         part = dataclasses.replace(tiles, tokens=tokens)
+        if num_splits == 1:
+            launch_prefill_tiles(as_rows(out), lse, q, new, scratch, mask, part)
+            continue
         shape = num_splits, len(tokens), num_q_heads
         rows = num_splits * len(tokens) * num_q_heads
         partial = memory[: rows * layout.v_head_dim].view(*shape, layout.v_head_dim)

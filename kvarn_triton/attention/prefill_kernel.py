@@ -9,53 +9,24 @@ byte once for each tile; 4 * (v_head_dim + 1) bytes per row and share, twice, wh
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .. import configs, gpu
+from .. import gpu
 from ..launch import Rows, as_rows, as_tokens, on
-from ..layout import PageLayout, fields_per_byte
-from ..masking import MOST_DRAFTS, Mask, Masking, Windows, clamped, first_of_new, first_of_sink, reach_of
+from ..masking import MOST_DRAFTS, Mask, Masking, Windows, clamped, first_of_new, reach_of
 from ..paging import first_slot, seen_by, sink_of
 from ..tile.arithmetic import hadamard, load_rows
+from .ahead import launch_ahead, state_ahead
 from .pages import attend_pages, records_of
+from .prefill_plan import plan_of
 from .query import rotate_planes, rotate_rows, rows_of_planes
-from .schedule import Tiles, find_tile, share_of_tile
+from .schedule import Tiles, find_tile
 from .softmax import State, new_state
-from .tiles import store_free_rows, store_results, tile_of
-from .tokens import attend_new, attend_raw_units, attend_scratch, num_raw_units, of_head
-
-
-@dataclass(frozen=True)
-class PrefillPlan:
-    """What the kernel is compiled for."""
-
-    group: int  # query heads of a kv head
-    block_m: int  # rows of a tile
-    k_channels: int  # channels of a key, padded to a power of two
-    v_head_dim: int
-    v_channels: int  # channels of a value, padded to a power of two
-    block_t: int  # tokens of pages of one product with keys
-    block_d: int  # channels of one product with values, unless pages are dequantized
-    block_r: int  # raw or new tokens of one step
-    k_fields: int  # 1 with scratch memory: channels are in order
-    v_fields: int
-    operand: tl.dtype
-    query_operand: tl.dtype
-    raw_operand: tl.dtype
-    scratch_operand: tl.dtype
-    form: str  # of the loop over pages (`configs.PrefillConfig`)
-    apart: bool  # the keys of query tokens are not in the cache
-    single: bool  # one share: the result itself is written
-    ptx: bool
-    num_stages: int
-    token_stages: int  # of loops over tokens that are not quantized
-    early_merge: bool
+from .tiles import shares, store_free_rows, store_results, tile_of
+from .tokens import attend_new, attend_raw_units, attend_scratch, of_head
 
 
 @triton.jit
@@ -92,32 +63,27 @@ def _rotate(q_ptr, place, mask, some, SCRATCH: tl.constexpr, LAYOUT: tl.constexp
 
 
 @triton.jit
-def _shares(split, num_splits, split_size, seen, sink_len, windows, RAW: tl.constexpr, LAYOUT: tl.constexpr):
-    """Return (first, last) of what is seen of the sink and of the tail, and a program's share of raw units and of pages."""
-    spans = (
-        (first_of_sink(seen.oldest + sink_len, windows), tl.minimum(seen.num_valid + sink_len, sink_len)),
-        (tl.maximum(seen.oldest, seen.quantized * LAYOUT.page_size), seen.num_valid),
-    )
-    num_raw = 0
-    if RAW:
-        num_raw = num_raw_units(spans[0][0], spans[0][1]) + num_raw_units(spans[1][0], spans[1][1])
-    raw_share, span = share_of_tile(split, num_splits, split_size, num_raw, seen.first_page, seen.quantized)
-    return spans, raw_share, span
-
-
-@triton.jit
 def _attend_cached(
-    q, q_factor, masking, records, expanded, raw_tokens, raw_share, span, seen, tile, shifts,
+    q, q_factor, masking, records, expanded, ahead, raw_tokens, raw_share, span, seen, tile, shifts,
     LAYOUT: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Return the state of rotated queries after a share of the cache: pages, from `expanded` memory or not, and raw tokens."""
+    """Return the state of rotated queries after a share of the cache: pages, from `expanded` memory or not, and raw tokens.
+
+    `expanded` memory comes with the slot of page 0. `ahead` is what was attended to of it before (`ahead.Ahead`), or None.
+    """
     shift, sink_len = shifts
     position = shift + tile.query
     queries = position, shift + tile.first_query, shift + tile.last_query
     state = new_state(PLAN.block_m, PLAN.v_channels)
     if expanded is not None:
+        first = span[0] * LAYOUT.page_size
+        if ahead is not None:
+            covered = tl.load(ahead.covered + tl.program_id(0))
+            state = state_ahead(ahead, tl.program_id(0), covered, PLAN.block_m, PLAN.v_channels)
+            first += covered
         state = attend_scratch(
-            state, q, q_factor, masking, expanded[0], expanded[1], span, seen.num_valid, queries, LAYOUT, PLAN
+            state, q, q_factor, masking, expanded[0], expanded[1], (first, span[1] * LAYOUT.page_size), seen.num_valid, queries,
+            LAYOUT, PLAN,
         )  # fmt: skip
     elif PLAN.form != "registers":
         state = attend_pages(state, q, q_factor, masking, records, span, seen.num_valid, queries, LAYOUT, PLAN)
@@ -171,6 +137,7 @@ def _kvarn_prefill_attention_kernel(
     pages,  # Pages
     raw,  # Tokens, or None
     scratch,  # Tokens, the dequantized pages, or None
+    ahead,  # Ahead, or None
     cu_seqlens_ptr,  # int32 [batch + 1]
     table_ptr,  # int32 [batch, max_pages], or with CSR [ids]
     indptr_ptr,  # int32 [batch + 1], None if not CSR
@@ -196,8 +163,7 @@ def _kvarn_prefill_attention_kernel(
 ):
     if PLAN.early_merge:
         gdc_launch_dependents()
-    head = tl.program_id(0) % num_kv_heads
-    split = tl.program_id(0) // num_kv_heads % num_splits
+    head, split = tl.program_id(0) % num_kv_heads, tl.program_id(0) // num_kv_heads % num_splits
     num_q_heads = num_kv_heads * PLAN.group
     tokens = (first_token, first_token + total_tokens)
     index = tl.program_id(0) // num_kv_heads // num_splits
@@ -213,7 +179,7 @@ def _kvarn_prefill_attention_kernel(
             (tile.first_query, tile.last_query, tile.num_tokens), row, seq_len, num_quantized_ptr, sink, masking.windows.body,
             LAYOUT.page_size, PLAN.apart,
         )  # fmt: skip
-        spans, raw_share, span = _shares(split, num_splits, split_size, seen, sink, masking.windows, raw is not None, LAYOUT)
+        spans, raw_share, span = shares(split, num_splits, split_size, seen, sink, masking.windows, raw is not None, LAYOUT)
         q_place = tile.token * q.stride_token + tile.q_head.to(tl.int64) * q.stride_head
         some = seen.num_valid > -sink  # otherwise nothing is cached
         rows, rotated, q_factor = _rotate(q.ptr, q_place, tile.mask, some, scratch is not None, LAYOUT, PLAN)
@@ -224,11 +190,11 @@ def _kvarn_prefill_attention_kernel(
             expanded = of_head(scratch, head), first_slot(indptr_ptr, row, max_pages)
         raw_tokens = None
         if raw is not None:
-            columns = tl.cdiv(sink, LAYOUT.page_size), num_tail_slots
-            raw_tokens = of_head(raw, head), raw_table_ptr + row.to(tl.int64) * stride_raw_table, columns, spans
+            table_row_ptr = raw_table_ptr + row.to(tl.int64) * stride_raw_table
+            raw_tokens = of_head(raw, head), table_row_ptr, (tl.cdiv(sink, LAYOUT.page_size), num_tail_slots), spans
         state = _attend_cached(
-            rotated, q_factor * masking.scores.scale, masking, records, expanded, raw_tokens, raw_share, span, seen, tile,
-            (shift, sink), LAYOUT, PLAN,
+            rotated, q_factor * masking.scores.scale, masking, records, expanded, ahead, raw_tokens, raw_share, span, seen,
+            tile, (shift, sink), LAYOUT, PLAN,
         )  # fmt: skip
         if new is not None and (scratch is None or some):
             state = State(hadamard(state.acc, LAYOUT.v_block_size), state.m, state.l)
@@ -242,49 +208,7 @@ def _kvarn_prefill_attention_kernel(
         ROTATION: tl.constexpr = LAYOUT.v_block_size if new is None else 1
         store_results(out, lse_ptr, sinks_ptr, state, tile, tokens, split, num_q_heads, ROTATION, PLAN)
     elif PLAN.single:
-        store_free_rows(out, lse_ptr, cu_seqlens_ptr, batch, -1 - number, head, total_tokens, num_q_heads, fill, PLAN)
-
-
-@functools.lru_cache
-def _plan(
-    layout: PageLayout,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
-    group: int,
-    flags: tuple[bool, bool, bool],
-    ptx: bool,
-    config: configs.PrefillConfig,
-) -> PrefillPlan:
-    """Return what the kernel is compiled for.
-
-    `dtypes` are those of queries, of raw pages and of scratch memory, if any; `flags` are `apart`, `single`, `early_merge`.
-    """
-    q_dtype, raw_dtype, scratch_dtype = dtypes
-    apart, single, early = flags
-    k_channels, v_channels = triton.next_power_of_2(layout.head_dim), triton.next_power_of_2(layout.v_head_dim)
-    return PrefillPlan(
-        group=group,
-        block_m=config.block_m,
-        k_channels=k_channels,
-        v_head_dim=layout.v_head_dim,
-        v_channels=v_channels,
-        block_t=config.block_t,
-        block_d=min(config.block_d, v_channels),
-        block_r=config.block_r,
-        k_fields=fields_per_byte(layout.k_bits) if scratch_dtype is None else 1,
-        v_fields=fields_per_byte(layout.v_bits),
-        operand=configs.operand(q_dtype, torch.float16),
-        query_operand=configs.operand(q_dtype, q_dtype),
-        raw_operand=configs.operand(q_dtype, raw_dtype),
-        scratch_operand=configs.operand(q_dtype, scratch_dtype or q_dtype),
-        form=config.form,
-        apart=apart,
-        single=single,
-        ptx=ptx,
-        num_stages=config.num_stages,
-        # More than 256 channels: 99 KB of shared memory hold one step only.
-        token_stages=1 if max(k_channels, v_channels) > 256 else config.num_stages,
-        early_merge=early,
-    )
+        store_free_rows(out, lse_ptr, cu_seqlens_ptr, batch, -1 - number, head, tokens, num_q_heads, fill, PLAN)
 
 
 def launch_prefill_tiles(
@@ -308,13 +232,19 @@ def launch_prefill_tiles(
     early = not single and gpu.launches_early(q.device)
     dtypes = q.dtype, raw_dtype, None if scratch is None else scratch.dtype
     count = -(-len(tokens) * group // config.block_m) + cache.batch + (tokens.start > 0)  # one may begin before them
-    on(q, _kvarn_prefill_attention_kernel)[(count * num_kv_heads * tiles.num_splits,)](
+    plan = plan_of(layout, dtypes, group, (apart, single, early), gpu.uses_ptx(), config)
+    programs = count * num_kv_heads * tiles.num_splits
+    ahead = None
+    if scratch is not None and tiles.ahead:
+        ahead = launch_ahead(q, scratch, mask, tiles, plan, programs)
+    on(q, _kvarn_prefill_attention_kernel)[(programs,)](
         out,
         lse,
         as_rows(q),
         new,
         cache.quantized,
         scratch=as_tokens(scratch),
+        ahead=ahead,
         cu_seqlens_ptr=tiles.cu_seqlens_q,
         **cache.tables(),
         **cache.raw_tables(),
@@ -329,7 +259,7 @@ def launch_prefill_tiles(
         split_size=tiles.split_size,
         max_pages=cache.max_pages,
         LAYOUT=layout,
-        PLAN=_plan(layout, dtypes, group, (apart, single, early), gpu.uses_ptx(), config),
+        PLAN=plan,
         num_warps=config.num_warps,
         enable_fp_fusion=True,
         **config.options(),

@@ -74,6 +74,7 @@ class Tiles:
     split_size: int  # 0: equal shares
     fill: bool  # whether rows of no sequence are zeroed; their log-sum-exp always is -inf
     config: PrefillConfig
+    ahead: bool  # whether a launch before attends to what all rows of a tile see (`ahead`)
 
 
 @triton.jit

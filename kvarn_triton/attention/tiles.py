@@ -7,11 +7,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..masking import MOST_DRAFTS, num_bits, words_of
+from ..masking import MOST_DRAFTS, first_of_sink, num_bits, words_of
 from ..tile.arithmetic import LOG2E, hadamard, scaled, store_rows
 from .merge import LN2
-from .schedule import free_token
+from .schedule import free_token, share_of_tile
 from .softmax import log_sum_exp, with_sink
+from .tokens import num_raw_units
 
 
 class Tile(NamedTuple):
@@ -54,6 +55,20 @@ def tile_of(cu_seqlens_ptr, row, number, head, masking, PLAN: tl.constexpr):
 
 
 @triton.jit
+def shares(split, num_splits, split_size, seen, sink_len, windows, RAW: tl.constexpr, LAYOUT: tl.constexpr):
+    """Return (first, last) of what is seen of the sink and of the tail, and a program's share of raw units and of pages."""
+    spans = (
+        (first_of_sink(seen.oldest + sink_len, windows), tl.minimum(seen.num_valid + sink_len, sink_len)),
+        (tl.maximum(seen.oldest, seen.quantized * LAYOUT.page_size), seen.num_valid),
+    )
+    num_raw = 0
+    if RAW:
+        num_raw = num_raw_units(spans[0][0], spans[0][1]) + num_raw_units(spans[1][0], spans[1][1])
+    raw_share, span = share_of_tile(split, num_splits, split_size, num_raw, seen.first_page, seen.quantized)
+    return spans, raw_share, span
+
+
+@triton.jit
 def store_results(
     out, lse_ptr, sinks_ptr, state, tile, tokens, split, num_q_heads, ROTATION: tl.constexpr, PLAN: tl.constexpr
 ):  # fmt: skip
@@ -79,18 +94,20 @@ def store_results(
 
 @triton.jit
 def store_free_rows(
-    out, lse_ptr, cu_seqlens_ptr, batch, number, head, total_tokens, num_q_heads, fill, PLAN: tl.constexpr
+    out, lse_ptr, cu_seqlens_ptr, batch, number, head, tokens, num_q_heads, fill, PLAN: tl.constexpr
 ):  # fmt: skip
-    """Store the results of rows of no sequence.
+    """Store the results of rows of no sequence, those of tokens from tokens[0] to tokens[1].
 
     There are as many programs without a tile as it takes to give each of those rows to one of them.
     """
     BLOCK_M: tl.constexpr = PLAN.block_m
     V_CHANNELS: tl.constexpr = PLAN.v_channels
     free = number * BLOCK_M + tl.arange(0, BLOCK_M)
-    place = free_token(cu_seqlens_ptr, batch, free // PLAN.group).to(tl.int64)
+    first, end = tl.load(cu_seqlens_ptr), tl.load(cu_seqlens_ptr + batch)
+    before = tl.minimum(tokens[0], first) + tl.maximum(tokens[0] - end, 0)
+    place = free_token(cu_seqlens_ptr, batch, before + free // PLAN.group).to(tl.int64)
     q_head = (head * PLAN.group + free % PLAN.group).to(tl.int64)
-    mask = place < total_tokens
+    mask = place < tokens[1]
     zeros = tl.zeros((BLOCK_M, V_CHANNELS), tl.float32)
     filled = mask & (tl.zeros_like(free) + fill != 0)
     store_rows(out.ptr, place * out.stride_token + q_head * out.stride_head, zeros, filled, PLAN.v_head_dim)

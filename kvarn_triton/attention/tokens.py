@@ -241,9 +241,9 @@ def attend_scratch(
     LAYOUT: tl.constexpr,
     PLAN: tl.constexpr,
 ):
-    """Advance the state of a tile of queries by body pages span[0] to span[1], dequantized: page 0 is in slot `slot`.
+    """Advance the state of a tile of queries by tokens span[0] to span[1] of the body, dequantized: page 0 is in slot `slot`.
 
-    The arguments are those of `pages.attend_pages`. Channels of `q` are in order.
+    The other arguments are those of `pages.attend_pages`. Channels of `q` are in order.
     """
     G: tl.constexpr = LAYOUT.page_size
     BLOCK_T: tl.constexpr = PLAN.block_t
@@ -261,7 +261,7 @@ def attend_scratch(
     OPERAND: tl.constexpr = PLAN.scratch_operand
     window = masking.windows.body
     q = q.to(OPERAND)
-    for start in tl.range(span[0] * G, tl.minimum(span[1] * G, num_valid), BLOCK_T, num_stages=PLAN.token_stages):
+    for start in tl.range(span[0], tl.minimum(span[1], num_valid), BLOCK_T, num_stages=PLAN.token_stages):
         page_ptr = scratch.ptr + (slot + start // G) * scratch.stride_page
         place = (start % G + offs_t) * scratch.stride_token
         hidden = start + BLOCK_T > tl.minimum(num_valid, first_position + 1)

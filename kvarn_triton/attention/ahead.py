@@ -1,0 +1,218 @@
+"""What tiles of query rows attend to before their own kernel: tokens of scratch memory that all rows of a tile see.
+
+Nothing is masked there, so that a kernel for one architecture does it (`hopper`), which knows nothing of sequences: a launch
+before it rotates the queries of each tile, and says where its keys begin and how many steps of AHEAD_TOKENS they are. The
+kernel of prefill attention goes on from the states that it leaves: masks, raw and new tokens, results.
+
+A state is that of `softmax`. One program of prefill attention is one program of both launches here; those of a tile without a
+whole step do nothing, and their states are not read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import configs, gpu
+from ..launch import as_rows, on
+from ..masking import Mask
+from ..paging import first_slot, seen_by, sink_of
+from ..tile.arithmetic import load_rows
+from .query import rotate_rows
+from .schedule import Tiles, find_tile
+from .softmax import State, advance, new_state
+from .tiles import shares, tile_of
+from .workspace import tokens_per_round
+
+AHEAD_TOKENS = tl.constexpr(configs.AHEAD_TOKENS)
+
+
+class Ahead(NamedTuple):
+    """What the programs of a launch have before it, n of them, with tiles of block_m rows."""
+
+    q: torch.Tensor  # [n * block_m, head_dim], rotated, of the dtype of scratch memory
+    factor: torch.Tensor  # float32 [n], of their scores, base 2
+    first: torch.Tensor  # int32 [n], the row of scratch memory with the first key, for [rows, channels]
+    covered: torch.Tensor  # int32 [n], tokens that are attended to
+    acc: torch.Tensor  # float32 [n * block_m, v_head_dim]
+    m: torch.Tensor  # float32 [n * block_m]
+    l: torch.Tensor  # float32 [n * block_m]  # noqa: E741
+
+
+def tiles_ahead(num_q_heads: int, scratch: torch.Tensor, mask: Mask, tiles: Tiles) -> Tiles:
+    """Return the tiles of a call with `scratch` memory, in rounds whose states are not too large, if there are any.
+
+    There are for masks that hide newer tokens only, where scores rise with products, and where scratch memory is rows one after
+    the other, on GPUs that have a kernel for it.
+    """
+    layout, config = tiles.cache.layout, tiles.config
+    plain = mask.window is None and mask.soft_cap is None and (mask.sm_scale is None or mask.sm_scale > 0)
+    rows = scratch.is_contiguous() and scratch.numel() // layout.raw_head_dim < 2**31
+    if not (plain and rows and configs.attends_ahead(layout, scratch.dtype, scratch.device, config.block_m)):
+        return tiles
+    token_bytes = num_q_heads * tiles.num_splits * (2 * layout.head_dim + 4 * layout.v_head_dim + 8)
+    tokens = min(len(tiles.tokens), tokens_per_round(len(tiles.tokens), token_bytes, config.block_m))
+    return dataclasses.replace(tiles, tokens=range(tokens), ahead=True)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "batch", "num_kv_heads", "num_splits", "sink_len", "num_tail_slots", "split_size", "first_token", "total_tokens",
+        "max_pages", "stride_table", "stride_raw_table",
+    ],
+    do_not_specialize_on_alignment=[
+        "cu_seqlens_ptr", "table_ptr", "indptr_ptr", "seq_lens_ptr", "raw_table_ptr", "num_quantized_ptr",
+    ],
+)  # fmt: skip
+def _kvarn_rotate_tiles_kernel(
+    ahead,  # Ahead, of which the first four are written
+    q,  # Rows [total_tokens, num_q_heads, head_dim]
+    raw,  # Tokens, or None: only whether there are any counts
+    cu_seqlens_ptr,  # int32 [batch + 1]
+    table_ptr,  # not read, like raw_table_ptr
+    indptr_ptr,  # int32 [batch + 1], None if not CSR
+    seq_lens_ptr,  # int32 [batch]
+    raw_table_ptr,  # None without raw pages
+    num_quantized_ptr,  # int32 [batch], None without raw pages
+    masking,  # Masking
+    batch,
+    num_kv_heads,
+    num_splits,
+    first_token,  # of this launch
+    total_tokens,  # of this launch
+    sink_len,
+    num_tail_slots,
+    split_size,
+    max_pages,  # columns of a block table
+    stride_table,
+    stride_raw_table,
+    LAYOUT: tl.constexpr,
+    PLAN: tl.constexpr,
+):
+    program = tl.program_id(0)
+    head = program % num_kv_heads
+    split = program // num_kv_heads % num_splits
+    tokens = (first_token, first_token + total_tokens)
+    row, number = find_tile(cu_seqlens_ptr, program // num_kv_heads // num_splits, batch, tokens, PLAN.group, PLAN.block_m)
+    covered = 0
+    if row < batch:
+        tile = tile_of(cu_seqlens_ptr, row, number, head, masking, PLAN)
+        seq_len = tl.load(seq_lens_ptr + row)
+        sink = sink_of(sink_len, row, row < batch)
+        seen = seen_by(
+            (tile.first_query, tile.last_query, tile.num_tokens), row, seq_len, num_quantized_ptr, sink, None, LAYOUT.page_size,
+            PLAN.apart,
+        )  # fmt: skip
+        _, _, span = shares(split, num_splits, split_size, seen, sink, masking.windows, raw is not None, LAYOUT)
+        first = span[0] * LAYOUT.page_size
+        first_position = seq_len - tile.num_tokens - sink + tile.first_query
+        last = tl.minimum(span[1] * LAYOUT.page_size, tl.minimum(seen.num_valid, first_position + 1))
+        covered = tl.maximum(last - first, 0) // AHEAD_TOKENS * AHEAD_TOKENS
+        if covered > 0:
+            place = tile.token * q.stride_token + tile.q_head.to(tl.int64) * q.stride_head
+            rows = load_rows(q.ptr, place, tile.mask, LAYOUT.head_dim, PLAN.k_channels).to(PLAN.query_operand)
+            rotated, factor = rotate_rows(rows, LAYOUT, 1, PLAN.operand, PLAN.k_channels <= 128)
+            to = program.to(tl.int64) * PLAN.block_m + tl.arange(0, PLAN.block_m)
+            channel = tl.arange(0, PLAN.k_channels)
+            tl.store(ahead.q + to[:, None] * PLAN.k_channels + channel[None, :], rotated.to(ahead.q.dtype.element_ty))
+            tl.store(ahead.factor + program, factor * masking.scores.scale)
+            slot = first_slot(indptr_ptr, row, max_pages) + span[0]
+            tl.store(ahead.first + program, ((slot * 2 * num_kv_heads + head) * LAYOUT.page_size).to(tl.int32))
+    tl.store(ahead.covered + program, covered)
+
+
+@triton.jit
+def state_ahead(ahead, program, covered, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return the state that a program's tile has after `covered` tokens; without any, that of rows that attended to nothing."""
+    row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    some = tl.zeros((ROWS,), tl.int32) + covered > 0
+    place = row[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    acc = tl.load(ahead.acc + place, some[:, None], other=0.0)
+    m = tl.load(ahead.m + row, some, other=float("-inf"))
+    return State(acc, m, tl.load(ahead.l + row, some, other=0.0))
+
+
+@triton.jit
+def _kvarn_attend_ahead_kernel(
+    ahead,  # Ahead
+    scratch_ptr,  # [rows, channels]
+    page_rows,  # rows from a page to the next one of its sequence
+    half_rows,  # rows from keys to values
+    LAYOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """The same as `hopper`'s kernel in plain Triton, for its interpreter: tests run what is around it."""
+    G: tl.constexpr = LAYOUT.page_size
+    program = tl.program_id(0)
+    covered = tl.load(ahead.covered + program)
+    row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, LAYOUT.head_dim)
+    if covered > 0:
+        q = tl.load(ahead.q + row[:, None] * LAYOUT.head_dim + channel[None, :]).to(tl.float32)
+        factor = tl.load(ahead.factor + program)
+        state = new_state(ROWS, LAYOUT.v_head_dim)
+        for start in range(0, covered, AHEAD_TOKENS):
+            token = start + tl.arange(0, AHEAD_TOKENS)
+            place = tl.load(ahead.first + program).to(tl.int64) + token // G * page_rows + token % G
+            keys = tl.load(scratch_ptr + place[None, :] * CHANNELS + channel[:, None]).to(tl.float32)
+            scores = tl.dot(q, keys, input_precision="ieee") * factor
+            weights, alpha, m, l_sum = advance(state, scores, False)
+            v_channel = tl.arange(0, LAYOUT.v_head_dim)
+            values = tl.load(scratch_ptr + (place + half_rows)[:, None] * CHANNELS + v_channel[None, :])
+            acc = tl.dot(weights.to(values.dtype).to(tl.float32), values.to(tl.float32), input_precision="ieee")
+            state = State(state.acc * alpha[:, None] + acc, m, l_sum)
+        tl.store(ahead.acc + row[:, None] * LAYOUT.v_head_dim + tl.arange(0, LAYOUT.v_head_dim)[None, :], state.acc)
+        tl.store(ahead.m + row, state.m)
+        tl.store(ahead.l + row, state.l)
+
+
+def launch_ahead(q: torch.Tensor, scratch: torch.Tensor, mask: Mask, tiles: Tiles, plan: object, programs: int) -> Ahead:
+    """Attend with the tiles of `programs` programs to the tokens of scratch memory that all their rows see.
+
+    `plan` is the `PrefillPlan` of the launch that goes on. Nothing is checked.
+    """
+    cache, block_m, num_kv_heads, device = tiles.cache, tiles.config.block_m, tiles.cache.num_kv_heads, q.device
+    layout, rows = cache.layout, programs * tiles.config.block_m
+    ahead = Ahead(
+        torch.empty(rows, layout.head_dim, dtype=scratch.dtype, device=device),
+        torch.empty(programs, dtype=torch.float32, device=device),
+        torch.empty(programs, dtype=torch.int32, device=device),
+        torch.empty(programs, dtype=torch.int32, device=device),
+        torch.empty(rows, layout.v_head_dim, dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+    )
+    on(q, _kvarn_rotate_tiles_kernel)[(programs,)](
+        ahead,
+        as_rows(q),
+        cu_seqlens_ptr=tiles.cu_seqlens_q,
+        **cache.tables(),
+        **cache.raw_tables(),
+        masking=mask.masking(layout.head_dim),
+        batch=cache.batch,
+        num_kv_heads=num_kv_heads,
+        num_splits=tiles.num_splits,
+        first_token=tiles.tokens.start,
+        total_tokens=len(tiles.tokens),
+        split_size=tiles.split_size,
+        max_pages=cache.max_pages,
+        LAYOUT=layout,
+        PLAN=plan,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+    half_rows = num_kv_heads * layout.page_size
+    if gpu.INTERPRETED:
+        _kvarn_attend_ahead_kernel[(programs,)](
+            ahead, scratch, 2 * half_rows, half_rows, LAYOUT=layout, ROWS=block_m, CHANNELS=layout.raw_head_dim
+        )
+    else:
+        from .hopper import launch_hopper
+
+        launch_hopper(ahead, scratch, layout, num_kv_heads)
+    return ahead

@@ -1,0 +1,82 @@
+"""What the kernels of prefill attention are compiled for."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import configs
+from ..layout import PageLayout, fields_per_byte
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """What the kernel is compiled for."""
+
+    group: int  # query heads of a kv head
+    block_m: int  # rows of a tile
+    k_channels: int  # channels of a key, padded to a power of two
+    v_head_dim: int
+    v_channels: int  # channels of a value, padded to a power of two
+    block_t: int  # tokens of pages of one product with keys
+    block_d: int  # channels of one product with values, unless pages are dequantized
+    block_r: int  # raw or new tokens of one step
+    k_fields: int  # 1 with scratch memory: channels are in order
+    v_fields: int
+    operand: tl.dtype
+    query_operand: tl.dtype
+    raw_operand: tl.dtype
+    scratch_operand: tl.dtype
+    form: str  # of the loop over pages (`configs.PrefillConfig`)
+    apart: bool  # the keys of query tokens are not in the cache
+    single: bool  # one share: the result itself is written
+    ptx: bool
+    num_stages: int
+    token_stages: int  # of loops over tokens that are not quantized
+    early_merge: bool
+
+
+@functools.lru_cache
+def plan_of(
+    layout: PageLayout,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    group: int,
+    flags: tuple[bool, bool, bool],
+    ptx: bool,
+    config: configs.PrefillConfig,
+) -> PrefillPlan:
+    """Return what the kernel is compiled for.
+
+    `dtypes` are those of queries, of raw pages and of scratch memory, if any; `flags` are `apart`, `single`, `early_merge`.
+    """
+    q_dtype, raw_dtype, scratch_dtype = dtypes
+    apart, single, early = flags
+    k_channels, v_channels = triton.next_power_of_2(layout.head_dim), triton.next_power_of_2(layout.v_head_dim)
+    return PrefillPlan(
+        group=group,
+        block_m=config.block_m,
+        k_channels=k_channels,
+        v_head_dim=layout.v_head_dim,
+        v_channels=v_channels,
+        block_t=config.block_t,
+        block_d=min(config.block_d, v_channels),
+        block_r=config.block_r,
+        k_fields=fields_per_byte(layout.k_bits) if scratch_dtype is None else 1,
+        v_fields=fields_per_byte(layout.v_bits),
+        operand=configs.operand(q_dtype, torch.float16),
+        query_operand=configs.operand(q_dtype, q_dtype),
+        raw_operand=configs.operand(q_dtype, raw_dtype),
+        scratch_operand=configs.operand(q_dtype, scratch_dtype or q_dtype),
+        form=config.form,
+        apart=apart,
+        single=single,
+        ptx=ptx,
+        num_stages=config.num_stages,
+        # More than 256 channels: 99 KB of shared memory hold one step only.
+        token_stages=1 if max(k_channels, v_channels) > 256 else config.num_stages,
+        early_merge=early,
+    )

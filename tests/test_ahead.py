@@ -1,0 +1,140 @@
+"""Tokens of scratch memory that all rows of a tile see, which prefill attention attends to before it looks at masks.
+
+On GPUs with warp groups that is a kernel of its own, in the interpreter one that stands for it. What calls see of it is tested
+here, and in `test_prefill.py`, where such calls are one of the forms of every test.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import ON_GPU, assert_same_bits, bits_of, check, layout_id
+from prefill_cases import SMALL, new_scratch, prefill_case
+
+from kvarn_triton import PageLayout, configs, prefill_attention, reference
+from kvarn_triton.attention import prefill_kernel, workspace
+from kvarn_triton.testing import relative_error
+
+pytestmark = pytest.mark.skipif(
+    ON_GPU and not configs.attends_ahead(SMALL, torch.float16, torch.device("cuda", 0), 128), reason="needs wgmma"
+)
+
+
+@pytest.fixture
+def covered(monkeypatch) -> list[torch.Tensor]:
+    """Return a list to which each launch adds how many tokens its programs attend to ahead."""
+    found, launch = [], prefill_kernel.launch_ahead
+
+    def spy(*args: object) -> object:
+        ahead = launch(*args)
+        found.append(ahead.covered.clone())
+        return ahead
+
+    monkeypatch.setattr(prefill_kernel, "launch_ahead", spy)
+    return found
+
+
+def ahead(arguments: dict, dtype: torch.dtype | None = None) -> dict:
+    """Return the option that makes a call attend ahead."""
+    return {"scratch": new_scratch(arguments, dtype, gaps=False)}
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("sink_len", [0, 16, 128])
+def test_which_tokens_are_covered(sink_len, new, covered, device):
+    """Whole steps of what the first row of a tile sees of full pages; the results are exact."""
+    arguments = prefill_case(
+        SMALL, [720, 460, 130], [70, 1, 0], new=new, sink_len=sink_len, num_tail_slots=3, device=device, group=4
+    )
+    check(arguments, **ahead(arguments))
+    lengths = arguments["num_quantized"].tolist()
+    steps = covered[0].tolist()
+    assert max(steps) == lengths[0] * 64 // 128 * 128 >= 256
+    assert sorted(set(steps)) == sorted({0, lengths[0] * 64 // 128 * 128, lengths[1] * 64 // 128 * 128})
+
+
+def test_drafts_in_quantized_pages(covered, device):
+    """Rows of a tile whose queries are in quantized pages see different numbers of tokens: those of the first are covered."""
+    arguments = prefill_case(SMALL, [384], [100], num_tail_slots=1, device=device)
+    check(arguments, **ahead(arguments))
+    assert max(covered[0].tolist()) == (384 - 100 + 1) // 128 * 128
+
+
+LAYOUTS = [
+    PageLayout(64, 64, 2, 2),
+    PageLayout(128, 128, 4, 2),
+    PageLayout(128, 64, 3, 8, v_head_dim=64),
+    PageLayout(64, 128, 6, 5, v_head_dim=128),
+    PageLayout(256, 64, 4, 2),
+    PageLayout(64, 64, 4, 4, v_head_dim=256),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layouts(layout, dtype, covered, device):
+    """Every pair of head_dims that there are kernels for, pages of 64 and of 128 tokens, two sequences, two kv heads."""
+    arguments = prefill_case(
+        layout, [420, 300], [9, 40], new=True, num_kv_heads=2, group=3, num_tail_slots=1, dtype=dtype, device=device
+    )
+    check(arguments, **ahead(arguments))
+    assert max(covered[0].tolist()) >= 256
+
+
+def test_what_has_no_such_tiles(covered, device):
+    """Windows, soft caps, scales below zero, other head_dims, float32 and scratch memory with gaps take the usual way."""
+    arguments = prefill_case(SMALL, [300], [9], new=True, device=device)
+    for seen in ({"window": 200}, {"soft_cap": 5.0}):
+        check(arguments, seen, **ahead(arguments))
+    for sm_scale in (-0.3, 0.0):
+        check(arguments, sm_scale=sm_scale, **ahead(arguments))
+    check(arguments, scratch=new_scratch(arguments))
+    for layout, dtype in ((PageLayout(80, 64, 4, 2), torch.float16), (SMALL, torch.float32)):
+        others = prefill_case(layout, [300], [9], new=True, dtype=dtype, device=device)
+        check(others, **ahead(others))
+    assert not covered
+    check(arguments, {"sinks": torch.randn(2, device=device)}, sm_scale=0.7, **ahead(arguments))
+    assert len(covered) == 1
+
+
+def test_rounds(covered, monkeypatch, device):
+    """Tiles whose states would take more than a bound are computed in rounds; bits are the same, padding included."""
+    arguments = prefill_case(SMALL, [420, 300, 200], [150, 100, 70], new=True, device=device)
+    q = arguments["q"]
+    padded = {
+        name: torch.cat([x.new_zeros(30, *x.shape[1:]), x, x.new_zeros(50, *x.shape[1:])])
+        for name in ("q", "k", "v")
+        for x in [arguments[name]]
+    }
+    arguments |= padded | {"cu_seqlens_q": arguments["cu_seqlens_q"] + 30}
+    whole, lse = prefill_attention(**arguments, **ahead(arguments), return_lse=True)
+    assert len(covered) == 1
+    monkeypatch.setattr(workspace, "ROUND_BYTES", 1 << 17)
+    out, lse_of_rounds = prefill_attention(**arguments, **ahead(arguments), return_lse=True)
+    assert len(covered) > 2
+    assert_same_bits(out, whole)
+    assert_same_bits(lse_of_rounds, lse)
+    assert not out[:30].any() and not out[-50:].any() and out[30 : 30 + len(q)].abs().amax(dim=(1, 2)).all()
+
+
+def test_batch_invariance(covered, device):
+    """With split_size the bits of a sequence are the same alone, whatever is beside it."""
+    arguments = prefill_case(SMALL, [700, 300], [40, 9], new=True, num_kv_heads=2, device=device)
+    both = prefill_attention(**arguments, **ahead(arguments), split_size=5)
+    rows = {"block_table": 1, "seq_lens": 1, "raw_table": 1, "num_quantized": 1, "cu_seqlens_q": 2, "q": 40, "k": 40, "v": 40}
+    alone = {name: x[: rows[name]] if name in rows and x is not None else x for name, x in arguments.items()}
+    assert_same_bits(prefill_attention(**alone, **ahead(alone), split_size=5), both[:40])
+    assert len(covered[0].unique()) > 2
+
+
+def test_what_it_gives_is_the_usual_result(covered, device):
+    """The same call with and without, in CSR form too: errors are alike, and no bit pattern is compared."""
+    arguments = prefill_case(SMALL, [700, 65], [33, 1], new=True, device=device, group=5)
+    exact = reference.prefill_attention(**arguments | {"q": arguments["q"].double()})
+    usual, out = (prefill_attention(**arguments, scratch=new_scratch(arguments, gaps=gaps)) for gaps in (True, False))
+    assert relative_error(out, exact) < 1.2 * relative_error(usual, exact) + 1e-5
+    table = arguments["block_table"]
+    csr = arguments | {"block_table": None, "kv_indices": table.flatten()}
+    csr["kv_indptr"] = torch.arange(0, table.numel() + 1, table.shape[1], dtype=torch.int32, device=device)
+    assert torch.equal(bits_of(prefill_attention(**csr, **ahead(csr))), bits_of(out))
+    assert len(covered) == 2
