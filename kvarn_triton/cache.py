@@ -11,7 +11,7 @@ import torch
 from .checks import FLOATS, check_aligned, check_choice, check_pages, check_tensor, require
 from .launch import Pages, Tokens, aligned, as_pages, as_tokens, check_pool
 from .layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, PageLayout
-from .masking import Mask, check_mask
+from .masking import Mask, check_among, check_mask
 from .step import Step
 
 
@@ -247,6 +247,24 @@ def check_queries(q: torch.Tensor, cache: Cache, mask: Mask, out: torch.Tensor |
     check_mask(mask, num_q_heads, device)
     if out is not None:
         check_tensor("out", out, [*q.shape[:2], layout.v_head_dim], q.dtype, device=device)
+
+
+def check_new(
+    q: torch.Tensor,
+    keys_and_values: tuple[torch.Tensor | None, torch.Tensor | None],
+    cu_seqlens_q: torch.Tensor,
+    cache: Cache,
+    mask: Mask,
+) -> None:
+    """Check which query tokens are whose, their keys and values, and what they see of each other."""
+    layout, device, (k, v) = cache.layout, q.device, keys_and_values
+    check_tensor("cu_seqlens_q", cu_seqlens_q, [cache.batch + 1], torch.int32, device=device)
+    require((k is None) == (v is None), "v", "a tensor beside k, and None without it", None if v is None else "a tensor")
+    require(not mask.past_only or k is None, "past_only", "False beside k", mask.past_only)
+    if k is not None and v is not None:
+        check_tensor("k", k, [q.shape[0], cache.num_kv_heads, layout.head_dim], q.dtype, device=device)
+        check_tensor("v", v, [q.shape[0], cache.num_kv_heads, layout.v_head_dim], q.dtype, device=device)
+    check_among(mask, q.shape[0], k is not None, device)
 
 
 def check_split_size(split_size: object) -> None:

@@ -75,6 +75,11 @@ class Mask:
         size = changing(self.window)
         return Windows(None if self.keep_sink else size, size)
 
+    @property
+    def attends_ahead(self) -> bool:
+        """Whether it hides newer tokens only, and scores rise with products: what `attention.ahead` can do."""
+        return self.window is None and self.soft_cap is None and (self.sm_scale is None or self.sm_scale > 0)
+
     def masking(self, head_dim: int) -> Masking:
         """Return the mask as an argument of kernels."""
         scale = head_dim**-0.5 if self.sm_scale is None else self.sm_scale

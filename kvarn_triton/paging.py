@@ -20,13 +20,20 @@ def ids_of_row(table_ptr, indptr_ptr, row, stride_table):
     return row_ptr
 
 
+ALL_PAGES = tl.constexpr(2**31 - 1)
+"""As the number of pages of a sequence that scratch memory holds at once: those of its whole table."""
+
+
 @triton.jit
-def first_slot(indptr_ptr, row, max_pages):
-    """Return the slot of scratch memory for body page 0 of a row; those of the pages after it follow."""
+def first_slot(indptr_ptr, row, max_pages, ring):
+    """Return the slot of scratch memory for body page 0 of a row; page i is in slot i % ring after it.
+
+    `ring` pages of each row are in it at once, or those of its table (`ALL_PAGES`).
+    """
     if indptr_ptr is None:
-        slot = row.to(tl.int64) * max_pages
+        slot = row.to(tl.int64) * tl.minimum(max_pages, ring)
     else:
-        slot = tl.load(indptr_ptr + row).to(tl.int64)
+        slot = tl.where(ring == ALL_PAGES, tl.load(indptr_ptr + row).to(tl.int64), row.to(tl.int64) * ring)
     return slot
 
 

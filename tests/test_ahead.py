@@ -11,7 +11,7 @@ import torch
 from helpers import ON_GPU, assert_same_bits, bits_of, check, layout_id
 from prefill_cases import SMALL, new_scratch, prefill_case
 
-from kvarn_triton import PageLayout, configs, prefill_attention, reference
+from kvarn_triton import PageLayout, configs, gpu, prefill_attention, reference
 from kvarn_triton.attention import prefill_kernel, workspace
 from kvarn_triton.testing import relative_error
 
@@ -115,6 +115,56 @@ def test_rounds(covered, monkeypatch, device):
     assert_same_bits(out, whole)
     assert_same_bits(lse_of_rounds, lse)
     assert not out[:30].any() and not out[-50:].any() and out[30 : 30 + len(q)].abs().amax(dim=(1, 2)).all()
+
+
+@pytest.mark.parametrize(
+    ("layout", "lengths", "queries", "new"),
+    [
+        pytest.param(SMALL, [1100, 330, 20], [31, 9, 3], True, id="g64"),
+        pytest.param(PageLayout(64, 128, 4, 4), [1300, 400], [40, 20], True, id="g128"),
+        pytest.param(SMALL, [900, 700], [70, 30], False, id="in-the-cache"),
+    ],
+)
+def test_rounds_of_pages(layout, lengths, queries, new, covered, monkeypatch, device):
+    """Memory of a call's own that holds some pages of each sequence is filled in rounds: states go on in the next one."""
+    monkeypatch.setattr(configs, "SCRATCH_TOKENS", 1)
+    arguments = prefill_case(layout, lengths, queries, new=new, num_tail_slots=3 - 2 * new, sink_len=16, group=3, device=device)
+    whole = check(arguments)
+    page_bytes = 2 * 2 * layout.page_size * 64
+    most = 4 * 128 // layout.page_size  # pages of each sequence
+    monkeypatch.setattr(configs, "SCRATCH_BYTES", (most * len(lengths) + 1) * page_bytes)
+    out = check(arguments)
+    assert_same_bits(out, whole)
+    assert_same_bits(*covered)
+    assert len(covered) == 2 and max(covered[0].tolist()) > most * layout.page_size
+
+
+@pytest.mark.parametrize("page_size", [64, 128])
+def test_rounds_of_pages_among_programs(page_size, covered, monkeypatch, device):
+    """Programs that share a tile have pages of some rounds only, in CSR form as in a block table."""
+    monkeypatch.setattr(configs, "SCRATCH_TOKENS", 1)
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 5)
+    layout = PageLayout(64, page_size, 4, 4)
+    arguments = prefill_case(layout, [1500], [20], new=True, device=device)
+    monkeypatch.setattr(configs, "SCRATCH_BYTES", 4 * 128 // page_size * 2 * 2 * page_size * 64)
+    out = check(arguments)
+    assert len(covered[0].unique()) == (2 if page_size == 64 else 3)
+    table = arguments["block_table"]
+    csr = arguments | {"block_table": None, "kv_indices": table.flatten()}
+    csr["kv_indptr"] = torch.tensor([0, table.numel()], dtype=torch.int32, device=device)
+    assert_same_bits(prefill_attention(**csr), out)
+
+
+def test_memory_that_holds_too_little(covered, monkeypatch, device):
+    """Where the pages of the query tokens would not be in memory at once, tiles dequantize pages themselves."""
+    monkeypatch.setattr(configs, "SCRATCH_TOKENS", 1)
+    arguments = prefill_case(SMALL, [900], [300], num_tail_slots=1, device=device)
+    monkeypatch.setattr(configs, "SCRATCH_BYTES", 8 * 2 * 2 * 64 * 64)
+    check(arguments)
+    assert not covered
+    monkeypatch.setattr(configs, "SCRATCH_BYTES", 10 * 2 * 2 * 64 * 64)
+    check(arguments)
+    assert len(covered) == 1
 
 
 def test_batch_invariance(covered, device):

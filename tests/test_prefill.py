@@ -27,6 +27,7 @@ from kvarn_triton import (
 )
 from kvarn_triton.attention.prefill import plan_prefill
 from kvarn_triton.cache import Cache, Results
+from kvarn_triton.masking import Mask
 from kvarn_triton.testing import cache_case, relative_error
 
 LAYOUTS_OF_VALUES = pytest.mark.parametrize("layout", [SMALL, PageLayout(64, 64, 4, 2, v_head_dim=80)], ids=layout_id)
@@ -313,7 +314,7 @@ def test_takes_launch_parameters(given, device):
     arguments = prefill_case(SMALL, [200, 90], [9, 2], new=True, group=3, sink_len=16, device=device)
     q, ends, size = arguments["q"], arguments["cu_seqlens_q"], (11, 2, 3, 1, SMALL, arguments["block_table"].shape[1], device)
     cache = Cache(SMALL, arguments["pages"], arguments["seq_lens"], arguments["block_table"], *[None] * 5, 0)
-    plan = plan_prefill(q, ends, cache, Results(None, False, None), None, None, given)
+    plan = plan_prefill(q, ends, cache, Mask(None, None, None, None, False), Results(None, False, None), None, None, given)
     assert plan.tiles.config == given
     num_bytes = prefill_workspace_size(*size, config=given)
     assert plan.num_bytes <= num_bytes

@@ -5,7 +5,8 @@ before it rotates the queries of each tile, and says where its keys begin and ho
 kernel of prefill attention goes on from the states that it leaves: masks, raw and new tokens, results.
 
 A state is that of `softmax`. One program of prefill attention is one program of both launches here; those of a tile without a
-whole step do nothing, and their states are not read.
+whole step do nothing, and their states are not read. Scratch memory may hold a part of the pages only: then there are rounds,
+each of which goes on from the states of the one before.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import triton.language as tl
 from .. import configs, gpu
 from ..launch import as_rows, on
 from ..masking import Mask
-from ..paging import first_slot, seen_by, sink_of
+from ..pages.expand import launch_expand_pages
+from ..paging import ALL_PAGES, first_slot, seen_by, sink_of
 from ..tile.arithmetic import load_rows
+from .prefill_plan import PrefillPlan
 from .query import rotate_rows
 from .schedule import Tiles, find_tile
-from .softmax import State, advance, new_state
+from .softmax import State, advance
 from .tiles import shares, tile_of
 from .workspace import tokens_per_round
 
@@ -36,23 +39,21 @@ class Ahead(NamedTuple):
 
     q: torch.Tensor  # [n * block_m, head_dim], rotated, of the dtype of scratch memory
     factor: torch.Tensor  # float32 [n], of their scores, base 2
-    first: torch.Tensor  # int32 [n], the row of scratch memory with the first key, for [rows, channels]
-    covered: torch.Tensor  # int32 [n], tokens that are attended to
+    runs: torch.Tensor  # int32 [n, 3]: the row of scratch memory with the first key of a round, its tokens, and those before
+    covered: torch.Tensor  # int32 [n], tokens of all rounds
     acc: torch.Tensor  # float32 [n * block_m, v_head_dim]
     m: torch.Tensor  # float32 [n * block_m]
     l: torch.Tensor  # float32 [n * block_m]  # noqa: E741
 
 
 def tiles_ahead(num_q_heads: int, scratch: torch.Tensor, mask: Mask, tiles: Tiles) -> Tiles:
-    """Return the tiles of a call with `scratch` memory, in rounds whose states are not too large, if there are any.
+    """Return the tiles of a call with `scratch` memory, in rounds whose states are not too large, if they attend ahead.
 
-    There are for masks that hide newer tokens only, where scores rise with products, and where scratch memory is rows one after
-    the other, on GPUs that have a kernel for it.
+    Scratch memory must be rows one after the other.
     """
     layout, config = tiles.cache.layout, tiles.config
-    plain = mask.window is None and mask.soft_cap is None and (mask.sm_scale is None or mask.sm_scale > 0)
     rows = scratch.is_contiguous() and scratch.numel() // layout.raw_head_dim < 2**31
-    if not (plain and rows and configs.attends_ahead(layout, scratch.dtype, scratch.device, config.block_m)):
+    if not (mask.attends_ahead and rows and configs.attends_ahead(layout, scratch.dtype, scratch.device, config.block_m)):
         return tiles
     token_bytes = num_q_heads * tiles.num_splits * (2 * layout.head_dim + 4 * layout.v_head_dim + 8)
     tokens = min(len(tiles.tokens), tokens_per_round(len(tiles.tokens), token_bytes, config.block_m))
@@ -62,7 +63,7 @@ def tiles_ahead(num_q_heads: int, scratch: torch.Tensor, mask: Mask, tiles: Tile
 @triton.jit(
     do_not_specialize=[
         "batch", "num_kv_heads", "num_splits", "sink_len", "num_tail_slots", "split_size", "first_token", "total_tokens",
-        "max_pages", "stride_table", "stride_raw_table",
+        "first_page", "ring", "max_pages", "stride_table", "stride_raw_table",
     ],
     do_not_specialize_on_alignment=[
         "cu_seqlens_ptr", "table_ptr", "indptr_ptr", "seq_lens_ptr", "raw_table_ptr", "num_quantized_ptr",
@@ -87,6 +88,8 @@ def _kvarn_rotate_tiles_kernel(
     sink_len,
     num_tail_slots,
     split_size,
+    first_page,  # of this round
+    ring,  # pages of a sequence that scratch memory holds at once
     max_pages,  # columns of a block table
     stride_table,
     stride_raw_table,
@@ -98,7 +101,7 @@ def _kvarn_rotate_tiles_kernel(
     split = program // num_kv_heads % num_splits
     tokens = (first_token, first_token + total_tokens)
     row, number = find_tile(cu_seqlens_ptr, program // num_kv_heads // num_splits, batch, tokens, PLAN.group, PLAN.block_m)
-    covered = 0
+    covered, before, end, first_row = 0, 0, 0, 0
     if row < batch:
         tile = tile_of(cu_seqlens_ptr, row, number, head, masking, PLAN)
         seq_len = tl.load(seq_lens_ptr + row)
@@ -112,7 +115,12 @@ def _kvarn_rotate_tiles_kernel(
         first_position = seq_len - tile.num_tokens - sink + tile.first_query
         last = tl.minimum(span[1] * LAYOUT.page_size, tl.minimum(seen.num_valid, first_position + 1))
         covered = tl.maximum(last - first, 0) // AHEAD_TOKENS * AHEAD_TOKENS
-        if covered > 0:
+        first_of_round = first_page * LAYOUT.page_size - first
+        before = tl.minimum(tl.maximum(first_of_round, 0), covered)
+        end = covered
+        if ring != ALL_PAGES:
+            end = tl.minimum(tl.maximum(first_of_round + ring * LAYOUT.page_size, 0), covered)
+        if before < end:
             place = tile.token * q.stride_token + tile.q_head.to(tl.int64) * q.stride_head
             rows = load_rows(q.ptr, place, tile.mask, LAYOUT.head_dim, PLAN.k_channels).to(PLAN.query_operand)
             rotated, factor = rotate_rows(rows, LAYOUT, 1, PLAN.operand, PLAN.k_channels <= 128)
@@ -120,9 +128,12 @@ def _kvarn_rotate_tiles_kernel(
             channel = tl.arange(0, PLAN.k_channels)
             tl.store(ahead.q + to[:, None] * PLAN.k_channels + channel[None, :], rotated.to(ahead.q.dtype.element_ty))
             tl.store(ahead.factor + program, factor * masking.scores.scale)
-            slot = first_slot(indptr_ptr, row, max_pages) + span[0]
-            tl.store(ahead.first + program, ((slot * 2 * num_kv_heads + head) * LAYOUT.page_size).to(tl.int32))
+            slot = first_slot(indptr_ptr, row, max_pages, ring) + (first + before) // LAYOUT.page_size % ring
+            first_row = ((slot * 2 * num_kv_heads + head) * LAYOUT.page_size).to(tl.int32)
     tl.store(ahead.covered + program, covered)
+    tl.store(ahead.runs + program * 3, first_row)
+    tl.store(ahead.runs + program * 3 + 1, end - before)
+    tl.store(ahead.runs + program * 3 + 2, before)
 
 
 @triton.jit
@@ -149,16 +160,16 @@ def _kvarn_attend_ahead_kernel(
     """The same as `hopper`'s kernel in plain Triton, for its interpreter: tests run what is around it."""
     G: tl.constexpr = LAYOUT.page_size
     program = tl.program_id(0)
-    covered = tl.load(ahead.covered + program)
+    tokens = tl.load(ahead.runs + program * 3 + 1)
     row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, LAYOUT.head_dim)
-    if covered > 0:
+    if tokens > 0:
         q = tl.load(ahead.q + row[:, None] * LAYOUT.head_dim + channel[None, :]).to(tl.float32)
         factor = tl.load(ahead.factor + program)
-        state = new_state(ROWS, LAYOUT.v_head_dim)
-        for start in range(0, covered, AHEAD_TOKENS):
+        state = state_ahead(ahead, program, tl.load(ahead.runs + program * 3 + 2), ROWS, LAYOUT.v_head_dim)
+        for start in range(0, tokens, AHEAD_TOKENS):
             token = start + tl.arange(0, AHEAD_TOKENS)
-            place = tl.load(ahead.first + program).to(tl.int64) + token // G * page_rows + token % G
+            place = tl.load(ahead.runs + program * 3).to(tl.int64) + token // G * page_rows + token % G
             keys = tl.load(scratch_ptr + place[None, :] * CHANNELS + channel[:, None]).to(tl.float32)
             scores = tl.dot(q, keys, input_precision="ieee") * factor
             weights, alpha, m, l_sum = advance(state, scores, False)
@@ -171,48 +182,53 @@ def _kvarn_attend_ahead_kernel(
         tl.store(ahead.l + row, state.l)
 
 
-def launch_ahead(q: torch.Tensor, scratch: torch.Tensor, mask: Mask, tiles: Tiles, plan: object, programs: int) -> Ahead:
+def launch_ahead(q: torch.Tensor, scratch: torch.Tensor, mask: Mask, tiles: Tiles, plan: PrefillPlan, programs: int) -> Ahead:
     """Attend with the tiles of `programs` programs to the tokens of scratch memory that all their rows see.
 
-    `plan` is the `PrefillPlan` of the launch that goes on. Nothing is checked.
+    `plan` is that of the launch that goes on. Scratch memory that holds a part of the pages is filled here, round by round.
+    Nothing is checked.
     """
-    cache, block_m, num_kv_heads, device = tiles.cache, tiles.config.block_m, tiles.cache.num_kv_heads, q.device
-    layout, rows = cache.layout, programs * tiles.config.block_m
+    cache, block_m, device, ring = tiles.cache, tiles.config.block_m, q.device, tiles.ring
+    layout, rows, half_rows = cache.layout, programs * block_m, cache.num_kv_heads * cache.layout.page_size
     ahead = Ahead(
         torch.empty(rows, layout.head_dim, dtype=scratch.dtype, device=device),
         torch.empty(programs, dtype=torch.float32, device=device),
-        torch.empty(programs, dtype=torch.int32, device=device),
+        torch.empty(programs, 3, dtype=torch.int32, device=device),
         torch.empty(programs, dtype=torch.int32, device=device),
         torch.empty(rows, layout.v_head_dim, dtype=torch.float32, device=device),
         torch.empty(rows, dtype=torch.float32, device=device),
         torch.empty(rows, dtype=torch.float32, device=device),
     )
-    on(q, _kvarn_rotate_tiles_kernel)[(programs,)](
-        ahead,
-        as_rows(q),
-        cu_seqlens_ptr=tiles.cu_seqlens_q,
-        **cache.tables(),
-        **cache.raw_tables(),
-        masking=mask.masking(layout.head_dim),
-        batch=cache.batch,
-        num_kv_heads=num_kv_heads,
-        num_splits=tiles.num_splits,
-        first_token=tiles.tokens.start,
-        total_tokens=len(tiles.tokens),
-        split_size=tiles.split_size,
-        max_pages=cache.max_pages,
-        LAYOUT=layout,
-        PLAN=plan,
-        num_warps=8,
-        enable_fp_fusion=True,
-    )
-    half_rows = num_kv_heads * layout.page_size
-    if gpu.INTERPRETED:
-        _kvarn_attend_ahead_kernel[(programs,)](
-            ahead, scratch, 2 * half_rows, half_rows, LAYOUT=layout, ROWS=block_m, CHANNELS=layout.raw_head_dim
+    for first_page in range(0, max(cache.max_pages, 1), ring):
+        if ring < cache.max_pages:
+            launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.windows, plan.apart, first_page, ring)
+        on(q, _kvarn_rotate_tiles_kernel)[(programs,)](
+            ahead,
+            as_rows(q),
+            cu_seqlens_ptr=tiles.cu_seqlens_q,
+            **cache.tables(),
+            **cache.raw_tables(),
+            masking=mask.masking(layout.head_dim),
+            batch=cache.batch,
+            num_kv_heads=cache.num_kv_heads,
+            num_splits=tiles.num_splits,
+            first_token=tiles.tokens.start,
+            total_tokens=len(tiles.tokens),
+            split_size=tiles.split_size,
+            first_page=first_page,
+            ring=ring,
+            max_pages=cache.max_pages,
+            LAYOUT=layout,
+            PLAN=plan,
+            num_warps=8,
+            enable_fp_fusion=True,
         )
-    else:
-        from .hopper import launch_hopper
+        if gpu.INTERPRETED:
+            _kvarn_attend_ahead_kernel[(programs,)](
+                ahead, scratch, 2 * half_rows, half_rows, LAYOUT=layout, ROWS=block_m, CHANNELS=layout.raw_head_dim
+            )
+        else:
+            from .hopper import launch_hopper
 
-        launch_hopper(ahead, scratch, layout, num_kv_heads)
+            launch_hopper(ahead, scratch, layout, cache.num_kv_heads)
     return ahead

@@ -39,7 +39,7 @@ def _copy(descs, smem, bars, program, run, G: gl.constexpr, T: gl.constexpr, STA
     q_desc, k_desc, v_desc = descs
     q, k, v = smem
     q_full, k_full, k_free, v_full, v_free = bars
-    first_row, steps, page_rows = run
+    first_row, steps, _, page_rows = run
     ROWS: gl.constexpr = k_desc.block_type.shape[0]
     mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
     for half in gl.static_range(2):
@@ -69,20 +69,28 @@ def _advance(products, m, l_sum, factor, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _attend(half: gl.constexpr, smem, bars, out, program, steps, factor, STAGES: gl.constexpr):
-    """Attend with half of the rows: products with the keys of a step, and with the values of the one before, run together."""
+def _attend(half: gl.constexpr, smem, bars, states, program, run, factor, STAGES: gl.constexpr):
+    """Attend with half of the rows: products with the keys of a step, and with the values of the one before, run together.
+
+    Rows go on from their states, if there are tokens before.
+    """
+    _, steps, before, _ = run
     q, k, v = smem
     q_full, k_full, k_free, v_full, v_free = bars
-    acc_ptr, m_ptr, l_ptr = out
+    acc_ptr, m_ptr, l_ptr = states
     T: gl.constexpr = k.shape[1]
     V_CHANNELS: gl.constexpr = v.shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_CHANNELS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     none = gl.zeros((HALF, T), gl.float32, SCORES)
-    acc = gl.zeros((HALF, V_CHANNELS), gl.float32, SUMS)
-    m = gl.full((HALF,), float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    l_sum = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, SCORES))
+    first_row = program.to(gl.int64) * 2 * HALF + half * HALF
+    channel = gl.arange(0, V_CHANNELS, gl.SliceLayout(0, SUMS))
+    place = (first_row + gl.arange(0, HALF, gl.SliceLayout(1, SUMS)))[:, None] * V_CHANNELS + channel[None, :]
+    row = first_row + gl.arange(0, HALF, gl.SliceLayout(1, SCORES))
+    acc = gl.load(acc_ptr + place, before > 0, other=0.0)
+    m = gl.load(m_ptr + row, before > 0, other=float("-inf"))
+    l_sum = gl.load(l_ptr + row, before > 0, other=0.0)
     mbarrier.wait(q_full, 0)
     query = q.index(half)
     mbarrier.wait(k_full.index(0), 0)
@@ -90,6 +98,7 @@ def _attend(half: gl.constexpr, smem, bars, out, program, steps, factor, STAGES:
     products = warpgroup_mma_wait(0, [products])
     mbarrier.arrive(k_free.index(0), count=1)
     weights, alpha, m, l_sum = _advance(products, m, l_sum, factor, v.dtype)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
     operand = gl.convert_layout(weights, OPERAND)
     mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=steps > 1)
     for i in range(1, steps):
@@ -111,11 +120,7 @@ def _attend(half: gl.constexpr, smem, bars, out, program, steps, factor, STAGES:
     mbarrier.wait(v_full.index(last), (steps - 1) // STAGES & 1)
     acc = warpgroup_mma(operand, v.index(last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, [acc])
-    first_row = program.to(gl.int64) * 2 * HALF + half * HALF
-    row = first_row + gl.arange(0, HALF, gl.SliceLayout(1, SUMS))
-    channel = gl.arange(0, V_CHANNELS, gl.SliceLayout(0, SUMS))
-    gl.store(acc_ptr + row[:, None] * V_CHANNELS + channel[None, :], acc)
-    row = first_row + gl.arange(0, HALF, gl.SliceLayout(1, SCORES))
+    gl.store(acc_ptr + place, acc)
     gl.store(m_ptr + row, m)
     gl.store(l_ptr + row, l_sum)
 
@@ -138,8 +143,7 @@ def _kvarn_attend_hopper_kernel(
     k_desc,  # [rows of scratch memory, head_dim]
     v_desc,  # [rows of scratch memory, v_head_dim], from the first value on
     factor_ptr,  # float32 [programs]
-    first_ptr,  # int32 [programs]
-    covered_ptr,  # int32 [programs]
+    runs_ptr,  # int32 [programs, 3], as in `ahead.Ahead`
     num_kv_heads,
     page_rows,  # rows from a page to the next one of its sequence
     G: gl.constexpr,
@@ -148,9 +152,9 @@ def _kvarn_attend_hopper_kernel(
 ):
     count = gl.num_programs(0) // num_kv_heads
     program = gl.program_id(0) % count * num_kv_heads + gl.program_id(0) // count
-    steps = gl.load(covered_ptr + program) // T
+    steps = gl.load(runs_ptr + program * 3 + 1) // T
     if steps > 0:
-        run = (gl.load(first_ptr + program), steps, page_rows)
+        run = (gl.load(runs_ptr + program * 3), steps, gl.load(runs_ptr + program * 3 + 2), page_rows)
         factor = gl.load(factor_ptr + program)
         dtype: gl.constexpr = q_desc.dtype
         q = gl.allocate_shared_memory(dtype, [2, HALF, q_desc.block_type.shape[1]], q_desc.layout)
@@ -161,11 +165,11 @@ def _kvarn_attend_hopper_kernel(
         bars = (q_full, _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(STAGES, 1), _barriers(STAGES, 2))
         fence_async_shared()
         smem = (q, k, v)
-        out = (acc_ptr, m_ptr, l_ptr)
+        states = (acc_ptr, m_ptr, l_ptr)
         gl.warp_specialize(
             [
-                (_attend, (0, smem, bars, out, program, steps, factor, STAGES)),
-                (_attend, (1, smem, bars, out, program, steps, factor, STAGES)),
+                (_attend, (0, smem, bars, states, program, run, factor, STAGES)),
+                (_attend, (1, smem, bars, states, program, run, factor, STAGES)),
                 (_copy, ((q_desc, k_desc, v_desc), smem, bars, program, run, G, T, STAGES)),
             ],
             [4, 1],
@@ -193,8 +197,7 @@ def launch_hopper(ahead: Ahead, scratch: torch.Tensor, layout: PageLayout, num_k
         _rows_of(rows, (block, layout.head_dim)),
         _rows_of(rows[half_rows:], (block, layout.v_head_dim)),
         ahead.factor,
-        ahead.first,
-        ahead.covered,
+        ahead.runs,
         num_kv_heads,
         2 * half_rows,
         G=layout.page_size,

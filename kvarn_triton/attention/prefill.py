@@ -14,12 +14,22 @@ from typing import NamedTuple
 import torch
 
 from .. import configs, gpu, reference
-from ..cache import Cache, Results, check_queries, check_scratch, check_split_size, check_workspace, checked_for_attention
-from ..checks import check_tensor, require
+from ..cache import (
+    Cache,
+    Results,
+    check_new,
+    check_queries,
+    check_scratch,
+    check_split_size,
+    check_workspace,
+    checked_for_attention,
+)
+from ..checks import require
 from ..launch import Rows, aligned, as_rows, check_pool, copy_back
 from ..layout import PageLayout
-from ..masking import Mask, check_among
+from ..masking import Mask
 from ..pages.expand import launch_expand_pages
+from ..paging import ALL_PAGES
 from . import workspace as workspaces
 from .ahead import tiles_ahead
 from .merge import launch_merge_queries
@@ -189,7 +199,7 @@ def prefill_attention(
     check_new(q, (k, v), cu_seqlens_q, cache, mask)
     check_split_size(split_size)
     results = Results(out, return_lse, workspace)
-    plan = plan_prefill(q, cu_seqlens_q, cache, results, split_size, scratch, config)
+    plan = plan_prefill(q, cu_seqlens_q, cache, mask, results, split_size, scratch, config)
     if not gpu.on_device(q):
         return reference.prefill_attention(
             q, pages, block_table, seq_lens, cu_seqlens_q, layout, k=k, v=v, raw_pages=cache.raw_pages, raw_table=raw_table,
@@ -212,14 +222,15 @@ def plan_prefill(
     q: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cache: Cache,
+    mask: Mask,
     results: Results,
     split_size: int | None,
     scratch: torch.Tensor | None,
     config: configs.PrefillConfig | None,
 ) -> PrefillPlanned:
     """Return how a call is computed, and check its launch parameters and the memory for partial results and pages."""
-    if scratch is None and config is None and split_size is None:
-        scratch = own_scratch(q, cache)
+    own = scratch is None and config is None and split_size is None
+    scratch, ring = own_scratch(q, cache, mask) if own else (scratch, ALL_PAGES.value)
     if config is not None:
         configs.check_prefill_config(config, cache.layout, q.dtype, scratch is not None)
     else:
@@ -227,10 +238,10 @@ def plan_prefill(
         config = configs.prefill_config(
             cache.layout, q.dtype, q.device, q.shape[0], cache.batch, group, split_size, scratch is not None
         )
-    if scratch is not None:
+    if scratch is not None and not own:
         check_scratch(scratch, q.dtype, cache)
         scratch = check_pool("scratch", scratch)
-    tiles = _plan_tiles(q, cu_seqlens_q, cache, split_size, config, fill=results.out is None)
+    tiles = _plan_tiles(q, cu_seqlens_q, cache, split_size, config, ring, fill=results.out is None)
     num_bytes = 0
     if tiles.num_splits > 1:
         num_bytes = len(tiles.tokens) * _token_bytes(tiles.num_splits, q.shape[1], cache.layout)
@@ -262,29 +273,12 @@ def launch_prefill(
     q, memory = aligned(q), aligned(out)
     new = None if k is None or v is None else (as_rows(aligned(k)), as_rows(aligned(v)))
     if scratch is not None:
-        launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.windows, apart=k is not None or mask.past_only)
+        if tiles.ring >= cache.max_pages:
+            launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.windows, apart=k is not None or mask.past_only)
         tiles = tiles_ahead(num_q_heads, scratch, mask, tiles)
     _attend((memory, lse), q, new, scratch, mask, tiles, workspace[:num_bytes])
     copy_back(memory, out)
     return out if lse is None else (out, lse)
-
-
-def check_new(
-    q: torch.Tensor,
-    keys_and_values: tuple[torch.Tensor | None, torch.Tensor | None],
-    cu_seqlens_q: torch.Tensor,
-    cache: Cache,
-    mask: Mask,
-) -> None:
-    """Check which query tokens are whose, their keys and values, and what they see of each other."""
-    layout, device, (k, v) = cache.layout, q.device, keys_and_values
-    check_tensor("cu_seqlens_q", cu_seqlens_q, [cache.batch + 1], torch.int32, device=device)
-    require((k is None) == (v is None), "v", "a tensor beside k, and None without it", None if v is None else "a tensor")
-    require(not mask.past_only or k is None, "past_only", "False beside k", mask.past_only)
-    if k is not None and v is not None:
-        check_tensor("k", k, [q.shape[0], cache.num_kv_heads, layout.head_dim], q.dtype, device=device)
-        check_tensor("v", v, [q.shape[0], cache.num_kv_heads, layout.v_head_dim], q.dtype, device=device)
-    check_among(mask, q.shape[0], k is not None, device)
 
 
 def _plan_tiles(
@@ -293,6 +287,7 @@ def _plan_tiles(
     cache: Cache,
     split_size: int | None,
     config: configs.PrefillConfig,
+    ring: int,
     fill: bool,
 ) -> Tiles:
     """Return how the work of a call is cut: the tiles of its first round, which has as many tokens as the others at least."""
@@ -306,12 +301,14 @@ def _plan_tiles(
         count = cache.batch * -(-rows // config.block_m) * num_kv_heads
         programs = gpu.num_programs(q.device, config.programs_per_sm)
         splits = max(min(programs // max(count, 1), cache.max_pages), 1)
+        if ring < cache.max_pages and layout.page_size < configs.AHEAD_TOKENS:
+            splits = 1  # rounds end where steps do, from the first page on
     most = MAX_PROGRAMS // max((-(-total_tokens * group // config.block_m) + cache.batch) * num_kv_heads, 1)
     require(splits <= most, "split_size", f"one that cuts pages into at most {most} runs", split_size)
     round_tokens = total_tokens
     if split_size is not None and splits > 1:
         round_tokens = tokens_per_round(total_tokens, _token_bytes(splits, num_q_heads, layout), config.block_m)
-    return Tiles(cache, cu_seqlens_q, range(round_tokens), splits, split_size or 0, fill, config, ahead=False)
+    return Tiles(cache, cu_seqlens_q, range(round_tokens), splits, split_size or 0, fill, config, ring)
 
 
 def _token_bytes(num_splits: int, num_q_heads: int, layout: PageLayout) -> int:

@@ -69,7 +69,8 @@ def _attend_cached(
 ):  # fmt: skip
     """Return the state of rotated queries after a share of the cache: pages, from `expanded` memory or not, and raw tokens.
 
-    `expanded` memory comes with the slot of page 0. `ahead` is what was attended to of it before (`ahead.Ahead`), or None.
+    `expanded` memory comes with its slots (`tokens.attend_scratch`). `ahead` are states of tiles that attended to some of it
+    before, or None.
     """
     shift, sink_len = shifts
     position = shift + tile.query
@@ -82,8 +83,7 @@ def _attend_cached(
             state = state_ahead(ahead, tl.program_id(0), covered, PLAN.block_m, PLAN.v_channels)
             first += covered
         state = attend_scratch(
-            state, q, q_factor, masking, expanded[0], expanded[1], (first, span[1] * LAYOUT.page_size), seen.num_valid, queries,
-            LAYOUT, PLAN,
+            state, q, q_factor, masking, expanded, (first, span[1] * LAYOUT.page_size), seen.num_valid, queries, LAYOUT, PLAN
         )  # fmt: skip
     elif PLAN.form != "registers":
         state = attend_pages(state, q, q_factor, masking, records, span, seen.num_valid, queries, LAYOUT, PLAN)
@@ -120,7 +120,7 @@ def _attend_new(
 
 _NOT_SPECIALIZED = [
     "batch", "num_kv_heads", "num_splits", "sink_len", "num_tail_slots", "split_size", "stride_table",
-    "stride_raw_table", "first_token", "total_tokens", "fill", "max_pages",
+    "stride_raw_table", "first_token", "total_tokens", "fill", "max_pages", "ring",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
 _ANY_ADDRESS = [
@@ -156,6 +156,7 @@ def _kvarn_prefill_attention_kernel(
     num_tail_slots,
     split_size,
     max_pages,  # columns of a block table
+    ring,  # pages of a sequence that scratch memory holds at once
     stride_table,
     stride_raw_table,
     LAYOUT: tl.constexpr,
@@ -164,8 +165,7 @@ def _kvarn_prefill_attention_kernel(
     if PLAN.early_merge:
         gdc_launch_dependents()
     head, split = tl.program_id(0) % num_kv_heads, tl.program_id(0) // num_kv_heads % num_splits
-    num_q_heads = num_kv_heads * PLAN.group
-    tokens = (first_token, first_token + total_tokens)
+    num_q_heads, tokens = num_kv_heads * PLAN.group, (first_token, first_token + total_tokens)
     index = tl.program_id(0) // num_kv_heads // num_splits
     row, number = find_tile(cu_seqlens_ptr, index, batch, tokens, PLAN.group, PLAN.block_m)
     if row < batch:
@@ -187,7 +187,7 @@ def _kvarn_prefill_attention_kernel(
         records = records_of(pages, head, table_ptr, indptr_ptr, row, stride_table)
         expanded = None
         if scratch is not None:
-            expanded = of_head(scratch, head), first_slot(indptr_ptr, row, max_pages)
+            expanded = of_head(scratch, head), first_slot(indptr_ptr, row, max_pages, ring), ring
         raw_tokens = None
         if raw is not None:
             table_row_ptr = raw_table_ptr + row.to(tl.int64) * stride_raw_table
@@ -258,6 +258,7 @@ def launch_prefill_tiles(
         fill=int(tiles.fill),
         split_size=tiles.split_size,
         max_pages=cache.max_pages,
+        ring=tiles.ring,
         LAYOUT=layout,
         PLAN=plan,
         num_warps=config.num_warps,

@@ -74,7 +74,8 @@ class Tiles:
     split_size: int  # 0: equal shares
     fill: bool  # whether rows of no sequence are zeroed; their log-sum-exp always is -inf
     config: PrefillConfig
-    ahead: bool  # whether a launch before attends to what all rows of a tile see (`ahead`)
+    ring: int  # pages of a sequence that scratch memory holds at once
+    ahead: bool = False  # whether launches before attend to what all rows of a tile see (`ahead`)
 
 
 @triton.jit

@@ -10,6 +10,8 @@ import torch
 from .. import configs, gpu
 from ..cache import Cache
 from ..layout import PageLayout
+from ..masking import Mask
+from ..paging import ALL_PAGES
 
 ROUND_BYTES = 2**28
 """Most memory for partial results of a call with `split_size`; what needs more is computed in rounds that use it again.
@@ -116,11 +118,23 @@ def decode_workspace_size(
     return whole if split_size is None else min(whole, max(ROUND_BYTES, least))
 
 
-def own_scratch(q: torch.Tensor, cache: Cache) -> torch.Tensor | None:
-    """Return memory for dequantized pages, where a long chunk is worth it and it isn't much."""
-    shape = cache.ids.numel(), 2, cache.num_kv_heads, cache.layout.page_size, cache.layout.raw_head_dim
-    size = q.element_size() * math.prod(shape)
-    worth = q.element_size() == 2 and q.shape[0] >= configs.SCRATCH_TOKENS * cache.batch > 0
-    if not (worth and 0 < size <= configs.SCRATCH_BYTES and gpu.on_device(q)):
-        return None
-    return torch.empty(shape, dtype=q.dtype, device=q.device)
+def own_scratch(q: torch.Tensor, cache: Cache, mask: Mask) -> tuple[torch.Tensor | None, int]:
+    """Return memory for dequantized pages, where a long chunk is worth it, and how many pages of each sequence it holds.
+
+    Those are all, if that isn't much; otherwise as many as may be, in rounds, if tiles attend ahead (`ahead`). Then the memory
+    holds the pages of the query tokens and of one step, because what is left of a tile is computed after the last round.
+    """
+    layout, worth = cache.layout, q.element_size() == 2 and q.shape[0] >= configs.SCRATCH_TOKENS * cache.batch > 0
+    page_shape = 2, cache.num_kv_heads, layout.page_size, layout.raw_head_dim
+    most = configs.SCRATCH_BYTES // max(q.element_size() * math.prod(page_shape), 1)
+    slots, ring = cache.ids.numel(), ALL_PAGES.value
+    if not (worth and slots * math.prod(page_shape) > 0 and gpu.on_device(q)):
+        return None, ring
+    if slots > most:
+        ring = most // cache.batch // 2 * 2  # whole steps, of pages of 64 tokens too
+        block_m = configs.prefill_config(layout, q.dtype, q.device, q.shape[0], cache.batch, 1, None, True).block_m
+        plain = mask.attends_ahead and configs.attends_ahead(layout, q.dtype, q.device, block_m)
+        if not (plain and ring * layout.page_size >= q.shape[0] + configs.AHEAD_TOKENS + 2 * layout.page_size):
+            return None, ring
+        slots = cache.batch * ring
+    return torch.empty(slots, *page_shape, dtype=q.dtype, device=q.device), ring

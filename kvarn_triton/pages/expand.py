@@ -15,13 +15,13 @@ from .. import configs
 from ..cache import Cache
 from ..launch import as_tokens, on
 from ..masking import Windows, clamped
-from ..paging import first_slot, ids_of_row, seen_by, sink_of
+from ..paging import ALL_PAGES, first_slot, ids_of_row, seen_by, sink_of
 from ..tile.dequantize import Target, dequantize_chunk
 from .dequantize import chunk_of_program, read_plan
 
 
 @triton.jit(
-    do_not_specialize=["sink_len", "num_kv_heads", "parts", "columns", "max_pages", "stride_table"],
+    do_not_specialize=["sink_len", "num_kv_heads", "parts", "columns", "first_page", "ring", "max_pages", "stride_table"],
     do_not_specialize_on_alignment=["table_ptr", "indptr_ptr", "seq_lens_ptr", "cu_seqlens_ptr", "num_quantized_ptr"],
 )
 def _kvarn_expand_pages_kernel(
@@ -37,6 +37,8 @@ def _kvarn_expand_pages_kernel(
     num_kv_heads,
     parts,
     columns,  # programs that share the pages of a row
+    first_page,  # of this launch
+    ring,  # pages of a row that scratch memory holds at once, and most of this launch
     max_pages,
     stride_table,
     LAYOUT: tl.constexpr,
@@ -56,25 +58,34 @@ def _kvarn_expand_pages_kernel(
             (0, num_tokens - 1, num_tokens), row, seq_len, num_quantized_ptr, sink, window,
             LAYOUT.page_size, APART,
         )  # fmt: skip
-        slot = first_slot(indptr_ptr, row, max_pages)
+        slot = first_slot(indptr_ptr, row, max_pages, ring)
         scratch_ptr = scratch.ptr + chunk.head * scratch.stride_head
         ids_ptr = ids_of_row(table_ptr, indptr_ptr, row, stride_table)
-        for i in range(seen.first_page + column, seen.quantized, columns):
+        last_page = tl.minimum(seen.quantized, first_page + tl.minimum(ring, max_pages))
+        for i in range(tl.maximum(seen.first_page, first_page) + column, last_page, columns):
             page = tl.maximum(tl.load(ids_ptr + i), 0).to(tl.int64)
             record_ptr = pages.ptr + page * pages.stride_page + chunk.head * pages.stride_head
-            out_ptr = scratch_ptr + (slot + i) * scratch.stride_page
+            out_ptr = scratch_ptr + (slot + i % ring) * scratch.stride_page
             outs = (
                 Target(out_ptr, scratch.stride_token, None), Target(out_ptr + scratch.stride_half, scratch.stride_token, None)
             )  # fmt: skip
             dequantize_chunk(outs, record_ptr, chunk, LAYOUT, PLAN)
 
 
-def launch_expand_pages(scratch: torch.Tensor, cu_seqlens_q: torch.Tensor, cache: Cache, windows: Windows, apart: bool) -> None:
-    """Write the quantized pages that some query sees to their slots of `scratch`; nothing is checked."""
+def launch_expand_pages(
+    scratch: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cache: Cache,
+    windows: Windows,
+    apart: bool,
+    first_page: int = 0,
+    ring: int = ALL_PAGES.value,
+) -> None:
+    """Write quantized pages that some query sees to their slots of `scratch`, `ring` of each row; nothing is checked."""
     layout, pages, num_kv_heads = cache.layout, cache.pages, cache.num_kv_heads
     plan = read_plan(layout, pages.device, rotated=True)
     per_page = plan.blocks * 2 * num_kv_heads
-    columns = configs.expand_columns(cache.batch * per_page, cache.max_pages, pages.device)
+    columns = configs.expand_columns(cache.batch * per_page, min(cache.max_pages, ring), pages.device)
     programs = per_page * columns * cache.batch
     if programs == 0:
         return
@@ -88,6 +99,8 @@ def launch_expand_pages(scratch: torch.Tensor, cu_seqlens_q: torch.Tensor, cache
         num_kv_heads=num_kv_heads,
         parts=parts,
         columns=columns,
+        first_page=first_page,
+        ring=ring,
         max_pages=cache.max_pages,
         LAYOUT=layout,
         PLAN=plan,

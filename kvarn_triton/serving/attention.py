@@ -6,8 +6,8 @@ import torch
 
 from .. import configs, gpu, reference
 from ..attention.decode import launch_decode, plan_decode
-from ..attention.prefill import check_new, launch_prefill, plan_prefill
-from ..cache import Results, cache_of, check_queries, check_split_size, checked_for_attention
+from ..attention.prefill import launch_prefill, plan_prefill
+from ..cache import Results, cache_of, check_new, check_queries, check_split_size, checked_for_attention
 from ..checks import FLOATS, check_tensor, require
 from ..masking import Mask
 from ..step import Step
@@ -93,7 +93,7 @@ def attend(
         decode = plan_decode(q, cache, mask, results, split_size, table)
     else:
         check_new(q, (k, v), ends, cache, mask)
-        prefill = plan_prefill(q, ends, cache, results, split_size, scratch, config)
+        prefill = plan_prefill(q, ends, cache, mask, results, split_size, scratch, config)
     if not gpu.on_device(q):
         return reference.attend(
             q, pages, raw_pages, step, k=k, v=v, sm_scale=mask.sm_scale, window=window, soft_cap=soft_cap, sinks=sinks, out=out,
