@@ -20,7 +20,7 @@ import triton.language as tl
 
 from .. import configs, gpu
 from ..launch import as_rows, on
-from ..masking import Mask
+from ..masking import Mask, changing, size_of
 from ..pages.expand import launch_expand_pages
 from ..paging import ALL_PAGES, first_slot, seen_by, sink_of
 from ..tile.arithmetic import load_rows
@@ -44,6 +44,7 @@ class Ahead(NamedTuple):
     acc: torch.Tensor  # float32 [n * block_m, v_head_dim]
     m: torch.Tensor  # float32 [n * block_m]
     l: torch.Tensor  # float32 [n * block_m]  # noqa: E741
+    ring: int  # pages of a sequence that scratch memory holds at once, as `masking.changing` returns it
 
 
 def tiles_ahead(num_q_heads: int, scratch: torch.Tensor, mask: Mask, tiles: Tiles) -> Tiles:
@@ -137,6 +138,15 @@ def _kvarn_rotate_tiles_kernel(
 
 
 @triton.jit
+def slots_of(indptr_ptr, row, max_pages, ahead):
+    """Return the slot of scratch memory for body page 0 of a row, and how many slots of the row there are."""
+    ring = ALL_PAGES
+    if ahead is not None:
+        ring = size_of(ahead.ring)
+    return first_slot(indptr_ptr, row, max_pages, ring), ring
+
+
+@triton.jit
 def state_ahead(ahead, program, covered, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """Return the state that a program's tile has after `covered` tokens; without any, that of rows that attended to nothing."""
     row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -198,6 +208,7 @@ def launch_ahead(q: torch.Tensor, scratch: torch.Tensor, mask: Mask, tiles: Tile
         torch.empty(rows, layout.v_head_dim, dtype=torch.float32, device=device),
         torch.empty(rows, dtype=torch.float32, device=device),
         torch.empty(rows, dtype=torch.float32, device=device),
+        changing(ring),
     )
     for first_page in range(0, max(cache.max_pages, 1), ring):
         if ring < cache.max_pages:

@@ -17,9 +17,9 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from .. import gpu
 from ..launch import Rows, as_rows, as_tokens, on
 from ..masking import MOST_DRAFTS, Mask, Masking, Windows, clamped, first_of_new, reach_of
-from ..paging import first_slot, seen_by, sink_of
+from ..paging import seen_by, sink_of
 from ..tile.arithmetic import hadamard, load_rows
-from .ahead import launch_ahead, state_ahead
+from .ahead import launch_ahead, slots_of, state_ahead
 from .pages import attend_pages, records_of
 from .prefill_plan import plan_of
 from .query import rotate_planes, rotate_rows, rows_of_planes
@@ -120,7 +120,7 @@ def _attend_new(
 
 _NOT_SPECIALIZED = [
     "batch", "num_kv_heads", "num_splits", "sink_len", "num_tail_slots", "split_size", "stride_table",
-    "stride_raw_table", "first_token", "total_tokens", "fill", "max_pages", "ring",
+    "stride_raw_table", "first_token", "total_tokens", "fill", "max_pages",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
 _ANY_ADDRESS = [
@@ -156,7 +156,6 @@ def _kvarn_prefill_attention_kernel(
     num_tail_slots,
     split_size,
     max_pages,  # columns of a block table
-    ring,  # pages of a sequence that scratch memory holds at once
     stride_table,
     stride_raw_table,
     LAYOUT: tl.constexpr,
@@ -187,7 +186,7 @@ def _kvarn_prefill_attention_kernel(
         records = records_of(pages, head, table_ptr, indptr_ptr, row, stride_table)
         expanded = None
         if scratch is not None:
-            expanded = of_head(scratch, head), first_slot(indptr_ptr, row, max_pages, ring), ring
+            expanded = of_head(scratch, head), slots_of(indptr_ptr, row, max_pages, ahead)
         raw_tokens = None
         if raw is not None:
             table_row_ptr = raw_table_ptr + row.to(tl.int64) * stride_raw_table
@@ -258,7 +257,6 @@ def launch_prefill_tiles(
         fill=int(tiles.fill),
         split_size=tiles.split_size,
         max_pages=cache.max_pages,
-        ring=tiles.ring,
         LAYOUT=layout,
         PLAN=plan,
         num_warps=config.num_warps,

@@ -242,13 +242,14 @@ def attend_scratch(
 ):
     """Advance the state of a tile of queries by tokens span[0] to span[1] of the body, dequantized.
 
-    `expanded` are scratch memory of one kv head, the slot of page 0 and how many slots there are, of which page i has slot i
-    modulo that number. The other arguments are those of `pages.attend_pages`. Channels of `q` are in order.
+    `expanded` are scratch memory of one kv head, and the slot of page 0 with how many there are: page i has slot i modulo that
+    number. The other arguments are those of `pages.attend_pages`. Channels of `q` are in order.
     """
     G: tl.constexpr = LAYOUT.page_size
     BLOCK_T: tl.constexpr = PLAN.block_t
     position, first_position, last_position = queries
-    scratch, slot, ring = expanded
+    scratch, slots = expanded
+    slot, ring = slots
     offs_k = tl.arange(0, q.shape[1])[:, None]
     offs_v = tl.arange(0, state.acc.shape[1])[None, :]
     offs_t = tl.arange(0, BLOCK_T)
