@@ -12,8 +12,8 @@ from kvarn_triton.testing import cache_case
 SMALL = PageLayout(64, 64, 4, 2)
 
 
-def new_scratch(arguments: dict, dtype: torch.dtype | None = None, gaps: bool = True) -> torch.Tensor:
-    """Return scratch memory for a call, with gaps or without, NaN everywhere.
+def new_scratch(arguments: dict, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return scratch memory for a call, with gaps, NaN everywhere.
 
     By default of the dtype of the queries; in the interpreter, whose casts to bfloat16 truncate, float16 instead of that.
     """
@@ -21,9 +21,6 @@ def new_scratch(arguments: dict, dtype: torch.dtype | None = None, gaps: bool = 
     if dtype is None:
         dtype = q.dtype if ON_GPU or q.dtype != torch.bfloat16 else torch.float16
     slots = len(arguments["kv_indices"]) if table is None else table.numel()
-    if not gaps:
-        shape = slots, 2, arguments["pages"].shape[1], layout.page_size, layout.raw_head_dim
-        return torch.full(shape, torch.nan, dtype=dtype, device=q.device)
     shape = (slots + 1, 2, arguments["pages"].shape[1] + 1, layout.page_size, layout.raw_head_dim + 16)
     return torch.full(shape, torch.nan, dtype=dtype, device=q.device)[1:, :, 1:, :, 8:-8]
 
@@ -36,12 +33,11 @@ def with_scratch(**arguments) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor
 def in_form(form: str, arguments: dict, split_size: int | None = None) -> dict:
     """Return the options of a call in one form of its loop over pages, wherever there is a choice: what a caller would give.
 
-    Those are launch parameters, whatever the GPU and the number of rows; in the form "scratch" memory for pages, in the form
-    "ahead" memory without gaps, where tokens that all rows of a tile see come first.
+    Those are launch parameters, whatever the GPU and the number of rows; in the form "scratch" memory for pages.
     """
     options: dict = {"split_size": split_size}
-    if form in ("scratch", "ahead"):
-        return options | {"scratch": new_scratch(arguments, gaps=form == "scratch")}
+    if form == "scratch":
+        return options | {"scratch": new_scratch(arguments)}
     q, rows = arguments["q"], None
     if split_size is None:
         batch, heads = len(arguments["seq_lens"]), arguments["pages"].shape[1]

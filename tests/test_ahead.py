@@ -1,14 +1,14 @@
 """Tokens of scratch memory that all rows of a tile see, which prefill attention attends to before it looks at masks.
 
 On GPUs with warp groups that is a kernel of its own, in the interpreter one that stands for it. What calls see of it is tested
-here, and in `test_prefill.py`, where such calls are one of the forms of every test.
+here, and in `test_prefill.py`, where calls with scratch memory are one of the forms of every test.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ON_GPU, assert_same_bits, bits_of, check, layout_id
+from helpers import ON_GPU, assert_same_bits, check, layout_id
 from prefill_cases import SMALL, new_scratch, prefill_case
 
 from kvarn_triton import PageLayout, configs, gpu, prefill_attention, reference
@@ -36,7 +36,7 @@ def covered(monkeypatch) -> list[torch.Tensor]:
 
 def ahead(arguments: dict, dtype: torch.dtype | None = None) -> dict:
     """Return the option that makes a call attend ahead."""
-    return {"scratch": new_scratch(arguments, dtype, gaps=False)}
+    return {"scratch": new_scratch(arguments, dtype)}
 
 
 @pytest.mark.parametrize("new", [False, True])
@@ -82,13 +82,12 @@ def test_layouts(layout, dtype, covered, device):
 
 
 def test_what_has_no_such_tiles(covered, device):
-    """Windows, soft caps, scales below zero, other head_dims, float32 and scratch memory with gaps take the usual way."""
+    """Windows, soft caps, scales below zero, other head_dims and float32 take the usual way."""
     arguments = prefill_case(SMALL, [300], [9], new=True, device=device)
     for seen in ({"window": 200}, {"soft_cap": 5.0}):
         check(arguments, seen, **ahead(arguments))
     for sm_scale in (-0.3, 0.0):
         check(arguments, sm_scale=sm_scale, **ahead(arguments))
-    check(arguments, scratch=new_scratch(arguments))
     for layout, dtype in ((PageLayout(80, 64, 4, 2), torch.float16), (SMALL, torch.float32)):
         others = prefill_case(layout, [300], [9], new=True, dtype=dtype, device=device)
         check(others, **ahead(others))
@@ -177,14 +176,17 @@ def test_batch_invariance(covered, device):
     assert len(covered[0].unique()) > 2
 
 
-def test_what_it_gives_is_the_usual_result(covered, device):
-    """The same call with and without, in CSR form too: errors are alike, and no bit pattern is compared."""
+def test_what_it_gives_is_the_usual_result(covered, monkeypatch, device):
+    """The same call with and without, in CSR form, and with memory without gaps: errors are alike, bits those of all three."""
     arguments = prefill_case(SMALL, [700, 65], [33, 1], new=True, device=device, group=5)
     exact = reference.prefill_attention(**arguments | {"q": arguments["q"].double()})
-    usual, out = (prefill_attention(**arguments, scratch=new_scratch(arguments, gaps=gaps)) for gaps in (True, False))
-    assert relative_error(out, exact) < 1.2 * relative_error(usual, exact) + 1e-5
+    out = prefill_attention(**arguments, **ahead(arguments))
     table = arguments["block_table"]
     csr = arguments | {"block_table": None, "kv_indices": table.flatten()}
     csr["kv_indptr"] = torch.arange(0, table.numel() + 1, table.shape[1], dtype=torch.int32, device=device)
-    assert torch.equal(bits_of(prefill_attention(**csr, **ahead(csr))), bits_of(out))
-    assert len(covered) == 2
+    assert_same_bits(prefill_attention(**csr, **ahead(csr)), out)
+    assert_same_bits(prefill_attention(**arguments, scratch=new_scratch(arguments).contiguous()), out)
+    assert len(covered) == 3
+    monkeypatch.setattr(configs, "attends_ahead", lambda *args: False)
+    usual = prefill_attention(**arguments, **ahead(arguments))
+    assert len(covered) == 3 and relative_error(out, exact) < 1.2 * relative_error(usual, exact)

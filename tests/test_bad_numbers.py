@@ -77,7 +77,7 @@ def test_channels_far_apart(dtype, ratio, most, device):
     assert relative_error(decode_attention(**arguments), exact) <= most * plain
 
 
-CALLS = ("decode", "dequantized", "registers", "folded", "scratch", "ahead", "new")
+CALLS = ("decode", "dequantized", "registers", "folded", "scratch", "new")
 
 
 def called(form: str, arguments: dict, call=None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from prefill_cases import SMALL, in_form, prefill_case
 from kvarn_triton import decode_attention, decode_workspace_size, gpu, prefill_attention, prefill_workspace_size
 
 SINK_LEN, SLOTS, GROUP = 20, 3, 2
-FORMS = ("decode", "dequantized", "registers", "folded", "scratch", "ahead")
+FORMS = ("decode", "dequantized", "registers", "folded", "scratch")
 EXAMPLES = 300 if ON_GPU else 5
 """For each form; in the interpreter 1.5 seconds each."""
 
@@ -118,7 +118,7 @@ def result_of_row(row: dict, form: str, around: Surroundings, options: dict) -> 
         else:
             options = options | in_form(form, arguments, options["split_size"])
             size = prefill_workspace_size(
-                len(q), batch, heads, 1, layout, table.shape[-1], device, scratch=form in ("scratch", "ahead"),
+                len(q), batch, heads, 1, layout, table.shape[-1], device, scratch=form == "scratch",
                 config=options.get("config"), **shared,
             )  # fmt: skip
         if around.memory:

@@ -31,7 +31,7 @@ from kvarn_triton.masking import Mask
 from kvarn_triton.testing import cache_case, relative_error
 
 LAYOUTS_OF_VALUES = pytest.mark.parametrize("layout", [SMALL, PageLayout(64, 64, 4, 2, v_head_dim=80)], ids=layout_id)
-FORMS = pytest.mark.parametrize("form", ["dequantized", "registers", "folded", "scratch", "ahead"])
+FORMS = pytest.mark.parametrize("form", ["dequantized", "registers", "folded", "scratch"])
 
 
 @FORMS

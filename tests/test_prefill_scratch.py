@@ -100,7 +100,7 @@ def test_workspace_size(device):
     pages = arguments["block_table"].shape[1]
     size = prefill_workspace_size(15, 2, 4, 2, SMALL, pages, device, split_size=2, scratch=True)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    scratch = new_scratch(arguments, gaps=False)
+    scratch = new_scratch(arguments)
     more = torch.cat((scratch, scratch))
     out = prefill_attention(**arguments, split_size=2, scratch=more, workspace=workspace)
     assert_same_bits(out, prefill_attention(**arguments, split_size=2, scratch=scratch))
@@ -112,7 +112,7 @@ def test_long_chunks_take_memory_by_themselves(device, monkeypatch):
     """From so many tokens and up to so many bytes results are those with scratch memory; not if the caller chose the launch."""
     monkeypatch.setattr(kvarn_triton.configs, "SCRATCH_TOKENS", 20)
     arguments = prefill_case(SMALL, [330, 70], [31, 9], new=True, num_tail_slots=1, device=device)
-    given = {"scratch": new_scratch(arguments, gaps=False)}  # memory with gaps has other bits where tiles attend ahead
+    given = {"scratch": new_scratch(arguments)}
     in_tiles = in_form("dequantized", arguments)
     with_memory, without = (bits_of(prefill_attention(**arguments, **options)) for options in (given, in_tiles))
     assert not torch.equal(with_memory, without)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .. import configs, gpu
-from ..launch import as_rows, on
+from ..launch import as_rows, as_tokens, on
 from ..masking import Mask, changing, size_of
 from ..pages.expand import launch_expand_pages
 from ..paging import ALL_PAGES, first_slot, seen_by, sink_of
@@ -39,7 +39,7 @@ class Ahead(NamedTuple):
 
     q: torch.Tensor  # [n * block_m, head_dim], rotated, of the dtype of scratch memory
     factor: torch.Tensor  # float32 [n], of their scores, base 2
-    runs: torch.Tensor  # int32 [n, 3]: the row of scratch memory with the first key of a round, its tokens, and those before
+    runs: torch.Tensor  # int32 [n, 3]: the slot of scratch memory where a round begins, its tokens, and those before
     covered: torch.Tensor  # int32 [n], tokens of all rounds
     acc: torch.Tensor  # float32 [n * block_m, v_head_dim]
     m: torch.Tensor  # float32 [n * block_m]
@@ -48,13 +48,9 @@ class Ahead(NamedTuple):
 
 
 def tiles_ahead(num_q_heads: int, scratch: torch.Tensor, mask: Mask, tiles: Tiles) -> Tiles:
-    """Return the tiles of a call with `scratch` memory, in rounds whose states are not too large, if they attend ahead.
-
-    Scratch memory must be rows one after the other.
-    """
+    """Return the tiles of a call with `scratch` memory, in rounds whose states are not too large, if they attend ahead."""
     layout, config = tiles.cache.layout, tiles.config
-    rows = scratch.is_contiguous() and scratch.numel() // layout.raw_head_dim < 2**31
-    if not (mask.attends_ahead and rows and configs.attends_ahead(layout, scratch.dtype, scratch.device, config.block_m)):
+    if not (mask.attends_ahead and configs.attends_ahead(layout, scratch.dtype, scratch.device, config.block_m)):
         return tiles
     token_bytes = num_q_heads * tiles.num_splits * (2 * layout.head_dim + 4 * layout.v_head_dim + 8)
     tokens = min(len(tiles.tokens), tokens_per_round(len(tiles.tokens), token_bytes, config.block_m))
@@ -102,7 +98,7 @@ def _kvarn_rotate_tiles_kernel(
     split = program // num_kv_heads % num_splits
     tokens = (first_token, first_token + total_tokens)
     row, number = find_tile(cu_seqlens_ptr, program // num_kv_heads // num_splits, batch, tokens, PLAN.group, PLAN.block_m)
-    covered, before, end, first_row = 0, 0, 0, 0
+    covered, before, end, slot = 0, 0, 0, 0
     if row < batch:
         tile = tile_of(cu_seqlens_ptr, row, number, head, masking, PLAN)
         seq_len = tl.load(seq_lens_ptr + row)
@@ -129,10 +125,9 @@ def _kvarn_rotate_tiles_kernel(
             channel = tl.arange(0, PLAN.k_channels)
             tl.store(ahead.q + to[:, None] * PLAN.k_channels + channel[None, :], rotated.to(ahead.q.dtype.element_ty))
             tl.store(ahead.factor + program, factor * masking.scores.scale)
-            slot = first_slot(indptr_ptr, row, max_pages, ring) + (first + before) // LAYOUT.page_size % ring
-            first_row = ((slot * 2 * num_kv_heads + head) * LAYOUT.page_size).to(tl.int32)
+            slot = first_slot(indptr_ptr, row, max_pages, ring).to(tl.int32) + (first + before) // LAYOUT.page_size % ring
     tl.store(ahead.covered + program, covered)
-    tl.store(ahead.runs + program * 3, first_row)
+    tl.store(ahead.runs + program * 3, slot)
     tl.store(ahead.runs + program * 3 + 1, end - before)
     tl.store(ahead.runs + program * 3 + 2, before)
 
@@ -158,14 +153,12 @@ def state_ahead(ahead, program, covered, ROWS: tl.constexpr, CHANNELS: tl.conste
 
 
 @triton.jit
-def _kvarn_attend_ahead_kernel(
+def _attend_ahead_interpreted(
     ahead,  # Ahead
-    scratch_ptr,  # [rows, channels]
-    page_rows,  # rows from a page to the next one of its sequence
-    half_rows,  # rows from keys to values
+    scratch,  # Tokens
+    num_kv_heads,
     LAYOUT: tl.constexpr,
     ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
 ):
     """The same as `hopper`'s kernel in plain Triton, for its interpreter: tests run what is around it."""
     G: tl.constexpr = LAYOUT.page_size
@@ -179,12 +172,13 @@ def _kvarn_attend_ahead_kernel(
         state = state_ahead(ahead, program, tl.load(ahead.runs + program * 3 + 2), ROWS, LAYOUT.v_head_dim)
         for start in range(0, tokens, AHEAD_TOKENS):
             token = start + tl.arange(0, AHEAD_TOKENS)
-            place = tl.load(ahead.runs + program * 3).to(tl.int64) + token // G * page_rows + token % G
-            keys = tl.load(scratch_ptr + place[None, :] * CHANNELS + channel[:, None]).to(tl.float32)
+            slot = tl.load(ahead.runs + program * 3).to(tl.int64) + token // G
+            place = slot * scratch.stride_page + program % num_kv_heads * scratch.stride_head + token % G * scratch.stride_token
+            keys = tl.load(scratch.ptr + place[None, :] + channel[:, None]).to(tl.float32)
             scores = tl.dot(q, keys, input_precision="ieee") * factor
             weights, alpha, m, l_sum = advance(state, scores, False)
             v_channel = tl.arange(0, LAYOUT.v_head_dim)
-            values = tl.load(scratch_ptr + (place + half_rows)[:, None] * CHANNELS + v_channel[None, :])
+            values = tl.load(scratch.ptr + scratch.stride_half + place[:, None] + v_channel[None, :])
             acc = tl.dot(weights.to(values.dtype).to(tl.float32), values.to(tl.float32), input_precision="ieee")
             state = State(state.acc * alpha[:, None] + acc, m, l_sum)
         tl.store(ahead.acc + row[:, None] * LAYOUT.v_head_dim + tl.arange(0, LAYOUT.v_head_dim)[None, :], state.acc)
@@ -199,7 +193,7 @@ def launch_ahead(q: torch.Tensor, scratch: torch.Tensor, mask: Mask, tiles: Tile
     Nothing is checked.
     """
     cache, block_m, device, ring = tiles.cache, tiles.config.block_m, q.device, tiles.ring
-    layout, rows, half_rows = cache.layout, programs * block_m, cache.num_kv_heads * cache.layout.page_size
+    layout, rows = cache.layout, programs * block_m
     ahead = Ahead(
         torch.empty(rows, layout.head_dim, dtype=scratch.dtype, device=device),
         torch.empty(programs, dtype=torch.float32, device=device),
@@ -235,11 +229,9 @@ def launch_ahead(q: torch.Tensor, scratch: torch.Tensor, mask: Mask, tiles: Tile
             enable_fp_fusion=True,
         )
         if gpu.INTERPRETED:
-            _kvarn_attend_ahead_kernel[(programs,)](
-                ahead, scratch, 2 * half_rows, half_rows, LAYOUT=layout, ROWS=block_m, CHANNELS=layout.raw_head_dim
-            )
+            _attend_ahead_interpreted[(programs,)](ahead, as_tokens(scratch), cache.num_kv_heads, LAYOUT=layout, ROWS=block_m)
         else:
             from .hopper import launch_hopper
 
-            launch_hopper(ahead, scratch, layout, cache.num_kv_heads)
+            launch_hopper(ahead, scratch, layout)
     return ahead

@@ -34,28 +34,25 @@ HALF = gl.constexpr(64)
 
 
 @gluon.jit
-def _copy(descs, smem, bars, program, run, G: gl.constexpr, T: gl.constexpr, STAGES: gl.constexpr):
+def _copy(descs, smem, bars, program, run, head, G: gl.constexpr, T: gl.constexpr, STAGES: gl.constexpr):
     """Copy the queries, and keys and values step by step, each into the stage that both warp groups have left."""
     q_desc, k_desc, v_desc = descs
     q, k, v = smem
     q_full, k_full, k_free, v_full, v_free = bars
-    first_row, steps, _, page_rows = run
-    ROWS: gl.constexpr = k_desc.block_type.shape[0]
+    slot, head, steps, _ = run
     mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
     for half in gl.static_range(2):
         _copy_tile(q_desc, [(program * 2 + half) * HALF, 0], q_full, q.index(half))
     for i in range(steps):
         stage = i % STAGES
         phase = i // STAGES & 1
-        row = first_row + i * T // G * page_rows + i * T % G
+        page = slot + i * T // G
         mbarrier.wait(k_free.index(stage), phase ^ 1)
-        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes * (T // ROWS))
-        for j in gl.static_range(T // ROWS):
-            _copy_tile(k_desc, [row + j * page_rows, 0], k_full.index(stage), k.index(stage).slice(j * ROWS, ROWS, 0))
+        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+        _copy_tile(k_desc, [page, 0, head, i * T % G, 0], k_full.index(stage), k.index(stage))
         mbarrier.wait(v_free.index(stage), phase ^ 1)
-        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes * (T // ROWS))
-        for j in gl.static_range(T // ROWS):
-            _copy_tile(v_desc, [row + j * page_rows, 0], v_full.index(stage), v.index(stage).slice(j * ROWS, ROWS, 0))
+        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+        _copy_tile(v_desc, [page, 1, head, i * T % G, 0], v_full.index(stage), v.index(stage))
 
 
 @gluon.jit
@@ -74,12 +71,13 @@ def _attend(half: gl.constexpr, smem, bars, states, program, run, factor, STAGES
 
     Rows go on from their states, if there are tokens before.
     """
-    _, steps, before, _ = run
+    _, _, steps, before = run
     q, k, v = smem
     q_full, k_full, k_free, v_full, v_free = bars
     acc_ptr, m_ptr, l_ptr = states
-    T: gl.constexpr = k.shape[1]
-    V_CHANNELS: gl.constexpr = v.shape[2]
+    K_CHANNELS: gl.constexpr = k.shape[5]
+    V_CHANNELS: gl.constexpr = v.shape[5]
+    T: gl.constexpr = k.shape[1] * k.shape[4]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_CHANNELS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
@@ -94,7 +92,7 @@ def _attend(half: gl.constexpr, smem, bars, states, program, run, factor, STAGES
     mbarrier.wait(q_full, 0)
     query = q.index(half)
     mbarrier.wait(k_full.index(0), 0)
-    products = warpgroup_mma(query, k.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
+    products = warpgroup_mma(query, k.index(0).reshape((T, K_CHANNELS)).permute((1, 0)), none, use_acc=False, is_async=True)
     products = warpgroup_mma_wait(0, [products])
     mbarrier.arrive(k_free.index(0), count=1)
     weights, alpha, m, l_sum = _advance(products, m, l_sum, factor, v.dtype)
@@ -104,9 +102,11 @@ def _attend(half: gl.constexpr, smem, bars, states, program, run, factor, STAGES
     for i in range(1, steps):
         stage = i % STAGES
         before = (i - 1) % STAGES
-        products = warpgroup_mma(query, k.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+        products = warpgroup_mma(
+            query, k.index(stage).reshape((T, K_CHANNELS)).permute((1, 0)), none, use_acc=False, is_async=True
+        )
         mbarrier.wait(v_full.index(before), (i - 1) // STAGES & 1)
-        acc = warpgroup_mma(operand, v.index(before), acc, is_async=True)
+        acc = warpgroup_mma(operand, v.index(before).reshape((T, V_CHANNELS)), acc, is_async=True)
         products = warpgroup_mma_wait(1, [products])
         mbarrier.arrive(k_free.index(stage), count=1)
         weights, alpha, m, l_sum = _advance(products, m, l_sum, factor, v.dtype)
@@ -118,7 +118,7 @@ def _attend(half: gl.constexpr, smem, bars, states, program, run, factor, STAGES
         operand = gl.convert_layout(weights, OPERAND)
     last = (steps - 1) % STAGES
     mbarrier.wait(v_full.index(last), (steps - 1) // STAGES & 1)
-    acc = warpgroup_mma(operand, v.index(last), acc, is_async=True)
+    acc = warpgroup_mma(operand, v.index(last).reshape((T, V_CHANNELS)), acc, is_async=True)
     acc = warpgroup_mma_wait(0, [acc])
     gl.store(acc_ptr + place, acc)
     gl.store(m_ptr + row, m)
@@ -134,32 +134,32 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return bars
 
 
-@gluon.jit(do_not_specialize=["num_kv_heads", "page_rows"])
+@gluon.jit(do_not_specialize=["num_kv_heads"])
 def _kvarn_attend_hopper_kernel(
     acc_ptr,  # float32 [programs * 128, v_head_dim]
     m_ptr,  # float32 [programs * 128], base 2
     l_ptr,  # float32 [programs * 128]
     q_desc,  # [programs * 128, head_dim], rotated
-    k_desc,  # [rows of scratch memory, head_dim]
-    v_desc,  # [rows of scratch memory, v_head_dim], from the first value on
+    k_desc,  # scratch memory [num_slots, 2, num_kv_heads, page_size, head_dim]
+    v_desc,  # the same with v_head_dim
     factor_ptr,  # float32 [programs]
     runs_ptr,  # int32 [programs, 3], as in `ahead.Ahead`
     num_kv_heads,
-    page_rows,  # rows from a page to the next one of its sequence
     G: gl.constexpr,
     T: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     count = gl.num_programs(0) // num_kv_heads
-    program = gl.program_id(0) % count * num_kv_heads + gl.program_id(0) // count
+    head = gl.program_id(0) // count
+    program = gl.program_id(0) % count * num_kv_heads + head
     steps = gl.load(runs_ptr + program * 3 + 1) // T
     if steps > 0:
-        run = (gl.load(runs_ptr + program * 3), steps, gl.load(runs_ptr + program * 3 + 2), page_rows)
+        run = (gl.load(runs_ptr + program * 3), head, steps, gl.load(runs_ptr + program * 3 + 2))
         factor = gl.load(factor_ptr + program)
         dtype: gl.constexpr = q_desc.dtype
         q = gl.allocate_shared_memory(dtype, [2, HALF, q_desc.block_type.shape[1]], q_desc.layout)
-        k = gl.allocate_shared_memory(dtype, [STAGES, T, k_desc.block_type.shape[1]], k_desc.layout)
-        v = gl.allocate_shared_memory(dtype, [STAGES, T, v_desc.block_type.shape[1]], v_desc.layout)
+        k = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+        v = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
         q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(q_full, count=1)
         bars = (q_full, _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(STAGES, 1), _barriers(STAGES, 2))
@@ -177,29 +177,34 @@ def _kvarn_attend_hopper_kernel(
         )
 
 
-def _rows_of(x: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """Describe rows [rows, channels], of which blocks are copied: some rows, and their first channels."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=min(2 * block[1], 128), element_bitwidth=16, rank=2)
-    return TensorDescriptor(x, [x.shape[0], block[1]], list(x.stride()), list(block), layout)
+def _rows(x: torch.Tensor, channels: int) -> TensorDescriptor:
+    """Describe rows [rows, channels], of which those of a warp group are copied."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor(x, list(x.shape), [channels, 1], [HALF.value, channels], layout)
 
 
-def launch_hopper(ahead: Ahead, scratch: torch.Tensor, layout: PageLayout, num_kv_heads: int) -> None:
+def _steps(scratch: torch.Tensor, channels: int, tokens: int) -> TensorDescriptor:
+    """Describe scratch memory, of which the first channels of `tokens` keys or values of a head are copied at once."""
+    shape, page_size = scratch.shape, scratch.shape[3]
+    block = [max(tokens // page_size, 1), 1, 1, min(tokens, page_size), channels]
+    strides = [max(stride, 16) for stride in scratch.stride()[:4]]  # 0 where there is one
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
+    return TensorDescriptor(scratch, [*shape[:4], channels], [*strides, 1], block, layout)
+
+
+def launch_hopper(ahead: Ahead, scratch: torch.Tensor, layout: PageLayout) -> None:
     """Attend with rows of queries to their runs of scratch memory; nothing is checked."""
     tokens, stages = configs.hopper_steps(layout)
-    rows = scratch.view(-1, layout.raw_head_dim)
-    half_rows = num_kv_heads * layout.page_size
-    block = min(layout.page_size, tokens)
     on(scratch, _kvarn_attend_hopper_kernel)[(len(ahead.factor),)](
         ahead.acc,
         ahead.m,
         ahead.l,
-        _rows_of(ahead.q, (HALF.value, layout.head_dim)),
-        _rows_of(rows, (block, layout.head_dim)),
-        _rows_of(rows[half_rows:], (block, layout.v_head_dim)),
+        _rows(ahead.q, layout.head_dim),
+        _steps(scratch, layout.head_dim, tokens),
+        _steps(scratch, layout.v_head_dim, tokens),
         ahead.factor,
         ahead.runs,
-        num_kv_heads,
-        2 * half_rows,
+        scratch.shape[2],
         G=layout.page_size,
         T=tokens,
         STAGES=stages,
