@@ -34,12 +34,14 @@ HALF = gl.constexpr(64)
 
 
 @gluon.jit
-def _copy(descs, smem, bars, program, run, head, G: gl.constexpr, T: gl.constexpr, STAGES: gl.constexpr):
+def _copy(descs, smem, bars, program, run, G: gl.constexpr):
     """Copy the queries, and keys and values step by step, each into the stage that both warp groups have left."""
     q_desc, k_desc, v_desc = descs
     q, k, v = smem
     q_full, k_full, k_free, v_full, v_free = bars
     slot, head, steps, _ = run
+    STAGES: gl.constexpr = k.shape[0]
+    T: gl.constexpr = k.shape[1] * k.shape[4]
     mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
     for half in gl.static_range(2):
         _copy_tile(q_desc, [(program * 2 + half) * HALF, 0], q_full, q.index(half))
@@ -66,7 +68,7 @@ def _advance(products, m, l_sum, factor, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _attend(half: gl.constexpr, smem, bars, states, program, run, factor, STAGES: gl.constexpr):
+def _attend(half: gl.constexpr, smem, bars, states, program, run, factor):
     """Attend with half of the rows: products with the keys of a step, and with the values of the one before, run together.
 
     Rows go on from their states, if there are tokens before.
@@ -75,6 +77,7 @@ def _attend(half: gl.constexpr, smem, bars, states, program, run, factor, STAGES
     q, k, v = smem
     q_full, k_full, k_free, v_full, v_free = bars
     acc_ptr, m_ptr, l_ptr = states
+    STAGES: gl.constexpr = k.shape[0]
     K_CHANNELS: gl.constexpr = k.shape[5]
     V_CHANNELS: gl.constexpr = v.shape[5]
     T: gl.constexpr = k.shape[1] * k.shape[4]
@@ -168,9 +171,9 @@ def _kvarn_attend_hopper_kernel(
         states = (acc_ptr, m_ptr, l_ptr)
         gl.warp_specialize(
             [
-                (_attend, (0, smem, bars, states, program, run, factor, STAGES)),
-                (_attend, (1, smem, bars, states, program, run, factor, STAGES)),
-                (_copy, ((q_desc, k_desc, v_desc), smem, bars, program, run, G, T, STAGES)),
+                (_attend, (0, smem, bars, states, program, run, factor)),
+                (_attend, (1, smem, bars, states, program, run, factor)),
+                (_copy, ((q_desc, k_desc, v_desc), smem, bars, program, run, G)),
             ],
             [4, 1],
             [240, 24],
