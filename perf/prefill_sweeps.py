@@ -23,12 +23,13 @@ from timed import (
     spread_fields,
 )
 from timing import Call, measure
+from torch.nn.attention import SDPBackend
 
 import kvarn_triton as kvarn
 from kvarn_triton import PageLayout, configs
 
 VERIFY = ((8, 32768, 4), (8, 32768, 8), (1, 32768, 4), (1, 32768, 8))
-CHUNKS = ((1, 32768, 2048), (1, 8192, 2048), (8, 4096, 512), (1, 0, 4096))
+CHUNKS = ((1, 131072, 2048), (1, 32768, 2048), (1, 8192, 2048), (8, 4096, 512), (1, 0, 4096))
 """Sequences, cached tokens, and query tokens of each sequence."""
 MASKED = ((8, 32768, 4), (8, 32768, 8), (8, 32768, 16), (8, 32768, 64), (1, 32768, 64), (1, 8192, 2048))
 """The same, of new tokens with masks; the last one is a chunk with images."""
@@ -52,13 +53,15 @@ Point = tuple[str, str, int, int, int]
         "tflops": "TFLOP/s",
         "us_16bit": "16-bit us",
         "percent_of_16bit": "% of 16-bit speed",
+        "us_cudnn": "cuDNN us",
         "us_decode": "decode us",
         "times_decode": "x decode",
     },
     note="one prefill_attention call, pages only. verify: the query tokens are in the cache; decode us: one token per\n"
-    "sequence of the same cache. chunk: the query tokens' keys and values are given. It takes scratch memory by itself\n"
-    "up to 256 MiB; scratch: it is given such memory, of any size; tiles: it has none, and every tile of query rows\n"
-    "dequantizes the pages. 16-bit: the tuned twin, all tokens in 16-bit pages.",
+    "sequence of the same cache. chunk: the query tokens' keys and values are given. It takes scratch memory by itself,\n"
+    "at most 256 MiB; scratch: it is given such memory, of any size; tiles: it has none, and every tile of query rows\n"
+    "dequantizes the pages. 16-bit: the tuned twin, all tokens in 16-bit pages. cuDNN: PyTorch's attention, 16 bits,\n"
+    "dense and, but for a first chunk, without a mask, so that it computes a little more.",
 )
 def prefill(options: Options) -> Iterator[Row]:
     """Time `prefill_attention` for the first shape."""
@@ -146,8 +149,11 @@ def _chunk(shape: Shape, layout: PageLayout, batch: int, context: int, tokens: i
     calls, error = prefill_calls([case], tokens, True, shape, options.seed, what)
     if not error <= MAX_ERROR:
         return failed(f"error {error:.1e}", error=error)
-    config, twin, twin_error = SixteenBit(shape, batch, context + tokens, tokens, options.seed, sets=1).best_twin()
-    timings, errors = measure({"kvarn": calls, "16bit": twin}, samples=9)
+    sixteen_bit = SixteenBit(shape, batch, context + tokens, tokens, options.seed, sets=1)
+    config, twin, twin_error = sixteen_bit.best_twin()
+    cudnn = sixteen_bit.sdpa_calls(SDPBackend.CUDNN_ATTENTION, masked=False)
+    timings, errors = measure({"kvarn": calls, "16bit": twin, "cudnn": cudnn}, samples=9)
+    not_there = errors.pop("cudnn", None)
     if errors:
         return failed("; ".join(errors.values()), error=error)
     ours, sixteen = timings["kvarn"], timings["16bit"]
@@ -156,6 +162,7 @@ def _chunk(shape: Shape, layout: PageLayout, batch: int, context: int, tokens: i
     row["tflops"] = 4 * pairs * shape.num_q_heads * shape.head_dim / ours.us / 1e6
     if twin_error <= MAX_ERROR:
         row |= {"us_16bit": sixteen.us, "percent_of_16bit": 100 * sixteen.us / ours.us}
+    row |= {"us_cudnn": None, "cudnn": not_there} if not_there else {"us_cudnn": timings["cudnn"].us}
     return row
 
 

@@ -128,10 +128,14 @@ class SixteenBit:
             raise RuntimeError(f"the 16-bit twin: {error}")
         return str(name), variants[name], self.error(variants[name][0](), self.last_in_pool())  # type: ignore[arg-type]
 
-    def sdpa_calls(self, backend: SDPBackend | None) -> list[Call]:
-        """Return the calls of PyTorch's attention on dense caches, of one of its backends or of any."""
+    def sdpa_calls(self, backend: SDPBackend | None, masked: bool = True) -> list[Call]:
+        """Return the calls of PyTorch's attention on dense caches, of one of its backends or of any.
+
+        Not `masked`, query tokens see all tokens, newer ones too, unless there are no others: cuDNN has no other mask for them.
+        """
+        causal = not masked and self.tokens == self.context
         bias = None
-        if self.tokens > 1:
+        if self.tokens > 1 and masked:
             from torch.nn.attention.bias import causal_lower_right  # takes seconds: it imports the whole compiler
 
             bias = causal_lower_right(self.tokens, self.context)
@@ -139,7 +143,7 @@ class SixteenBit:
         def call(q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
             q = q.unflatten(0, (self.batch, self.tokens)).transpose(1, 2)
             with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
-                out = scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=bias, enable_gqa=True)
+                out = scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=bias, is_causal=causal, enable_gqa=True)
             return out.transpose(1, 2).flatten(0, 1)
 
         return [lambda q=q, kv=kv: call(q, kv) for q, kv in zip(self.q, self.dense(), strict=True)]  # type: ignore[misc]
