@@ -231,9 +231,9 @@ def attends_ahead(layout: PageLayout, dtype: torch.dtype, device: torch.device, 
     return fits and (gpu.INTERPRETED if known is None else known.warp_groups)
 
 
-def hopper_steps(channels: int) -> tuple[int, int]:
+def hopper_steps(layout: PageLayout) -> tuple[int, int]:
     """Return the tokens of a step of that kernel, and how many steps shared memory holds (`perf/results/ahead_h200.json`)."""
-    return (64 if channels > 128 else AHEAD_TOKENS), 2
+    return (64 if layout.raw_head_dim > 128 else AHEAD_TOKENS), 2
 
 
 def holds_dequantized_pages(device: torch.device) -> bool:

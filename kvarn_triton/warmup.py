@@ -272,8 +272,7 @@ def _warm_prefill(
     `among`: whether some calls are `past_only`, have a tree mask, and ends of spans.
     """
     layout, num_q_heads, dtype, csr = model
-    most = configs.AHEAD_TOKENS + 1
-    shape = most, pages.shape[1]
+    shape = 65, pages.shape[1]
     k, v = (torch.zeros(*shape, d, dtype=dtype, device=pages.device) for d in (layout.head_dim, layout.v_head_dim))
     lens = torch.zeros(1, dtype=torch.int32, device=pages.device)
     ends = torch.zeros(2, dtype=torch.int32, device=pages.device)
@@ -281,7 +280,7 @@ def _warm_prefill(
     group = num_q_heads // pages.shape[1]
     kinds = ("tree_mask", torch.int64), ("span_ends", torch.int32)
     masks = dict(kind for kind, some in zip(kinds, among[1:], strict=True) if some)
-    for count in sorted({max(rows // group, 1) for rows in configs.TILE_ROWS} | {most}):
+    for count in sorted({max(rows // group, 1) for rows in configs.TILE_ROWS} | {65}):
         q = torch.zeros(count, num_q_heads, layout.head_dim, dtype=dtype, device=pages.device)
         for columns, split_size in ((1, None), (2, None), (4096, None), (2, 1), (64, 1)):
             block_table, indices = _body_tables(torch.zeros(1, columns, dtype=torch.int32, device=pages.device), csr)

@@ -13,7 +13,7 @@ from prefill_cases import SMALL, new_scratch, prefill_case
 
 from kvarn_triton import PageLayout, configs, gpu, prefill_attention, reference
 from kvarn_triton.attention import prefill_kernel, workspace
-from kvarn_triton.testing import attention_in, relative_error
+from kvarn_triton.testing import relative_error
 
 pytestmark = pytest.mark.skipif(
     ON_GPU and not configs.attends_ahead(SMALL, torch.float16, torch.device("cuda", 0), 128), reason="needs wgmma"
@@ -22,17 +22,13 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def covered(monkeypatch) -> list[torch.Tensor]:
-    """Return a list to which each launch adds how many cached tokens its programs attend to ahead.
-
-    There are two multiprocessors, so that one program has all pages of a tile.
-    """
+    """Return a list to which each launch adds how many tokens its programs attend to ahead."""
     found, launch = [], prefill_kernel.launch_ahead
-    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 2)
 
     def spy(*args: object) -> object:
-        states = launch(*args)
-        found.append(states.cached.covered.clone())
-        return states
+        ahead = launch(*args)
+        found.append(ahead.covered.clone())
+        return ahead
 
     monkeypatch.setattr(prefill_kernel, "launch_ahead", spy)
     return found
@@ -118,51 +114,6 @@ def test_rounds(covered, monkeypatch, device):
     assert_same_bits(out, whole)
     assert_same_bits(lse_of_rounds, lse)
     assert not out[:30].any() and not out[-50:].any() and out[30 : 30 + len(q)].abs().amax(dim=(1, 2)).all()
-
-
-@pytest.mark.parametrize("split_size", [None, 2])
-@pytest.mark.parametrize(("layout", "group"), [(SMALL, 1), (PageLayout(128, 64, 4, 2, v_head_dim=64), 3)], ids=["64", "128"])
-def test_new_tokens(layout, group, split_size, monkeypatch, device):
-    """Whole steps of new tokens that the first row of a tile sees are covered too; a tree, of few tokens, hides none."""
-    found, launch = [], prefill_kernel.launch_ahead
-    monkeypatch.setattr(prefill_kernel, "launch_ahead", lambda *args: found.append(launch(*args)) or found[-1])
-    arguments = prefill_case(
-        layout,
-        [700, 330, 3],
-        [400, 300, 2],
-        new=True,
-        group=group,
-        num_kv_heads=2,
-        sink_len=16,
-        num_tail_slots=1,
-        device=device,
-    )
-    arguments["cu_seqlens_q"] += 5
-    for name in ("q", "k", "v"):
-        arguments[name] = torch.cat([arguments[name][:5], arguments[name], arguments[name][:9]])
-    out = prefill_attention(**arguments, **ahead(arguments), split_size=split_size)
-    exact = reference.prefill_attention(**arguments | {"q": arguments["q"].double()})
-    assert relative_error(out, exact) <= 2 * relative_error(attention_in(torch.float16, arguments), exact)
-    steps = {(query * 128 // group + 1) // 128 * 128 for query in range(4 * group)}
-    assert set(found[0].new.covered.tolist()) == {0, 128, 256} | steps & {384}
-    assert not out[:5].any() and not out[-9:].any()
-    tree = torch.zeros(len(arguments["q"]), dtype=torch.int64, device=device)
-    tree[-11:-9] = torch.tensor([1, 2])
-    ends = torch.zeros(len(arguments["q"]), dtype=torch.int32, device=device)
-    ends[5 + 120 : 5 + 200] = 200
-    for masks in ({"tree_mask": tree}, {"span_ends": ends}):
-        check(arguments, masks, **ahead(arguments), split_size=split_size)
-    assert found[-1].new.covered.max() >= 256
-
-
-def test_short_sequences_have_no_new_tokens_ahead(monkeypatch, device):
-    """Where no sequence has more new tokens than a step, as far as shapes say, none are looked at."""
-    found, launch = [], prefill_kernel.launch_ahead
-    monkeypatch.setattr(prefill_kernel, "launch_ahead", lambda *args: found.append(launch(*args)) or found[-1])
-    arguments = prefill_case(SMALL, [300, 200], [100, 100], new=True, device=device)
-    check(arguments, **ahead(arguments))
-    check(arguments, **ahead(arguments), split_size=3)
-    assert [states.new is None for states in found] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
-"""What tiles of query rows attend to before their own kernel: tokens of scratch memory, and new ones, that all their rows see.
+"""What tiles of query rows attend to before their own kernel: tokens of scratch memory that all rows of a tile see.
 
 Nothing is masked there, so that a kernel for one architecture does it (`hopper`), which knows nothing of sequences: a launch
-before it copies the queries of each tile, and says where its keys begin and how many steps of AHEAD_TOKENS they are. Queries
-of scratch memory are rotated, as it is; those of new tokens are not. The kernel of prefill attention goes on from the states
-that are left: masks, the rest of the tokens, results.
+before it rotates the queries of each tile, and says where its keys begin and how many steps of AHEAD_TOKENS they are. The
+kernel of prefill attention goes on from the states that it leaves: masks, raw and new tokens, results.
 
 A state is that of `softmax`. One program of prefill attention is one program of both launches here; those of a tile without a
 whole step do nothing, and their states are not read. Scratch memory may hold a part of the pages only: then there are rounds,
@@ -13,7 +12,6 @@ each of which goes on from the states of the one before.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import torch
@@ -21,8 +19,7 @@ import triton
 import triton.language as tl
 
 from .. import configs, gpu
-from ..launch import Rows, Tokens, as_rows, on
-from ..layout import PageLayout
+from ..launch import as_rows, as_tokens, on
 from ..masking import Mask, changing, size_of
 from ..pages.expand import launch_expand_pages
 from ..paging import ALL_PAGES, first_slot, seen_by, sink_of
@@ -38,34 +35,24 @@ AHEAD_TOKENS = tl.constexpr(configs.AHEAD_TOKENS)
 
 
 class Ahead(NamedTuple):
-    """What the programs of a launch attend to before it, n of them, with tiles of block_m rows."""
+    """What the programs of a launch have before it, n of them, with tiles of block_m rows."""
 
-    q: torch.Tensor  # [n * block_m, head_dim], of the dtype of the keys
+    q: torch.Tensor  # [n * block_m, head_dim], rotated, of the dtype of scratch memory
     factor: torch.Tensor  # float32 [n], of their scores, base 2
-    runs: torch.Tensor  # int32 [n, 3]: the slot (new: the token) where a round begins, its tokens, and those before
+    runs: torch.Tensor  # int32 [n, 3]: the slot of scratch memory where a round begins, its tokens, and those before
     covered: torch.Tensor  # int32 [n], tokens of all rounds
     acc: torch.Tensor  # float32 [n * block_m, v_head_dim]
     m: torch.Tensor  # float32 [n * block_m]
     l: torch.Tensor  # float32 [n * block_m]  # noqa: E741
-
-
-class States(NamedTuple):
-    """What tiles attended to, as an argument of kernels."""
-
-    cached: Ahead
-    new: Ahead | None
     ring: int  # pages of a sequence that scratch memory holds at once, as `masking.changing` returns it
 
 
 def tiles_ahead(num_q_heads: int, scratch: torch.Tensor, mask: Mask, tiles: Tiles) -> Tiles:
-    """Return the tiles of a call with `scratch` memory, in rounds whose states are not too large, if they attend ahead.
-
-    States of new tokens count, whether there are any: rounds must not follow from that.
-    """
+    """Return the tiles of a call with `scratch` memory, in rounds whose states are not too large, if they attend ahead."""
     layout, config = tiles.cache.layout, tiles.config
     if not (mask.attends_ahead and configs.attends_ahead(layout, scratch.dtype, scratch.device, config.block_m)):
         return tiles
-    token_bytes = 2 * num_q_heads * tiles.num_splits * (2 * layout.head_dim + 4 * layout.v_head_dim + 8)
+    token_bytes = num_q_heads * tiles.num_splits * (2 * layout.head_dim + 4 * layout.v_head_dim + 8)
     tokens = min(len(tiles.tokens), tokens_per_round(len(tiles.tokens), token_bytes, config.block_m))
     return dataclasses.replace(tiles, tokens=range(tokens), ahead=True)
 
@@ -80,7 +67,7 @@ def tiles_ahead(num_q_heads: int, scratch: torch.Tensor, mask: Mask, tiles: Tile
     ],
 )  # fmt: skip
 def _kvarn_rotate_tiles_kernel(
-    ahead,  # States, of each the first four tensors are written
+    ahead,  # Ahead, of which the first four are written
     q,  # Rows [total_tokens, num_q_heads, head_dim]
     raw,  # Tokens, or None: only whether there are any counts
     cu_seqlens_ptr,  # int32 [batch + 1]
@@ -112,7 +99,6 @@ def _kvarn_rotate_tiles_kernel(
     tokens = (first_token, first_token + total_tokens)
     row, number = find_tile(cu_seqlens_ptr, program // num_kv_heads // num_splits, batch, tokens, PLAN.group, PLAN.block_m)
     covered, before, end, slot = 0, 0, 0, 0
-    first_token_of_row, newer = 0, 0
     if row < batch:
         tile = tile_of(cu_seqlens_ptr, row, number, head, masking, PLAN)
         seq_len = tl.load(seq_lens_ptr + row)
@@ -131,37 +117,19 @@ def _kvarn_rotate_tiles_kernel(
         end = covered
         if ring != ALL_PAGES:
             end = tl.minimum(tl.maximum(first_of_round + ring * LAYOUT.page_size, 0), covered)
-        if ahead.new is not None:
-            first_token_of_row = tile.row_start
-            newer = tl.where(split == 0, (tile.first_query + 1) // AHEAD_TOKENS * AHEAD_TOKENS, 0)
-        if (before < end) | (newer > 0):
+        if before < end:
             place = tile.token * q.stride_token + tile.q_head.to(tl.int64) * q.stride_head
             rows = load_rows(q.ptr, place, tile.mask, LAYOUT.head_dim, PLAN.k_channels).to(PLAN.query_operand)
-            if ahead.new is not None:
-                _store_tile(ahead.new, program, rows, masking.scores.scale, PLAN)
             rotated, factor = rotate_rows(rows, LAYOUT, 1, PLAN.operand, PLAN.k_channels <= 128)
-            _store_tile(ahead.cached, program, rotated, factor * masking.scores.scale, PLAN)
+            to = program.to(tl.int64) * PLAN.block_m + tl.arange(0, PLAN.block_m)
+            channel = tl.arange(0, PLAN.k_channels)
+            tl.store(ahead.q + to[:, None] * PLAN.k_channels + channel[None, :], rotated.to(ahead.q.dtype.element_ty))
+            tl.store(ahead.factor + program, factor * masking.scores.scale)
             slot = first_slot(indptr_ptr, row, max_pages, ring).to(tl.int32) + (first + before) // LAYOUT.page_size % ring
-    _store_run(ahead.cached, program, (slot, end - before, before), covered)
-    if ahead.new is not None:
-        _store_run(ahead.new, program, (first_token_of_row, newer, 0), newer)
-
-
-@triton.jit
-def _store_tile(ahead, program, rows, factor, PLAN: tl.constexpr):
-    """Store the queries of a tile [rows, channels] and the factor of their scores."""
-    row = program.to(tl.int64) * PLAN.block_m + tl.arange(0, PLAN.block_m)
-    channel = tl.arange(0, PLAN.k_channels)
-    tl.store(ahead.q + row[:, None] * PLAN.k_channels + channel[None, :], rows.to(ahead.q.dtype.element_ty))
-    tl.store(ahead.factor + program, factor)
-
-
-@triton.jit
-def _store_run(ahead, program, run, covered):
-    """Store the tokens of a program in this round, and of all rounds."""
     tl.store(ahead.covered + program, covered)
-    for i in tl.static_range(3):
-        tl.store(ahead.runs + program * 3 + i, run[i])
+    tl.store(ahead.runs + program * 3, slot)
+    tl.store(ahead.runs + program * 3 + 1, end - before)
+    tl.store(ahead.runs + program * 3 + 2, before)
 
 
 @triton.jit
@@ -175,7 +143,7 @@ def slots_of(indptr_ptr, row, max_pages, ahead):
 
 @triton.jit
 def state_ahead(ahead, program, covered, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Return the state [ROWS, CHANNELS] of a program after `covered` tokens; without any, that of rows with no token."""
+    """Return the state that a program's tile has after `covered` tokens; without any, that of rows that attended to nothing."""
     row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     some = tl.zeros((ROWS,), tl.int32) + covered > 0
     place = row[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
@@ -187,97 +155,60 @@ def state_ahead(ahead, program, covered, ROWS: tl.constexpr, CHANNELS: tl.conste
 @triton.jit
 def _attend_ahead_interpreted(
     ahead,  # Ahead
-    keys,  # Tokens
-    values,  # Tokens
+    scratch,  # Tokens
     num_kv_heads,
-    G: tl.constexpr,  # tokens of a page; 0: all tokens are one page
-    K_CHANNELS: tl.constexpr,
-    V_CHANNELS: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """The same as `hopper`'s kernel in plain Triton, for its interpreter: tests run what is around it."""
+    G: tl.constexpr = LAYOUT.page_size
     program = tl.program_id(0)
-    head = program % num_kv_heads
-    run_ptr = ahead.runs + program * 3
-    start, tokens, before = tl.load(run_ptr), tl.load(run_ptr + 1), tl.load(run_ptr + 2)
+    tokens = tl.load(ahead.runs + program * 3 + 1)
     row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel, v_channel = tl.arange(0, K_CHANNELS), tl.arange(0, V_CHANNELS)
+    channel = tl.arange(0, LAYOUT.head_dim)
     if tokens > 0:
-        q = tl.load(ahead.q + row[:, None] * K_CHANNELS + channel[None, :]).to(tl.float32)
+        q = tl.load(ahead.q + row[:, None] * LAYOUT.head_dim + channel[None, :]).to(tl.float32)
         factor = tl.load(ahead.factor + program)
-        state = state_ahead(ahead, program, before, ROWS, V_CHANNELS)
-        for first in range(0, tokens, AHEAD_TOKENS):
-            token = first + tl.arange(0, AHEAD_TOKENS)
-            page = tl.zeros_like(token).to(tl.int64)
-            if G > 0:
-                page, token = (start + token // G).to(tl.int64), token % G
-            else:
-                token += start
-            place = page * keys.stride_page + head * keys.stride_head + token * keys.stride_token
-            loaded = tl.load(keys.ptr + place[None, :] + channel[:, None]).to(tl.float32)
-            scores = tl.dot(q, loaded, input_precision="ieee") * factor
+        state = state_ahead(ahead, program, tl.load(ahead.runs + program * 3 + 2), ROWS, LAYOUT.v_head_dim)
+        for start in range(0, tokens, AHEAD_TOKENS):
+            token = start + tl.arange(0, AHEAD_TOKENS)
+            slot = tl.load(ahead.runs + program * 3).to(tl.int64) + token // G
+            place = slot * scratch.stride_page + program % num_kv_heads * scratch.stride_head + token % G * scratch.stride_token
+            keys = tl.load(scratch.ptr + place[None, :] + channel[:, None]).to(tl.float32)
+            scores = tl.dot(q, keys, input_precision="ieee") * factor
             weights, alpha, m, l_sum = advance(state, scores, False)
-            place = page * values.stride_page + head * values.stride_head + token * values.stride_token
-            loaded = tl.load(values.ptr + place[:, None] + v_channel[None, :])
-            acc = tl.dot(weights.to(loaded.dtype).to(tl.float32), loaded.to(tl.float32), input_precision="ieee")
+            v_channel = tl.arange(0, LAYOUT.v_head_dim)
+            values = tl.load(scratch.ptr + scratch.stride_half + place[:, None] + v_channel[None, :])
+            acc = tl.dot(weights.to(values.dtype).to(tl.float32), values.to(tl.float32), input_precision="ieee")
             state = State(state.acc * alpha[:, None] + acc, m, l_sum)
-        tl.store(ahead.acc + row[:, None] * V_CHANNELS + v_channel[None, :], state.acc)
+        tl.store(ahead.acc + row[:, None] * LAYOUT.v_head_dim + tl.arange(0, LAYOUT.v_head_dim)[None, :], state.acc)
         tl.store(ahead.m + row, state.m)
         tl.store(ahead.l + row, state.l)
 
 
-def _launch_runs(ahead: Ahead, keys: torch.Tensor, values: torch.Tensor, block_m: int, paged: bool) -> None:
-    """Attend with each tile to its run of keys and values [pages, num_kv_heads, tokens, channels], of which all see all."""
-    if gpu.INTERPRETED:
-        tokens = (Tokens(x, x.stride(0), 0, x.stride(1), x.stride(2)) for x in (keys, values))
-        _attend_ahead_interpreted[(len(ahead.factor),)](
-            ahead, *tokens, keys.shape[1], keys.shape[2] if paged else 0, keys.shape[3], values.shape[3], block_m
-        )
-    else:
-        from .hopper import launch_hopper
-
-        launch_hopper(ahead, keys, values, paged)
-
-
-def _new_ahead(programs: int, layout: PageLayout, block_m: int, dtype: torch.dtype, device: torch.device) -> Ahead:
-    rows, floats = programs * block_m, functools.partial(torch.empty, dtype=torch.float32, device=device)
-    return Ahead(
-        torch.empty(rows, layout.head_dim, dtype=dtype, device=device),
-        floats(programs),
-        torch.empty(programs, 3, dtype=torch.int32, device=device),
-        torch.empty(programs, dtype=torch.int32, device=device),
-        floats(rows, layout.v_head_dim),
-        floats(rows),
-        floats(rows),
-    )
-
-
-def launch_ahead(
-    q: torch.Tensor,
-    new: tuple[Rows, Rows] | None,
-    scratch: torch.Tensor,
-    mask: Mask,
-    tiles: Tiles,
-    plan: PrefillPlan,
-    programs: int,
-) -> States:
-    """Attend with the tiles of `programs` programs to the tokens of scratch memory, and to new ones, that all their rows see.
+def launch_ahead(q: torch.Tensor, scratch: torch.Tensor, mask: Mask, tiles: Tiles, plan: PrefillPlan, programs: int) -> Ahead:
+    """Attend with the tiles of `programs` programs to the tokens of scratch memory that all their rows see.
 
     `plan` is that of the launch that goes on. Scratch memory that holds a part of the pages is filled here, round by round.
     Nothing is checked.
     """
-    cache, block_m, ring = tiles.cache, tiles.config.block_m, tiles.ring
-    layout = cache.layout
-    cached = _new_ahead(programs, layout, block_m, scratch.dtype, q.device)
-    # Sequences of fewer tokens than a step have none that a whole tile sees; with split_size bits don't depend on their number.
-    some = new is not None and (tiles.split_size > 0 or q.shape[0] > configs.AHEAD_TOKENS * cache.batch)
-    newer = _new_ahead(programs, layout, block_m, q.dtype, q.device) if some else None
-    states = States(cached, newer, changing(ring))
+    cache, block_m, device, ring = tiles.cache, tiles.config.block_m, q.device, tiles.ring
+    layout, rows = cache.layout, programs * block_m
+    ahead = Ahead(
+        torch.empty(rows, layout.head_dim, dtype=scratch.dtype, device=device),
+        torch.empty(programs, dtype=torch.float32, device=device),
+        torch.empty(programs, 3, dtype=torch.int32, device=device),
+        torch.empty(programs, dtype=torch.int32, device=device),
+        torch.empty(rows, layout.v_head_dim, dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+        changing(ring),
+    )
     for first_page in range(0, max(cache.max_pages, 1), ring):
         if ring < cache.max_pages:
             launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.windows, plan.apart, first_page, ring)
         on(q, _kvarn_rotate_tiles_kernel)[(programs,)](
-            states,
+            ahead,
             as_rows(q),
             cu_seqlens_ptr=tiles.cu_seqlens_q,
             **cache.tables(),
@@ -297,9 +228,10 @@ def launch_ahead(
             num_warps=8,
             enable_fp_fusion=True,
         )
-        keys, values = scratch[:, 0, ..., : layout.head_dim], scratch[:, 1, ..., : layout.v_head_dim]
-        _launch_runs(cached, keys, values, block_m, paged=True)
-    if newer is not None and new is not None:
-        keys, values = (x.ptr.transpose(0, 1)[None] for x in new)
-        _launch_runs(newer, keys, values, block_m, paged=False)
-    return states
+        if gpu.INTERPRETED:
+            _attend_ahead_interpreted[(programs,)](ahead, as_tokens(scratch), cache.num_kv_heads, LAYOUT=layout, ROWS=block_m)
+        else:
+            from .hopper import launch_hopper
+
+            launch_hopper(ahead, scratch, layout)
+    return ahead

@@ -25,6 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .. import configs
 from ..launch import on
+from ..layout import PageLayout
 from .ahead import Ahead
 
 _copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.6
@@ -38,25 +39,22 @@ def _copy(descs, smem, bars, program, run, G: gl.constexpr):
     q_desc, k_desc, v_desc = descs
     q, k, v = smem
     q_full, k_full, k_free, v_full, v_free = bars
-    start, head, steps, _ = run
+    slot, head, steps, _ = run
     STAGES: gl.constexpr = k.shape[0]
-    T: gl.constexpr = k.shape[1] * k.shape[3]
+    T: gl.constexpr = k.shape[1] * k.shape[4]
     mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
     for half in gl.static_range(2):
         _copy_tile(q_desc, [(program * 2 + half) * HALF, 0], q_full, q.index(half))
     for i in range(steps):
         stage = i % STAGES
         phase = i // STAGES & 1
-        if G > 0:
-            page, token = start + i * T // G, i * T % G
-        else:
-            page, token = 0, start + i * T
+        page = slot + i * T // G
         mbarrier.wait(k_free.index(stage), phase ^ 1)
         mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        _copy_tile(k_desc, [page, head, token, 0], k_full.index(stage), k.index(stage))
+        _copy_tile(k_desc, [page, 0, head, i * T % G, 0], k_full.index(stage), k.index(stage))
         mbarrier.wait(v_free.index(stage), phase ^ 1)
         mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-        _copy_tile(v_desc, [page, head, token, 0], v_full.index(stage), v.index(stage))
+        _copy_tile(v_desc, [page, 1, head, i * T % G, 0], v_full.index(stage), v.index(stage))
 
 
 @gluon.jit
@@ -80,9 +78,9 @@ def _attend(half: gl.constexpr, smem, bars, states, program, run, factor):
     q_full, k_full, k_free, v_full, v_free = bars
     acc_ptr, m_ptr, l_ptr = states
     STAGES: gl.constexpr = k.shape[0]
-    K_CHANNELS: gl.constexpr = k.shape[4]
-    V_CHANNELS: gl.constexpr = v.shape[4]
-    T: gl.constexpr = k.shape[1] * k.shape[3]
+    K_CHANNELS: gl.constexpr = k.shape[5]
+    V_CHANNELS: gl.constexpr = v.shape[5]
+    T: gl.constexpr = k.shape[1] * k.shape[4]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_CHANNELS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
@@ -145,12 +143,12 @@ def _kvarn_attend_hopper_kernel(
     m_ptr,  # float32 [programs * 128], base 2
     l_ptr,  # float32 [programs * 128]
     q_desc,  # [programs * 128, head_dim], rotated
-    k_desc,  # [pages, num_kv_heads, page_size, head_dim]
-    v_desc,  # [pages, num_kv_heads, page_size, v_head_dim]
+    k_desc,  # scratch memory [num_slots, 2, num_kv_heads, page_size, head_dim]
+    v_desc,  # the same with v_head_dim
     factor_ptr,  # float32 [programs]
     runs_ptr,  # int32 [programs, 3], as in `ahead.Ahead`
     num_kv_heads,
-    G: gl.constexpr,  # tokens of a page; 0: all tokens are one page
+    G: gl.constexpr,
     T: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -188,32 +186,29 @@ def _rows(x: torch.Tensor, channels: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [channels, 1], [HALF.value, channels], layout)
 
 
-def _steps(x: torch.Tensor, tokens: int, paged: bool) -> TensorDescriptor:
-    """Describe keys or values [pages, num_kv_heads, page_size, channels], of which `tokens` of a head are copied at once."""
-    page_size = x.shape[2] if paged else tokens
-    block = [max(tokens // page_size, 1), 1, min(tokens, page_size), x.shape[3]]
-    strides = [max(stride, 16) for stride in x.stride()[:3]]  # 0 where there is one
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+def _steps(scratch: torch.Tensor, channels: int, tokens: int) -> TensorDescriptor:
+    """Describe scratch memory, of which the first channels of `tokens` keys or values of a head are copied at once."""
+    shape, page_size = scratch.shape, scratch.shape[3]
+    block = [max(tokens // page_size, 1), 1, 1, min(tokens, page_size), channels]
+    strides = [max(stride, 16) for stride in scratch.stride()[:4]]  # 0 where there is one
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
+    return TensorDescriptor(scratch, [*shape[:4], channels], [*strides, 1], block, layout)
 
 
-def launch_hopper(ahead: Ahead, keys: torch.Tensor, values: torch.Tensor, paged: bool) -> None:
-    """Attend with rows of queries to their runs of keys and values [pages, num_kv_heads, page_size, channels].
-
-    A run is in pages one after the other, or without pages (`paged`) in the only one. Nothing is checked.
-    """
-    tokens, stages = configs.hopper_steps(max(keys.shape[3], values.shape[3]))
-    on(keys, _kvarn_attend_hopper_kernel)[(len(ahead.factor),)](
+def launch_hopper(ahead: Ahead, scratch: torch.Tensor, layout: PageLayout) -> None:
+    """Attend with rows of queries to their runs of scratch memory; nothing is checked."""
+    tokens, stages = configs.hopper_steps(layout)
+    on(scratch, _kvarn_attend_hopper_kernel)[(len(ahead.factor),)](
         ahead.acc,
         ahead.m,
         ahead.l,
-        _rows(ahead.q, keys.shape[3]),
-        _steps(keys, tokens, paged),
-        _steps(values, tokens, paged),
+        _rows(ahead.q, layout.head_dim),
+        _steps(scratch, layout.head_dim, tokens),
+        _steps(scratch, layout.v_head_dim, tokens),
         ahead.factor,
         ahead.runs,
-        keys.shape[1],
-        G=keys.shape[2] if paged else 0,
+        scratch.shape[2],
+        G=layout.page_size,
         T=tokens,
         STAGES=stages,
         num_warps=4,

@@ -24,7 +24,7 @@ from .pages import attend_pages, records_of
 from .prefill_plan import plan_of
 from .query import rotate_planes, rotate_rows, rows_of_planes
 from .schedule import Tiles, find_tile
-from .softmax import State, joined, new_state
+from .softmax import State, new_state
 from .tiles import shares, store_free_rows, store_results, tile_of
 from .tokens import attend_new, attend_raw_units, attend_scratch, of_head
 
@@ -79,9 +79,8 @@ def _attend_cached(
     if expanded is not None:
         first = span[0] * LAYOUT.page_size
         if ahead is not None:
-            covered = tl.load(ahead.cached.covered + tl.program_id(0))
-            if covered > 0:
-                state = state_ahead(ahead.cached, tl.program_id(0), covered, PLAN.block_m, PLAN.v_channels)
+            covered = tl.load(ahead.covered + tl.program_id(0))
+            state = state_ahead(ahead, tl.program_id(0), covered, PLAN.block_m, PLAN.v_channels)
             first += covered
         state = attend_scratch(
             state, q, q_factor, masking, expanded, (first, span[1] * LAYOUT.page_size), seen.num_valid, queries, LAYOUT, PLAN
@@ -102,22 +101,15 @@ def _attend_cached(
 
 @triton.jit
 def _attend_new(
-    state, q, new, ahead, tile, head, masking, num_sinks, LAYOUT: tl.constexpr, PLAN: tl.constexpr
+    state, q, new, tile, head, masking, num_sinks, LAYOUT: tl.constexpr, PLAN: tl.constexpr
 ):  # fmt: skip
-    """Advance the state of queries, not rotated, by the new tokens of their sequence, the first num_sinks of them sinks.
-
-    `ahead` are the states of tiles that attended to some of them before, or None.
-    """
+    """Advance the state of queries, not rotated, by the new tokens of their sequence, the first num_sinks of them sinks."""
     first_query, reach = tile.first_query, None
     if masking.among.tree_mask is not None or masking.among.span_ends is not None:
         reach = reach_of(masking.among, tile.query, tile.token, tile.mask, tile.num_tokens)
     if masking.among.tree_mask is not None:  # a word shows any new token, and hides any
         first_query = tl.where(tile.num_tokens <= MOST_DRAFTS, -1, first_query)
     first = first_of_new(first_query, num_sinks, masking.windows)
-    if ahead is not None:
-        first = tl.load(ahead.covered + tl.program_id(0))
-        if first > 0:
-            state = joined(state, state_ahead(ahead, tl.program_id(0), first, PLAN.block_m, PLAN.v_channels))
     queries = tile.query, first_query, tile.last_query
     k, v = _of_sequence(new[0], tile.row_start, head), _of_sequence(new[1], tile.row_start, head)
     last = tile.last_query + 1
@@ -145,7 +137,7 @@ def _kvarn_prefill_attention_kernel(
     pages,  # Pages
     raw,  # Tokens, or None
     scratch,  # Tokens, the dequantized pages, or None
-    ahead,  # States, or None
+    ahead,  # Ahead, or None
     cu_seqlens_ptr,  # int32 [batch + 1]
     table_ptr,  # int32 [batch, max_pages], or with CSR [ids]
     indptr_ptr,  # int32 [batch + 1], None if not CSR
@@ -211,8 +203,7 @@ def _kvarn_prefill_attention_kernel(
                 plain = load_rows(q.ptr, q_place, tile.mask, LAYOUT.head_dim, PLAN.k_channels)
             else:
                 plain = rows
-            newer = None if ahead is None else ahead.new
-            state = _attend_new(state, plain.to(PLAN.query_operand), new, newer, tile, head, masking, -shift, LAYOUT, PLAN)
+            state = _attend_new(state, plain.to(PLAN.query_operand), new, tile, head, masking, -shift, LAYOUT, PLAN)
         ROTATION: tl.constexpr = LAYOUT.v_block_size if new is None else 1
         store_results(out, lse_ptr, sinks_ptr, state, tile, tokens, split, num_q_heads, ROTATION, PLAN)
     elif PLAN.single:
@@ -244,7 +235,7 @@ def launch_prefill_tiles(
     programs = count * num_kv_heads * tiles.num_splits
     ahead = None
     if scratch is not None and tiles.ahead:
-        ahead = launch_ahead(q, new, scratch, mask, tiles, plan, programs)
+        ahead = launch_ahead(q, scratch, mask, tiles, plan, programs)
     on(q, _kvarn_prefill_attention_kernel)[(programs,)](
         out,
         lse,

@@ -54,16 +54,6 @@ def factors_of_part(state, m_part):
 
 
 @triton.jit
-def joined(state, other):
-    """Return the state of rows that attended to the tokens of both; either may have none."""
-    m = tl.maximum(state.m, other.m)
-    origin = tl.where(m == float("-inf"), 0.0, m)
-    alpha = tl.exp2(state.m - origin)
-    beta = tl.exp2(other.m - origin)
-    return State(state.acc * alpha[:, None] + other.acc * beta[:, None], m, state.l * alpha + other.l * beta)
-
-
-@triton.jit
 def log_sum_exp(state):
     """Return the log-sum-exp of each row, base 2."""
     return state.m + tl.log2(state.l)
