@@ -22,8 +22,12 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def covered(monkeypatch) -> list[torch.Tensor]:
-    """Return a list to which each launch adds how many tokens its programs attend to ahead."""
+    """Return a list to which each launch adds how many tokens its programs attend to ahead.
+
+    There are two multiprocessors, so that one program has all pages of a tile.
+    """
     found, launch = [], prefill_kernel.launch_ahead
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 2)
 
     def spy(*args: object) -> object:
         ahead = launch(*args)

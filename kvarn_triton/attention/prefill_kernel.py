@@ -80,7 +80,8 @@ def _attend_cached(
         first = span[0] * LAYOUT.page_size
         if ahead is not None:
             covered = tl.load(ahead.covered + tl.program_id(0))
-            state = state_ahead(ahead, tl.program_id(0), covered, PLAN.block_m, PLAN.v_channels)
+            if covered > 0:
+                state = state_ahead(ahead, tl.program_id(0), covered, PLAN.block_m, PLAN.v_channels)
             first += covered
         state = attend_scratch(
             state, q, q_factor, masking, expanded, (first, span[1] * LAYOUT.page_size), seen.num_valid, queries, LAYOUT, PLAN
