@@ -108,7 +108,8 @@ def check_prefill_config(config: object, layout: PageLayout, dtype: torch.dtype,
 
 SCRATCH_TOKENS, SCRATCH_BYTES = 256, 2**28
 """Query tokens of a sequence, on average, from which on prefill attention takes memory for dequantized pages by itself, and
-most bytes that it takes. Chunks of 512 tokens over 4,096 gain 1.6 times by it (`perf/results/prefill_h200.json`)."""
+most bytes that it takes. Chunks of 512 tokens over 4,096 take half the time with it (`perf/results/prefill_h200.json`,
+`ahead_h200.json`)."""
 TILE_ROWS = 16, 32, 64
 """Rows of a sequence and kv head up to which smaller tiles are taken. The first two are dequantized in registers."""
 

@@ -11,8 +11,11 @@ import torch
 from helpers import ON_GPU, assert_same_bits, check, layout_id
 from prefill_cases import SMALL, new_scratch, prefill_case
 
-from kvarn_triton import PageLayout, configs, gpu, prefill_attention, reference
+from kvarn_triton import PageLayout, configs, dequantize_pages, gpu, prefill_attention, reference
 from kvarn_triton.attention import prefill_kernel, workspace
+from kvarn_triton.cache import Cache
+from kvarn_triton.masking import Windows
+from kvarn_triton.pages.expand import launch_expand_pages
 from kvarn_triton.testing import relative_error
 
 pytestmark = pytest.mark.skipif(
@@ -105,7 +108,7 @@ def test_rounds(covered, monkeypatch, device):
     arguments = prefill_case(SMALL, [420, 300, 200], [150, 100, 70], new=True, device=device)
     q = arguments["q"]
     padded = {
-        name: torch.cat([x.new_zeros(30, *x.shape[1:]), x, x.new_zeros(50, *x.shape[1:])])
+        name: torch.cat([x.new_zeros(30, *x.shape[1:]), x, x.new_zeros(900, *x.shape[1:])])
         for name in ("q", "k", "v")
         for x in [arguments[name]]
     }
@@ -117,7 +120,7 @@ def test_rounds(covered, monkeypatch, device):
     assert len(covered) > 2
     assert_same_bits(out, whole)
     assert_same_bits(lse_of_rounds, lse)
-    assert not out[:30].any() and not out[-50:].any() and out[30 : 30 + len(q)].abs().amax(dim=(1, 2)).all()
+    assert not out[:30].any() and not out[-900:].any() and out[30 : 30 + len(q)].abs().amax(dim=(1, 2)).all()
 
 
 @pytest.mark.parametrize(
@@ -156,6 +159,20 @@ def test_rounds_of_pages_among_programs(page_size, covered, monkeypatch, device)
     csr = arguments | {"block_table": None, "kv_indices": table.flatten()}
     csr["kv_indptr"] = torch.tensor([0, table.numel()], dtype=torch.int32, device=device)
     assert_same_bits(prefill_attention(**csr), out)
+
+
+def test_a_round_writes_its_pages_only(device):
+    """Pages of earlier rounds are not written again: the slots of pages that there are not keep what is in them."""
+    arguments = prefill_case(SMALL, [6 * 64 + 9], [9], new=True, num_tail_slots=1, device=device)
+    names = ("layout", "pages", "seq_lens", "block_table", "kv_indptr", "kv_indices", "raw_pages", "raw_table", "num_quantized")
+    cache = Cache(*(arguments.get(name) for name in names), arguments.get("sink_len", 0))
+    assert arguments["num_quantized"].tolist() == [6]
+    scratch = torch.full((4, 2, 1, 64, 64), torch.nan, dtype=torch.float16, device=device)
+    launch_expand_pages(scratch, arguments["cu_seqlens_q"], cache, Windows(None, None), True, first_page=4, ring=4)
+    expected = dequantize_pages(arguments["pages"], arguments["block_table"][0, 4:6], SMALL, dtype=torch.float16, rotated=True)
+    for half, written in enumerate(expected):
+        assert_same_bits(scratch[:2, half], written.transpose(1, 2))
+    assert scratch[2:].isnan().all()
 
 
 def test_memory_that_holds_too_little(covered, monkeypatch, device):

@@ -167,8 +167,10 @@ def prefill_attention(
             len(kv_indices). A launch before the others writes each quantized page that some query sees to its slot; other
             slots are neither read nor written. Keys and values are rounded to the dtype of `scratch`, in which they are
             multiplied too; what is beyond the range of float16 becomes infinite (`dequantize_pages`). None: such memory of the
-            dtype of `q` is allocated if that is 16 bits, sequences have 256 query tokens or more on average, and it takes at
-            most 256 MiB; not with `split_size` or `config`. Otherwise every tile of query rows dequantizes the pages itself.
+            dtype of `q` is allocated, at most 256 MiB, if that is 16 bits and sequences have 256 query tokens or more on
+            average; not with `split_size` or `config`. It holds all pages; where they are more, some at a time, on GPUs of
+            compute capability 9.0, without window and soft cap, with head_dims of 64, 128 or 256. Such calls take up to 256
+            MiB more for states of query rows. Otherwise every tile of query rows dequantizes the pages itself.
         keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it (StreamingLLM, arXiv 2309.17453).
         config: launch parameters; by default the package's own for the device and the numbers of tokens and heads. In the
             batch-invariant mode the bits of a row depend on them too.
