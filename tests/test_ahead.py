@@ -12,7 +12,7 @@ from helpers import ON_GPU, assert_same_bits, check, layout_id
 from prefill_cases import SMALL, new_scratch, prefill_case
 
 from kvarn_triton import PageLayout, configs, dequantize_pages, gpu, prefill_attention, reference
-from kvarn_triton.attention import prefill_kernel, workspace
+from kvarn_triton.attention import prefill, prefill_kernel, workspace
 from kvarn_triton.cache import Cache
 from kvarn_triton.masking import Windows
 from kvarn_triton.pages.expand import launch_expand_pages
@@ -179,9 +179,12 @@ def test_memory_that_holds_too_little(covered, monkeypatch, device):
     """Where the pages of the query tokens would not be in memory at once, tiles dequantize pages themselves."""
     monkeypatch.setattr(configs, "SCRATCH_TOKENS", 1)
     arguments = prefill_case(SMALL, [900], [300], num_tail_slots=1, device=device)
+    launch, splits = prefill_kernel.launch_prefill_tiles, []
+    monkeypatch.setattr(prefill, "launch_prefill_tiles", lambda *args: splits.append(args[-1].num_splits) or launch(*args))
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 16)
     monkeypatch.setattr(configs, "SCRATCH_BYTES", 8 * 2 * 2 * 64 * 64)
     check(arguments)
-    assert not covered
+    assert not covered and min(splits) > 1
     monkeypatch.setattr(configs, "SCRATCH_BYTES", 10 * 2 * 2 * 64 * 64)
     check(arguments)
     assert len(covered) == 1

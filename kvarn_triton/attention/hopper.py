@@ -104,19 +104,19 @@ def _attend(half: gl.constexpr, smem, bars, states, program, run, factor):
     mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=steps > 1)
     for i in range(1, steps):
         stage = i % STAGES
-        before = (i - 1) % STAGES
+        older = (i - 1) % STAGES
         products = warpgroup_mma(
             query, k.index(stage).reshape((T, K_CHANNELS)).permute((1, 0)), none, use_acc=False, is_async=True
         )
-        mbarrier.wait(v_full.index(before), (i - 1) // STAGES & 1)
-        acc = warpgroup_mma(operand, v.index(before).reshape((T, V_CHANNELS)), acc, is_async=True)
+        mbarrier.wait(v_full.index(older), (i - 1) // STAGES & 1)
+        acc = warpgroup_mma(operand, v.index(older).reshape((T, V_CHANNELS)), acc, is_async=True)
         products = warpgroup_mma_wait(1, [products])
         mbarrier.arrive(k_free.index(stage), count=1)
         weights, alpha, m, l_sum = _advance(products, m, l_sum, factor, v.dtype)
         # Here, because ptxas moves nothing across the loop that this is: it would wait for the product before the weights.
         mbarrier.wait(k_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < steps)
         acc, weights = warpgroup_mma_wait(0, [acc, weights])
-        mbarrier.arrive(v_free.index(before), count=1)
+        mbarrier.arrive(v_free.index(older), count=1)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
         operand = gl.convert_layout(weights, OPERAND)
     last = (steps - 1) % STAGES

@@ -135,6 +135,6 @@ def own_scratch(q: torch.Tensor, cache: Cache, mask: Mask) -> tuple[torch.Tensor
         block_m = configs.prefill_config(layout, q.dtype, q.device, q.shape[0], cache.batch, 1, None, True).block_m
         plain = mask.attends_ahead and configs.attends_ahead(layout, q.dtype, q.device, block_m)
         if not (plain and ring * layout.page_size >= q.shape[0] + configs.AHEAD_TOKENS + 2 * layout.page_size):
-            return None, ring
+            return None, ALL_PAGES.value
         slots = cache.batch * ring
     return torch.empty(slots, *page_shape, dtype=q.dtype, device=q.device), ring
