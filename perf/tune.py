@@ -34,7 +34,7 @@ CYCLES_PER_INSTRUCTION = {1: 3.7, 2: 4.7, 4: 5.5}
 EARLY_MERGE = ("sm90", "sm100", "sm120")
 SPILL_COST = 24
 """Instructions that a load or store of a spilled register in the loop over pages costs: what makes the model agree with the
-times of one and two warps at head_dim 256 on an H200 (`decode_int8_h200.json`)."""
+times of one and two warps at head_dim 256 on an H200 (`328ece2:decode_int8_h200.json`)."""
 FINALISTS = 3
 """Fastest candidates at LARGE that are timed at SMALL too; the least product of both times wins."""
 LARGE, SMALL = (8, 32768), (1, 32768)

@@ -18,8 +18,6 @@ OLD_NAME = re.compile(r"\b([0-9a-f]{7,12}):(?:perf/results/)?(\w+\.(?:json|txt))
 COMMITS = re.compile(r"\b[0-9a-f]{7,12}\b(\+changes)?")
 
 NOT_CLEAN = {
-    "accuracy_h200.json": "changes on 2fec55c that were committed with the file",
-    "decode_int8_h200.json": "candidates of launch parameters: neither commit nor command was recorded",
     "peers_h100.json": "neither commit nor command was recorded",
     "peers_h200.json": "neither commit nor command was recorded",
     "peers_h200_groups.json": "neither commit nor command was recorded",
