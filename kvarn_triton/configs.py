@@ -233,7 +233,7 @@ def attends_ahead(layout: PageLayout, dtype: torch.dtype, device: torch.device, 
 
 
 def hopper_steps(layout: PageLayout) -> tuple[int, int]:
-    """Return the tokens of a step of that kernel, and how many steps shared memory holds (`perf/results/ahead_h200.json`)."""
+    """Return the tokens of a step of that kernel, and how many steps are in shared memory."""
     return (64 if layout.raw_head_dim > 128 else AHEAD_TOKENS), 2
 
 

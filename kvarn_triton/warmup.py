@@ -112,7 +112,7 @@ def warmup(
         csr: whether page ids come as `kv_indptr` and `kv_indices`.
         prefill: whether `prefill_attention` is called too, on raw pages of `raw_dtype`, with and without new keys and values.
         past_only: whether some calls of `prefill_attention` get it.
-        scratch: dtype of the `scratch` without gaps that some calls of `prefill_attention` get; None if none do.
+        scratch: dtype of the `scratch` that some calls of `prefill_attention` get; None if none do.
         dequantize: dtype of what `dequantize_pages` and `read_tokens` give; None if they are not called.
         steps: whether `plan_step`, `write_tokens`, `attend` and `copy_raw_pages` are called.
         sink_columns: as `plan_step` gets it.
@@ -288,9 +288,9 @@ def _warm_prefill(
             step = dataclasses.replace(step, slots=torch.full((count,), -1, device=pages.device))
             raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": raw_table, "num_quantized": lens}
             memory = {}
-            if scratch is not None:  # one slot for all of very many columns: nothing is written
-                slots = torch.empty(columns if columns <= 64 else 1, *raw_pages.shape[1:], dtype=scratch, device=pages.device)
-                memory["scratch"] = slots.expand(columns, *raw_pages.shape[1:])
+            if scratch is not None:  # one slot for all columns: nothing is written
+                one = torch.empty(1, *raw_pages.shape[1:], dtype=scratch, device=pages.device)
+                memory["scratch"] = one.expand(columns, *raw_pages.shape[1:])
             given: list[dict[str, Any]] = [{}, {"k": k[:count], "v": v[:count]}]
             if masks:
                 given.append(given[1] | {name: torch.zeros(count, dtype=kind, device=q.device) for name, kind in masks.items()})

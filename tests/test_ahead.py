@@ -161,6 +161,26 @@ def test_rounds_of_pages_among_programs(page_size, covered, monkeypatch, device)
     assert_same_bits(prefill_attention(**csr), out)
 
 
+def test_memory_of_many_sequences(monkeypatch, device):
+    """Sequences of few tokens take a tile each: their states stay within the bound, in rounds, and bits are the same."""
+    sizes, launch = [], prefill_kernel.launch_ahead
+
+    def spy(*args: object) -> object:
+        states = launch(*args)
+        sizes.append(sum(x.nbytes for x in (states.q, states.acc, states.m, states.l)))
+        return states
+
+    monkeypatch.setattr(prefill_kernel, "launch_ahead", spy)
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 2)
+    arguments = prefill_case(SMALL, [200 + i for i in range(9)], [3, 1, 4, 0, 2, 5, 3, 70, 1], new=True, device=device)
+    whole = prefill_attention(**arguments, **ahead(arguments))
+    bound = 6 * 128 * (2 * 64 + 4 * 64 + 8)
+    assert len(sizes) == 1 and sizes[0] > bound
+    monkeypatch.setattr(workspace, "ROUND_BYTES", bound)
+    assert_same_bits(prefill_attention(**arguments, **ahead(arguments)), whole)
+    assert len(sizes) > 3 and max(sizes[1:]) <= bound
+
+
 def test_a_round_writes_its_pages_only(device):
     """Pages of earlier rounds are not written again: the slots of pages that there are not keep what is in them."""
     arguments = prefill_case(SMALL, [6 * 64 + 9], [9], new=True, num_tail_slots=1, device=device)

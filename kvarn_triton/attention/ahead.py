@@ -24,12 +24,12 @@ from ..masking import Mask, changing, size_of
 from ..pages.expand import launch_expand_pages
 from ..paging import ALL_PAGES, first_slot, seen_by, sink_of
 from ..tile.arithmetic import load_rows
+from . import workspace
 from .prefill_plan import PrefillPlan
 from .query import rotate_rows
 from .schedule import Tiles, find_tile
 from .softmax import State, advance
 from .tiles import shares, tile_of
-from .workspace import tokens_per_round
 
 AHEAD_TOKENS = tl.constexpr(configs.AHEAD_TOKENS)
 
@@ -52,9 +52,13 @@ def tiles_ahead(num_q_heads: int, scratch: torch.Tensor, mask: Mask, tiles: Tile
     layout, config = tiles.cache.layout, tiles.config
     if not (mask.attends_ahead and configs.attends_ahead(layout, scratch.dtype, scratch.device, config.block_m)):
         return tiles
-    token_bytes = num_q_heads * tiles.num_splits * (2 * layout.head_dim + 4 * layout.v_head_dim + 8)
-    tokens = min(len(tiles.tokens), tokens_per_round(len(tiles.tokens), token_bytes, config.block_m))
-    return dataclasses.replace(tiles, tokens=range(tokens), ahead=True)
+    row_bytes = tiles.num_splits * tiles.cache.num_kv_heads * (2 * layout.head_dim + 4 * layout.v_head_dim + 8)
+    most_tiles = workspace.ROUND_BYTES // (row_bytes * config.block_m)
+    group = num_q_heads // tiles.cache.num_kv_heads
+    # Each sequence has a tile that is not full, but no more than it has tokens.
+    whole = (most_tiles - tiles.cache.batch - 2) * config.block_m // group // config.block_m * config.block_m
+    alone = (most_tiles - 2) * config.block_m // (config.block_m + group)
+    return dataclasses.replace(tiles, tokens=range(min(max(whole, alone, 1), len(tiles.tokens))), ahead=True)
 
 
 @triton.jit(

@@ -188,11 +188,12 @@ def _rows(x: torch.Tensor, channels: int) -> TensorDescriptor:
 
 def _steps(scratch: torch.Tensor, channels: int, tokens: int) -> TensorDescriptor:
     """Describe scratch memory, of which the first channels of `tokens` keys or values of a head are copied at once."""
-    shape, page_size = scratch.shape, scratch.shape[3]
+    shape, page_size, strides = scratch.shape, scratch.shape[3], list(scratch.stride())
     block = [max(tokens // page_size, 1), 1, 1, min(tokens, page_size), channels]
-    strides = [max(stride, 16) for stride in scratch.stride()[:4]]  # 0 where there is one
+    for i in range(3, -1, -1):
+        strides[i] = strides[i] or shape[i + 1] * strides[i + 1]  # 0 where there is one, or where nothing is read
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
-    return TensorDescriptor(scratch, [*shape[:4], channels], [*strides, 1], block, layout)
+    return TensorDescriptor(scratch, [*shape[:4], channels], strides, block, layout)
 
 
 def launch_hopper(ahead: Ahead, scratch: torch.Tensor, layout: PageLayout) -> None:

@@ -231,7 +231,8 @@ def launch_prefill_tiles(
     raw_dtype = q.dtype if cache.raw_pages is None else cache.raw_pages.dtype
     early = not single and gpu.launches_early(q.device)
     dtypes = q.dtype, raw_dtype, None if scratch is None else scratch.dtype
-    count = -(-len(tokens) * group // config.block_m) + cache.batch + (tokens.start > 0)  # one may begin before them
+    # Each sequence with a token of the launch may have a tile that is not full, and one may begin before them.
+    count = -(-len(tokens) * group // config.block_m) + min(cache.batch, len(tokens)) + (tokens.start > 0)
     plan = plan_of(layout, dtypes, group, (apart, single, early), gpu.uses_ptx(), config)
     programs = count * num_kv_heads * tiles.num_splits
     ahead = None
