@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 
 import kvarn_triton as kvarn
-from kvarn_triton import Encoder, MLALayout
+from kvarn_triton import Encoder, MLAConfig, MLALayout
+
+FEW = MLAConfig(16, 64, 4, programs_per_sm=2)
 
 
 def arguments(layout: MLALayout) -> dict:
@@ -23,7 +25,15 @@ def arguments(layout: MLALayout) -> dict:
     }
 
 
-def decode(layout: MLALayout, heads: int, *, raw: bool = True, dtype: torch.dtype = torch.float16, topk: int = 0) -> None:
+def decode(
+    layout: MLALayout,
+    heads: int,
+    *,
+    raw: bool = True,
+    dtype: torch.dtype = torch.float16,
+    topk: int = 0,
+    config: MLAConfig | None = None,
+) -> None:
     """Call mla_decode_attention; `topk`: with lists of so many tokens."""
     call = arguments(layout)
     if not raw:
@@ -31,7 +41,8 @@ def decode(layout: MLALayout, heads: int, *, raw: bool = True, dtype: torch.dtyp
     if topk:
         call["indices"] = torch.zeros(2, topk, dtype=torch.int32)
     lens = torch.zeros(2, dtype=torch.int32)
-    kvarn.mla_decode_attention(torch.zeros(2, heads, 576, dtype=dtype), seq_lens=lens, sm_scale=0.1, return_lse=True, **call)
+    q = torch.zeros(2, heads, 576, dtype=dtype)
+    kvarn.mla_decode_attention(q, seq_lens=lens, sm_scale=0.1, return_lse=True, config=config, **call)
 
 
 def small(layout: MLALayout, dtype: torch.dtype) -> None:
@@ -64,6 +75,10 @@ def mla_cases(target: str) -> dict[str, Callable[[], None]]:
     }
     if target == "sm90":
         cases |= {
+            "mla 16 heads, 8 bits, quantized only": lambda: decode(MLALayout(8, 128), 16, raw=False),
+            "mla 128 heads, quantized only": lambda: decode(MLALayout(4, 64), 128, raw=False),
+            "mla 16 heads, no warp groups": lambda: decode(MLALayout(4, 128), 16, raw=False, config=FEW),
+            "mla 128 heads, no warp groups": lambda: decode(MLALayout(8, 128), 128, config=MLAConfig(64, 64, 8)),
             "mla 128 heads": lambda: decode(MLALayout(4, 128), 128),
             "mla 128 heads, 8 bits, bfloat16": lambda: decode(MLALayout(8, 128), 128, dtype=torch.bfloat16),
             "mla lists, 128 heads": lambda: decode(MLALayout(4, 128), 128, topk=2048),

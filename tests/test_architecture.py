@@ -38,6 +38,19 @@ def most_parameters(path: Path, function: ast.FunctionDef) -> int | None:
     return None if public or given else PYTHON_PARAMETERS
 
 
+def test_fusion_is_said():
+    """Every launch says whether products may be fused with sums: what Triton does else follows an environment variable."""
+    count = 0
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            kernel = call.func.value if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript) else None
+            if isinstance(kernel, ast.Call) and ast.unparse(kernel.func) == "on":
+                count += 1
+                names = {keyword.arg for keyword in call.keywords}
+                assert "enable_fp_fusion" in names, f"{path}:{call.lineno}: {ast.unparse(kernel)}"
+    assert count >= 30, count
+
+
 def test_sizes():
     """No file, function or parameter list is longer than a reader can keep in mind."""
     for path in PACKAGE.rglob("*.py"):

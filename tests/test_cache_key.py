@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 from triton.runtime.jit import JITCallable
 
 import kvarn_triton
@@ -65,6 +67,6 @@ def test_constexpr_functions_read_what_is_hashed():
                 seen += 1
                 for name in names_read(node) & vars(module).keys():
                     value = getattr(module, name)
-                    hashed = isinstance(value, (JITCallable, tl.constexpr)) or value in (triton, tl)
+                    hashed = isinstance(value, (JITCallable, tl.constexpr)) or value in (triton, tl, gluon, gl)
                     assert hashed or name in ("codec", "math"), f"{path.stem}.{node.name} reads {name}, which is in no hash"
     assert seen > 10

@@ -52,6 +52,9 @@ that a copy of the bytes takes."""
 INSTRUCTIONS_PER_64_LATENTS = 5300
 """Most warp instructions of the loop over pages of latent attention for 64 tokens: 4 bits, 16 heads, all warps of a program
 together. An H200 has about 6,300 issue slots in the time that it needs to read them."""
+INSTRUCTIONS_PER_64_OF_GROUPS = {False: 4800, True: 5700} if OLDEST else {False: 5400, True: 6200}
+"""The same of the kernel of warp groups, with 16 rows and with 32."""
+SPILLS_OF_GROUPS = 4 if OLDEST else 10
 INSTRUCTIONS_PER_32_LISTED = 5000
 """The same for 32 tokens of a list, each with the scales of its own page."""
 MLA_BUDGET_TARGETS = ("sm90", "sm100")
@@ -89,7 +92,7 @@ KERNELS = {
     "encode largest": ("advance_quantized", "commit_pages", "store_pages", "write_tokens"),
 }
 """Kernels that a part launches, all of the package together, but for those of one target."""
-KERNELS_OF_TARGET = {("sm90", "scratch"): ("attend_hopper", "rotate_tiles")}
+KERNELS_OF_TARGET = {("sm90", "scratch"): ("attend_hopper", "rotate_tiles"), ("sm90", "mla"): ("mla_hopper",)}
 
 
 def processes() -> list:
@@ -132,12 +135,19 @@ def test_compiles(target, parts, tmp_path):
         for part in {"main", "decode", "prefill", "encode"}.intersection(parts):
             check_budgets(part, kernels)
     if target in MLA_BUDGET_TARGETS and "mla" in parts:
-        few = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_mla_decode_kernel", "mla 16 heads"))
+        case = "mla 16 heads, no warp groups" if target == "sm90" else "mla 16 heads"
+        few = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_mla_decode_kernel", case))
         assert 0 < few["page_loop"] * few["num_warps"] <= INSTRUCTIONS_PER_64_LATENTS, few
         assert few["loop_spills"] <= 4, few
         lists = next(k for k in kernels if (k["kernel"], k["case"]) == ("_kvarn_mla_sparse_kernel", "mla lists"))
         assert 0 < lists["page_loop"] * lists["num_warps"] <= INSTRUCTIONS_PER_32_LISTED, lists
         assert lists["loop_spills"] == 0, lists
+    for kernel in kernels:
+        if kernel["kernel"] == "_kvarn_mla_hopper_kernel" and "quantized only" in kernel["case"]:
+            # Loops of the warps that compute weights, dequantize, and sum: four, eight and four.
+            first, second, third = kernel["loops"][:3]
+            assert kernel["loop_spills_of_all"] <= SPILLS_OF_GROUPS, kernel
+            assert 4 * (first + third) + 8 * second <= INSTRUCTIONS_PER_64_OF_GROUPS["128" in kernel["case"].split()], kernel
 
 
 def check_budgets(part: str, kernels: list[dict]) -> None:

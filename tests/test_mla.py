@@ -12,7 +12,7 @@ from helpers import DTYPES, LSE_ERROR, ON_GPU, assert_rounded_alike, assert_same
 
 import kvarn_triton as kvarn
 from kvarn_triton import PUBLISHED, Encoder, MLAConfig, MLALayout, PageLayout, reference
-from kvarn_triton.mla.latents import _latents_ptx as latents_ptx
+from kvarn_triton.mla.latents import latents_ptx
 from kvarn_triton.mla_layout import MLA_BITS
 from kvarn_triton.testing import relative_error
 from kvarn_triton.testing.latents import latent_attention_in, latent_case

@@ -213,4 +213,5 @@ def launch_hopper(ahead: Ahead, scratch: torch.Tensor, layout: PageLayout) -> No
         T=tokens,
         STAGES=stages,
         num_warps=4,
+        enable_fp_fusion=True,
     )

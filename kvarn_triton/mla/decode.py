@@ -21,7 +21,7 @@ from ..checks import check_count, check_tensor, require
 from ..launch import aligned, as_rows, copy_back, on
 from ..mla_layout import LATENT_DIM, TOKEN_DIM, MLALayout
 from .cache import LatentCache, checked
-from .config import MLAConfig, mla_config
+from .config import MLAConfig, hopper_plan, mla_config
 from .decode_kernel import launch_mla_splits
 from .query import rotate_queries
 from .sparse import launch_mla_sparse
@@ -139,6 +139,9 @@ def mla_decode_attention(
         check_count("num_splits", num_splits, 1)
     if config is not None:
         require(isinstance(config, MLAConfig), "config", "an MLAConfig", type(config).__name__)
+        known = gpu.gpu_of(q.device)
+        has_groups = known is not None and known.warp_groups and indices is None
+        require(has_groups or not config.warp_groups, "config.warp_groups", "False but for sm90, without indices", True)
     if not gpu.on_device(q):
         return reference.mla_decode_attention(
             q, pages, block_table, seq_lens, layout, sm_scale=sm_scale, raw_pages=raw_pages, raw_table=raw_table,
@@ -182,7 +185,12 @@ def _attend(
     partial = torch.empty(num_splits, units * rows, LATENT_DIM, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(num_splits, units * rows, dtype=torch.float32, device=q.device)
     queries = rotate_queries(aligned(q).reshape(-1, num_heads, TOKEN_DIM), sm_scale)
-    if indices is None:
+    if config.warp_groups:
+        from .hopper import launch_mla_hopper  # Gluon, where it is used
+
+        plan = hopper_plan(cache.layout, config)
+        launch_mla_hopper(partial, partial_lse, queries, cache, (num_queries, num_heads), plan)
+    elif indices is None:
         launch_mla_splits(partial, partial_lse, queries, cache, (num_queries, num_heads), config)
     else:
         lists = indices.reshape(units, most)
@@ -190,9 +198,9 @@ def _attend(
     memory = aligned(out)
     flat = memory.view(-1, num_heads, LATENT_DIM)
     early = gpu.launches_early(q.device)
-    plan, num_warps = _plan_merge(num_splits, early)
+    merge, num_warps = _plan_merge(num_splits, early)
     on(out, _kvarn_mla_merge_kernel)[flat.shape[:2]](
-        as_rows(flat), lse, partial, partial_lse, num_splits, PLAN=plan, num_warps=num_warps, enable_fp_fusion=False,
+        as_rows(flat), lse, partial, partial_lse, num_splits, PLAN=merge, num_warps=num_warps, enable_fp_fusion=False,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     copy_back(memory, out)

@@ -169,6 +169,7 @@ def launch_mla_splits(
         LAYOUT=layout,
         PLAN=mla_plan(layout, config, gpu.uses_ptx(), early),
         num_warps=config.num_warps,
+        enable_fp_fusion=True,
         **config.options(),
         **({"launch_pdl": True} if early else {}),
     )

@@ -12,8 +12,8 @@ LATENTS = tl.constexpr(LATENT_DIM)
 
 
 @triton.constexpr_function
-def _latents_ptx(field, bits):
-    """PTX of `_decode` for four bytes: codes become the float16 numbers 1024 + code * 2**shift, then codes, then numbers."""
+def latents_ptx(field, bits):
+    """PTX for four bytes and their parameters: codes become float16 numbers 1024 + code * 2**shift, codes, then numbers."""
     shift = field * bits if bits < 8 else 0
     mask = (2**bits - 1) << shift
     codes = "mov.b32 t, $2; " if bits == 8 else f"and.b32 t, $2, {mask * 0x01010101}; "
@@ -38,7 +38,7 @@ def _decode(packed, scale, zero, FIELD: tl.constexpr, BITS: tl.constexpr, PTX: t
     """
     if PTX:
         numbers = tl.inline_asm_elementwise(
-            _latents_ptx(FIELD, BITS), "=&r,=&r,r,r,r,r,r", [packed, scale, zero], tl.float16, is_pure=False,
+            latents_ptx(FIELD, BITS), "=&r,=&r,r,r,r,r,r", [packed, scale, zero], tl.float16, is_pure=False,
             pack=4,
         )  # fmt: skip
     else:

@@ -53,6 +53,7 @@ def rotate_queries(q: torch.Tensor, sm_scale: float) -> tuple[torch.Tensor, torc
     rotated = torch.empty(tokens * heads, TOKEN_DIM, dtype=torch.float16, device=q.device)
     factor = torch.empty(tokens * heads, dtype=torch.float32, device=q.device)
     on(q, _kvarn_mla_rotate_queries_kernel)[(tokens, heads)](
-        rotated, factor, as_rows(q), sm_scale, D=LATENT_DIM, D_R=ROPE_DIM, EARLY=gpu.launches_early(q.device), num_warps=1
-    )
+        rotated, factor, as_rows(q), sm_scale, D=LATENT_DIM, D_R=ROPE_DIM, EARLY=gpu.launches_early(q.device), num_warps=1,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     return rotated, factor

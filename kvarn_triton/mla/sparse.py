@@ -232,6 +232,7 @@ def launch_mla_sparse(
         G=layout.page_size,
         EARLY=early,
         num_warps=8,
+        enable_fp_fusion=False,
         **late,
     )
     on(partial, _kvarn_mla_sparse_kernel)[(-(-num_heads // config.block_m) * partial.shape[0] * num_lists,)](
@@ -248,6 +249,7 @@ def launch_mla_sparse(
         LAYOUT=layout,
         PLAN=mla_plan(layout, config, gpu.uses_ptx(), early),
         num_warps=config.num_warps,
+        enable_fp_fusion=True,
         **config.options(),
         **late,
     )

@@ -215,5 +215,5 @@ def mla_commit_pages(
     )
     if advance:
         on(pages, _kvarn_mla_advance_kernel)[(-(-cache.batch // 256),)](
-            **shared, batch=cache.batch, G=layout.page_size, ROWS_AT_ONCE=256, num_warps=1
+            **shared, batch=cache.batch, G=layout.page_size, ROWS_AT_ONCE=256, num_warps=1, enable_fp_fusion=False
         )

@@ -63,7 +63,7 @@ def copy_raw_pages(raw_pages: torch.Tensor, sources: torch.Tensor, targets: torc
     num_kv_heads, page_size, head_dim = raw_pages.shape[2:]
     if sources.shape[0] and num_kv_heads:
         on(raw_pages, _kvarn_copy_raw_pages_kernel)[(sources.shape[0], num_kv_heads, 2)](
-            as_tokens(raw_pages), sources, targets, G=page_size, D=head_dim, num_warps=4
+            as_tokens(raw_pages), sources, targets, G=page_size, D=head_dim, num_warps=4, enable_fp_fusion=False
         )
 
 

@@ -312,6 +312,7 @@ def launch_plan_step(inputs: StepInputs, step: Step) -> None:
         SINK_COLUMNS=inputs.sink_columns,
         EARLY=inputs.early_pages and inputs.max_drafts > 0,
         num_warps=4,
+        enable_fp_fusion=False,
     )
 
 
