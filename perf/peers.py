@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ POINTS = ((1, 1024, 1), (1, 4096, 1), (1, 32768, 1), (8, 32768, 1), (128, 4096, 
 """Sequences, tokens of each in the end, and query tokens of each: decode, drafts to verify, a chunk of a prompt."""
 CHUNK = 64
 """Query tokens from which on the point is a chunk of a prompt, whose keys and values are new."""
+DRAFTS = 8
+"""Query tokens of a sequence up to which vLLM has memory for splits of it."""
 
 
 class MissingError(Exception):
@@ -45,7 +47,7 @@ class Peer:
 
     name: str
     find: Callable[[], Any]
-    variants: Callable[[Any, SixteenBit], Variants]
+    variants: Callable[[Any, Any], Variants]
 
 
 def _imported(name: str) -> Any:
@@ -90,20 +92,26 @@ def flashinfer_variants(flashinfer: Any, case: SixteenBit) -> Variants:
     return found
 
 
-def find_fa3() -> Any:
-    """Load the library of an installed vLLM without importing vLLM; return its operators."""
+def library_of_vllm(name: str) -> Any:
+    """Load a library for sm90 of an installed vLLM without importing vLLM; return its operators."""
     spec = importlib.util.find_spec("vllm")
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    files = [file for folder in folders for file in Path(folder).rglob("_vllm_fa3_C*.so")]
+    files = [file for folder in folders for file in Path(folder).rglob(f"{name}*.so")]
     if not files:
-        raise MissingError("no _vllm_fa3_C*.so in an installed vllm" if spec else "vllm is not installed")
-    if torch.cuda.get_device_capability() < (9, 0):
+        raise MissingError(f"no {name}*.so in an installed vllm" if spec else "vllm is not installed")
+    if torch.cuda.get_device_capability()[0] != 9:
         raise MissingError("it needs sm90")
     try:
         torch.ops.load_library(str(files[0]))
     except OSError as error:
-        raise MissingError(f"{files[0].name} can't be loaded ({str(error).splitlines()[0][:80]})") from error
-    return torch.ops._vllm_fa3_C
+        reason = str(error.__cause__ or error).splitlines()[0][-80:]
+        raise MissingError(f"{files[0].name} can't be loaded ({reason})") from error
+    return getattr(torch.ops, name)
+
+
+def find_fa3() -> Any:
+    """Return the operators of FA3."""
+    return library_of_vllm("_vllm_fa3_C")
 
 
 def fa3_arguments(schema: Any, given: Row) -> list[Any]:
@@ -163,7 +171,7 @@ def vllm_triton_variants(attention: Any, case: SixteenBit) -> Variants:
     """Return calls with the memory that lets it split sequences, which vLLM gives it where there are few of them."""
     shape, device, found = case.shape, case.q[0].device, {}
     segments, rows = 16, max(128 // shape.num_kv_heads, 1)
-    sums = torch.empty(rows, shape.num_q_heads, segments, shape.head_dim, device=device)
+    sums = torch.empty(rows * min(case.tokens, DRAFTS), shape.num_q_heads, segments, shape.head_dim, device=device)
     split = {
         "seq_threshold_3D": rows, "num_par_softmax_segments": segments, "softmax_segm_output": sums,
         "softmax_segm_max": sums.new_empty(sums.shape[:3]), "softmax_segm_expsum": sums.new_empty(sums.shape[:3]),
@@ -200,10 +208,10 @@ PEERS = (
 )
 
 
-def find_all() -> tuple[dict[str, Any], dict[str, str]]:
+def find_all(peers: Sequence[Peer] = PEERS) -> tuple[dict[str, Any], dict[str, str]]:
     """Return what was found of each peer by name, and why each of the others wasn't."""
     found, missing = {}, {}
-    for peer in PEERS:
+    for peer in peers:
         try:
             found[peer.name] = peer.find()
         except MissingError as error:
@@ -211,16 +219,16 @@ def find_all() -> tuple[dict[str, Any], dict[str, str]]:
     return found, missing
 
 
-def checked(variants: Variants, case: SixteenBit) -> tuple[dict[str, list[Call]], str]:
-    """Return the variants whose output is right, and what is wrong with the others."""
+def checked(variants: Variants, case: Any, most: float = MAX_ERROR) -> tuple[dict[str, list[Call]], str]:
+    """Return the variants whose output is right (`case.error` is at most `most`), and what is wrong with the others."""
     right, wrong = {}, []
     for name, (calls, kv) in variants.items():
         try:
-            error = case.error(calls[0](), kv)  # type: ignore[arg-type]
+            error = case.error(calls[0](), kv)
         except Exception as failure:  # one variant that can't run leaves the others
             wrong.append(f"{name}: {type(failure).__name__}: {failure}".splitlines()[0][:120])
             continue
-        if error <= MAX_ERROR:
+        if error <= most:
             right[name] = calls
         else:
             wrong.append(f"{name}: error {error:.1e}")
