@@ -33,6 +33,8 @@ POINTS = ((1, 1024, 1), (1, 4096, 1), (1, 32768, 1), (8, 32768, 1), (128, 4096, 
 """Sequences, tokens of each in the end, and query tokens of each: decode, drafts to verify, a chunk of a prompt."""
 CHUNK = 64
 """Query tokens from which on the point is a chunk of a prompt, whose keys and values are new."""
+MAX_ERROR_FP8 = 2**-4
+"""Of an 8-bit cache, against float64 attention to what it holds: weights have 3 bits after the leading one."""
 DRAFTS = 8
 """Query tokens of a sequence up to which vLLM has memory for splits of it."""
 
@@ -43,11 +45,16 @@ class MissingError(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """One library: `find` returns what `variants` needs, or raises `MissingError`."""
+    """One library: `find` returns what `variants` needs, or raises `MissingError`.
+
+    `bits`: of the queries and the cache that it is given. `most`: the error that its output may have.
+    """
 
     name: str
     find: Callable[[], Any]
     variants: Callable[[Any, Any], Variants]
+    bits: int = 16
+    most: float = MAX_ERROR
 
 
 def _imported(name: str) -> Any:
@@ -133,17 +140,18 @@ def fa3_arguments(schema: Any, given: Row) -> list[Any]:
 def fa3_variants(operators: Any, case: SixteenBit) -> Variants:
     """Return calls with the library's own number of splits and with 32, each with the scheduler's metadata made ahead."""
     found: Variants = {}
-    shape = case.shape
+    shape, dtype = case.shape, case.q[0].dtype
+    out = case.out if dtype == case.out.dtype else None  # of 8 bits the library makes its own, in bfloat16
     for page_size in PAGE_SIZES:
         pools, table = case.pool(page_size, heads_first=False)
         for num_splits in (0, 32):
             metadata = operators.get_scheduler_metadata(
                 case.batch, case.tokens, case.context, shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.head_dim,
-                torch.float16, case.seq_lens, case.ends, None, None, None, None, page_size, 0, True, -1, -1, False, num_splits,
+                dtype, case.seq_lens, case.ends, None, None, None, None, page_size, 0, True, -1, -1, False, num_splits,
                 None, 0,
             )  # fmt: skip
             given = {
-                "out": case.out, "cu_seqlens_q": case.ends, "seqused_k": case.seq_lens, "max_seqlen_q": case.tokens,
+                "out": out, "cu_seqlens_q": case.ends, "seqused_k": case.seq_lens, "max_seqlen_q": case.tokens,
                 "max_seqlen_k": case.context, "page_table": table, "softmax_scale": shape.head_dim**-0.5, "is_causal": True,
                 "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "is_rotary_interleaved": True,
                 "scheduler_metadata": metadata, "num_splits": num_splits,
@@ -203,6 +211,7 @@ def sdpa_variants(backends: dict[str, SDPBackend | None], case: SixteenBit) -> V
 PEERS = (
     Peer("FlashInfer", find_flashinfer, flashinfer_variants),
     Peer("FA3", find_fa3, fa3_variants),
+    Peer("FA3 fp8", find_fa3, fa3_variants, 8, MAX_ERROR_FP8),
     Peer("vLLM Triton", find_vllm_triton, vllm_triton_variants),
     Peer("SDPA", lambda: {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}, sdpa_variants),
 )
@@ -270,7 +279,8 @@ def _ours(shape: Shape, batch: int, context: int, tokens: int, seed: int) -> tup
         "twin": "twin us",
     },
     note="one attention call, 32 / 8 heads, head_dim 128, float16, all providers in turn. k4v2: this package, everything\n"
-    "quantized; served: a sink of 128 tokens and the last page at 16 bits. Others: a 16-bit cache, the best of their variants.",
+    "quantized; served: a sink of 128 tokens and the last page at 16 bits. Others: a 16-bit cache (fp8: 8 bits, queries too),\n"
+    "the best of their variants.",
 )
 def peers(options: Options) -> Iterator[Row]:
     """Time FlashInfer, FA3, vLLM's Triton kernel and SDPA beside ours, whichever of them can be imported."""
@@ -297,10 +307,12 @@ def _point(found: dict[str, Any], shape: Shape, batch: int, context: int, tokens
     providers = dict(ours)
     config, providers["twin"], row["error_twin"] = case.best_twin()
     row["variant twin"] = config
+    eight = case.in_eight_bits()
     for peer in PEERS:
         if peer.name not in found:
             continue
-        right, row[f"note {peer.name}"] = checked(peer.variants(found[peer.name], case), case)
+        seen = case if peer.bits == 16 else eight
+        right, row[f"note {peer.name}"] = checked(peer.variants(found[peer.name], seen), seen, peer.most)
         best, reason = fastest(right)  # type: ignore[arg-type]
         if best is None:
             row[f"note {peer.name}"] += f" {reason}"
