@@ -1,4 +1,4 @@
-"""Latent attention beside its 16-bit twin, and beside FlashInfer where it is installed."""
+"""Latent attention beside its 16-bit twin, and beside FlashMLA, FA3 and FlashInfer where they can be had."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import mla_twin
 import torch
-from common import Options, Row, progress, say, sweep
-from peers import MissingError, find_flashinfer
+from common import Options, Row, progress, sweep
+from mla_peers import MLA_PEERS, SixteenBitLatents, find_mla_peers, right_variants
 from timed import failed, free_memory, num_samples, roof, timed_fields
 from timing import Call, measure, num_input_sets
 
@@ -114,35 +114,6 @@ def _twins(case: _Case, pages: torch.Tensor, tables: Sequence[torch.Tensor], top
     return found
 
 
-def _flashinfer(case: _Case, pages: torch.Tensor, tables: Sequence[torch.Tensor]) -> dict[str, list[Call]]:
-    """Return FlashInfer's latent attention with each of its backends; nothing where it is not installed."""
-    try:
-        flashinfer, found = find_flashinfer(), {}
-    except MissingError as error:
-        say(f"mla: without FlashInfer: {error}")
-        return {}
-    latents, rope = pages.split([512, 64], dim=-1)
-    latents, rope = latents.contiguous(), rope.contiguous()
-    ints = {"dtype": torch.int32, "device": "cuda"}
-    ends, heads = torch.arange(case.batch + 1, **ints), case.q[0].shape[1]
-    for backend in ("fa2", "fa3"):
-        calls = []
-        try:
-            for q, table in zip(case.q, tables, strict=True):
-                memory = torch.empty(128 << 20, dtype=torch.int8, device="cuda")
-                run = flashinfer.mla.BatchMLAPagedAttentionWrapper(memory, backend=backend)
-                ids = ends * table.shape[1], table.flatten(), case.lens
-                run.plan(ends, *ids, heads, 512, 64, 64, False, SM_SCALE, q.dtype, q.dtype)
-                parts = q[..., :512].contiguous(), q[..., 512:].contiguous()
-                calls.append(lambda run=run, parts=parts: run.run(*parts, latents, rope, return_lse=False))
-            calls[0]()
-        except Exception as error:  # a backend that the GPU or the heads don't allow
-            say(f"mla: FlashInfer, {backend}: {str(error).splitlines()[0][:120]}")
-            continue
-        found[f"FlashInfer {backend}"] = calls
-    return found
-
-
 @sweep(
     "mla",
     needs="gpu",
@@ -156,15 +127,16 @@ def _flashinfer(case: _Case, pages: torch.Tensor, tables: Sequence[torch.Tensor]
         "gb_s": "GB/s",
         "percent_of_copy": "% of copy",
         "times_twin": "x twin",
-        "times_flashinfer": "x FlashInfer",
+        **{f"times_{peer.name.lower()}": f"x {peer.name}" for peer in MLA_PEERS},
         "error": "error",
     },
-    note="pages only. x twin: how many times faster than the fastest configuration of the 16-bit twin; x FlashInfer: than its\n"
-    "fastest backend. All launches of a call are in its time.",
+    note="pages only. x twin: how many times faster than the fastest configuration of the 16-bit twin; x FlashMLA, FA3,\n"
+    "FlashInfer: than the fastest variant of theirs on 16-bit latents. All launches of a call are in its time.",
 )
 def mla(options: Options) -> Iterator[Row]:
     """Time decode attention to latents at 4 and 8 bits beside 16-bit kernels."""
     roof_gb_s = roof(options)
+    found, options.sections["mla_missing"] = find_mla_peers()
     work = [(heads, *point) for point in options.points or POINTS for heads in HEADS]
     if options.full:
         work += [(heads, *POINTS[0]) for heads in (32, 64)]
@@ -172,7 +144,7 @@ def mla(options: Options) -> Iterator[Row]:
         free_memory()
         row: Row = {"heads": heads, "batch": batch, "context": context}
         case = _Case(heads, batch, context, options.seed)
-        plain = case.plain()
+        plain, tables = case.plain()
         providers: dict[str, list[Call]] = {}
         sizes: dict[str, float] = {}
         found_errors: dict[str, float] = {}
@@ -185,11 +157,13 @@ def mla(options: Options) -> Iterator[Row]:
                     sizes[name] = layout.bytes_per_token
                 except Exception as error:  # a configuration that doesn't fit
                     yield row | {"what": name} | failed(error)
-        sixteen = _twins(case, *plain) | _flashinfer(case, *plain)
+        peers, wrong = right_variants(found, SixteenBitLatents(case.q, plain, tables, context, SM_SCALE))
+        options.sections.setdefault("mla_wrong", {})[f"{heads} heads, {batch} x {context}"] = wrong
+        sixteen = _twins(case, plain, tables) | peers
         timings, errors = measure(providers | sixteen, samples=num_samples(options))
         best = {
             kind: min((timings[name].us for name in timings if name.startswith(kind)), default=None)
-            for kind in ("twin", "FlashInfer")
+            for kind in ("twin", *(peer.name for peer in MLA_PEERS))
         }
         for name in (*providers, *sixteen):
             bytes_read = int(batch * (context * sizes.get(name, 1152.0) + heads * (576 + 512) * 2))
@@ -199,8 +173,7 @@ def mla(options: Options) -> Iterator[Row]:
                 if not found_errors[name] <= MOST_ERROR:
                     result |= failed(f"error {found_errors[name]:.1e}")
             if result["us"] is not None:
-                ratios = {"times_twin": best["twin"], "times_flashinfer": best["FlashInfer"]}
-                result |= {key: value / result["us"] for key, value in ratios.items() if value is not None}
+                result |= {f"times_{kind.lower()}": us / result["us"] for kind, us in best.items() if us is not None}
             yield result
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ POINTS = ((1, 1024, 1), (1, 4096, 1), (1, 32768, 1), (8, 32768, 1), (128, 4096, 
 """Sequences, tokens of each in the end, and query tokens of each: decode, drafts to verify, a chunk of a prompt."""
 CHUNK = 64
 """Query tokens from which on the point is a chunk of a prompt, whose keys and values are new."""
+MAX_ERROR_FP8 = 2**-4
+"""Of an 8-bit cache, against float64 attention to what it holds: weights have 3 bits after the leading one."""
+DRAFTS = 8
+"""Query tokens of a sequence up to which vLLM has memory for splits of it."""
 
 
 class MissingError(Exception):
@@ -41,11 +45,16 @@ class MissingError(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """One library: `find` returns what `variants` needs, or raises `MissingError`."""
+    """One library: `find` returns what `variants` needs, or raises `MissingError`.
+
+    `bits`: of the queries and the cache that it is given. `most`: the error that its output may have.
+    """
 
     name: str
     find: Callable[[], Any]
-    variants: Callable[[Any, SixteenBit], Variants]
+    variants: Callable[[Any, Any], Variants]
+    bits: int = 16
+    most: float = MAX_ERROR
 
 
 def _imported(name: str) -> Any:
@@ -90,20 +99,26 @@ def flashinfer_variants(flashinfer: Any, case: SixteenBit) -> Variants:
     return found
 
 
-def find_fa3() -> Any:
-    """Load the library of an installed vLLM without importing vLLM; return its operators."""
+def library_of_vllm(name: str) -> Any:
+    """Load a library for sm90 of an installed vLLM without importing vLLM; return its operators."""
     spec = importlib.util.find_spec("vllm")
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    files = [file for folder in folders for file in Path(folder).rglob("_vllm_fa3_C*.so")]
+    files = [file for folder in folders for file in Path(folder).rglob(f"{name}*.so")]
     if not files:
-        raise MissingError("no _vllm_fa3_C*.so in an installed vllm" if spec else "vllm is not installed")
-    if torch.cuda.get_device_capability() < (9, 0):
+        raise MissingError(f"no {name}*.so in an installed vllm" if spec else "vllm is not installed")
+    if torch.cuda.get_device_capability()[0] != 9:
         raise MissingError("it needs sm90")
     try:
         torch.ops.load_library(str(files[0]))
     except OSError as error:
-        raise MissingError(f"{files[0].name} can't be loaded ({str(error).splitlines()[0][:80]})") from error
-    return torch.ops._vllm_fa3_C
+        reason = str(error.__cause__ or error).splitlines()[0][-80:]
+        raise MissingError(f"{files[0].name} can't be loaded ({reason})") from error
+    return getattr(torch.ops, name)
+
+
+def find_fa3() -> Any:
+    """Return the operators of FA3."""
+    return library_of_vllm("_vllm_fa3_C")
 
 
 def fa3_arguments(schema: Any, given: Row) -> list[Any]:
@@ -125,17 +140,18 @@ def fa3_arguments(schema: Any, given: Row) -> list[Any]:
 def fa3_variants(operators: Any, case: SixteenBit) -> Variants:
     """Return calls with the library's own number of splits and with 32, each with the scheduler's metadata made ahead."""
     found: Variants = {}
-    shape = case.shape
+    shape, dtype = case.shape, case.q[0].dtype
+    out = case.out if dtype == case.out.dtype else None  # of 8 bits the library makes its own, in bfloat16
     for page_size in PAGE_SIZES:
         pools, table = case.pool(page_size, heads_first=False)
         for num_splits in (0, 32):
             metadata = operators.get_scheduler_metadata(
                 case.batch, case.tokens, case.context, shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.head_dim,
-                torch.float16, case.seq_lens, case.ends, None, None, None, None, page_size, 0, True, -1, -1, False, num_splits,
+                dtype, case.seq_lens, case.ends, None, None, None, None, page_size, 0, True, -1, -1, False, num_splits,
                 None, 0,
             )  # fmt: skip
             given = {
-                "out": case.out, "cu_seqlens_q": case.ends, "seqused_k": case.seq_lens, "max_seqlen_q": case.tokens,
+                "out": out, "cu_seqlens_q": case.ends, "seqused_k": case.seq_lens, "max_seqlen_q": case.tokens,
                 "max_seqlen_k": case.context, "page_table": table, "softmax_scale": shape.head_dim**-0.5, "is_causal": True,
                 "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "is_rotary_interleaved": True,
                 "scheduler_metadata": metadata, "num_splits": num_splits,
@@ -163,7 +179,7 @@ def vllm_triton_variants(attention: Any, case: SixteenBit) -> Variants:
     """Return calls with the memory that lets it split sequences, which vLLM gives it where there are few of them."""
     shape, device, found = case.shape, case.q[0].device, {}
     segments, rows = 16, max(128 // shape.num_kv_heads, 1)
-    sums = torch.empty(rows, shape.num_q_heads, segments, shape.head_dim, device=device)
+    sums = torch.empty(rows * min(case.tokens, DRAFTS), shape.num_q_heads, segments, shape.head_dim, device=device)
     split = {
         "seq_threshold_3D": rows, "num_par_softmax_segments": segments, "softmax_segm_output": sums,
         "softmax_segm_max": sums.new_empty(sums.shape[:3]), "softmax_segm_expsum": sums.new_empty(sums.shape[:3]),
@@ -195,15 +211,16 @@ def sdpa_variants(backends: dict[str, SDPBackend | None], case: SixteenBit) -> V
 PEERS = (
     Peer("FlashInfer", find_flashinfer, flashinfer_variants),
     Peer("FA3", find_fa3, fa3_variants),
+    Peer("FA3 fp8", find_fa3, fa3_variants, 8, MAX_ERROR_FP8),
     Peer("vLLM Triton", find_vllm_triton, vllm_triton_variants),
     Peer("SDPA", lambda: {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}, sdpa_variants),
 )
 
 
-def find_all() -> tuple[dict[str, Any], dict[str, str]]:
+def find_all(peers: Sequence[Peer] = PEERS) -> tuple[dict[str, Any], dict[str, str]]:
     """Return what was found of each peer by name, and why each of the others wasn't."""
     found, missing = {}, {}
-    for peer in PEERS:
+    for peer in peers:
         try:
             found[peer.name] = peer.find()
         except MissingError as error:
@@ -211,16 +228,16 @@ def find_all() -> tuple[dict[str, Any], dict[str, str]]:
     return found, missing
 
 
-def checked(variants: Variants, case: SixteenBit) -> tuple[dict[str, list[Call]], str]:
-    """Return the variants whose output is right, and what is wrong with the others."""
+def checked(variants: Variants, case: Any, most: float = MAX_ERROR) -> tuple[dict[str, list[Call]], str]:
+    """Return the variants whose output is right (`case.error` is at most `most`), and what is wrong with the others."""
     right, wrong = {}, []
     for name, (calls, kv) in variants.items():
         try:
-            error = case.error(calls[0](), kv)  # type: ignore[arg-type]
+            error = case.error(calls[0](), kv)
         except Exception as failure:  # one variant that can't run leaves the others
             wrong.append(f"{name}: {type(failure).__name__}: {failure}".splitlines()[0][:120])
             continue
-        if error <= MAX_ERROR:
+        if error <= most:
             right[name] = calls
         else:
             wrong.append(f"{name}: error {error:.1e}")
@@ -262,7 +279,8 @@ def _ours(shape: Shape, batch: int, context: int, tokens: int, seed: int) -> tup
         "twin": "twin us",
     },
     note="one attention call, 32 / 8 heads, head_dim 128, float16, all providers in turn. k4v2: this package, everything\n"
-    "quantized; served: a sink of 128 tokens and the last page at 16 bits. Others: a 16-bit cache, the best of their variants.",
+    "quantized; served: a sink of 128 tokens and the last page at 16 bits. Others: a 16-bit cache (fp8: 8 bits, queries too),\n"
+    "the best of their variants.",
 )
 def peers(options: Options) -> Iterator[Row]:
     """Time FlashInfer, FA3, vLLM's Triton kernel and SDPA beside ours, whichever of them can be imported."""
@@ -289,10 +307,12 @@ def _point(found: dict[str, Any], shape: Shape, batch: int, context: int, tokens
     providers = dict(ours)
     config, providers["twin"], row["error_twin"] = case.best_twin()
     row["variant twin"] = config
+    eight = case.in_eight_bits()
     for peer in PEERS:
         if peer.name not in found:
             continue
-        right, row[f"note {peer.name}"] = checked(peer.variants(found[peer.name], case), case)
+        seen = case if peer.bits == 16 else eight
+        right, row[f"note {peer.name}"] = checked(peer.variants(found[peer.name], seen), seen, peer.most)
         best, reason = fastest(right)  # type: ignore[arg-type]
         if best is None:
             row[f"note {peer.name}"] += f" {reason}"

@@ -7,6 +7,7 @@ One piece of memory holds the caches of several sets of inputs. A kernel reads i
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Sequence
 
 import prefill_twin
@@ -55,6 +56,14 @@ class SixteenBit:
         q = torch.randn(self.sets, batch * tokens, shape.num_q_heads, shape.head_dim, generator=generator, device=device)
         self.q = [part.clone() for part in q.half()]
         self.out = torch.empty_like(self.q[0])
+
+    def in_eight_bits(self) -> SixteenBit:
+        """Return the same in float8_e4m3fn, queries too, twice as many sets; errors are against what the rounded ones give."""
+        result = copy.copy(self)
+        result.sets = 2 * self.sets  # as many bytes: the L2 cache holds as little of them
+        result.q = 2 * [q.to(torch.float8_e4m3fn) for q in self.q]
+        result.memory = self.memory.to(torch.float8_e4m3fn).repeat(2, *[1] * (self.memory.dim() - 1))
+        return result
 
     def pool(self, page_size: int = PAGE_SIZE, heads_first: bool = True) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Return the memory of each set as pages [n, 2, heads, page_size, head_dim], or with heads after tokens, and the table.

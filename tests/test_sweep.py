@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,6 +235,47 @@ def test_sdpa_and_arrangements(tokens):
             page = pools[0][int(table[-1, token // page_size])]
             expected = page[:, :, token % page_size] if heads_first else page[:, token % page_size]
             assert torch.equal(kv[:, :, token], expected)
+
+
+class _FA3:
+    """Stands for the library: decode attention to pages of any type."""
+
+    class fwd:  # noqa: N801
+        default = SimpleNamespace(
+            _schema=torch._C.parse_schema(
+                "fwd(Tensor q, Tensor k, Tensor v, Tensor? out, Tensor? seqused_k, Tensor? page_table, "
+                "float softmax_scale) -> Tensor[]"
+            )
+        )
+
+        def __new__(cls, q, k, v, out, lens, table, scale):
+            """Attend in float64; results of 8-bit queries are in bfloat16."""
+            assert (out is None) == (q.dtype == torch.float8_e4m3fn)
+            rows = []
+            for row, length in enumerate(lens.tolist()):
+                keys, values = (x[table[row].long()].flatten(0, 1)[:length].double().transpose(0, 1) for x in (k, v))
+                weights = torch.softmax(scale * q[row].double().unflatten(0, (len(keys), -1)) @ keys.mT, dim=-1)
+                rows.append((weights @ values).flatten(0, 1))
+            return [torch.stack(rows).to(torch.bfloat16 if out is None else out.dtype)]
+
+    @staticmethod
+    def get_scheduler_metadata(*given):
+        """Made for the type that is used."""
+        return given[7]
+
+
+def test_eight_bits_are_held_to_what_they_hold():
+    """The cache of 8 bits has as many bytes in all; what reads it is right against it, and not against the 16-bit one."""
+    case = sixteen_bit.SixteenBit(Shape("small", 4, 2, 64), 2, 200, 1, 0, device="cpu", sets=2)
+    eight = case.in_eight_bits()
+    assert eight.memory.nbytes == case.memory.nbytes and eight.sets == len(eight.q) == 4
+    for held in (case, eight):
+        variants = peers.fa3_variants(_FA3, held)
+        right, wrong = peers.checked(variants, held, 2**-8)
+        assert len(right) == 4 and not wrong and all(len(calls) == held.sets for calls in right.values())
+    calls, _ = peers.fa3_variants(_FA3, eight)["own splits, pages of 16"]
+    assert peers.checked({"": (calls, case.last_in_pool(16, False))}, case, 2**-8)[0] == {}
+    assert {peer.name: peer.bits for peer in peers.PEERS if peer.bits != 16} == {"FA3 fp8": 8}
 
 
 def test_plain_formula_is_the_reference():
