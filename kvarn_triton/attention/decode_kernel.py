@@ -22,8 +22,8 @@ from ..layout import PageLayout, fields_per_byte
 from ..masking import Mask, first_of_sink
 from ..paging import load_page_id, prefetch, sink_of
 from .pages import attend_pages_once, records_of
-from .query import load_query, rotate_query
-from .schedule import Units, Work, find_row, plan, row_units, start_of_piece
+from .query import load_query, rotate_query, rotation_matrix
+from .schedule import Units, Work, find_row, plan, quotient, rounded_up, row_units, start_of_piece
 from .softmax import log_sum_exp, new_state
 from .tokens import Runs, attend_raw_once, of_head
 
@@ -75,10 +75,9 @@ def _find_part(
     seq_len, start, begins, counts = row_units(rows, row, row < batch, UNITS)
     num_sinks, num_paged, num_tails = counts
     units_of_row = num_sinks + num_paged + num_tails
-    align = tl.maximum(split, 1)
-    aligned_units = tl.cdiv(units_of_row, align) * align
-    tile = (unit - row_start) // aligned_units
-    first = (unit - row_start) % aligned_units
+    aligned_units = rounded_up(units_of_row, split)
+    tile = quotient(unit - row_start, aligned_units)
+    first = unit - row_start - tile * aligned_units
     last = tl.minimum(first + end - unit, units_of_row)
     first_page = begins[1] + tl.maximum(first - num_sinks, 0)
     last_page = begins[1] + tl.minimum(last - num_sinks, num_paged)
@@ -158,8 +157,10 @@ def _kvarn_decode_attention_kernel(
             page = tl.zeros((), tl.int32)
             if part.span[0] < part.span[1]:
                 page = load_page_id(records.ids_ptr, part.span[0], part.span[1], PLAN.ptx)
+            matrix = rotation_matrix(part.row, LAYOUT, PLAN)
+            if part.span[0] < part.span[1]:
                 prefetch(records.ptr + page.to(tl.int64) * pages.stride_page, LAYOUT.page_bytes, "L2", PLAN.ptx)
-            planes, q_factor = rotate_query(loaded, LAYOUT, PLAN)
+            planes, q_factor = rotate_query(loaded, matrix, LAYOUT, PLAN)
             q_factor = q_factor * masking.scores.scale
             sink = sink_of(sink_len, part.row, part.row >= 0)
             seen = (part.start - sink, part.seq_len - sink)

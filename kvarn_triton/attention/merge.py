@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_wait
 from .. import configs, gpu
 from ..launch import as_rows, on
 from ..tile.arithmetic import LOG2E, hadamard, scaled
-from .schedule import Tiles, Units, Work, piece_of_unit, plan, row_units, start_of_row
+from .schedule import Tiles, Units, Work, piece_of_unit, plan, rounded_up, row_units, start_of_row
 from .softmax import with_sink
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -120,8 +120,7 @@ def _kvarn_merge_splits_kernel(
     row_start = start_of_row(rows, row, num_tiles, split, UNITS)
     _, _, _, counts = row_units(rows, row, row >= 0, UNITS)
     units = counts[0] + counts[1] + counts[2]
-    align = tl.maximum(split, 1)
-    first_unit = row_start + tile * (tl.cdiv(units, align) * align)
+    first_unit = row_start + tile * rounded_up(units, split)
     first_piece = piece_of_unit(first_unit, size, longer)
     last_piece = piece_of_unit(first_unit + units - 1, size, longer)
     num_parts = tl.where(units > 0, last_piece - first_piece + 1, 0)
