@@ -10,7 +10,7 @@ import triton.language as tl
 
 from . import gpu
 from .checks import require
-from .layout import PageLayout, fields_per_byte, num_high_bits
+from .layout import PageLayout, fields_per_byte, num_high_bits, split_bits
 from .reference.arithmetic import BLOCK_TOKENS, block_channels
 from .tables import DecodeConfig, DecodeTable, PrefillConfig, builtin_table
 from .tile.dequantize import STORE_RUN
@@ -80,7 +80,7 @@ def _decode_config(
     if dtype == torch.float32:
         # Products of float32 run on the scalar units, and a step of more tokens would spill their operands.
         return DecodeConfig(4, num_stages=1, block_t=32, block_d=64, programs_per_sm=2, few_programs_per_sm=2)
-    config = (builtin_table(arch) if table is None else table).find(layout.raw_head_dim)
+    config = (builtin_table(arch) if table is None else table).find(layout.raw_head_dim, split_bits(layout))
     num_stages, programs = config.num_stages, config.programs_per_sm
     while num_stages > 2 and programs * _shared_bytes(layout, num_stages) > available:
         num_stages -= 1
