@@ -1,4 +1,4 @@
-"""The line of units and its pieces: what kernels compute of it, against sums in plain Python, for batches around a block of rows."""
+"""How kernels cut the work of a batch, against sums in plain Python, for batches around a block of rows."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ PAGE = 64
 
 @triton.jit(do_not_specialize=["sink_len", "num_rows", "num_tiles", "num_programs", "few_programs", "split_size", "count"])
 def _schedule_kernel(
-    plan_ptr, found_ptr, pieces_ptr, seq_lens_ptr, units_ptr, sink_len, windows, num_rows, num_tiles, num_programs, few_programs,
-    split_size, count, UNITS: tl.constexpr,
+    plan_ptr, found_ptr, pieces_ptr, seq_lens_ptr, units_ptr, sink_len, windows, num_rows, num_tiles, num_programs,
+    few_programs, split_size, count, UNITS: tl.constexpr,
 ):  # fmt: skip
     rows = (seq_lens_ptr, None, sink_len, windows)
     pieces, size, longer, split = plan(rows, num_rows, num_tiles, num_programs, few_programs, split_size, UNITS)
