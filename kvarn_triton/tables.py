@@ -13,11 +13,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import triton
+
 from . import gpu
 from .checks import check_choice, check_count, require
 
 TABLE_VERSION = 2
 _BUILTIN = Path(__file__).with_name("decode_tables.json")
+_SPLIT_ENTRIES = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+"""Whether the package's own entries with `split_bits` count: Triton 3.9 spills registers with them only."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +231,9 @@ def builtin_table(arch: str | None) -> DecodeTable:
     if arch is None:
         return DecodeTable("cpu", (Entry(512, DecodeConfig(programs_per_sm=1, few_programs_per_sm=1), "interpreter"),))
     tables = {table.arch: table for table in _read(json.loads(_BUILTIN.read_text()), _BUILTIN)}
+    if not _SPLIT_ENTRIES:
+        plain = {arch: tuple(entry for entry in table.entries if not entry.split_bits) for arch, table in tables.items()}
+        tables = {arch: DecodeTable(arch, entries) for arch, entries in plain.items()}
     if arch in tables:
         return tables[arch]
     family = [known for known in tables if known.startswith(arch[:2])]
