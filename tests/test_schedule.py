@@ -1,4 +1,4 @@
-"""How kernels cut the work of a batch, against sums in plain Python, for batches around a block of rows."""
+"""How kernels cut the work of a batch, against sums in plain Python, for batches around a block of rows; sizes of merges."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from helpers import check
 
+from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, configs
 from kvarn_triton.attention.schedule import (
     FEW_ROWS,
     LEAST_UNITS,
@@ -22,6 +24,8 @@ from kvarn_triton.attention.schedule import (
     start_of_row,
 )
 from kvarn_triton.masking import Windows
+from kvarn_triton.tables import Entry
+from kvarn_triton.testing import cache_case
 
 PAGE = 64
 
@@ -96,3 +100,31 @@ def test_pieces(batch, num_tiles, programs, few, split_size, device):
     lens = {end - start for start, end, *_ in ends}
     assert max(lens) - min(lens) <= 1 if split == 0 else lens == {split}
     assert all((first, last) == (piece, piece) for piece, (start, end, first, last) in enumerate(ends) if start < end)
+
+
+@pytest.mark.parametrize(
+    ("programs", "heads", "channels", "block"),
+    [
+        *((64, 8, 128, 8), (65, 8, 128, 32), (256, 8, 128, 32), (264, 8, 128, 128), (1024, 8, 128, 128), (1056, 8, 128, 256)),
+        *(
+            (1056, 8, 256, 128),
+            (1056, 64, 128, 32),
+            (1056, 1024, 128, 8),
+            (9999, 1, 64, 256),
+            (9999, 1, 512, 128),
+            (0, 0, 64, 8),
+        ),
+    ],
+)
+def test_size_of_merges(programs, heads, channels, block):
+    """As many as a head has programs, two more where those may end inside of it; in the invariant mode always 32."""
+    assert configs.merge_block(programs, heads, channels) == block
+    assert configs.merge_block(programs, heads, channels, 3) == 32
+
+
+@pytest.mark.parametrize("block", configs.MERGE_BLOCKS)
+def test_merges(block, device, monkeypatch):
+    """However many partial results are looked at together: 37 of them take five times to once."""
+    monkeypatch.setattr(configs, "merge_block", lambda *numbers: block)
+    case = cache_case(PageLayout(64, 64, 4, 2), [36 * 64 + 5, 700], group=2, num_kv_heads=1, num_tail_slots=1, device=device)
+    check(case, table=DecodeTable("test", (Entry(64, DecodeConfig(programs_per_sm=40, few_programs_per_sm=40), "test"),)))

@@ -150,13 +150,13 @@ def _kvarn_decode_attention_kernel(
         while unit < end:
             part = _find_part(rows, unit, end, piece, batch, num_tiles, split, LAYOUT, PLAN)
             records = records_of(pages, part.head, table_ptr, indptr_ptr, part.row, stride_table)
+            page = tl.zeros((), tl.int32)
+            if part.span[0] < part.span[1]:
+                page = load_page_id(records.ids_ptr, part.span[0], part.span[1], PLAN.ptx)
             q_row_ptr = q.ptr + part.row.to(tl.int64) * q.stride_token
             q_row_ptr += (part.head * PLAN.group + part.first_head).to(tl.int64) * q.stride_head
             num_heads = tl.minimum(PLAN.group - part.first_head, PLAN.tile)
             loaded = load_query(q_row_ptr, q.stride_head, num_heads, LAYOUT, PLAN)
-            page = tl.zeros((), tl.int32)
-            if part.span[0] < part.span[1]:
-                page = load_page_id(records.ids_ptr, part.span[0], part.span[1], PLAN.ptx)
             matrix = rotation_matrix(part.row, LAYOUT, PLAN)
             if part.span[0] < part.span[1]:
                 prefetch(records.ptr + page.to(tl.int64) * pages.stride_page, LAYOUT.page_bytes, "L2", PLAN.ptx)

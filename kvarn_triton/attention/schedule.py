@@ -167,7 +167,9 @@ def plan(rows, batch, num_kv_heads, num_programs, few_programs, split_size, UNIT
                 if aligned <= candidate * pieces:
                     split = candidate
                     total = aligned
-    size = quotient(total, pieces)
+    size = total * 0
+    if total >= pieces:
+        size = quotient(total, pieces)
     longer = total - size * pieces
     if split > 0:
         pieces = quotient(total, split)
