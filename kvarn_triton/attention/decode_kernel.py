@@ -167,15 +167,17 @@ def _kvarn_decode_attention_kernel(
             state = new_state(PLAN.block_n, PLAN.channels)
             state = attend_pages_once(state, planes, q_factor, masking, records, page, part.span, seen, LAYOUT, PLAN)
             if raw is not None:
-                state = attend_raw_once(
-                    state, planes, q_factor, masking, of_head(raw, part.head),
-                    raw_table_ptr + part.row.to(tl.int64) * stride_raw_table,
-                    Runs(
-                        part.runs[0], part.runs[1], part.runs[2], part.runs[3], part.runs[4],
-                        tl.cdiv(sink, LAYOUT.page_size), num_tail_slots,
-                    ),
-                    (first_of_sink(part.start, masking.windows), tl.minimum(part.seq_len, sink)), seen, LAYOUT, PLAN,
-                )  # fmt: skip
+                num_runs = part.runs[1] + part.runs[3]
+                if num_runs > 0:
+                    state = attend_raw_once(
+                        state, planes, q_factor, masking, of_head(raw, part.head),
+                        raw_table_ptr + part.row.to(tl.int64) * stride_raw_table,
+                        Runs(
+                            part.runs[0], part.runs[1], part.runs[2], part.runs[3], part.runs[4],
+                            tl.cdiv(sink, LAYOUT.page_size), num_tail_slots,
+                        ),
+                        (first_of_sink(part.start, masking.windows), tl.minimum(part.seq_len, sink)), seen, LAYOUT, PLAN,
+                    )  # fmt: skip
             _store_partial(partial_ptr, partial_lse_ptr, part.number, state, LAYOUT, PLAN)
             unit = part.next_unit
 
