@@ -150,9 +150,9 @@ def _kvarn_decode_attention_kernel(
         while unit < end:
             part = _find_part(rows, unit, end, piece, batch, num_tiles, split, LAYOUT, PLAN)
             records = records_of(pages, part.head, table_ptr, indptr_ptr, part.row, stride_table)
-            page = tl.zeros((), tl.int32)
-            if part.span[0] < part.span[1]:
-                page = load_page_id(records.ids_ptr, part.span[0], part.span[1], PLAN.ptx)
+            # Not in a branch, at whose end the compiler would wait for it.
+            last_page = tl.where(part.span[0] < part.span[1], part.span[1], 0)
+            page = load_page_id(records.ids_ptr, part.span[0], last_page, PLAN.ptx)
             q_row_ptr = q.ptr + part.row.to(tl.int64) * q.stride_token
             q_row_ptr += (part.head * PLAN.group + part.first_head).to(tl.int64) * q.stride_head
             num_heads = tl.minimum(PLAN.group - part.first_head, PLAN.tile)
