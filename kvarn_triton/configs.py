@@ -10,7 +10,7 @@ import triton.language as tl
 
 from . import gpu
 from .checks import require
-from .layout import PageLayout, fields_per_byte, num_high_bits
+from .layout import PageLayout, fields_per_byte, num_high_bits, split_bits
 from .reference.arithmetic import BLOCK_TOKENS, block_channels
 from .tables import DecodeConfig, DecodeTable, PrefillConfig, builtin_table
 from .tile.dequantize import STORE_RUN
@@ -80,7 +80,7 @@ def _decode_config(
     if dtype == torch.float32:
         # Products of float32 run on the scalar units, and a step of more tokens would spill their operands.
         return DecodeConfig(4, num_stages=1, block_t=32, block_d=64, programs_per_sm=2, few_programs_per_sm=2)
-    config = (builtin_table(arch) if table is None else table).find(layout.raw_head_dim)
+    config = (builtin_table(arch) if table is None else table).find(layout.raw_head_dim, split_bits(layout))
     num_stages, programs = config.num_stages, config.programs_per_sm
     while num_stages > 2 and programs * _shared_bytes(layout, num_stages) > available:
         num_stages -= 1
@@ -296,20 +296,24 @@ def head_tiles(num_q_heads: int, num_kv_heads: int) -> tuple[int, int]:
     return -(-group // max(tiles, 1)), num_kv_heads * tiles
 
 
-MERGE_BLOCKS = (8, 32, 128)
-"""Partial results that a merging program may look at together."""
-
+MERGE_BLOCKS = (8, 32, 128, 256)
+"""Partial results that a merging program may look at together; 256 where registers hold them, up to 128 channels."""
 
 INVARIANT_MERGE_BLOCK = MERGE_BLOCKS[1]
 """The same in the batch-invariant mode, where the order of sums may follow from nothing outside of a sequence."""
 
 
-def merge_block(num_programs: int, num_heads: int, split_size: int = 0) -> int:
-    """Return how many partial results of a head are looked at together, if `num_programs` programs attend to `num_heads`."""
+def merge_block(num_programs: int, num_heads: int, block_d: int, split_size: int = 0) -> int:
+    """Return how many partial results of a head are looked at together, if `num_programs` programs attend to `num_heads`.
+
+    Where programs are a multiple of heads, as a rule each has one unit of work, or pieces end where heads do. A head whose
+    pieces don't has up to two results more.
+    """
     if split_size:
         return INVARIANT_MERGE_BLOCK
-    expected = num_programs // max(num_heads, 1) + 2
-    return next((block for block in MERGE_BLOCKS if block >= expected), MERGE_BLOCKS[-1])
+    expected, rest = divmod(num_programs, max(num_heads, 1))
+    blocks = MERGE_BLOCKS if block_d <= 128 else MERGE_BLOCKS[:-1]
+    return next((block for block in blocks if block >= expected + 2 * (rest > 0)), blocks[-1])
 
 
 def merge_warps(block_s: int, block_d: int) -> int:

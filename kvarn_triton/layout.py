@@ -45,6 +45,11 @@ def fields_per_byte(bits: int) -> int:
     return 8 // (bits - num_high_bits(bits))
 
 
+def split_bits(layout: PageLayout) -> int:
+    """Return the larger width of codes whose high bits are elsewhere, 0 if neither keys nor values have such."""
+    return max([bits for bits in (layout.k_bits, layout.v_bits) if num_high_bits(bits)] or [0])
+
+
 @dataclass(frozen=True)
 class PageLayout:
     """Sizes and byte offsets of one quantized page of one kv head.

@@ -23,7 +23,7 @@ import torch
 from .attention import decode, prefill, states
 from .checks import require
 from .encoder import Encoder
-from .layout import PageLayout
+from .layout import PageLayout, split_bits
 from .pages import append, commit, cut, dequantize, rotation, store
 from .serving import attention, move, plan, read, write
 from .step import Step, StepInputs, inputs_of  # noqa: F401, a text below names it
@@ -40,14 +40,14 @@ _encoder = functools.lru_cache(Encoder)
 _config = functools.lru_cache(PrefillConfig.of_numbers)
 
 
-def _row(table: DecodeTable, head_dim: int) -> list[int]:
-    """Return the launch parameters that a table has for a head_dim, in the order of `DecodeConfig`."""
-    return table.find(head_dim).numbers()
+def _row(table: DecodeTable, layout: PageLayout) -> list[int]:
+    """Return the launch parameters that a table has for a layout, in the order of `DecodeConfig`."""
+    return table.find(layout.raw_head_dim, split_bits(layout)).numbers()
 
 
 @functools.lru_cache
 def _table(row: tuple[int, ...]) -> DecodeTable:
-    """Return a table that has a row made by `_row` for every head_dim."""
+    """Return a table that has a row made by `_row` for every layout."""
     return DecodeTable("given", (Entry(0, DecodeConfig.of_numbers(row), "given"),))
 
 
@@ -82,7 +82,7 @@ _FORMS = {
     ),
     "table": _Form(
         "int[]? table",
-        "table if table is None else _row(table, layout.raw_head_dim)",
+        "table if table is None else _row(table, layout)",
         "table if table is None else _table(tuple(table))",
     ),
     "config": _Form("int[]? config", "config and config.numbers()", "config and _config(tuple(config))"),
@@ -267,7 +267,7 @@ def _operator(
 
     apart = ", ".join(form.apart for form in forms)
     if "step" in parameters:
-        apart = apart.replace("_row(table, layout.", "_row(table, step.layout.")
+        apart = apart.replace("_row(table, layout)", "_row(table, step.layout)")
     call = f"_OPS.{name}.default({apart})"
     if into:
         options = _keywords([x for x in _RESULTS if x in parameters])

@@ -13,11 +13,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import triton
+
 from . import gpu
 from .checks import check_choice, check_count, require
 
 TABLE_VERSION = 2
 _BUILTIN = Path(__file__).with_name("decode_tables.json")
+_SPLIT_ENTRIES = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+"""Whether the package's own entries with `split_bits` count: Triton 3.9 spills registers with them only."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +133,16 @@ class PrefillConfig:
 
 @dataclass(frozen=True)
 class Entry:
-    """Launch parameters for a head_dim, and where they are from."""
+    """Launch parameters for a head_dim, and where they are from.
+
+    With `split_bits` they are for layouts of that head_dim whose codes have high bits elsewhere (`layout.split_bits`), and no
+    more bits than that; the others are for all widths.
+    """
 
     head_dim: int
     config: DecodeConfig
     source: str
+    split_bits: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,14 +152,21 @@ class DecodeTable:
     arch: str
     entries: tuple[Entry, ...]
 
-    def find(self, head_dim: int) -> DecodeConfig:
-        """Return the parameters of the nearest head_dim that isn't smaller, else of the largest."""
+    def find(self, head_dim: int, split_bits: int = 0) -> DecodeConfig:
+        """Return the parameters of the nearest head_dim that isn't smaller, else of the largest: those for a layout's
+        `split_bits`, if there are such.
+        """
         if not self.entries:
             return DecodeConfig()
         # Plain lists, which torch.compile can trace.
-        head_dims = [entry.head_dim for entry in self.entries]
+        head_dims = [0 if entry.split_bits else entry.head_dim for entry in self.entries]
         nearest = min([size for size in head_dims if size >= head_dim] or [max(head_dims)])
-        return self.entries[head_dims.index(nearest)].config
+        found = self.entries[head_dims.index(nearest)]
+        for entry in self.entries:
+            closer = found.split_bits == 0 or entry.split_bits < found.split_bits
+            if entry.head_dim == nearest and 0 < split_bits <= entry.split_bits and closer:
+                found = entry
+        return found.config
 
 
 def _read(data: object, path: Path) -> list[DecodeTable]:
@@ -162,7 +178,7 @@ def _read(data: object, path: Path) -> list[DecodeTable]:
         for row in rows:
             try:
                 config = DecodeConfig(**row["config"])
-                entries.append(Entry(row["head_dim"], config, row["source"]))
+                entries.append(Entry(row["head_dim"], config, row["source"], row.get("split_bits", 0)))
             except (KeyError, TypeError) as error:
                 raise ValueError(f"path: expected entries of DecodeConfig, got {row!r} in {path.name}") from error
         tables.append(DecodeTable(arch, tuple(entries)))
@@ -189,6 +205,11 @@ def load_table(path: str | Path, arch: str | None = None) -> DecodeTable:
     return found[0]
 
 
+def _row_of(entry: Entry) -> dict[str, object]:
+    widths = {"split_bits": entry.split_bits} if entry.split_bits else {}
+    return {"head_dim": entry.head_dim, **widths, "source": entry.source, "config": dataclasses.asdict(entry.config)}
+
+
 def save_table(path: str | Path, *tables: DecodeTable) -> None:
     """Write tables to a file; those of other architectures that the file holds stay."""
     path = Path(path)
@@ -196,10 +217,7 @@ def save_table(path: str | Path, *tables: DecodeTable) -> None:
     merged = {table.arch: table for table in (*kept, *tables)}
     data = {
         "version": TABLE_VERSION,
-        "tables": {
-            arch: [{"head_dim": e.head_dim, "source": e.source, "config": dataclasses.asdict(e.config)} for e in table.entries]
-            for arch, table in sorted(merged.items())
-        },
+        "tables": {arch: [_row_of(entry) for entry in table.entries] for arch, table in sorted(merged.items())},
     }
     path.write_text(json.dumps(data, indent=1) + "\n")
 
@@ -213,6 +231,9 @@ def builtin_table(arch: str | None) -> DecodeTable:
     if arch is None:
         return DecodeTable("cpu", (Entry(512, DecodeConfig(programs_per_sm=1, few_programs_per_sm=1), "interpreter"),))
     tables = {table.arch: table for table in _read(json.loads(_BUILTIN.read_text()), _BUILTIN)}
+    if not _SPLIT_ENTRIES:
+        plain = {arch: tuple(entry for entry in table.entries if not entry.split_bits) for arch, table in tables.items()}
+        tables = {arch: DecodeTable(arch, entries) for arch, entries in plain.items()}
     if arch in tables:
         return tables[arch]
     family = [known for known in tables if known.startswith(arch[:2])]

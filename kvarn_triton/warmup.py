@@ -238,11 +238,8 @@ def _warm_decode(model: _Model, pages: torch.Tensor, raw_pages: torch.Tensor, op
     num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)[1]
     batches: dict[int, int] = {}
     for batch in (2**i for i in range(programs.bit_length() + 1)):
-        batches.setdefault(configs.merge_block(programs, batch * num_tiles), batch)
-    calls: list[tuple[int, int | None]] = [(batch, None) for batch in batches.values()]
-    if configs.INVARIANT_MERGE_BLOCK not in batches:
-        calls.append((1, 1))
-    for batch, split_size in calls:
+        batches.setdefault(configs.merge_block(programs, batch * num_tiles, configs.padded(layout.v_head_dim)), batch)
+    for batch in batches.values():
         q = torch.zeros(batch, num_q_heads, layout.head_dim, dtype=dtype, device=device)
         columns = torch.zeros(batch, -(-programs // (batch * num_tiles)), dtype=torch.int32, device=device)
         lens = torch.zeros(batch, dtype=torch.int32, device=device)

@@ -145,9 +145,11 @@ def test_options_reach_the_launcher(device, monkeypatch):
 
 @pytest.mark.parametrize("config", [DecodeConfig(1, 2, 64, 32, 8, 4, 128, True), DecodeConfig(2, 3, 32, 64, 6, 5)])
 def test_rows_of_tables(config):
-    """Launch parameters survive the way through an operator's schema."""
-    row = ops._row(DecodeTable("any", (Entry(128, config, "measured"),)), 64)
-    assert ops._table(tuple(row)).find(64) == config
+    """Launch parameters survive the way through an operator's schema, those of split codes too."""
+    known = DecodeTable("any", (Entry(128, config, "measured"), Entry(128, DecodeConfig(8), "measured", 6)))
+    for layout, wanted in ((LAYOUT, config), (PageLayout(64, 64, 4, 6), DecodeConfig(8))):
+        table = ops._table(tuple(ops._row(known, layout)))
+        assert table.find(64) == table.find(64, 6) == wanted
 
 
 @pytest.mark.parametrize("config", [PrefillConfig(64, 4, 32, 16), PrefillConfig(16, 2, 64, 32, 3, 5, 128, "registers")])

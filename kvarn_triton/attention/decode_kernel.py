@@ -22,8 +22,8 @@ from ..layout import PageLayout, fields_per_byte
 from ..masking import Mask, first_of_sink
 from ..paging import load_page_id, prefetch, sink_of
 from .pages import attend_pages_once, records_of
-from .query import load_query, rotate_query
-from .schedule import Units, Work, find_row, plan, row_units, start_of_piece
+from .query import load_query, rotate_query, rotation_matrix
+from .schedule import Units, Work, find_row, plan, quotient, rounded_up, row_units, start_of_piece
 from .softmax import log_sum_exp, new_state
 from .tokens import Runs, attend_raw_once, of_head
 
@@ -75,10 +75,9 @@ def _find_part(
     seq_len, start, begins, counts = row_units(rows, row, row < batch, UNITS)
     num_sinks, num_paged, num_tails = counts
     units_of_row = num_sinks + num_paged + num_tails
-    align = tl.maximum(split, 1)
-    aligned_units = tl.cdiv(units_of_row, align) * align
-    tile = (unit - row_start) // aligned_units
-    first = (unit - row_start) % aligned_units
+    aligned_units = rounded_up(units_of_row, split)
+    tile = quotient(unit - row_start, aligned_units)
+    first = unit - row_start - tile * aligned_units
     last = tl.minimum(first + end - unit, units_of_row)
     first_page = begins[1] + tl.maximum(first - num_sinks, 0)
     last_page = begins[1] + tl.minimum(last - num_sinks, num_paged)
@@ -151,30 +150,34 @@ def _kvarn_decode_attention_kernel(
         while unit < end:
             part = _find_part(rows, unit, end, piece, batch, num_tiles, split, LAYOUT, PLAN)
             records = records_of(pages, part.head, table_ptr, indptr_ptr, part.row, stride_table)
+            # Not in a branch, at whose end the compiler would wait for it.
+            last_page = tl.where(part.span[0] < part.span[1], part.span[1], 0)
+            page = load_page_id(records.ids_ptr, part.span[0], last_page, PLAN.ptx)
             q_row_ptr = q.ptr + part.row.to(tl.int64) * q.stride_token
             q_row_ptr += (part.head * PLAN.group + part.first_head).to(tl.int64) * q.stride_head
             num_heads = tl.minimum(PLAN.group - part.first_head, PLAN.tile)
             loaded = load_query(q_row_ptr, q.stride_head, num_heads, LAYOUT, PLAN)
-            page = tl.zeros((), tl.int32)
+            matrix = rotation_matrix(part.row, LAYOUT, PLAN)
             if part.span[0] < part.span[1]:
-                page = load_page_id(records.ids_ptr, part.span[0], part.span[1], PLAN.ptx)
                 prefetch(records.ptr + page.to(tl.int64) * pages.stride_page, LAYOUT.page_bytes, "L2", PLAN.ptx)
-            planes, q_factor = rotate_query(loaded, LAYOUT, PLAN)
+            planes, q_factor = rotate_query(loaded, matrix, LAYOUT, PLAN)
             q_factor = q_factor * masking.scores.scale
             sink = sink_of(sink_len, part.row, part.row >= 0)
             seen = (part.start - sink, part.seq_len - sink)
             state = new_state(PLAN.block_n, PLAN.channels)
             state = attend_pages_once(state, planes, q_factor, masking, records, page, part.span, seen, LAYOUT, PLAN)
             if raw is not None:
-                state = attend_raw_once(
-                    state, planes, q_factor, masking, of_head(raw, part.head),
-                    raw_table_ptr + part.row.to(tl.int64) * stride_raw_table,
-                    Runs(
-                        part.runs[0], part.runs[1], part.runs[2], part.runs[3], part.runs[4],
-                        tl.cdiv(sink, LAYOUT.page_size), num_tail_slots,
-                    ),
-                    (first_of_sink(part.start, masking.windows), tl.minimum(part.seq_len, sink)), seen, LAYOUT, PLAN,
-                )  # fmt: skip
+                num_runs = part.runs[1] + part.runs[3]
+                if num_runs > 0:
+                    state = attend_raw_once(
+                        state, planes, q_factor, masking, of_head(raw, part.head),
+                        raw_table_ptr + part.row.to(tl.int64) * stride_raw_table,
+                        Runs(
+                            part.runs[0], part.runs[1], part.runs[2], part.runs[3], part.runs[4],
+                            tl.cdiv(sink, LAYOUT.page_size), num_tail_slots,
+                        ),
+                        (first_of_sink(part.start, masking.windows), tl.minimum(part.seq_len, sink)), seen, LAYOUT, PLAN,
+                    )  # fmt: skip
             _store_partial(partial_ptr, partial_lse_ptr, part.number, state, LAYOUT, PLAN)
             unit = part.next_unit
 

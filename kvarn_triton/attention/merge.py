@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_wait
 from .. import configs, gpu
 from ..launch import as_rows, on
 from ..tile.arithmetic import LOG2E, hadamard, scaled
-from .schedule import Tiles, Units, Work, piece_of_unit, plan, row_units, start_of_row
+from .schedule import Tiles, Units, Work, piece_of_unit, plan, rounded_up, row_units, start_of_row
 from .softmax import with_sink
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -57,15 +57,19 @@ def merged(partial_ptr, partial_lse_ptr, count, stride, PLAN: tl.constexpr):
     m_i = tl.full((1,), float("-inf"), tl.float32)
     l_i = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, BLOCK_D), tl.float32)
+    row = tl.arange(0, PLAN.block_s)
+    place = row.to(tl.int64) * stride
     for start in range(0, count, PLAN.block_s):
-        part = start + tl.arange(0, PLAN.block_s)
-        mask = part < count
-        place = part.to(tl.int64) * stride
-        lse = tl.load(partial_lse_ptr + place, mask, other=float("-inf"))
+        mask = row < count - start
+        base = (tl.zeros((), tl.int64) + start) * stride
+        lse = tl.load(partial_lse_ptr + base + place, mask, other=float("-inf"))
         some = mask
         if PLAN.empty:
             some = lse > float("-inf")
-        partial = tl.load(partial_ptr + place[:, None] * PLAN.v_head_dim + offs_d, some[:, None] & mask_d, other=0.0)
+        some = some[:, None]
+        if PLAN.v_head_dim < BLOCK_D:
+            some &= mask_d
+        partial = tl.load(partial_ptr + base * PLAN.v_head_dim + (place[:, None] * PLAN.v_head_dim + offs_d), some, other=0.0)
         m_new = tl.maximum(m_i, tl.max(lse, axis=0))
         origin = m_new
         if PLAN.empty:
@@ -120,15 +124,15 @@ def _kvarn_merge_splits_kernel(
     row_start = start_of_row(rows, row, num_tiles, split, UNITS)
     _, _, _, counts = row_units(rows, row, row >= 0, UNITS)
     units = counts[0] + counts[1] + counts[2]
-    align = tl.maximum(split, 1)
-    first_unit = row_start + tile * (tl.cdiv(units, align) * align)
+    first_unit = row_start + tile * rounded_up(units, split)
     first_piece = piece_of_unit(first_unit, size, longer)
     last_piece = piece_of_unit(first_unit + units - 1, size, longer)
     num_parts = tl.where(units > 0, last_piece - first_piece + 1, 0)
     place = (row * num_tiles + tile + first_piece).to(tl.int64) * TILE + q_head % GROUP % TILE
     if sinks_ptr is not None:
         logit = tl.load(sinks_ptr + q_head + tl.arange(0, 1)) * LOG2E
-    if PLAN.early:
+    # The number is never negative: it is asked for so that the compiler leaves nothing of the plan for after the wait.
+    if PLAN.early and num_parts > -1000:
         gdc_wait()
     result, lse = merged(partial_ptr + place * PLAN.v_head_dim, partial_lse_ptr + place, num_parts, TILE, PLAN)
     if sinks_ptr is not None:
@@ -153,7 +157,7 @@ def launch_merge_splits(
     batch, num_q_heads, v_head_dim = out.shape
     cache = work.cache
     tile, num_tiles = configs.head_tiles(num_q_heads, cache.num_kv_heads)
-    block_s = configs.merge_block(work.num_programs, batch * num_tiles, work.split_size)
+    block_s = configs.merge_block(work.num_programs, batch * num_tiles, configs.padded(v_head_dim), work.split_size)
     heads = num_q_heads // cache.num_kv_heads, tile
     plan, num_warps = _plan_merge(v_head_dim, cache.layout.v_block_size, block_s, early, False, heads, work.units)
     on(out, _kvarn_merge_splits_kernel)[(num_q_heads * batch,)](
@@ -172,7 +176,7 @@ def launch_merge_splits(
         work.split_size,
         PLAN=plan,
         num_warps=num_warps,
-        enable_fp_fusion=False,
+        enable_fp_fusion=work.split_size == 0,
         **({"launch_pdl": True} if early else {}),
     )
 

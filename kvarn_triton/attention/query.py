@@ -44,9 +44,13 @@ def _hadamard_matrix(row, column, BLOCK: tl.constexpr, dtype: tl.constexpr):
     """Return entries of the unnormalized Hadamard matrix, block-diagonal in BLOCK channels.
 
     An entry is negative where the number of bits that row and column have in common is odd. 0x6996 has the parity of four bits
-    at their place; BLOCK is at most 256, so that the bits are two times four.
+    at their place; BLOCK is at most 256, so that the bits are two times four. The parity of five bits, counted from the left,
+    is in 0x69969669: shifted, it is the sign of a float32.
     """
     common = row & column & (BLOCK - 1)
+    if BLOCK <= 32 and row.shape[0] == BLOCK and column.shape[1] == BLOCK:
+        sign = (tl.full((), 0x69969669, tl.uint32) << common.to(tl.uint32)) & 0x80000000
+        return (sign | 0x3F800000).to(tl.float32, bitcast=True).to(dtype)
     odd = (0x6996 >> ((common ^ (common >> 4)) & 15)) & 1
     return tl.where(row // BLOCK == column // BLOCK, tl.where(odd == 1, -1.0, 1.0), 0.0).to(dtype)
 
@@ -82,7 +86,17 @@ def load_query(q_ptr, stride_q_head, num_heads, LAYOUT: tl.constexpr, PLAN: tl.c
 
 
 @triton.jit
-def rotate_query(loaded, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+def rotation_matrix(late, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+    """Return the matrix of `rotate_query`, which is made where this stands: not before `late`, some integer, is known."""
+    SIZE: tl.constexpr = LAYOUT.block_size // PLAN.k_fields
+    byte = tl.arange(0, 4 * OPERAND_RUN)
+    if PLAN.ptx:
+        byte += tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [late], tl.int32, is_pure=True, pack=1)
+    return _hadamard_matrix(byte[:, None], spread_columns(byte)[None, :], min(SIZE, 4 * OPERAND_RUN), PLAN.query_operand)
+
+
+@triton.jit
+def rotate_query(loaded, matrix, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
     """Rotate what `load_query` loaded.
 
     Returns planes float32 [block_n, block_k] and a factor of their scores [block_n]. Each head is scaled so that its largest
@@ -95,8 +109,6 @@ def rotate_query(loaded, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
     SIZE: tl.constexpr = LAYOUT.block_size // FIELDS
     GROUPS: tl.constexpr = BLOCK_K // (4 * OPERAND_RUN)
     LEVELS: tl.constexpr = 2**LAYOUT.k_bits - 1
-    byte = tl.arange(0, 4 * OPERAND_RUN)
-    matrix = _hadamard_matrix(byte[:, None], spread_columns(byte)[None, :], min(SIZE, 4 * OPERAND_RUN), OPERAND)
     planes = ()
     for f in tl.static_range(FIELDS):
         product = tl.dot(loaded[f].to(OPERAND), matrix, input_precision="ieee")

@@ -34,6 +34,8 @@ from ..paging import sink_of
 
 ROWS_AT_ONCE = tl.constexpr(128)
 """Sequences whose lengths are looked at together."""
+FEW_ROWS = tl.constexpr(32)
+"""The same where there are no more: one for each thread of a warp."""
 LEAST_UNITS = tl.constexpr(5)
 """Units of a piece below which `few_programs` do the work."""
 RAW_UNIT = tl.constexpr(32)
@@ -116,21 +118,36 @@ def row_units(rows, row, mask, UNITS: tl.constexpr):
 
 
 @triton.jit
-def _units_of_block(rows, first_row, batch, split_size, UNITS: tl.constexpr):
-    """Return the units of one head of ROWS_AT_ONCE rows, rounded up to whole pieces in the invariant mode."""
-    row = first_row + tl.arange(0, ROWS_AT_ONCE)
-    _, _, _, counts = row_units(rows, row, row < batch, UNITS)
+def quotient(a, b):
+    """Return a // b of two numbers that are not negative, without the instructions that signs take."""
+    return (a.to(tl.uint32) // b.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def rounded_up(units, split_size):
+    """Return units rounded up to whole pieces of split_size units, if that is not 0."""
     align = tl.maximum(split_size, 1)
-    return tl.cdiv(counts[0] + counts[1] + counts[2], align) * align
+    return quotient(units + (align - 1), align) * align
+
+
+@triton.jit
+def _units_of_block(rows, first_row, batch, split_size, UNITS: tl.constexpr, ROWS: tl.constexpr):
+    """Return the units of one head of ROWS rows, rounded up to whole pieces in the invariant mode."""
+    row = first_row + tl.arange(0, ROWS)
+    _, _, _, counts = row_units(rows, row, row < batch, UNITS)
+    return rounded_up(counts[0] + counts[1] + counts[2], split_size)
 
 
 @triton.jit
 def _total_units(rows, batch, num_kv_heads, split_size, UNITS: tl.constexpr):
     """Return the units of all heads, each rounded up to whole pieces of split_size units if that is not 0."""
     total = 0
-    for first_row in range(0, batch, ROWS_AT_ONCE):
-        total += tl.sum(_units_of_block(rows, first_row, batch, split_size, UNITS), axis=0) * num_kv_heads
-    return total
+    if batch <= FEW_ROWS:
+        total = tl.sum(_units_of_block(rows, 0, batch, split_size, UNITS, FEW_ROWS), axis=0)
+    else:
+        for first_row in range(0, batch, ROWS_AT_ONCE):
+            total += tl.sum(_units_of_block(rows, first_row, batch, split_size, UNITS, ROWS_AT_ONCE), axis=0)
+    return total * num_kv_heads
 
 
 @triton.jit
@@ -142,18 +159,20 @@ def plan(rows, batch, num_kv_heads, num_programs, few_programs, split_size, UNIT
     total = _total_units(rows, batch, num_kv_heads, split_size, UNITS)
     pieces = tl.where(total < LEAST_UNITS * num_programs, few_programs, num_programs)
     split = split_size
-    if (split_size == 0) & (total >= num_programs):
-        least = tl.maximum(tl.cdiv(total, pieces), 1)
+    if (split_size == 0) & (total >= num_programs) & (total > pieces):
+        least = quotient(total + pieces - 1, pieces)
         for candidate in range(least, least + TRIES):
             if split == 0:
                 aligned = _total_units(rows, batch, num_kv_heads, candidate, UNITS)
                 if aligned <= candidate * pieces:
                     split = candidate
                     total = aligned
-    size = total // pieces
+    size = total * 0
+    if total >= pieces:
+        size = quotient(total, pieces)
     longer = total - size * pieces
     if split > 0:
-        pieces = total // split
+        pieces = quotient(total, split)
         size = split
         longer = 0
     return pieces, size, longer, split
@@ -169,7 +188,7 @@ def start_of_piece(piece, size, longer):
 def piece_of_unit(unit, size, longer):
     """Return the piece that a unit belongs to."""
     past = unit - longer * (size + 1)
-    return tl.where(past < 0, unit // (size + 1), longer + past // tl.maximum(size, 1))
+    return tl.where(past < 0, quotient(unit, size + 1), longer + quotient(tl.maximum(past, 0), tl.maximum(size, 1)))
 
 
 @triton.jit
@@ -177,14 +196,21 @@ def find_row(rows, unit, batch, num_kv_heads, split_size, UNITS: tl.constexpr):
     """Return the row that a unit belongs to, and the row's first unit."""
     row = 0
     row_start = 0
-    before = 0
-    for first_row in range(0, batch, ROWS_AT_ONCE):
-        units = _units_of_block(rows, first_row, batch, split_size, UNITS)
-        ends = before + tl.cumsum(units, axis=0) * num_kv_heads
-        passed = (ends <= unit) & (first_row + tl.arange(0, ROWS_AT_ONCE) < batch)
-        row += tl.sum(passed.to(tl.int32), axis=0)
-        row_start = tl.maximum(row_start, tl.max(tl.where(passed, ends, 0), axis=0))
-        before += tl.sum(units, axis=0) * num_kv_heads
+    if batch <= FEW_ROWS:
+        if batch > 1:
+            ends = tl.cumsum(_units_of_block(rows, 0, batch, split_size, UNITS, FEW_ROWS), axis=0) * num_kv_heads
+            passed = (ends <= unit) & (tl.arange(0, FEW_ROWS) < batch)
+            row = tl.sum(passed.to(tl.int32), axis=0)
+            row_start = tl.max(tl.where(passed, ends, 0), axis=0)
+    else:
+        before = 0
+        for first_row in range(0, batch, ROWS_AT_ONCE):
+            units = _units_of_block(rows, first_row, batch, split_size, UNITS, ROWS_AT_ONCE)
+            ends = before + tl.cumsum(units, axis=0) * num_kv_heads
+            passed = (ends <= unit) & (first_row + tl.arange(0, ROWS_AT_ONCE) < batch)
+            row += tl.sum(passed.to(tl.int32), axis=0)
+            row_start = tl.maximum(row_start, tl.max(tl.where(passed, ends, 0), axis=0))
+            before += tl.sum(units, axis=0) * num_kv_heads
     return row, row_start
 
 
@@ -192,8 +218,8 @@ def find_row(rows, unit, batch, num_kv_heads, split_size, UNITS: tl.constexpr):
 def start_of_row(rows, row, num_kv_heads, split_size, UNITS: tl.constexpr):
     """Return the first unit of a row."""
     start = 0
-    for first_row in range(0, row, ROWS_AT_ONCE):
-        start += tl.sum(_units_of_block(rows, first_row, row, split_size, UNITS), axis=0) * num_kv_heads
+    if row > 0:
+        start = _total_units(rows, row, num_kv_heads, split_size, UNITS)
     return start
 
 

@@ -58,7 +58,7 @@ def attend_raw_once(
     LAYOUT: tl.constexpr,
     PLAN: tl.constexpr,
 ):
-    """Advance the state of one query token by runs of PLAN.units.raw_block raw tokens of one kv head.
+    """Advance the state of one query token by runs of PLAN.units.raw_block raw tokens of one kv head, at least one.
 
     Query heads are rows, in two terms each (`operands`). sink_seen and body_seen say from which token on, and up to which,
     those of the sink and of the body are seen, at least one in every run; without a window from the first token on.
@@ -74,9 +74,7 @@ def attend_raw_once(
     count = runs.num_sinks + runs.num_tails
     num_columns = runs.num_sink_pages + runs.num_tail_slots
     start, column = _run(0, runs, G, BLOCK_R)
-    page = tl.zeros((), tl.int32)
-    if count > 0:
-        page = load_page_id(table_ptr, column, num_columns, PLAN.ptx)
+    page = load_page_id(table_ptr, column, num_columns, PLAN.ptx)
     for i in tl.range(0, count, num_stages=PLAN.num_stages):
         in_sink = i < runs.num_sinks
         page_ptr = raw.ptr + page.to(tl.int64) * raw.stride_page
