@@ -52,9 +52,9 @@ that a copy of the bytes takes."""
 INSTRUCTIONS_PER_64_LATENTS = 5300
 """Most warp instructions of the loop over pages of latent attention for 64 tokens: 4 bits, 16 heads, all warps of a program
 together. An H200 has about 6,300 issue slots in the time that it needs to read them."""
-INSTRUCTIONS_PER_64_OF_GROUPS = {False: 4800, True: 5700} if OLDEST else {False: 5400, True: 6200}
-"""The same of the kernel of warp groups, with 16 rows and with 32."""
-SPILLS_OF_GROUPS = 4 if OLDEST else 10
+INSTRUCTIONS_PER_64_OF_GROUPS = 6700 if OLDEST else 7200
+"""The same of the kernel of warp groups, 8 bits too; one that needs little of shared memory, which was what bounded others."""
+SPILLS_OF_GROUPS = 12 if OLDEST else 40
 INSTRUCTIONS_PER_32_LISTED = 5000
 """The same for 32 tokens of a list, each with the scales of its own page."""
 MLA_BUDGET_TARGETS = ("sm90", "sm100")
@@ -144,10 +144,10 @@ def test_compiles(target, parts, tmp_path):
         assert lists["loop_spills"] == 0, lists
     for kernel in kernels:
         if kernel["kernel"] == "_kvarn_mla_hopper_kernel" and "quantized only" in kernel["case"]:
-            # Loops of the warps that compute weights, dequantize, and sum: four, eight and four.
-            first, second, third = kernel["loops"][:3]
+            # Loops of the warps that sum, compute scores (twice, for every second block), multiply queries, and weigh.
+            sums, even, odd, queries, weigh = kernel["loops"][:5]
             assert kernel["loop_spills_of_all"] <= SPILLS_OF_GROUPS, kernel
-            assert 4 * (first + third) + 8 * second <= INSTRUCTIONS_PER_64_OF_GROUPS["128" in kernel["case"].split()], kernel
+            assert 4 * (sums + max(even, odd) + queries + weigh) <= INSTRUCTIONS_PER_64_OF_GROUPS, kernel
 
 
 def check_budgets(part: str, kernels: list[dict]) -> None:

@@ -11,8 +11,8 @@ import torch
 from helpers import DTYPES, LSE_ERROR, ON_GPU, assert_rounded_alike, assert_same_bits, draw, uneven
 
 import kvarn_triton as kvarn
-from kvarn_triton import PUBLISHED, Encoder, MLAConfig, MLALayout, PageLayout, reference
-from kvarn_triton.mla.latents import latents_ptx
+from kvarn_triton import PUBLISHED, Encoder, MLAConfig, MLALayout, PageLayout, gpu, reference
+from kvarn_triton.mla.latents import latents_ptx, pairs_ptx
 from kvarn_triton.mla_layout import MLA_BITS
 from kvarn_triton.testing import relative_error
 from kvarn_triton.testing.latents import latent_attention_in, latent_case
@@ -75,6 +75,7 @@ def test_page_bytes():
         ((16, 64, 4, 0), "num_stages: expected an integer of at least 1, got 0"),
         ((16, 64, 4, 2, 0), "programs_per_sm: expected an integer of at least 1, got 0"),
         ((16, 64, 4, 2, 1, 8), "maxnreg: expected an integer of at least 24, got 8"),
+        ((32, 64, 4, 2, 1, None, True), "block_m: expected 16 with warp_groups, got 32"),
     ],
 )
 def test_unsupported_parameters(arguments, message):
@@ -214,6 +215,13 @@ def run_ptx(asm: str, registers: dict[str, int]) -> dict[str, int]:
             registers[target] = values[0]
         elif name == "and.b32":
             registers[target] = values[0] & values[1]
+        elif name == "shr.u32":
+            registers[target] = values[0] >> values[1]
+        elif name == "lop3.b32":
+            assert values[3] == 0xEA  # a & b | c
+            registers[target] = values[0] & values[1] | values[2]
+        elif name == "add.rn.f16x2":
+            registers[target] = word(halves(values[0]) + halves(values[1]))
         elif name == "prmt.b32":
             found = [x >> 8 * i & 255 for x in values[:2] for i in range(4)]
             registers[target] = sum(found[values[2] >> 4 * i & 7] << 8 * i for i in range(4))
@@ -241,6 +249,27 @@ def test_ptx_of_codes(bits, field):
         codes = numpy.arange(first, first + 4) >> field * bits & 2**bits - 1
         exact = codes * scale[first : first + 4].astype(numpy.float64) + zero[first : first + 4]
         assert (found == exact.astype(numpy.float16)).all(), first
+
+
+@pytest.mark.parametrize("middle", [False, True])
+@pytest.mark.parametrize("byte", [0, 1])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_ptx_of_pairs(bits, byte, middle):
+    """Two pairs of bytes become the codes of one byte of each, less the middle code, or code * scale + zero, rounded once."""
+    ptx, fields = getattr(pairs_ptx, "fn", pairs_ptx)(bits, byte, middle), 8 // bits
+    scale, zero = (draw(2 * fields, seed=seed).half().numpy() for seed in (0, 1))
+    words = [x.view(numpy.uint32).tolist() for x in (scale, zero)]
+    for first in range(256):
+        pairs = (first, 255 - first, first * 7 % 256, first * 13 % 256)
+        given = {f"${fields}": int.from_bytes(pairs, "little")}
+        given |= {f"${fields + 1 + i}": word for i, word in enumerate(words[0] + words[1])} if not middle else {}
+        after = run_ptx(ptx, given)
+        for field in range(fields):
+            found = numpy.array([after[f"${field}"]], dtype=numpy.uint32).view(numpy.float16)
+            codes = numpy.array([pairs[byte], pairs[2 + byte]]) >> field * bits & 2**bits - 1
+            own = slice(2 * field, 2 * field + 2)
+            exact = codes - 2 ** (bits - 1) if middle else codes * scale[own].astype(numpy.float64) + zero[own]
+            assert (found == exact.astype(numpy.float16)).all(), (first, field)
 
 
 # Attention.
@@ -328,6 +357,19 @@ def test_decode_heads(num_heads, device):
 def test_decode_configs(config, device):
     """Other tiles than the default; on a GPU all of them have to fit."""
     check_decode(latent_case(LAYOUTS[2], [130, 77], num_heads=33, sink_len=64, num_tail_slots=1), device, config=config)
+
+
+def test_warp_groups(device):
+    """The kernel of warp groups is a configuration where there are such groups, the default there, and refused elsewhere."""
+    config = MLAConfig(16, 64, 4, warp_groups=True)
+    call = latent_case(LAYOUTS[1], [700, 64, 129], num_heads=40, sink_len=128, num_tail_slots=1)
+    known = gpu.gpu_of(device)
+    if known is not None and known.warp_groups:
+        out = check_decode(call, device, config=config)
+        assert_same_bits(kvarn.mla_decode_attention(**moved(call, device)).cpu(), out)
+        call["indices"] = torch.zeros(3, 4, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"config.warp_groups: expected False but for sm90, without indices, got True"):
+        kvarn.mla_decode_attention(**moved(call, device), config=config)
 
 
 def test_num_splits(device):

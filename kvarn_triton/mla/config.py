@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -21,16 +20,12 @@ class HopperPlan:
     """What the kernel of warp groups is compiled for."""
 
     rows: int  # of a tile
-    registers: int  # of a thread that computes weights
-    producers: int  # warps that dequantize
-    producer_registers: int
-    ring: int  # blocks of codes in shared memory
-    ropes: int  # blocks of rotary channels
-    stages: int = 2  # blocks of latents as operands
+    bits: int
+    ring: int  # blocks in shared memory
 
 
-HOPPER_PLANS = {16: HopperPlan(16, 104, 8, 120, 2, 2), 32: HopperPlan(32, 104, 8, 96, 2, 2)}
-"""By rows of a tile, for 4 bits: latents, queries and what is dequantized fill the shared memory of a multiprocessor."""
+HOPPER_ROWS = 16
+"""Query rows of a tile: with more of them their sums don't fit the registers of a warp group, beside operands."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class MLAConfig:
         programs_per_sm: programs of one multiprocessor, by which the number of splits is chosen.
         maxnreg: most registers of a thread; None leaves it to the compiler. NVIDIA only.
         warp_groups: whether the kernel of warp groups (`hopper`) does it: on compute capability 9.0 alone, and not for lists.
-            `block_m` is 16 or 32 then, and the other parameters of the kernel follow from it.
+            `block_m` is 16 then, and the other parameters but `programs_per_sm` play no part.
     """
 
     block_m: int
@@ -65,8 +60,8 @@ class MLAConfig:
         check_count("programs_per_sm", self.programs_per_sm, 1)
         if self.maxnreg is not None:
             check_count("maxnreg", self.maxnreg, 24)
-        fits = not self.warp_groups or self.block_m in HOPPER_PLANS
-        require(fits, "block_m", f"one of {', '.join(map(str, HOPPER_PLANS))} with warp_groups", self.block_m)
+        fits = not self.warp_groups or self.block_m == HOPPER_ROWS
+        require(fits, "block_m", f"{HOPPER_ROWS} with warp_groups", self.block_m)
 
     def options(self) -> dict[str, int]:
         """Return the launch options that only some GPUs have."""
@@ -86,10 +81,10 @@ class MLAPlan:
     early: bool  # whether the kernel starts before the one that prepares its queries ends
 
 
-def hopper_plan(layout: MLALayout, config: MLAConfig) -> HopperPlan:
-    """Return what the kernel of warp groups is compiled for; codes of 8 bits leave room for one block of them."""
-    plan = HOPPER_PLANS[config.block_m]
-    return plan if layout.bits == 4 else dataclasses.replace(plan, ring=1)
+@functools.lru_cache
+def hopper_plan(layout: MLALayout, has_raw: bool) -> HopperPlan:
+    """Return what the kernel of warp groups is compiled for: as many blocks as fit shared memory, beside one of raw tokens."""
+    return HopperPlan(HOPPER_ROWS, layout.bits, (4 if layout.bits == 4 else 3) - has_raw)
 
 
 @functools.lru_cache
@@ -117,10 +112,12 @@ def _mla_config(bits: int, rows: int, arch: str | None, known: gpu.Gpu | None) -
         return MLAConfig(16 if few else 32, 32, 4)
     if known.program_bytes < 200 * _KIB:
         return MLAConfig(16, 32, 4, programs_per_sm=2) if few else MLAConfig(32, 32, 4)
-    if known.warp_groups:
-        plan = HOPPER_PLANS[16 if few else 32]
-        return MLAConfig(plan.rows, 64, 4, warp_groups=True)
-    return MLAConfig(16, 64 if bits == 4 else 32, 4, programs_per_sm=2) if few else MLAConfig(32, 64, 8)
+    if known.warp_groups and few and bits == 4:
+        return MLAConfig(HOPPER_ROWS, 64, 4, warp_groups=True)
+    if few:
+        return MLAConfig(16, 64 if bits == 4 else 32, 4, programs_per_sm=2)
+    # Products of 64 rows are those of warp groups, which sm90 alone has; as tiles of 16 rows they take longer.
+    return MLAConfig(64 if rows > 32 and arch == "sm90" else 32, 64, 8)
 
 
 @functools.lru_cache

@@ -185,10 +185,10 @@ def _attend(
     partial = torch.empty(num_splits, units * rows, LATENT_DIM, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(num_splits, units * rows, dtype=torch.float32, device=q.device)
     queries = rotate_queries(aligned(q).reshape(-1, num_heads, TOKEN_DIM), sm_scale)
-    if config.warp_groups:
+    if config.warp_groups and len(cache.pages):
         from .hopper import launch_mla_hopper  # Gluon, where it is used
 
-        plan = hopper_plan(cache.layout, config)
+        plan = hopper_plan(cache.layout, cache.raw_pages is not None)
         launch_mla_hopper(partial, partial_lse, queries, cache, (num_queries, num_heads), plan)
     elif indices is None:
         launch_mla_splits(partial, partial_lse, queries, cache, (num_queries, num_heads), config)

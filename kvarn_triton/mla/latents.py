@@ -12,6 +12,13 @@ LATENTS = tl.constexpr(LATENT_DIM)
 
 
 @triton.constexpr_function
+def _less(n):
+    """Return two float16 numbers -n, of an integer of up to 11 bits, in one word."""
+    exponent = n.bit_length() - 1
+    return (0x8000 | (exponent + 15) << 10 | (n << 10 >> exponent) - 1024) * 0x10001
+
+
+@triton.constexpr_function
 def latents_ptx(field, bits):
     """PTX for four bytes and their parameters: codes become float16 numbers 1024 + code * 2**shift, codes, then numbers."""
     shift = field * bits if bits < 8 else 0
@@ -27,6 +34,29 @@ def latents_ptx(field, bits):
         "{ .reg .b32 t, a, b, c, d; " + codes + "prmt.b32 a, t, 0x64646464, 0x4140; prmt.b32 b, t, 0x64646464, 0x4342; " + down
         + "fma.rn.f16x2 $0, a, $3, $5; fma.rn.f16x2 $1, b, $4, $6; }"
     )  # fmt: skip
+
+
+@triton.constexpr_function
+def pairs_ptx(bits, byte, middle):
+    """PTX for two pairs of bytes: the codes of one byte of each pair, by field, two float16 numbers each.
+
+    With `middle` less the middle code, else times scales and plus zeros, which are the operands after the bytes.
+    """
+    fields = 8 // bits
+    source, less = f"${fields}", 2 ** (bits - 1) if middle else 0
+    lines = [f".reg .b32 y, a, b, c; mov.b32 a, {0x64006400}; "]
+    if byte:
+        lines.append(f"shr.u32 y, {source}, 8; ")
+        source = "y"
+    for field in range(fields):
+        lines.append(f"lop3.b32 ${field}, {source}, {(2**bits - 1 << field * bits) * 0x10001}, a, 0xea; ")
+        if field:  # 1024 + 16 * code
+            lines.append(f"mov.b32 b, {0x2C002C00}; mov.b32 c, {_less(64 + less)}; fma.rn.f16x2 ${field}, ${field}, b, c; ")
+        else:
+            lines.append(f"mov.b32 c, {_less(1024 + less)}; add.rn.f16x2 ${field}, ${field}, c; ")
+        if not middle:
+            lines.append(f"fma.rn.f16x2 ${field}, ${field}, ${fields + 1 + field}, ${2 * fields + 1 + field}; ")
+    return "{ " + "".join(lines) + "}"
 
 
 @triton.jit
