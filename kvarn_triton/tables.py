@@ -156,17 +156,17 @@ class DecodeTable:
         """Return the parameters of the nearest head_dim that isn't smaller, else of the largest: those for a layout's
         `split_bits`, if there are such.
         """
-        if not self.entries:
-            return DecodeConfig()
         # Plain lists, which torch.compile can trace.
-        head_dims = [0 if entry.split_bits else entry.head_dim for entry in self.entries]
+        plain = [entry for entry in self.entries if not entry.split_bits]
+        if not plain:
+            return DecodeConfig()
+        head_dims = [entry.head_dim for entry in plain]
         nearest = min([size for size in head_dims if size >= head_dim] or [max(head_dims)])
-        found = self.entries[head_dims.index(nearest)]
-        for entry in self.entries:
-            closer = found.split_bits == 0 or entry.split_bits < found.split_bits
-            if entry.head_dim == nearest and 0 < split_bits <= entry.split_bits and closer:
-                found = entry
-        return found.config
+        own = [entry for entry in self.entries if entry.head_dim == nearest and 0 < split_bits <= entry.split_bits]
+        if not own:
+            return plain[head_dims.index(nearest)].config
+        widths = [entry.split_bits for entry in own]
+        return own[widths.index(min(widths))].config
 
 
 def _read(data: object, path: Path) -> list[DecodeTable]:

@@ -53,7 +53,7 @@ INSTRUCTIONS_PER_64_LATENTS = 5300
 """Most warp instructions of the loop over pages of latent attention for 64 tokens: 4 bits, 16 heads, all warps of a program
 together. An H200 has about 6,300 issue slots in the time that it needs to read them."""
 INSTRUCTIONS_PER_64_OF_GROUPS = 6700 if OLDEST else 7200
-"""The same of the kernel of warp groups, 8 bits too; one that needs little of shared memory, which was what bounded others."""
+"""The same of the kernel of warp groups, 8 bits too. Fewer of them took as long (`docs/notes/mla.md`)."""
 SPILLS_OF_GROUPS = 12 if OLDEST else 40
 INSTRUCTIONS_PER_32_LISTED = 5000
 """The same for 32 tokens of a list, each with the scales of its own page."""

@@ -53,6 +53,8 @@ def test_find_for_split_codes(name, head_dim, nearest):
 def test_find_in_an_empty_table():
     """A table without entries gives the defaults."""
     assert DecodeTable("sm90", ()).find(128) == DecodeConfig()
+    split = DecodeTable("sm90", (Entry(128, DecodeConfig(num_warps=4), "test", 6),))
+    assert split.find(128) == split.find(128, 5) == DecodeConfig()
 
 
 def test_file_round_trip(tmp_path):

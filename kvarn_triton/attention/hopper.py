@@ -129,7 +129,7 @@ def _attend(half: gl.constexpr, smem, bars, states, program, run, factor):
 
 
 @gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     """Return barriers that so many arrivals complete."""
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
@@ -165,7 +165,7 @@ def _kvarn_attend_hopper_kernel(
         v = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
         q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(q_full, count=1)
-        bars = (q_full, _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(STAGES, 1), _barriers(STAGES, 2))
+        bars = (q_full, barriers(STAGES, 1), barriers(STAGES, 2), barriers(STAGES, 1), barriers(STAGES, 2))
         fence_async_shared()
         smem = (q, k, v)
         states = (acc_ptr, m_ptr, l_ptr)

@@ -47,14 +47,14 @@ def _attend_raw(state, queries, token_ptr, stride_token, token, first_seen, num_
     return advance(state, masked(scores, queries, token, first_seen), None, None, planes)
 
 
-_NOT_SPECIALIZED = [
+NOT_SPECIALIZED = [
     "num_queries", "num_heads", "num_splits", "num_sink_pages", "num_tail_slots", "stride_table", "stride_raw_table",
 ]  # fmt: skip
 """Arguments that may change from call to call without a compilation."""
-_ANY_ADDRESS = ["lse_ptr", "factor_ptr", "table_ptr", "raw_table_ptr", "seq_lens_ptr", "num_quantized_ptr"]
+ANY_ADDRESS = ["lse_ptr", "factor_ptr", "table_ptr", "raw_table_ptr", "seq_lens_ptr", "num_quantized_ptr"]
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_ANY_ADDRESS)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=ANY_ADDRESS)
 def _kvarn_mla_decode_kernel(
     out_ptr,  # float32 [num_splits, rows, 512], rotated; rows are (sequence, query token, head)
     lse_ptr,  # float32 [num_splits, rows], base 2

@@ -16,24 +16,17 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..attention.hopper import barriers
 from ..launch import on
 from .cache import LatentCache
 from .config import HopperPlan
+from .decode_kernel import ANY_ADDRESS, NOT_SPECIALIZED
 from .hopper_copy import LATENTS, ROPE, STEP, copy_blocks, copy_sizes, describe
 from .hopper_queries import TILES, barrier, prepare, weigh
 from .hopper_rows import score, sums
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """Return barriers that so many arrivals complete."""
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
-    return bars
 
 
 @gluon.jit
@@ -106,11 +99,11 @@ def _attend(pointers, tile, records, raw, paged, work, LAYOUT: gl.constexpr, PLA
     queries, own, scores_smem, weights = _tile(PLAN.rows)
     raw_tiles = _raw_tiles(len(raw) > 0)
     RING: gl.constexpr = PLAN.ring
-    full, free, sizes_full = _barriers(RING, 1), _barriers(RING, 4), _barriers(RING, 1)
-    once, raw_free = _barriers(2, 1), _barriers(1, 2)
-    scaled = (own[0], own[1], _barriers(2, 1), _barriers(2, 1))
-    scores = (scores_smem, _barriers(2, 1), _barriers(2, 1))
-    handed = (weights[0], weights[1], _barriers(2, 1), _barriers(2, 1))
+    full, free, sizes_full = barriers(RING, 1), barriers(RING, 4), barriers(RING, 1)
+    once, raw_free = barriers(2, 1), barriers(1, 2)
+    scaled = (own[0], own[1], barriers(2, 1), barriers(2, 1))
+    scores = (scores_smem, barriers(2, 1), barriers(2, 1))
+    handed = (weights[0], weights[1], barriers(2, 1), barriers(2, 1))
     fence_async_shared()
     barrier()
     bars = (full, free, sizes_full, once.index(1), raw_free.index(0))
@@ -132,14 +125,7 @@ def _attend(pointers, tile, records, raw, paged, work, LAYOUT: gl.constexpr, PLA
     )
 
 
-_NOT_SPECIALIZED = [
-    "num_queries", "num_heads", "num_splits", "num_sink_pages", "num_tail_slots", "stride_table", "stride_raw_table",
-]  # fmt: skip
-"""Arguments that may change from call to call without a compilation."""
-_ANY_ADDRESS = ["lse_ptr", "factor_ptr", "table_ptr", "raw_table_ptr", "seq_lens_ptr", "num_quantized_ptr"]
-
-
-@gluon.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_ANY_ADDRESS)
+@gluon.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=ANY_ADDRESS)
 def _kvarn_mla_hopper_kernel(
     out_ptr,  # float32 [num_splits, rows, 512], rotated; rows are (sequence, query token, head)
     lse_ptr,  # float32 [num_splits, rows], base 2
