@@ -1,0 +1,173 @@
+"""The kernel of latent attention for compute capability 9.0: products of tiles of 64 rows by warp groups.
+
+A program has a tile of 64 query rows, (query token, head), of one sequence, and one split of its tokens, 64 at a time. One warp
+group makes numbers of a block of tokens in shared memory (`hopper_fill`); one multiplies the queries by them, computes weights,
+and sums half of the channels; one sums the other half (`hopper_attend`). What comes out is that of `decode_kernel`, but for the
+order of sums. The kernel is written in Gluon, because Triton gives no warps work of their own.
+
+Grid: (program,), tiles of a split next to each other. Bytes moved: each record once per tile, of which others come from the L2
+cache; partial results.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..attention.hopper import barriers
+from ..launch import on
+from .cache import LatentCache
+from .decode_kernel import ANY_ADDRESS, NOT_SPECIALIZED
+from .hopper_attend import attend, attend_second, barrier
+from .hopper_fill import LATENTS, PAIRS, ROPE, ROWS, STEP, fill
+
+
+@gluon.jit
+def _share(seq_len, num_quantized, num_sink_pages, split, num_splits, LAYOUT: gl.constexpr):
+    """Return the blocks of a split: (first, how many) of quantized pages, then (first, how many) of the sink and of the tail.
+
+    `num_quantized` is that of the body's pages, and more than there are without raw ones.
+    """
+    BLOCKS: gl.constexpr = LAYOUT.page_size // STEP
+    num_blocks = gl.cdiv(gl.maximum(seq_len, 0), STEP)
+    share = num_blocks // num_splits
+    rest = num_blocks % num_splits
+    first = split * share + gl.minimum(split, rest)
+    last = first + share + (split < rest).to(gl.int32)
+    first_body = num_sink_pages * BLOCKS
+    end = gl.minimum(first_body + gl.minimum(gl.maximum(num_quantized, 0), num_blocks) * BLOCKS, last)
+    first_page = gl.maximum(first, first_body)
+    first_tail = gl.maximum(first_page, end)
+    in_sink = gl.maximum(gl.minimum(last, first_body) - first, 0)
+    return first_page, gl.maximum(end - first_page, 0), first, in_sink, first_tail, gl.maximum(last - first_tail, 0)
+
+
+@gluon.jit
+def _attend(pointers, tile, pages, raw, paged, work, LAYOUT: gl.constexpr, LATE: gl.constexpr):
+    """Attend with a tile of rows to the blocks of a program."""
+    OPERANDS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    VECTORS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    queries = gl.allocate_shared_memory(gl.float16, [4, ROWS, PAIRS], OPERANDS)
+    rope_queries = gl.allocate_shared_memory(gl.float16, [ROWS, ROPE], OPERANDS)
+    latents = gl.allocate_shared_memory(gl.float16, [8, STEP, PAIRS], OPERANDS)
+    ropes = gl.allocate_shared_memory(gl.float16, [STEP, ROPE], OPERANDS)
+    weights = gl.allocate_shared_memory(gl.float16, [2, ROWS, STEP], OPERANDS)
+    factors = gl.allocate_shared_memory(gl.float32, [2, ROWS], VECTORS)
+    sizes = gl.allocate_shared_memory(gl.float32, [2, STEP], VECTORS)
+    norms = gl.allocate_shared_memory(gl.float32, [2, STEP], VECTORS)
+    exponents = gl.allocate_shared_memory(gl.float32, [2, STEP], VECTORS)
+    full, free, both = barriers(4, 1), barriers(4, 1), barriers(2, 1)
+    handed = (weights, factors, barriers(2, 1), barriers(2, 1), both.index(0))
+    fence_async_shared()
+    barrier()
+    bars = (full, free, both.index(1))
+    vectors = (sizes, norms, exponents)
+    memory = (queries, rope_queries, latents, ropes, vectors)
+    gl.warp_specialize(
+        [
+            (attend, (pointers, tile, memory, handed, bars, work)),
+            (attend_second, (pointers, tile, memory, handed, bars, work, LATE)),
+            (fill, ((latents, ropes, vectors), bars, pages, paged, raw, work, LAYOUT)),
+        ],
+        [4, 4],
+        [160, 112],  # registers; 232 are left for the first
+    )
+
+
+@gluon.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=ANY_ADDRESS)
+def _kvarn_mla_tile_kernel(
+    out_ptr,  # float32 [num_splits, rows, 512], rotated; rows are (sequence, query token, head)
+    lse_ptr,  # float32 [num_splits, rows], base 2
+    q_ptr,  # float16 [rows, 576], rotated
+    factor_ptr,  # float32 [rows]
+    pages,  # uint8 [num_pages, page_bytes] and its stride
+    raw,  # float16 [num_raw_pages, page_size, 576] and its strides, or None
+    table_ptr,  # int32 [batch, max_pages]
+    raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots], or None
+    seq_lens_ptr,  # int32 [batch]
+    num_quantized_ptr,  # int32 [batch], or None
+    num_queries,  # query tokens of a sequence
+    num_heads,
+    num_splits,
+    num_sink_pages,
+    num_tail_slots,
+    stride_table,
+    stride_raw_table,
+    LAYOUT: gl.constexpr,
+    LATE: gl.constexpr,
+):
+    rows = num_queries * num_heads
+    tiles = gl.cdiv(rows, ROWS)
+    split = gl.program_id(0) // tiles % num_splits
+    sequence = (gl.program_id(0) // tiles // num_splits).to(gl.int64)
+    first_row = gl.program_id(0) % tiles * ROWS
+    place = sequence * rows + first_row
+    result = split.to(gl.int64) * (gl.num_programs(0) // tiles // num_splits) * rows + place
+    num_rows = gl.minimum(rows - first_row, ROWS)
+    seq_len = gl.load(seq_lens_ptr + sequence)
+    num_quantized = gl.maximum(seq_len, 0)
+    if num_quantized_ptr is not None:
+        num_quantized = gl.load(num_quantized_ptr + sequence)
+    share = _share(seq_len, num_quantized, num_sink_pages, split, num_splits, LAYOUT)
+    count = share[1] + share[3] + share[5]
+    if raw is None:
+        count = share[1]
+    gdc_launch_dependents()
+    gdc_wait()
+    if count > 0:
+        first_body = num_sink_pages * (LAYOUT.page_size // STEP)
+        num_ids = gl.cdiv(share[0] + share[1], LAYOUT.page_size // STEP) - num_sink_pages
+        paged = (table_ptr + sequence * stride_table, share[0], share[1], first_body, num_ids)
+        source = ()
+        if raw is not None:
+            ids_ptr = raw_table_ptr + sequence * stride_raw_table
+            source = (raw[0], raw[1], raw[2], ids_ptr, num_sink_pages, num_tail_slots, seq_len)
+        work = (share[0], share[1], share[2], share[3], share[4], count)
+        tile = (place, num_rows, first_row, num_heads, seq_len - num_queries)
+        pointers = (q_ptr, factor_ptr, out_ptr + result * LATENTS, lse_ptr + result)
+        _attend(pointers, tile, pages, source, paged, work, LAYOUT, LATE)
+    else:
+        NOTHING: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        row = gl.arange(0, ROWS, NOTHING)
+        gl.store(lse_ptr + result + row, gl.full((ROWS,), float("-inf"), gl.float32, NOTHING), row < num_rows)
+
+
+def launch_mla_tiles(
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    queries: tuple[torch.Tensor, torch.Tensor],
+    cache: LatentCache,
+    shape: tuple[int, int],
+    late: bool = True,
+) -> None:
+    """Do what `launch_mla_splits` does; nothing is checked."""
+    num_queries, num_heads = shape
+    num_splits = partial.shape[0]
+    tiles = -(-num_queries * num_heads // ROWS.value)
+    raw, raw_table = cache.raw_pages, cache.raw_table
+    on(partial, _kvarn_mla_tile_kernel)[(tiles * num_splits * cache.batch,)](
+        partial,
+        partial_lse,
+        *queries,
+        (cache.pages, cache.pages.stride(0)),
+        None if raw is None else (raw, *raw.stride()[:2]),
+        cache.block_table,
+        raw_table,
+        cache.seq_lens,
+        cache.num_quantized,
+        num_queries,
+        num_heads,
+        num_splits,
+        cache.num_sink_pages,
+        0 if raw_table is None else raw_table.shape[1] - cache.num_sink_pages,
+        cache.block_table.stride(0),
+        0 if raw_table is None else raw_table.stride(0),
+        LAYOUT=cache.layout,
+        LATE=late,
+        num_warps=4,
+        enable_fp_fusion=True,
+        launch_pdl=True,
+    )

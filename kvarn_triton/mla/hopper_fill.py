@@ -1,0 +1,215 @@
+"""How `hopper` brings tokens into shared memory: one warp group makes numbers of 64 tokens at a time, rounded once.
+
+A latent lies in shared memory as four planes of 128 channels: plane 2 * half + byte has the channels 256 * half + 2 * i + byte.
+In 4 bits a half is a field of all bytes, in 8 bits half of the bytes. Each half is handed over by itself.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from ..mla_layout import LATENT_DIM, ROPE_DIM
+from .latents import pairs_ptx
+
+STEP = gl.constexpr(64)
+"""Tokens of a block, which are on one page."""
+ROWS = gl.constexpr(64)
+"""Query rows of a tile: those of a product of a warp group."""
+LATENTS = gl.constexpr(LATENT_DIM)
+ROPE = gl.constexpr(ROPE_DIM)
+PAIRS = gl.constexpr(LATENT_DIM // 4)
+"""Pairs of channels of a half, which are the channels of a plane."""
+LOWEST = gl.constexpr(-100)
+"""Least exponent of a gain, as in `rows`."""
+HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+"""Pairs of a half [64, 128] of a warp group: a thread has 16 neighbouring bytes of a row."""
+ROPES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+"""Rotary channels [64, 64]."""
+
+
+@gluon.jit
+def split_pairs(words):
+    """Return the two planes float16 of pairs of 16-bit numbers int32."""
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;", "=&r,=&r,r,r", [words], (gl.float16, gl.float16),
+        is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_pairs(x_ptr, place, mask):
+    """Load pairs of channels [64, 128] of rows of 16-bit numbers, some places [64] apart, as int32."""
+    pair = gl.arange(0, PAIRS, gl.SliceLayout(0, HALVES))
+    ptr = x_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    return gl.load(ptr + (gl.multiple_of(place, 4)[:, None] + pair[None, :]), mask[:, None], other=0)
+
+
+@gluon.jit
+def _load_params(record_ptr, half: gl.constexpr, LAYOUT: gl.constexpr):
+    """Load the words of a half: one of two channels, each of which has a scale and a zero."""
+    ptr = (record_ptr + LAYOUT.k_params_offset + half * (2 * LATENTS)).to(gl.pointer_type(gl.int64), bitcast=True)
+    return gl.load(ptr + gl.arange(0, PAIRS, gl.SliceLayout(0, HALVES)))
+
+
+@gluon.jit
+def _load_codes(record_ptr, part, half: gl.constexpr, LAYOUT: gl.constexpr):
+    """Load pairs of bytes [64, 128] of a block: in 8 bits those of a half."""
+    ptr = record_ptr.to(gl.pointer_type(gl.int16), bitcast=True)
+    token = part * STEP + gl.arange(0, STEP, gl.SliceLayout(1, HALVES))
+    pair = gl.arange(0, PAIRS, gl.SliceLayout(0, HALVES))
+    return gl.load(ptr + ((token * (PAIRS * LAYOUT.bits // 4))[:, None] + (half * PAIRS + pair)[None, :]))
+
+
+@gluon.jit
+def _load_first(record_ptr, part, LAYOUT: gl.constexpr):
+    """Load what the first half of a block takes: codes, parameters, norms, gain."""
+    NORMS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    norm_ptr = (record_ptr + LAYOUT.k_norm_offset).to(gl.pointer_type(gl.float16), bitcast=True) + part * STEP
+    norm = gl.load(norm_ptr + gl.arange(0, STEP, NORMS))
+    gain = gl.load((record_ptr + LAYOUT.gains_offset).to(gl.pointer_type(gl.float32), bitcast=True))
+    return _load_codes(record_ptr, part, 0, LAYOUT), _load_params(record_ptr, 0, LAYOUT), norm, gain
+
+
+@gluon.jit
+def _load_second(codes, record_ptr, part, LAYOUT: gl.constexpr):
+    """Load the rest: rotary channels, parameters, and in 8 bits codes."""
+    rope_ptr = (record_ptr + LAYOUT.rope_offset).to(gl.pointer_type(gl.float16), bitcast=True) + part * (STEP * ROPE)
+    row = gl.arange(0, STEP, gl.SliceLayout(1, ROPES)) * ROPE
+    rope = gl.load(rope_ptr + (row[:, None] + gl.arange(0, ROPE, gl.SliceLayout(0, ROPES))[None, :]))
+    if LAYOUT.bits == 8:
+        codes = _load_codes(record_ptr, part, 1, LAYOUT)
+    return codes, _load_params(record_ptr, 1, LAYOUT), rope
+
+
+@gluon.jit
+def _store_half(codes, words, latents, slot, half: gl.constexpr, BITS: gl.constexpr):
+    """Make the numbers of a half of a block, in the planes of a slot."""
+    even, odd = gl.inline_asm_elementwise(
+        "mov.b64 {$0, $1}, $2;", "=r,=r,l", [words], (gl.int32, gl.int32), is_pure=True, pack=1
+    )  # fmt: skip
+    params = (split_pairs(even), split_pairs(odd))
+    for byte in gl.static_range(2):
+        scale, zero = params[byte]
+        numbers = gl.inline_asm_elementwise(
+            numbers_ptx(BITS, half if BITS == 4 else 0, byte), "=&r,r,r,r", [codes, scale[None, :], zero[None, :]], gl.float16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+        latents.index(slot * 4 + half * 2 + byte).store(numbers)
+
+
+@gluon.constexpr_function
+def numbers_ptx(bits, field, byte):
+    """PTX for two pairs of bytes: the numbers of a field of one byte of each pair, of codes, scales and zeros."""
+    return pairs_ptx(bits, byte, False) if bits == 8 else _field_ptx(field, byte)
+
+
+@gluon.constexpr_function
+def _field_ptx(field, byte):
+    """The same in 4 bits: a code becomes 1024 + code, or 1024 + 16 * code, then the code, then the number."""
+    source = "mov.b32 y, $1; "
+    if byte:  # not the same instruction for both fields: ptxas would keep its results from the one to the other
+        source = "prmt.b32 y, $1, 0, 0x4341; " if field else "shr.u32 y, $1, 8; "
+    code = "lop3.b32 y, y, {}, a, 0xea; "
+    less = "mov.b32 c, 0xE400E400; add.rn.f16x2 y, y, c; "  # -1024
+    if field:  # 1 / 16, and -64
+        less = "mov.b32 b, 0x2C002C00; mov.b32 c, 0xD400D400; fma.rn.f16x2 y, y, b, c; "
+    return (
+        "{ .reg .b32 y, a, b, c; mov.b32 a, 0x64006400; " + source + code.format(0x00F000F0 if field else 0x000F000F) + less
+        + "fma.rn.f16x2 $0, y, $2, $3; }"
+    )  # fmt: skip
+
+
+@gluon.jit
+def _store_sizes(vectors, slot, norm, gain):
+    """Store the norms of a block, times the gain too, and the exponent of the gain for each row."""
+    sizes, norms, exponents = vectors
+    exponent = gl.maximum((gain.to(gl.int32, bitcast=True) >> 23 & 255) - 127, LOWEST).to(gl.float32)
+    sizes.index(slot).store(norm * gain)
+    norms.index(slot).store(norm)
+    exponents.index(slot).store(gl.zeros_like(norm) + exponent)
+
+
+@gluon.jit
+def _record_of(i, pages, paged, LAYOUT: gl.constexpr):
+    """Return the record of the i-th block of a program's quantized ones, or of the last one, and which of the page it is."""
+    ids_ptr, first_block, num_paged, first_body, num_ids = paged
+    BLOCKS: gl.constexpr = LAYOUT.page_size // STEP
+    block = first_block + gl.minimum(i, num_paged - 1) - first_body
+    page = gl.maximum(gl.load(ids_ptr + gl.minimum(block // BLOCKS, num_ids - 1)), 0).to(gl.int64)
+    return pages[0] + gl.multiple_of(page * pages[1], 16), block % BLOCKS
+
+
+@gluon.jit
+def _fill_pages(memory, bars, pages, paged, LAYOUT: gl.constexpr):
+    """Fill slots with the quantized blocks of a program; what the next one has is on its way while one is waited for."""
+    latents, ropes, vectors = memory
+    full, free, scored = bars
+    record_ptr, part = _record_of(0, pages, paged, LAYOUT)
+    codes, params, norm, gain = _load_first(record_ptr, part, LAYOUT)
+    next_ptr, next_part = _record_of(1, pages, paged, LAYOUT)
+    for i in range(paged[2]):
+        slot = i % 2
+        phase = (i // 2 & 1) ^ 1
+        mbarrier.wait(free.index(slot * 2), phase)
+        _store_half(codes, params, latents, slot, 0, LAYOUT.bits)
+        _store_sizes(vectors, slot, norm.to(gl.float32), gain)
+        fence_async_shared()
+        mbarrier.arrive(full.index(slot * 2), count=1)
+        codes, params, rope = _load_second(codes, record_ptr, part, LAYOUT)
+        mbarrier.wait(scored, (i - 1) & 1)
+        ropes.store(rope)
+        mbarrier.wait(free.index(slot * 2 + 1), phase)
+        _store_half(codes, params, latents, slot, 1, LAYOUT.bits)
+        fence_async_shared()
+        mbarrier.arrive(full.index(slot * 2 + 1), count=1)
+        record_ptr, part = next_ptr, next_part
+        codes, params, norm, gain = _load_first(record_ptr, part, LAYOUT)
+        next_ptr, next_part = _record_of(i + 2, pages, paged, LAYOUT)
+
+
+@gluon.jit
+def _fill_raw(i, memory, bars, raw, work, LAYOUT: gl.constexpr):
+    """Fill a slot with block i of a program, of raw tokens: their norms are 1."""
+    BLOCKS: gl.constexpr = LAYOUT.page_size // STEP
+    latents, ropes, vectors = memory
+    full, free, scored = bars
+    _, num_paged, first, in_sink, first_tail, _ = work
+    raw_ptr, stride_page, stride_token, table_ptr, num_sink_pages, num_tail_slots, seq_len = raw
+    j = i - num_paged
+    block = gl.where(j < in_sink, first + j, first_tail + j - in_sink)
+    index = block // BLOCKS
+    column = gl.where(j < in_sink, index, num_sink_pages + (index - num_sink_pages) % num_tail_slots)
+    page_ptr = raw_ptr + gl.maximum(gl.load(table_ptr + column), 0).to(gl.int64) * stride_page
+    num_valid = seq_len - index * LAYOUT.page_size
+    slot = i % 2
+    phase = (i // 2 & 1) ^ 1
+    token = block % BLOCKS * STEP + gl.arange(0, STEP, gl.SliceLayout(1, HALVES))
+    for half in gl.static_range(2):
+        words = load_pairs(page_ptr + half * (LATENTS // 2), token * (stride_token // 2), token < num_valid)
+        planes = split_pairs(words)
+        mbarrier.wait(free.index(slot * 2 + half), phase)
+        if half == 1:
+            rope_token = block % BLOCKS * STEP + gl.arange(0, STEP, gl.SliceLayout(1, ROPES))
+            place = (rope_token * stride_token)[:, None] + gl.arange(0, ROPE, gl.SliceLayout(0, ROPES))[None, :]
+            rope = gl.load(page_ptr + LATENTS + place, (rope_token < num_valid)[:, None], other=0.0)
+            mbarrier.wait(scored, (i - 1) & 1)
+            ropes.store(rope)
+        else:
+            one = gl.full((STEP,), 1.0, gl.float32, gl.BlockedLayout([1], [32], [4], [0]))
+            _store_sizes(vectors, slot, one, gl.to_tensor(1.0))
+        for byte in gl.static_range(2):
+            latents.index(slot * 4 + half * 2 + byte).store(planes[byte])
+        fence_async_shared()
+        mbarrier.arrive(full.index(slot * 2 + half), count=1)
+
+
+@gluon.jit
+def fill(memory, bars, pages, paged, raw, work, LAYOUT: gl.constexpr):
+    """Fill slots with all blocks of a program, quantized ones first."""
+    if paged[2] > 0:
+        _fill_pages(memory, bars, pages, paged, LAYOUT)
+    if len(raw) > 0:
+        for i in range(work[1], work[5]):
+            _fill_raw(i, memory, bars, raw, work, LAYOUT)
