@@ -22,7 +22,7 @@ from ..launch import on
 from .cache import LatentCache
 from .decode_kernel import ANY_ADDRESS, NOT_SPECIALIZED
 from .hopper_attend import attend, attend_second, barrier
-from .hopper_fill import LATENTS, PAIRS, ROPE, ROWS, STEP, fill
+from .hopper_fill import LATENTS, PAIRS, ROPE, ROWS, STEP, copy, describe, fill
 
 
 @gluon.jit
@@ -46,34 +46,38 @@ def _share(seq_len, num_quantized, num_sink_pages, split, num_splits, LAYOUT: gl
 
 
 @gluon.jit
-def _attend(pointers, tile, pages, raw, paged, work, LAYOUT: gl.constexpr, LATE: gl.constexpr):
+def _attend(pointers, tile, records, raw, paged, work, LAYOUT: gl.constexpr, LATE: gl.constexpr):
     """Attend with a tile of rows to the blocks of a program."""
     OPERANDS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     VECTORS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    params_desc, rope_desc, pages = records
     queries = gl.allocate_shared_memory(gl.float16, [4, ROWS, PAIRS], OPERANDS)
-    rope_queries = gl.allocate_shared_memory(gl.float16, [ROWS, ROPE], OPERANDS)
+    rope_queries = gl.allocate_shared_memory(gl.float16, [1, ROWS, ROPE], OPERANDS)
     latents = gl.allocate_shared_memory(gl.float16, [8, STEP, PAIRS], OPERANDS)
-    ropes = gl.allocate_shared_memory(gl.float16, [STEP, ROPE], OPERANDS)
-    weights = gl.allocate_shared_memory(gl.float16, [2, ROWS, STEP], OPERANDS)
-    factors = gl.allocate_shared_memory(gl.float32, [2, ROWS], VECTORS)
+    ropes = gl.allocate_shared_memory(gl.float16, [1] + rope_desc.block_type.shape, rope_desc.layout)
+    params = gl.allocate_shared_memory(gl.int32, [4] + params_desc.block_type.shape, params_desc.layout)
+    weights = gl.allocate_shared_memory(gl.float16, [ROWS, STEP], OPERANDS)
+    factors = gl.allocate_shared_memory(gl.float32, [ROWS], VECTORS)
     sizes = gl.allocate_shared_memory(gl.float32, [2, STEP], VECTORS)
     norms = gl.allocate_shared_memory(gl.float32, [2, STEP], VECTORS)
     exponents = gl.allocate_shared_memory(gl.float32, [2, STEP], VECTORS)
-    full, free, both = barriers(4, 1), barriers(4, 1), barriers(2, 1)
-    handed = (weights, factors, barriers(2, 1), barriers(2, 1), both.index(0))
+    full, free, alone, params_bars = barriers(4, 1), barriers(4, 1), barriers(5, 1), (barriers(2, 1), barriers(2, 1))
+    handed = (weights, factors, alone.index(0), alone.index(1), alone.index(2))
     fence_async_shared()
     barrier()
-    bars = (full, free, both.index(1))
+    bars = (full, free, alone.index(3), alone.index(4))
     vectors = (sizes, norms, exponents)
     memory = (queries, rope_queries, latents, ropes, vectors)
+    copied = (alone.index(4), alone.index(3), params_bars[0], params_bars[1])
     gl.warp_specialize(
         [
             (attend, (pointers, tile, memory, handed, bars, work)),
             (attend_second, (pointers, tile, memory, handed, bars, work, LATE)),
-            (fill, ((latents, ropes, vectors), bars, pages, paged, raw, work, LAYOUT)),
+            (fill, ((latents, ropes, vectors), params, bars, params_bars, pages, paged, raw, work, LAYOUT)),
+            (copy, ((params_desc, rope_desc), ropes, params, copied, pages, paged, LAYOUT)),
         ],
-        [4, 4],
-        [160, 112],  # registers; 232 are left for the first
+        [4, 4, 1],
+        [160, 96, 24],  # registers; those that are left are the first one's
     )
 
 
@@ -83,6 +87,8 @@ def _kvarn_mla_tile_kernel(
     lse_ptr,  # float32 [num_splits, rows], base 2
     q_ptr,  # float16 [rows, 576], rotated
     factor_ptr,  # float32 [rows]
+    params_desc,  # of pages, as `describe` returns them
+    rope_desc,
     pages,  # uint8 [num_pages, page_bytes] and its stride
     raw,  # float16 [num_raw_pages, page_size, 576] and its strides, or None
     table_ptr,  # int32 [batch, max_pages]
@@ -128,7 +134,7 @@ def _kvarn_mla_tile_kernel(
         work = (share[0], share[1], share[2], share[3], share[4], count)
         tile = (place, num_rows, first_row, num_heads, seq_len - num_queries)
         pointers = (q_ptr, factor_ptr, out_ptr + result * LATENTS, lse_ptr + result)
-        _attend(pointers, tile, pages, source, paged, work, LAYOUT, LATE)
+        _attend(pointers, tile, (params_desc, rope_desc, pages), source, paged, work, LAYOUT, LATE)
     else:
         NOTHING: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
         row = gl.arange(0, ROWS, NOTHING)
@@ -152,6 +158,7 @@ def launch_mla_tiles(
         partial,
         partial_lse,
         *queries,
+        *describe(cache.pages, cache.layout),
         (cache.pages, cache.pages.stride(0)),
         None if raw is None else (raw, *raw.stride()[:2]),
         cache.block_table,

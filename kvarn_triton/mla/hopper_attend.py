@@ -21,6 +21,7 @@ SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 """Products [rows, tokens] of a warp group."""
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 """Products [rows, channels of a plane]."""
+SLACK = gl.constexpr(8.0)
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the name until Triton 3.6
 
 
@@ -40,7 +41,7 @@ def _load_rope(q_ptr, place, num_rows, rope_queries):
     row = gl.arange(0, ROWS, gl.SliceLayout(1, ROPES))
     ptr = q_ptr + place * (LATENTS + ROPE) + LATENTS
     column = gl.arange(0, ROPE, gl.SliceLayout(0, ROPES))
-    rope_queries.store(gl.load(ptr + (row * (LATENTS + ROPE))[:, None] + column[None, :], (row < num_rows)[:, None], other=0.0))
+    rope_queries.index(0).store(gl.load(ptr + (row * (LATENTS + ROPE))[:, None] + column[None, :], (row < num_rows)[:, None], other=0.0))
 
 
 @gluon.jit
@@ -51,22 +52,31 @@ def _sum(half: gl.constexpr, acc, weights, latents, slot):
 
 
 @gluon.jit
-def _score(queries, rope_queries, latents, ropes, full, slot, phase):
+def _score(queries, rope_queries, latents, ropes, bars, slot, i):
     """Begin to multiply a tile of queries by the latents of a slot, and by its rotary channels, as soon as they are there."""
+    full, rope_full = bars
+    phase = i // 2 & 1
+    # Opaque: descriptors of memory that is the same in every step would all be kept, where no registers are left.
+    zero = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [gl.to_tensor(0)], gl.int32, is_pure=False, pack=1)
     none = gl.zeros((ROWS, STEP), gl.float32, SCORES)
     mbarrier.wait(full.index(slot * 2), phase)
-    found = warpgroup_mma(queries.index(0), latents.index(slot * 4).permute((1, 0)), none, use_acc=False, is_async=True)
-    found = warpgroup_mma(queries.index(1), latents.index(slot * 4 + 1).permute((1, 0)), found, is_async=True)
+    found = warpgroup_mma(queries.index(zero + 0), latents.index(slot * 4).permute((1, 0)), none, use_acc=False, is_async=True)
+    found = warpgroup_mma(queries.index(zero + 1), latents.index(slot * 4 + 1).permute((1, 0)), found, is_async=True)
+    mbarrier.wait(rope_full, i & 1)
     mbarrier.wait(full.index(slot * 2 + 1), phase)
-    rope = warpgroup_mma(rope_queries, ropes.permute((1, 0)), none, use_acc=False, is_async=True)
-    found = warpgroup_mma(queries.index(2), latents.index(slot * 4 + 2).permute((1, 0)), found, is_async=True)
-    found = warpgroup_mma(queries.index(3), latents.index(slot * 4 + 3).permute((1, 0)), found, is_async=True)
+    keys = ropes.index(0).reshape((STEP, ROPE)).permute((1, 0))
+    rope = warpgroup_mma(rope_queries.index(zero), keys, none, use_acc=False, is_async=True)
+    found = warpgroup_mma(queries.index(zero + 2), latents.index(slot * 4 + 2).permute((1, 0)), found, is_async=True)
+    found = warpgroup_mma(queries.index(zero + 3), latents.index(slot * 4 + 3).permute((1, 0)), found, is_async=True)
     return found, rope
 
 
 @gluon.jit
 def _weigh(found, rope, vectors, slot, block, seen, m, l_sum):
-    """Return weights float16 of products, the factor of what was summed before, and the new m and l (`rows`)."""
+    """Return weights float16 of products, the factor of what was summed before, and the new m and l (`rows`).
+
+    m stays until a score is much larger: no weight is above 2**SLACK.
+    """
     factor, last_seen, first_seen = seen
     TOKENS: gl.constexpr = gl.SliceLayout(0, SCORES)
     size = vectors[0].index(slot).load(TOKENS)
@@ -75,15 +85,16 @@ def _weigh(found, rope, vectors, slot, block, seen, m, l_sum):
         token = block * STEP + gl.arange(0, STEP, TOKENS)
         scores = gl.where(token[None, :] <= last_seen[:, None], scores, float("-inf"))
     exponent = vectors[2].index(slot).load(gl.SliceLayout(1, SCORES))
-    m_new = gl.maximum(m, gl.max(scores, 1) + exponent)
+    largest = gl.max(scores, 1) + exponent
+    grown = largest > m + SLACK
+    m_new = gl.where(grown | (largest != largest), largest, m)
     origin = gl.where(m_new == float("-inf"), 0.0, m_new)  # rows that see nothing yet
     alpha = gl.exp2(m - origin)
     weights = gl.exp2(scores - (origin - exponent)[:, None])
     l_sum = l_sum * alpha + gl.sum(weights, 1) * gl.exp2(-exponent)
     norm = vectors[1].index(slot).load(TOKENS)
-    # A norm that no row looks at may be anything.
-    weights = gl.where(weights == 0.0, 0.0, weights * norm[None, :])
-    return weights.to(gl.float16), alpha, m_new, l_sum
+    weights = weights * norm[None, :]
+    return weights.to(gl.float16), alpha, m_new, l_sum, gl.max(grown.to(gl.int32), 0)
 
 
 @gluon.jit
@@ -105,6 +116,15 @@ def _store(half: gl.constexpr, out_ptr, num_rows, acc):
 
 
 @gluon.jit
+def _hand_over(weights, alpha, weights_smem, factors, full):
+    """Store the weights of a block, and the factor of what was summed before."""
+    weights_smem.store(weights)
+    factors.store(alpha)
+    fence_async_shared()
+    mbarrier.arrive(full, count=1)
+
+
+@gluon.jit
 def _block_of(i, work):
     """Return which block of its sequence is block i of a program."""
     first_page, num_paged, first, in_sink, first_tail, _ = work
@@ -119,7 +139,8 @@ def attend(pointers, tile, memory, handed, bars, work):
     place, num_rows, first_row, num_heads, first_seen = tile
     queries, rope_queries, latents, ropes, vectors = memory
     weights_smem, factors, weights_full, weights_free, started = handed
-    full, free, scored = bars
+    full, free, scored, rope_full = bars
+    arrived = (full, rope_full)
     count = work[5]
     row = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     factor = gl.load(factor_ptr + place + row, row < num_rows, other=0.0)
@@ -132,35 +153,29 @@ def attend(pointers, tile, memory, handed, bars, work):
     acc = (gl.zeros((ROWS, PAIRS), gl.float32, SUMS), gl.zeros((ROWS, PAIRS), gl.float32, SUMS))
     m = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     l_sum = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, SCORES))
-    found, rope = _score(queries, rope_queries, latents, ropes, full, 0, 0)
+    found, rope = _score(queries, rope_queries, latents, ropes, arrived, 0, 0)
     found, rope = warpgroup_mma_wait(0, [found, rope])
     mbarrier.arrive(scored, count=1)
-    weights, alpha, m, l_sum = _weigh(found, rope, vectors, 0, _block_of(0, work), seen, m, l_sum)
-    weights_smem.index(0).store(weights)
-    factors.index(0).store(alpha)
-    fence_async_shared()
-    mbarrier.arrive(weights_full.index(0), count=1)
+    weights, alpha, m, l_sum, _ = _weigh(found, rope, vectors, 0, _block_of(0, work), seen, m, l_sum)
+    _hand_over(weights, alpha, weights_smem, factors, weights_full)
     for i in range(1, count):
         slot = i % 2
-        acc = _sum(0, acc, weights_smem.index(slot ^ 1), latents, slot ^ 1)
-        found, rope = _score(queries, rope_queries, latents, ropes, full, slot, i // 2 & 1)
+        acc = _sum(0, acc, weights_smem, latents, slot ^ 1)
+        found, rope = _score(queries, rope_queries, latents, ropes, arrived, slot, i)
         acc = warpgroup_mma_wait(5, acc)
         mbarrier.arrive(free.index((slot ^ 1) * 2), count=1)
         found, rope = warpgroup_mma_wait(0, [found, rope])
         mbarrier.arrive(scored, count=1)
-        weights, alpha, m, l_sum = _weigh(found, rope, vectors, slot, _block_of(i, work), seen, m, l_sum)
-        mbarrier.wait(weights_free.index(slot), (i // 2 & 1) ^ 1)
-        weights_smem.index(slot).store(weights)
-        factors.index(slot).store(alpha)
-        fence_async_shared()
-        mbarrier.arrive(weights_full.index(slot), count=1)
-        acc = _scaled(acc, alpha)
-    last = (count - 1) % 2
-    acc = _sum(0, acc, weights_smem.index(last), latents, last)
+        weights, alpha, m, l_sum, grown = _weigh(found, rope, vectors, slot, _block_of(i, work), seen, m, l_sum)
+        if grown > 0:
+            acc = _scaled(acc, alpha)
+        mbarrier.wait(weights_free, (i & 1) ^ 1)
+        _hand_over(weights, alpha, weights_smem, factors, weights_full)
+    acc = _sum(0, acc, weights_smem, latents, (count - 1) % 2)
     inverse = 1.0 / gl.where(l_sum > 0, l_sum, 1.0)
-    mbarrier.wait(weights_free.index(last ^ 1), (count // 2 & 1) ^ 1)
-    factors.index(last ^ 1).store(inverse)
-    mbarrier.arrive(weights_full.index(last ^ 1), count=1)
+    mbarrier.wait(weights_free, (count & 1) ^ 1)
+    factors.store(inverse)
+    mbarrier.arrive(weights_full, count=1)
     gl.store(lse_ptr + row, m + gl.log2(l_sum), row < num_rows)
     acc = warpgroup_mma_wait(0, acc)
     _store(0, out_ptr, num_rows, _scaled(acc, inverse))
@@ -176,7 +191,7 @@ def attend_second(pointers, tile, memory, handed, bars, work, LATE: gl.constexpr
     place, num_rows, _, _, _ = tile
     queries, _, latents, _, _ = memory
     weights_smem, factors, weights_full, weights_free, started = handed
-    _, free, scored = bars
+    free, scored = bars[1], bars[2]
     count = work[5]
     _load_queries(1, q_ptr, place, num_rows, queries)
     fence_async_shared()
@@ -184,14 +199,13 @@ def attend_second(pointers, tile, memory, handed, bars, work, LATE: gl.constexpr
     acc = (gl.zeros((ROWS, PAIRS), gl.float32, SUMS), gl.zeros((ROWS, PAIRS), gl.float32, SUMS))
     for i in range(count):
         slot = i % 2
-        mbarrier.wait(weights_full.index(slot), i // 2 & 1)
-        acc = _scaled(acc, factors.index(slot).load(gl.SliceLayout(1, SCORES)))
+        mbarrier.wait(weights_full, i & 1)
+        acc = _scaled(acc, factors.load(gl.SliceLayout(1, SCORES)))
         if LATE:
             mbarrier.wait(scored, (i + 1) & 1, pred=i + 1 < count)
-        acc = _sum(1, acc, weights_smem.index(slot), latents, slot)
+        acc = _sum(1, acc, weights_smem, latents, slot)
         acc = warpgroup_mma_wait(0, acc)
-        mbarrier.arrive(weights_free.index(slot), count=1)
+        mbarrier.arrive(weights_free, count=1)
         mbarrier.arrive(free.index(slot * 2 + 1), count=1)
-    last = count % 2
-    mbarrier.wait(weights_full.index(last), count // 2 & 1)
-    _store(1, out_ptr, num_rows, _scaled(acc, factors.index(last).load(gl.SliceLayout(1, SCORES))))
+    mbarrier.wait(weights_full, count & 1)
+    _store(1, out_ptr, num_rows, _scaled(acc, factors.load(gl.SliceLayout(1, SCORES))))

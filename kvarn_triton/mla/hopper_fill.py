@@ -6,13 +6,16 @@ In 4 bits a half is a field of all bytes, in 8 bits half of the bytes. Each half
 
 from __future__ import annotations
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..mla_layout import LATENT_DIM, ROPE_DIM
+from ..mla_layout import LATENT_DIM, ROPE_DIM, MLALayout
 from .latents import pairs_ptx
 
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.6
 STEP = gl.constexpr(64)
 """Tokens of a block, which are on one page."""
 ROWS = gl.constexpr(64)
@@ -27,6 +30,17 @@ HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 """Pairs of a half [64, 128] of a warp group: a thread has 16 neighbouring bytes of a row."""
 ROPES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 """Rotary channels [64, 64]."""
+
+
+def describe(pages: torch.Tensor, layout: MLALayout) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Describe pages, of which the parameters of a half, and the rotary channels of a block are copied."""
+
+    def described(x: torch.Tensor, rows: int, width: int, block: int) -> TensorDescriptor:
+        shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=3)
+        return TensorDescriptor(x, [len(x), rows, width], [x.stride(0), width, 1], [1, block, width], shared)
+
+    params = pages.view(torch.int32)[:, layout.k_params_offset // 4 :]
+    return described(params, 16, 32, 8), described(pages.view(torch.float16)[:, layout.rope_offset // 2 :], layout.page_size, 64, 64)
 
 
 @gluon.jit
@@ -46,11 +60,21 @@ def load_pairs(x_ptr, place, mask):
     return gl.load(ptr + (gl.multiple_of(place, 4)[:, None] + pair[None, :]), mask[:, None], other=0)
 
 
+@gluon.constexpr_function
+def _params_layout():
+    """Return the layout of the parameters [8, 32] of a half in which a thread has those of its pairs."""
+    registers, lanes = [[0, 1], [0, 2], [0, 4], [0, 8]], [[0, 16], [1, 0], [2, 0], [4, 0], [0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 0], [0, 0]], [], [8, 32])
+
+
 @gluon.jit
-def _load_params(record_ptr, half: gl.constexpr, LAYOUT: gl.constexpr):
-    """Load the words of a half: one of two channels, each of which has a scale and a zero."""
-    ptr = (record_ptr + LAYOUT.k_params_offset + half * (2 * LATENTS)).to(gl.pointer_type(gl.int64), bitcast=True)
-    return gl.load(ptr + gl.arange(0, PAIRS, gl.SliceLayout(0, HALVES)))
+def _load_params(params):
+    """Load the scales and zeros of the two planes of a half, float16 [128]."""
+    words = params.reshape((8, 32)).load(_params_layout())
+    even, odd = gl.split(gl.reshape(words, (PAIRS, 2)))
+    PAIR: gl.constexpr = gl.SliceLayout(0, HALVES)
+    even, odd = gl.convert_layout(even, PAIR, assert_trivial=True), gl.convert_layout(odd, PAIR, assert_trivial=True)
+    return split_pairs(even), split_pairs(odd)
 
 
 @gluon.jit
@@ -63,33 +87,18 @@ def _load_codes(record_ptr, part, half: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _load_first(record_ptr, part, LAYOUT: gl.constexpr):
-    """Load what the first half of a block takes: codes, parameters, norms, gain."""
+def _load_block(record_ptr, part, LAYOUT: gl.constexpr):
+    """Load what the first half of a block takes: codes, norms, gain."""
     NORMS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     norm_ptr = (record_ptr + LAYOUT.k_norm_offset).to(gl.pointer_type(gl.float16), bitcast=True) + part * STEP
     norm = gl.load(norm_ptr + gl.arange(0, STEP, NORMS))
     gain = gl.load((record_ptr + LAYOUT.gains_offset).to(gl.pointer_type(gl.float32), bitcast=True))
-    return _load_codes(record_ptr, part, 0, LAYOUT), _load_params(record_ptr, 0, LAYOUT), norm, gain
+    return _load_codes(record_ptr, part, 0, LAYOUT), norm, gain
 
 
 @gluon.jit
-def _load_second(codes, record_ptr, part, LAYOUT: gl.constexpr):
-    """Load the rest: rotary channels, parameters, and in 8 bits codes."""
-    rope_ptr = (record_ptr + LAYOUT.rope_offset).to(gl.pointer_type(gl.float16), bitcast=True) + part * (STEP * ROPE)
-    row = gl.arange(0, STEP, gl.SliceLayout(1, ROPES)) * ROPE
-    rope = gl.load(rope_ptr + (row[:, None] + gl.arange(0, ROPE, gl.SliceLayout(0, ROPES))[None, :]))
-    if LAYOUT.bits == 8:
-        codes = _load_codes(record_ptr, part, 1, LAYOUT)
-    return codes, _load_params(record_ptr, 1, LAYOUT), rope
-
-
-@gluon.jit
-def _store_half(codes, words, latents, slot, half: gl.constexpr, BITS: gl.constexpr):
+def _store_half(codes, params, latents, slot, half: gl.constexpr, BITS: gl.constexpr):
     """Make the numbers of a half of a block, in the planes of a slot."""
-    even, odd = gl.inline_asm_elementwise(
-        "mov.b64 {$0, $1}, $2;", "=r,=r,l", [words], (gl.int32, gl.int32), is_pure=True, pack=1
-    )  # fmt: skip
-    params = (split_pairs(even), split_pairs(odd))
     for byte in gl.static_range(2):
         scale, zero = params[byte]
         numbers = gl.inline_asm_elementwise(
@@ -123,50 +132,106 @@ def _field_ptx(field, byte):
 
 @gluon.jit
 def _store_sizes(vectors, slot, norm, gain):
-    """Store the norms of a block, times the gain too, and the exponent of the gain for each row."""
+    """Store the norms of a block, times the gain too, and the exponent of the gain for each row.
+
+    A norm that is no number is one of the size alone: scores of what looks at it are none then, and others are not touched.
+    """
     sizes, norms, exponents = vectors
     exponent = gl.maximum((gain.to(gl.int32, bitcast=True) >> 23 & 255) - 127, LOWEST).to(gl.float32)
     sizes.index(slot).store(norm * gain)
-    norms.index(slot).store(norm)
+    norms.index(slot).store(gl.where(gl.abs(norm) < float("inf"), norm, 0.0))
     exponents.index(slot).store(gl.zeros_like(norm) + exponent)
 
 
 @gluon.jit
-def _record_of(i, pages, paged, LAYOUT: gl.constexpr):
-    """Return the record of the i-th block of a program's quantized ones, or of the last one, and which of the page it is."""
+def _load_id(i, paged, LAYOUT: gl.constexpr):
+    """Load the page id of the i-th block of a program's quantized ones, or of the last one."""
     ids_ptr, first_block, num_paged, first_body, num_ids = paged
     BLOCKS: gl.constexpr = LAYOUT.page_size // STEP
     block = first_block + gl.minimum(i, num_paged - 1) - first_body
-    page = gl.maximum(gl.load(ids_ptr + gl.minimum(block // BLOCKS, num_ids - 1)), 0).to(gl.int64)
-    return pages[0] + gl.multiple_of(page * pages[1], 16), block % BLOCKS
+    return gl.load(ids_ptr + gl.minimum(block // BLOCKS, num_ids - 1))
 
 
 @gluon.jit
-def _fill_pages(memory, bars, pages, paged, LAYOUT: gl.constexpr):
-    """Fill slots with the quantized blocks of a program; what the next one has is on its way while one is waited for."""
-    latents, ropes, vectors = memory
-    full, free, scored = bars
-    record_ptr, part = _record_of(0, pages, paged, LAYOUT)
-    codes, params, norm, gain = _load_first(record_ptr, part, LAYOUT)
-    next_ptr, next_part = _record_of(1, pages, paged, LAYOUT)
+def _part_of(i, paged, LAYOUT: gl.constexpr):
+    """Return which block of its page is the i-th one, or the last one."""
+    return (paged[1] + gl.minimum(i, paged[2] - 1) - paged[3]) % (LAYOUT.page_size // STEP)
+
+
+@gluon.jit
+def _record_of(page_id, pages):
+    """Return a page's record."""
+    return pages[0] + gl.multiple_of(gl.maximum(page_id, 0).to(gl.int64) * pages[1], 16)
+
+
+@gluon.jit
+def _prefetch(ptr, BYTES: gl.constexpr):
+    """Bring a number of bytes into the L2 cache."""
+    gl.inline_asm_elementwise(
+        prefetch_ptx(BYTES), "=r,l", [ptr.to(gl.int64, bitcast=True)], gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def prefetch_ptx(num_bytes):
+    """PTX by which the first lane of a warp asks for so many bytes."""
+    return (
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %laneid; setp.eq.u32 p, t, 0; "
+        f"@p cp.async.bulk.prefetch.L2.global [$1], {num_bytes}; mov.u32 $0, t; }}"
+    )
+
+
+@gluon.jit
+def copy(descs, ropes, params, bars, pages, paged, LAYOUT: gl.constexpr):
+    """Copy rotary channels and parameters of a program's quantized blocks, by one warp, and ask for codes ahead."""
+    CODES: gl.constexpr = STEP * PAIRS * LAYOUT.bits // 2
+    params_desc, rope_desc = descs
+    rope_full, scored, params_full, params_free = bars
+    page_id = _load_id(0, paged, LAYOUT)
+    for i in range(paged[2]):
+        page, part = gl.maximum(page_id, 0), _part_of(i, paged, LAYOUT)
+        page_id = _load_id(i + 1, paged, LAYOUT)
+        _prefetch(_record_of(page_id, pages) + _part_of(i + 1, paged, LAYOUT) * CODES, CODES)
+        slot = i % 2
+        mbarrier.wait(params_free.index(slot), (i // 2 & 1) ^ 1)
+        mbarrier.expect(params_full.index(slot), 2 * params_desc.block_type.nbytes)
+        for half in gl.static_range(2):
+            _copy(params_desc, [page, half * 8, 0], params_full.index(slot), params.index(slot * 2 + half))
+        mbarrier.wait(scored, (i - 1) & 1)
+        mbarrier.expect(rope_full, rope_desc.block_type.nbytes)
+        _copy(rope_desc, [page, part * STEP, 0], rope_full, ropes.index(0))
+
+
+@gluon.jit
+def _fill_pages(memory, params, bars, params_bars, pages, paged, LAYOUT: gl.constexpr):
+    """Fill slots with the quantized blocks of a program; what `copy` has brought into the L2 cache is loaded late."""
+    latents, _, vectors = memory
+    full, free = bars[0], bars[1]
+    params_full, params_free = params_bars
+    record_ptr, part = _record_of(_load_id(0, paged, LAYOUT), pages), _part_of(0, paged, LAYOUT)
+    codes, norm, gain = _load_block(record_ptr, part, LAYOUT)
+    next_id = _load_id(1, paged, LAYOUT)
     for i in range(paged[2]):
         slot = i % 2
         phase = (i // 2 & 1) ^ 1
+        mbarrier.wait(params_full.index(slot), i // 2 & 1)
+        found = _load_params(params.index(slot * 2))
         mbarrier.wait(free.index(slot * 2), phase)
-        _store_half(codes, params, latents, slot, 0, LAYOUT.bits)
+        _store_half(codes, found, latents, slot, 0, LAYOUT.bits)
         _store_sizes(vectors, slot, norm.to(gl.float32), gain)
         fence_async_shared()
         mbarrier.arrive(full.index(slot * 2), count=1)
-        codes, params, rope = _load_second(codes, record_ptr, part, LAYOUT)
-        mbarrier.wait(scored, (i - 1) & 1)
-        ropes.store(rope)
+        if LAYOUT.bits == 8:
+            codes = _load_codes(record_ptr, part, 1, LAYOUT)
+        found = _load_params(params.index(slot * 2 + 1))
         mbarrier.wait(free.index(slot * 2 + 1), phase)
-        _store_half(codes, params, latents, slot, 1, LAYOUT.bits)
+        _store_half(codes, found, latents, slot, 1, LAYOUT.bits)
         fence_async_shared()
         mbarrier.arrive(full.index(slot * 2 + 1), count=1)
-        record_ptr, part = next_ptr, next_part
-        codes, params, norm, gain = _load_first(record_ptr, part, LAYOUT)
-        next_ptr, next_part = _record_of(i + 2, pages, paged, LAYOUT)
+        mbarrier.arrive(params_free.index(slot), count=1)
+        record_ptr, part = _record_of(next_id, pages), _part_of(i + 1, paged, LAYOUT)
+        codes, norm, gain = _load_block(record_ptr, part, LAYOUT)
+        next_id = _load_id(i + 2, paged, LAYOUT)
 
 
 @gluon.jit
@@ -174,7 +239,7 @@ def _fill_raw(i, memory, bars, raw, work, LAYOUT: gl.constexpr):
     """Fill a slot with block i of a program, of raw tokens: their norms are 1."""
     BLOCKS: gl.constexpr = LAYOUT.page_size // STEP
     latents, ropes, vectors = memory
-    full, free, scored = bars
+    full, free, scored, rope_full = bars
     _, num_paged, first, in_sink, first_tail, _ = work
     raw_ptr, stride_page, stride_token, table_ptr, num_sink_pages, num_tail_slots, seq_len = raw
     j = i - num_paged
@@ -195,7 +260,9 @@ def _fill_raw(i, memory, bars, raw, work, LAYOUT: gl.constexpr):
             place = (rope_token * stride_token)[:, None] + gl.arange(0, ROPE, gl.SliceLayout(0, ROPES))[None, :]
             rope = gl.load(page_ptr + LATENTS + place, (rope_token < num_valid)[:, None], other=0.0)
             mbarrier.wait(scored, (i - 1) & 1)
-            ropes.store(rope)
+            ropes.index(0).reshape((STEP, ROPE)).store(rope)
+            fence_async_shared()
+            mbarrier.arrive(rope_full, count=1)
         else:
             one = gl.full((STEP,), 1.0, gl.float32, gl.BlockedLayout([1], [32], [4], [0]))
             _store_sizes(vectors, slot, one, gl.to_tensor(1.0))
@@ -206,10 +273,10 @@ def _fill_raw(i, memory, bars, raw, work, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def fill(memory, bars, pages, paged, raw, work, LAYOUT: gl.constexpr):
+def fill(memory, params, bars, params_bars, pages, paged, raw, work, LAYOUT: gl.constexpr):
     """Fill slots with all blocks of a program, quantized ones first."""
     if paged[2] > 0:
-        _fill_pages(memory, bars, pages, paged, LAYOUT)
+        _fill_pages(memory, params, bars, params_bars, pages, paged, LAYOUT)
     if len(raw) > 0:
         for i in range(work[1], work[5]):
             _fill_raw(i, memory, bars, raw, work, LAYOUT)
