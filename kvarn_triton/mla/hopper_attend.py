@@ -26,22 +26,26 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the name until Tr
 
 
 @gluon.jit
-def _load_queries(half: gl.constexpr, q_ptr, place, num_rows, queries):
-    """Put half of the channels of a tile of queries into shared memory."""
+def _load_queries(half: gl.constexpr, q_ptr, factor_ptr, place, num_rows, queries):
+    """Put half of the channels of a tile of queries into shared memory, their signs turned where factors are negative."""
     row = gl.arange(0, ROWS, gl.SliceLayout(1, HALVES))
     first_ptr = q_ptr + place * (LATENTS + ROPE) + half * (LATENTS // 2)
-    planes = split_pairs(load_pairs(first_ptr, row * ((LATENTS + ROPE) // 2), row < num_rows))
+    words = load_pairs(first_ptr, row * ((LATENTS + ROPE) // 2), row < num_rows)
+    factor = gl.load(factor_ptr + place + row, row < num_rows, other=0.0)
+    planes = split_pairs(words)
     for byte in gl.static_range(2):
-        queries.index(half * 2 + byte).store(planes[byte])
+        queries.index(half * 2 + byte).store(gl.where((factor < 0)[:, None], -planes[byte], planes[byte]))
 
 
 @gluon.jit
-def _load_rope(q_ptr, place, num_rows, rope_queries):
-    """Put the rotary channels of a tile of queries into shared memory."""
+def _load_rope(q_ptr, factor_ptr, place, num_rows, rope_queries):
+    """Put the rotary channels of a tile of queries into shared memory, likewise."""
     row = gl.arange(0, ROWS, gl.SliceLayout(1, ROPES))
     ptr = q_ptr + place * (LATENTS + ROPE) + LATENTS
-    column = gl.arange(0, ROPE, gl.SliceLayout(0, ROPES))
-    rope_queries.index(0).store(gl.load(ptr + (row * (LATENTS + ROPE))[:, None] + column[None, :], (row < num_rows)[:, None], other=0.0))
+    place_of = (row * (LATENTS + ROPE))[:, None] + gl.arange(0, ROPE, gl.SliceLayout(0, ROPES))[None, :]
+    rope = gl.load(ptr + place_of, (row < num_rows)[:, None], other=0.0)
+    factor = gl.load(factor_ptr + place + row, row < num_rows, other=0.0)
+    rope_queries.index(0).store(gl.where((factor < 0)[:, None], -rope, rope))
 
 
 @gluon.jit
@@ -72,29 +76,42 @@ def _score(queries, rope_queries, latents, ropes, bars, slot, i):
 
 
 @gluon.jit
-def _weigh(found, rope, vectors, slot, block, seen, m, l_sum):
-    """Return weights float16 of products, the factor of what was summed before, and the new m and l (`rows`).
+def _weigh(found, rope, vectors, slot, block, seen, m):
+    """Return the weights of products, the factor of what was summed before, the new m (`rows`), and whether any row's is new.
 
-    m stays until a score is much larger: no weight is above 2**SLACK.
+    m stays until a score is much larger: no weight is above 2**SLACK. One over the gain comes with it.
     """
     factor, last_seen, first_seen = seen
     TOKENS: gl.constexpr = gl.SliceLayout(0, SCORES)
     size = vectors[0].index(slot).load(TOKENS)
-    scores = gl.fma(found, gl.zeros_like(found) + size[None, :], rope) * factor[:, None]
+    scores = gl.fma(found, gl.zeros_like(found) + size[None, :], rope)
     if block * STEP + (STEP - 1) > first_seen:
         token = block * STEP + gl.arange(0, STEP, TOKENS)
         scores = gl.where(token[None, :] <= last_seen[:, None], scores, float("-inf"))
     exponent = vectors[2].index(slot).load(gl.SliceLayout(1, SCORES))
-    largest = gl.max(scores, 1) + exponent
-    grown = largest > m + SLACK
-    m_new = gl.where(grown | (largest != largest), largest, m)
+    largest = gl.max(scores, 1) * factor + exponent
+    grown = (largest > m + SLACK) | (largest != largest)
+    m_new = gl.where(grown, largest, m)
     origin = gl.where(m_new == float("-inf"), 0.0, m_new)  # rows that see nothing yet
     alpha = gl.exp2(m - origin)
-    weights = gl.exp2(scores - (origin - exponent)[:, None])
-    l_sum = l_sum * alpha + gl.sum(weights, 1) * gl.exp2(-exponent)
-    norm = vectors[1].index(slot).load(TOKENS)
-    weights = weights * norm[None, :]
-    return weights.to(gl.float16), alpha, m_new, l_sum, gl.max(grown.to(gl.int32), 0)
+    none = gl.zeros_like(scores)
+    weights = gl.exp2(gl.fma(scores, none + factor[:, None], none + (exponent - origin)[:, None]))
+    return weights, alpha, m_new, gl.exp2(-exponent), gl.max(grown.to(gl.int32), 0)
+
+
+@gluon.jit
+def _total(weights, inverse):
+    """Return the sums of the weights of rows that each thread has, times one over a gain: [rows, lanes of a row]."""
+    parts = gl.sum(gl.reshape(weights, (ROWS, STEP // 8, 4, 2)), 3)
+    total = gl.sum(parts, 1)
+    return total * gl.convert_layout(inverse, gl.SliceLayout(1, total.type.layout), assert_trivial=True)[:, None]
+
+
+@gluon.jit
+def _operand(weights, vectors, slot):
+    """Return weights times norms."""
+    norm = vectors[1].index(slot).load(gl.SliceLayout(0, SCORES))
+    return (weights * norm[None, :]).to(gl.float16)
 
 
 @gluon.jit
@@ -143,21 +160,22 @@ def attend(pointers, tile, memory, handed, bars, work):
     arrived = (full, rope_full)
     count = work[5]
     row = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-    factor = gl.load(factor_ptr + place + row, row < num_rows, other=0.0)
+    # Not 0, by which a score of -inf would be none.
+    factor = gl.maximum(gl.abs(gl.load(factor_ptr + place + row, row < num_rows, other=0.0)), 1e-37)
     seen = (factor, first_seen + (first_row + row) // num_heads, first_seen)
-    _load_queries(0, q_ptr, place, num_rows, queries)
-    _load_rope(q_ptr, place, num_rows, rope_queries)
+    _load_queries(0, q_ptr, factor_ptr, place, num_rows, queries)
+    _load_rope(q_ptr, factor_ptr, place, num_rows, rope_queries)
     fence_async_shared()
     barrier()
     mbarrier.wait(started, 0)
     acc = (gl.zeros((ROWS, PAIRS), gl.float32, SUMS), gl.zeros((ROWS, PAIRS), gl.float32, SUMS))
     m = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    l_sum = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, SCORES))
     found, rope = _score(queries, rope_queries, latents, ropes, arrived, 0, 0)
     found, rope = warpgroup_mma_wait(0, [found, rope])
     mbarrier.arrive(scored, count=1)
-    weights, alpha, m, l_sum, _ = _weigh(found, rope, vectors, 0, _block_of(0, work), seen, m, l_sum)
-    _hand_over(weights, alpha, weights_smem, factors, weights_full)
+    weights, alpha, m, inverse, _ = _weigh(found, rope, vectors, 0, _block_of(0, work), seen, m)
+    l_sum = _total(weights, inverse)
+    _hand_over(_operand(weights, vectors, 0), alpha, weights_smem, factors, weights_full)
     for i in range(1, count):
         slot = i % 2
         acc = _sum(0, acc, weights_smem, latents, slot ^ 1)
@@ -166,17 +184,21 @@ def attend(pointers, tile, memory, handed, bars, work):
         mbarrier.arrive(free.index((slot ^ 1) * 2), count=1)
         found, rope = warpgroup_mma_wait(0, [found, rope])
         mbarrier.arrive(scored, count=1)
-        weights, alpha, m, l_sum, grown = _weigh(found, rope, vectors, slot, _block_of(i, work), seen, m, l_sum)
+        weights, alpha, m, inverse, grown = _weigh(found, rope, vectors, slot, _block_of(i, work), seen, m)
+        part = gl.convert_layout(alpha, gl.SliceLayout(1, l_sum.type.layout), assert_trivial=True)
+        l_sum = l_sum * part[:, None] + _total(weights, inverse)
+        operand = _operand(weights, vectors, slot)
         if grown > 0:
             acc = _scaled(acc, alpha)
         mbarrier.wait(weights_free, (i & 1) ^ 1)
-        _hand_over(weights, alpha, weights_smem, factors, weights_full)
+        _hand_over(operand, alpha, weights_smem, factors, weights_full)
     acc = _sum(0, acc, weights_smem, latents, (count - 1) % 2)
-    inverse = 1.0 / gl.where(l_sum > 0, l_sum, 1.0)
+    total = gl.convert_layout(gl.sum(l_sum, 1), gl.SliceLayout(1, SCORES))
+    inverse = 1.0 / gl.where(total > 0, total, 1.0)
     mbarrier.wait(weights_free, (count & 1) ^ 1)
     factors.store(inverse)
     mbarrier.arrive(weights_full, count=1)
-    gl.store(lse_ptr + row, m + gl.log2(l_sum), row < num_rows)
+    gl.store(lse_ptr + row, m + gl.log2(total), row < num_rows)
     acc = warpgroup_mma_wait(0, acc)
     _store(0, out_ptr, num_rows, _scaled(acc, inverse))
 
@@ -187,13 +209,13 @@ def attend_second(pointers, tile, memory, handed, bars, work, LATE: gl.constexpr
 
     Those of a block run while the other group computes the weights of the next one, when it has no products.
     """
-    q_ptr, _, out_ptr, _ = pointers
+    q_ptr, factor_ptr, out_ptr, _ = pointers
     place, num_rows, _, _, _ = tile
     queries, _, latents, _, _ = memory
     weights_smem, factors, weights_full, weights_free, started = handed
     free, scored = bars[1], bars[2]
     count = work[5]
-    _load_queries(1, q_ptr, place, num_rows, queries)
+    _load_queries(1, q_ptr, factor_ptr, place, num_rows, queries)
     fence_async_shared()
     mbarrier.arrive(started, count=1)
     acc = (gl.zeros((ROWS, PAIRS), gl.float32, SUMS), gl.zeros((ROWS, PAIRS), gl.float32, SUMS))
