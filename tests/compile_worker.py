@@ -189,6 +189,7 @@ def describe(compiled: Compiled, case: str) -> dict:
         # The balancing multiplies and adds, a fit adds more often than it multiplies.
         "balance_loop": max((loop.total() for loop in used.loops if loop["FFMA"] > loop["FADD"]), default=0),
         "fit_loop": max((loop.total() for loop in used.loops if loop["FFMA"] <= loop["FADD"]), default=0),
+        "product_waits": max((loop["WARPGROUP"] for loop in used.loops), default=0),
         "loop_spills_of_all": sum(loop["LDL"] + loop["STL"] for loop in used.loops),
     }
 

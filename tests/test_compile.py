@@ -55,6 +55,10 @@ together. An H200 has about 6,300 issue slots in the time that it needs to read 
 INSTRUCTIONS_PER_64_OF_GROUPS = 6700 if OLDEST else 7200
 """The same of the kernel of warp groups, 8 bits too. Fewer of them took as long (`docs/notes/mla.md`)."""
 SPILLS_OF_GROUPS = 12 if OLDEST else 40
+INSTRUCTIONS_PER_64_OF_TILES = 6500 if OLDEST else 6700
+"""The same of its tiles of 64 rows."""
+WAITS_OF_TILES = 12
+"""Most instructions around products in a loop of these. If any warps of the kernel spill, ptxas waits for each product: 88."""
 INSTRUCTIONS_PER_32_LISTED = 5000
 """The same for 32 tokens of a list, each with the scales of its own page."""
 MLA_BUDGET_TARGETS = ("sm90", "sm100")
@@ -143,7 +147,14 @@ def test_compiles(target, parts, tmp_path):
         assert 0 < lists["page_loop"] * lists["num_warps"] <= INSTRUCTIONS_PER_32_LISTED, lists
         assert lists["loop_spills"] == 0, lists
     for kernel in kernels:
-        if kernel["kernel"] == "_kvarn_mla_hopper_kernel" and "quantized only" in kernel["case"]:
+        if kernel["kernel"] != "_kvarn_mla_hopper_kernel":
+            continue
+        if "128 heads" in kernel["case"] and "tiles of 16" not in kernel["case"]:
+            assert kernel["product_waits"] <= WAITS_OF_TILES, kernel
+            if "quantized only" in kernel["case"]:  # weights, numbers, and the other half of the sums
+                assert kernel["loop_spills_of_all"] <= (0 if OLDEST else 4), kernel
+                assert 4 * sum(kernel["loops"][:3]) <= INSTRUCTIONS_PER_64_OF_TILES, kernel
+        elif "quantized only" in kernel["case"]:
             # Loops of the warps that sum, compute scores (twice, for every second block), multiply queries, and weigh.
             sums, even, odd, queries, weigh = kernel["loops"][:5]
             assert kernel["loop_spills_of_all"] <= SPILLS_OF_GROUPS, kernel

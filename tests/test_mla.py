@@ -75,7 +75,7 @@ def test_page_bytes():
         ((16, 64, 4, 0), "num_stages: expected an integer of at least 1, got 0"),
         ((16, 64, 4, 2, 0), "programs_per_sm: expected an integer of at least 1, got 0"),
         ((16, 64, 4, 2, 1, 8), "maxnreg: expected an integer of at least 24, got 8"),
-        ((32, 64, 4, 2, 1, None, True), "block_m: expected 16 with warp_groups, got 32"),
+        ((32, 64, 4, 2, 1, None, True), "block_m: expected 16 or 64 with warp_groups, got 32"),
     ],
 )
 def test_unsupported_parameters(arguments, message):
@@ -359,15 +359,21 @@ def test_decode_configs(config, device):
     check_decode(latent_case(LAYOUTS[2], [130, 77], num_heads=33, sink_len=64, num_tail_slots=1), device, config=config)
 
 
-def test_warp_groups(device):
+@pytest.mark.parametrize(("rows", "heads"), [(16, 40), (64, 40), (64, 8)])
+@pytest.mark.parametrize("layout", LAYOUTS[:4], ids=layout_id)
+def test_warp_groups(layout, rows, heads, device):
     """The kernel of warp groups is a configuration where there are such groups, the default there, and refused elsewhere."""
-    config = MLAConfig(16, 64, 4, warp_groups=True)
-    call = latent_case(LAYOUTS[1], [700, 64, 129], num_heads=40, sink_len=128, num_tail_slots=1)
+    config = MLAConfig(rows, 64, 4, warp_groups=True)
+    call = latent_case(layout, [700, 64, 129], num_heads=heads, sink_len=128, num_tail_slots=1, num_queries=2)
     known = gpu.gpu_of(device)
     if known is not None and known.warp_groups:
         out = check_decode(call, device, config=config)
-        assert_same_bits(kvarn.mla_decode_attention(**moved(call, device)).cpu(), out)
-        call["indices"] = torch.zeros(3, 4, dtype=torch.int32)
+        assert_same_bits(check_decode(call, device, config=config), out)
+        if rows == 64 and heads == 40:
+            assert_same_bits(kvarn.mla_decode_attention(**moved(call, device)).cpu(), out)
+        check_decode(call | {"sm_scale": -call["sm_scale"]}, device, config=config)
+        check_decode(latent_case(layout, [1000, 3], num_heads=heads), device, config=config)
+        call["indices"] = torch.zeros(3, 2, 4, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"config.warp_groups: expected False but for sm90, without indices, got True"):
         kvarn.mla_decode_attention(**moved(call, device), config=config)
 

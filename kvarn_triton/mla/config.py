@@ -21,11 +21,11 @@ class HopperPlan:
 
     rows: int  # of a tile
     bits: int
-    ring: int  # blocks in shared memory
+    ring: int  # blocks in shared memory, with 16 rows
 
 
-HOPPER_ROWS = 16
-"""Query rows of a tile: with more of them their sums don't fit the registers of a warp group, beside operands."""
+HOPPER_ROWS = (16, 64)
+"""Query rows of a tile of the kernel of warp groups: columns of its products, or rows."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MLAConfig:
         programs_per_sm: programs of one multiprocessor, by which the number of splits is chosen.
         maxnreg: most registers of a thread; None leaves it to the compiler. NVIDIA only.
         warp_groups: whether the kernel of warp groups (`hopper`) does it: on compute capability 9.0 alone, and not for lists.
-            `block_m` is 16 then, and the other parameters but `programs_per_sm` play no part.
+            `block_m` is 16 or 64 then, and the other parameters but `programs_per_sm` play no part.
     """
 
     block_m: int
@@ -60,8 +60,8 @@ class MLAConfig:
         check_count("programs_per_sm", self.programs_per_sm, 1)
         if self.maxnreg is not None:
             check_count("maxnreg", self.maxnreg, 24)
-        fits = not self.warp_groups or self.block_m == HOPPER_ROWS
-        require(fits, "block_m", f"{HOPPER_ROWS} with warp_groups", self.block_m)
+        fits = not self.warp_groups or self.block_m in HOPPER_ROWS
+        require(fits, "block_m", f"{' or '.join(map(str, HOPPER_ROWS))} with warp_groups", self.block_m)
 
     def options(self) -> dict[str, int]:
         """Return the launch options that only some GPUs have."""
@@ -82,9 +82,9 @@ class MLAPlan:
 
 
 @functools.lru_cache
-def hopper_plan(layout: MLALayout, has_raw: bool) -> HopperPlan:
+def hopper_plan(layout: MLALayout, rows: int, has_raw: bool) -> HopperPlan:
     """Return what the kernel of warp groups is compiled for: as many blocks as fit shared memory, beside one of raw tokens."""
-    return HopperPlan(HOPPER_ROWS, layout.bits, (4 if layout.bits == 4 else 3) - has_raw)
+    return HopperPlan(rows, layout.bits, (4 if layout.bits == 4 else 3) - has_raw)
 
 
 @functools.lru_cache
@@ -112,12 +112,11 @@ def _mla_config(bits: int, rows: int, arch: str | None, known: gpu.Gpu | None) -
         return MLAConfig(16 if few else 32, 32, 4)
     if known.program_bytes < 200 * _KIB:
         return MLAConfig(16, 32, 4, programs_per_sm=2) if few else MLAConfig(32, 32, 4)
-    if known.warp_groups and few and bits == 4:
-        return MLAConfig(HOPPER_ROWS, 64, 4, warp_groups=True)
+    if known.warp_groups and (bits == 4 or not few):
+        return MLAConfig(16 if few else 64, 64, 4, warp_groups=True)
     if few:
         return MLAConfig(16, 64 if bits == 4 else 32, 4, programs_per_sm=2)
-    # Products of 64 rows are those of warp groups, which sm90 alone has; as tiles of 16 rows they take longer.
-    return MLAConfig(64 if rows > 32 and arch == "sm90" else 32, 64, 8)
+    return MLAConfig(32, 64, 8)
 
 
 @functools.lru_cache

@@ -188,7 +188,7 @@ def _attend(
     if config.warp_groups and len(cache.pages):
         from .hopper import launch_mla_hopper  # Gluon, where it is used
 
-        plan = hopper_plan(cache.layout, cache.raw_pages is not None)
+        plan = hopper_plan(cache.layout, config.block_m, cache.raw_pages is not None)
         launch_mla_hopper(partial, partial_lse, queries, cache, (num_queries, num_heads), plan)
     elif indices is None:
         launch_mla_splits(partial, partial_lse, queries, cache, (num_queries, num_heads), config)

@@ -1,11 +1,8 @@
-"""The kernel of latent attention for compute capability 9.0: operands of products from codes, in registers of warp groups.
+"""The kernel of latent attention for compute capability 9.0: warps with work of their own, products of warp groups.
 
-A program has a tile of 16 query rows, (query token, head), of one sequence, and one split of its tokens, 64 at a time. Two
-warps copy what belongs to a block of tokens into shared memory (`hopper_copy`), four multiply the queries by the scales of its
-page, and four compute weights from scores (`hopper_queries`), eight compute scores, and four sum latents (`hopper_rows`); each
-does so for the block that the ones before have left. Tokens are the rows of the product with queries, and channels those of the
-product with weights: 16 query rows are 16 columns, and none is padding. What comes out is that of `decode_kernel`, but for
-rounding. The kernel is written in Gluon, because Triton gives no warps work of their own.
+A program has a tile of query rows, (query token, head), of one sequence, and one split of its tokens, 64 at a time. Tiles of 16
+rows are computed by columns (`hopper_columns`), those of 64 by rows (`hopper_tile`). What comes out is that of `decode_kernel`,
+but for rounding. The kernel is written in Gluon, because Triton gives no warps work of their own.
 
 Grid: (program,), tiles of a split next to each other. Bytes moved: each record once per tile, of which others come from the L2
 cache; partial results.
@@ -16,58 +13,15 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..attention.hopper import barriers
 from ..launch import on
 from .cache import LatentCache
 from .config import HopperPlan
 from .decode_kernel import ANY_ADDRESS, NOT_SPECIALIZED
-from .hopper_copy import LATENTS, ROPE, STEP, copy_blocks, copy_sizes, describe
-from .hopper_queries import TILES, barrier, prepare, weigh
-from .hopper_rows import score, sums
-
-
-@gluon.jit
-def _ring(codes_desc, params_desc, rope_desc, PLAN: gl.constexpr):
-    """Return memory for blocks: slabs of codes, parameters, rotary channels; sizes, norms and exponents of tokens."""
-    RING: gl.constexpr = PLAN.ring
-    VECTORS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    codes = gl.allocate_shared_memory(gl.int16, [RING * PLAN.bits // 2] + codes_desc.block_type.shape, codes_desc.layout)
-    params = gl.allocate_shared_memory(gl.int32, [RING] + params_desc.block_type.shape, params_desc.layout)
-    ropes = gl.allocate_shared_memory(gl.float16, [RING] + rope_desc.block_type.shape, rope_desc.layout)
-    sizes = gl.allocate_shared_memory(gl.float32, [RING, STEP], VECTORS)
-    norms = gl.allocate_shared_memory(gl.float32, [RING, STEP], VECTORS)
-    exponents = gl.allocate_shared_memory(gl.float32, [RING, STEP], VECTORS)
-    return (codes, params, ropes), (sizes, norms, exponents)
-
-
-@gluon.jit
-def _tile(ROWS: gl.constexpr):
-    """Return memory for a tile of rows: its queries, and of two blocks all that warps hand over."""
-    OPERANDS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=ROWS * 2, element_bitwidth=16, rank=2)
-    SCORES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=ROWS * 4, element_bitwidth=32, rank=2)
-    VECTORS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    rope_queries = gl.allocate_shared_memory(gl.float16, [1, ROWS, ROPE], OPERANDS)
-    queries = gl.allocate_shared_memory(gl.float16, [TILES, ROWS, STEP], OPERANDS)
-    scaled = gl.allocate_shared_memory(gl.float16, [2 * TILES, ROWS, STEP], OPERANDS)
-    biases = gl.allocate_shared_memory(gl.float32, [2, ROWS], VECTORS)
-    largest = gl.allocate_shared_memory(gl.float32, [4, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    scores = gl.allocate_shared_memory(gl.float32, [2, STEP, ROWS], SCORES)
-    weights = gl.allocate_shared_memory(gl.float16, [2, STEP, ROWS], WEIGHTS)
-    factors = gl.allocate_shared_memory(gl.float32, [2, ROWS], VECTORS)
-    return (queries, rope_queries), (scaled, biases, largest), scores, (weights, factors)
-
-
-@gluon.jit
-def _raw_tiles(HAS_RAW: gl.constexpr):
-    """Return memory for the latents of a block of raw tokens; without such tokens next to none."""
-    OPERANDS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    COUNT: gl.constexpr = TILES if HAS_RAW else 1
-    TOKENS: gl.constexpr = STEP if HAS_RAW else 8
-    return gl.allocate_shared_memory(gl.float16, [COUNT, TOKENS, STEP], OPERANDS)
+from .hopper_columns import attend_columns
+from .hopper_copy import LATENTS, STEP, describe
+from .hopper_tile import attend_tile
 
 
 @gluon.jit
@@ -88,41 +42,6 @@ def _share(seq_len, num_quantized, num_sink_pages, split, num_splits, LAYOUT: gl
     first_tail = gl.maximum(first_page, end)
     in_sink = gl.maximum(gl.minimum(last, first_body) - first, 0)
     return first_page, gl.maximum(end - first_page, 0), first, in_sink, first_tail, gl.maximum(last - first_tail, 0)
-
-
-@gluon.jit
-def _attend(pointers, tile, records, raw, paged, work, LAYOUT: gl.constexpr, PLAN: gl.constexpr):
-    """Attend with a tile of rows to the blocks of a program."""
-    q_ptr, factor_ptr, out_ptr, lse_ptr = pointers
-    codes_desc, params_desc, rope_desc, pages = records
-    ring, vectors = _ring(codes_desc, params_desc, rope_desc, PLAN)
-    queries, own, scores_smem, weights = _tile(PLAN.rows)
-    raw_tiles = _raw_tiles(len(raw) > 0)
-    RING: gl.constexpr = PLAN.ring
-    full, free, sizes_full = barriers(RING, 1), barriers(RING, 4), barriers(RING, 1)
-    once, raw_free = barriers(2, 1), barriers(1, 2)
-    scaled = (own[0], own[1], barriers(2, 1), barriers(2, 1))
-    scores = (scores_smem, barriers(2, 1), barriers(2, 1))
-    handed = (weights[0], weights[1], barriers(2, 1), barriers(2, 1))
-    fence_async_shared()
-    barrier()
-    bars = (full, free, sizes_full, once.index(1), raw_free.index(0))
-    given = (q_ptr, tile[0], tile[1], queries[0], queries[1], once.index(0), scaled)
-    operands = (queries[1], scaled[0], scaled[1], factor_ptr, once.index(0), scaled[2], scaled[3])
-    coded = (ring[0], ring[2], vectors, raw_tiles)
-    gl.warp_specialize(
-        [
-            (sums, ((out_ptr, tile[1]), (ring[0], ring[1], ring[2], raw_tiles), bars, handed, work, PLAN)),
-            (score, (0, operands, coded, bars, scores, tile, work, PLAN)),
-            (score, (1, operands, coded, bars, scores, tile, work, PLAN)),
-            (prepare, (given, (ring[1], ring[2], vectors, raw_tiles), bars, raw, work, LAYOUT, PLAN)),
-            (weigh, ((lse_ptr, tile[1]), own[2], vectors, free, scores, handed, work[5], PLAN)),
-            (copy_blocks, ((codes_desc, params_desc, rope_desc), ring, full, free, paged, LAYOUT)),
-            (copy_sizes, (vectors, sizes_full, free, pages, paged, LAYOUT)),
-        ],
-        [4, 4, 4, 4, 1, 1],
-        [80, 80, 80, 56, 24, 24],  # registers; 160 are left for those that sum
-    )
 
 
 @gluon.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=ANY_ADDRESS)
@@ -179,7 +98,11 @@ def _kvarn_mla_hopper_kernel(
         work = (share[0], share[1], share[2], share[3], share[4], count)
         tile = (place, num_rows, first_row, num_heads, seq_len - num_queries)
         pointers = (q_ptr, factor_ptr, out_ptr + result * LATENTS, lse_ptr + result)
-        _attend(pointers, tile, (codes_desc, params_desc, rope_desc, pages), source, paged, work, LAYOUT, PLAN)
+        records = (codes_desc, params_desc, rope_desc, pages)
+        if PLAN.rows == 16:
+            attend_columns(pointers, tile, records, source, paged, work, LAYOUT, PLAN)
+        else:
+            attend_tile(pointers, tile, records, source, paged, work, LAYOUT, PLAN)
     else:
         NOTHING: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
         row = gl.arange(0, PLAN.rows, NOTHING)

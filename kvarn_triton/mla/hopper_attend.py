@@ -15,14 +15,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_fill import HALVES, LATENTS, PAIRS, ROPE, ROPES, ROWS, STEP, load_pairs, split_pairs
+from .hopper_copy import LATENTS, ROPE, STEP, barrier
+from .hopper_fill import HALVES, PAIRS, ROPES, load_pairs, split_pairs
 
+ROWS = gl.constexpr(64)
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 """Products [rows, tokens] of a warp group."""
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 """Products [rows, channels of a plane]."""
 SLACK = gl.constexpr(8.0)
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the name until Triton 3.6
+"""How much larger, base 2, a score is than the largest one before when sums are scaled: weights are at most 256."""
 
 
 @gluon.jit
@@ -204,7 +206,7 @@ def attend(pointers, tile, memory, handed, bars, work):
 
 
 @gluon.jit
-def attend_second(pointers, tile, memory, handed, bars, work, LATE: gl.constexpr):
+def attend_second(pointers, tile, memory, handed, bars, work):
     """Compute the sums of the second half of the channels, with weights of the other warp group.
 
     Those of a block run while the other group computes the weights of the next one, when it has no products.
@@ -223,8 +225,7 @@ def attend_second(pointers, tile, memory, handed, bars, work, LATE: gl.constexpr
         slot = i % 2
         mbarrier.wait(weights_full, i & 1)
         acc = _scaled(acc, factors.load(gl.SliceLayout(1, SCORES)))
-        if LATE:
-            mbarrier.wait(scored, (i + 1) & 1, pred=i + 1 < count)
+        mbarrier.wait(scored, (i + 1) & 1, pred=i + 1 < count)
         acc = _sum(1, acc, weights_smem, latents, slot)
         acc = warpgroup_mma_wait(0, acc)
         mbarrier.arrive(weights_free, count=1)

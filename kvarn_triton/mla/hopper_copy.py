@@ -15,13 +15,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..mla_layout import LATENT_DIM, ROPE_DIM, MLALayout
 
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.6
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # likewise
 STEP = gl.constexpr(64)
 """Tokens of a block, pairs of bytes of a slab, and rows of a product of a warp group."""
 LATENTS = gl.constexpr(LATENT_DIM)
 ROPE = gl.constexpr(ROPE_DIM)
 LOWEST = gl.constexpr(-100)
 """Least exponent of a gain, as in `rows`."""
-BYTES_OF_PARAMS = gl.constexpr(4 * LATENT_DIM)
 
 
 def describe(pages: torch.Tensor, layout: MLALayout) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:

@@ -6,41 +6,20 @@ In 4 bits a half is a field of all bytes, in 8 bits half of the bytes. Each half
 
 from __future__ import annotations
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..mla_layout import LATENT_DIM, ROPE_DIM, MLALayout
+from .hopper_copy import LATENTS, LOWEST, ROPE, STEP
 from .latents import pairs_ptx
 
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.6
-STEP = gl.constexpr(64)
-"""Tokens of a block, which are on one page."""
-ROWS = gl.constexpr(64)
-"""Query rows of a tile: those of a product of a warp group."""
-LATENTS = gl.constexpr(LATENT_DIM)
-ROPE = gl.constexpr(ROPE_DIM)
-PAIRS = gl.constexpr(LATENT_DIM // 4)
+PAIRS = gl.constexpr(LATENTS.value // 4)
 """Pairs of channels of a half, which are the channels of a plane."""
-LOWEST = gl.constexpr(-100)
-"""Least exponent of a gain, as in `rows`."""
 HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 """Pairs of a half [64, 128] of a warp group: a thread has 16 neighbouring bytes of a row."""
 ROPES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 """Rotary channels [64, 64]."""
-
-
-def describe(pages: torch.Tensor, layout: MLALayout) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Describe pages, of which the parameters of a half, and the rotary channels of a block are copied."""
-
-    def described(x: torch.Tensor, rows: int, width: int, block: int) -> TensorDescriptor:
-        shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=3)
-        return TensorDescriptor(x, [len(x), rows, width], [x.stride(0), width, 1], [1, block, width], shared)
-
-    params = pages.view(torch.int32)[:, layout.k_params_offset // 4 :]
-    return described(params, 16, 32, 8), described(pages.view(torch.float16)[:, layout.rope_offset // 2 :], layout.page_size, 64, 64)
 
 
 @gluon.jit
@@ -68,9 +47,9 @@ def _params_layout():
 
 
 @gluon.jit
-def _load_params(params):
+def _load_params(params, half: gl.constexpr):
     """Load the scales and zeros of the two planes of a half, float16 [128]."""
-    words = params.reshape((8, 32)).load(_params_layout())
+    words = params.reshape((16, 32)).slice(half * 8, 8).load(_params_layout())
     even, odd = gl.split(gl.reshape(words, (PAIRS, 2)))
     PAIR: gl.constexpr = gl.SliceLayout(0, HALVES)
     even, odd = gl.convert_layout(even, PAIR, assert_trivial=True), gl.convert_layout(odd, PAIR, assert_trivial=True)
@@ -182,11 +161,12 @@ def prefetch_ptx(num_bytes):
 
 
 @gluon.jit
-def copy(descs, ropes, params, bars, pages, paged, LAYOUT: gl.constexpr):
+def copy_params(descs, ropes, params, bars, pages, paged, LAYOUT: gl.constexpr):
     """Copy rotary channels and parameters of a program's quantized blocks, by one warp, and ask for codes ahead."""
     CODES: gl.constexpr = STEP * PAIRS * LAYOUT.bits // 2
     params_desc, rope_desc = descs
-    rope_full, scored, params_full, params_free = bars
+    rope_full, scored = bars
+    params, params_full, params_free = params
     page_id = _load_id(0, paged, LAYOUT)
     for i in range(paged[2]):
         page, part = gl.maximum(page_id, 0), _part_of(i, paged, LAYOUT)
@@ -194,20 +174,19 @@ def copy(descs, ropes, params, bars, pages, paged, LAYOUT: gl.constexpr):
         _prefetch(_record_of(page_id, pages) + _part_of(i + 1, paged, LAYOUT) * CODES, CODES)
         slot = i % 2
         mbarrier.wait(params_free.index(slot), (i // 2 & 1) ^ 1)
-        mbarrier.expect(params_full.index(slot), 2 * params_desc.block_type.nbytes)
-        for half in gl.static_range(2):
-            _copy(params_desc, [page, half * 8, 0], params_full.index(slot), params.index(slot * 2 + half))
+        mbarrier.expect(params_full.index(slot), params_desc.block_type.nbytes)
+        _copy(params_desc, [page, 0, 0], params_full.index(slot), params.index(slot))
         mbarrier.wait(scored, (i - 1) & 1)
         mbarrier.expect(rope_full, rope_desc.block_type.nbytes)
         _copy(rope_desc, [page, part * STEP, 0], rope_full, ropes.index(0))
 
 
 @gluon.jit
-def _fill_pages(memory, params, bars, params_bars, pages, paged, LAYOUT: gl.constexpr):
+def _fill_pages(memory, params, bars, pages, paged, LAYOUT: gl.constexpr):
     """Fill slots with the quantized blocks of a program; what `copy` has brought into the L2 cache is loaded late."""
     latents, _, vectors = memory
     full, free = bars[0], bars[1]
-    params_full, params_free = params_bars
+    params, params_full, params_free = params
     record_ptr, part = _record_of(_load_id(0, paged, LAYOUT), pages), _part_of(0, paged, LAYOUT)
     codes, norm, gain = _load_block(record_ptr, part, LAYOUT)
     next_id = _load_id(1, paged, LAYOUT)
@@ -215,7 +194,7 @@ def _fill_pages(memory, params, bars, params_bars, pages, paged, LAYOUT: gl.cons
         slot = i % 2
         phase = (i // 2 & 1) ^ 1
         mbarrier.wait(params_full.index(slot), i // 2 & 1)
-        found = _load_params(params.index(slot * 2))
+        found = _load_params(params.index(slot), 0)
         mbarrier.wait(free.index(slot * 2), phase)
         _store_half(codes, found, latents, slot, 0, LAYOUT.bits)
         _store_sizes(vectors, slot, norm.to(gl.float32), gain)
@@ -223,7 +202,7 @@ def _fill_pages(memory, params, bars, params_bars, pages, paged, LAYOUT: gl.cons
         mbarrier.arrive(full.index(slot * 2), count=1)
         if LAYOUT.bits == 8:
             codes = _load_codes(record_ptr, part, 1, LAYOUT)
-        found = _load_params(params.index(slot * 2 + 1))
+        found = _load_params(params.index(slot), 1)
         mbarrier.wait(free.index(slot * 2 + 1), phase)
         _store_half(codes, found, latents, slot, 1, LAYOUT.bits)
         fence_async_shared()
@@ -273,10 +252,10 @@ def _fill_raw(i, memory, bars, raw, work, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def fill(memory, params, bars, params_bars, pages, paged, raw, work, LAYOUT: gl.constexpr):
+def fill(memory, params, bars, pages, paged, raw, work, LAYOUT: gl.constexpr):
     """Fill slots with all blocks of a program, quantized ones first."""
     if paged[2] > 0:
-        _fill_pages(memory, params, bars, params_bars, pages, paged, LAYOUT)
+        _fill_pages(memory, params, bars, pages, paged, LAYOUT)
     if len(raw) > 0:
         for i in range(work[1], work[5]):
             _fill_raw(i, memory, bars, raw, work, LAYOUT)

@@ -10,9 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .hopper_copy import LATENTS, ROPE, STEP, store_sizes
+from .hopper_copy import LATENTS, ROPE, STEP, barrier, store_sizes
 
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the name until Triton 3.6
 TILES = gl.constexpr(8)
 
 
