@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_copy import LATENTS, ROPE, STEP, barrier
-from .hopper_fill import HALVES, PAIRS, ROPES, load_pairs, split_pairs
+from .hopper_fill import PAIRS, block_of, load_queries, load_rope
 
 ROWS = gl.constexpr(64)
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
@@ -25,29 +25,6 @@ SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 """Products [rows, channels of a plane]."""
 SLACK = gl.constexpr(8.0)
 """How much larger, base 2, a score is than the largest one before when sums are scaled: weights are at most 256."""
-
-
-@gluon.jit
-def _load_queries(half: gl.constexpr, q_ptr, factor_ptr, place, num_rows, queries):
-    """Put half of the channels of a tile of queries into shared memory, their signs turned where factors are negative."""
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, HALVES))
-    first_ptr = q_ptr + place * (LATENTS + ROPE) + half * (LATENTS // 2)
-    words = load_pairs(first_ptr, row * ((LATENTS + ROPE) // 2), row < num_rows)
-    factor = gl.load(factor_ptr + place + row, row < num_rows, other=0.0)
-    planes = split_pairs(words)
-    for byte in gl.static_range(2):
-        queries.index(half * 2 + byte).store(gl.where((factor < 0)[:, None], -planes[byte], planes[byte]))
-
-
-@gluon.jit
-def _load_rope(q_ptr, factor_ptr, place, num_rows, rope_queries):
-    """Put the rotary channels of a tile of queries into shared memory, likewise."""
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, ROPES))
-    ptr = q_ptr + place * (LATENTS + ROPE) + LATENTS
-    place_of = (row * (LATENTS + ROPE))[:, None] + gl.arange(0, ROPE, gl.SliceLayout(0, ROPES))[None, :]
-    rope = gl.load(ptr + place_of, (row < num_rows)[:, None], other=0.0)
-    factor = gl.load(factor_ptr + place + row, row < num_rows, other=0.0)
-    rope_queries.index(0).store(gl.where((factor < 0)[:, None], -rope, rope))
 
 
 @gluon.jit
@@ -68,7 +45,7 @@ def _score(queries, rope_queries, latents, ropes, bars, slot, i):
     mbarrier.wait(full.index(slot * 2), phase)
     found = warpgroup_mma(queries.index(zero + 0), latents.index(slot * 4).permute((1, 0)), none, use_acc=False, is_async=True)
     found = warpgroup_mma(queries.index(zero + 1), latents.index(slot * 4 + 1).permute((1, 0)), found, is_async=True)
-    mbarrier.wait(rope_full, i & 1)
+    mbarrier.wait(rope_full.index(0), i & 1)
     mbarrier.wait(full.index(slot * 2 + 1), phase)
     keys = ropes.index(0).reshape((STEP, ROPE)).permute((1, 0))
     rope = warpgroup_mma(rope_queries.index(zero), keys, none, use_acc=False, is_async=True)
@@ -144,14 +121,6 @@ def _hand_over(weights, alpha, weights_smem, factors, full):
 
 
 @gluon.jit
-def _block_of(i, work):
-    """Return which block of its sequence is block i of a program."""
-    first_page, num_paged, first, in_sink, first_tail, _ = work
-    j = i - num_paged
-    return gl.where(j < 0, first_page + i, gl.where(j < in_sink, first + j, first_tail + j - in_sink))
-
-
-@gluon.jit
 def attend(pointers, tile, memory, handed, bars, work):
     """Compute scores and weights of all blocks of a program, and the sums of the first half of the channels."""
     q_ptr, factor_ptr, out_ptr, lse_ptr = pointers
@@ -165,8 +134,8 @@ def attend(pointers, tile, memory, handed, bars, work):
     # Not 0, by which a score of -inf would be none.
     factor = gl.maximum(gl.abs(gl.load(factor_ptr + place + row, row < num_rows, other=0.0)), 1e-37)
     seen = (factor, first_seen + (first_row + row) // num_heads, first_seen)
-    _load_queries(0, q_ptr, factor_ptr, place, num_rows, queries)
-    _load_rope(q_ptr, factor_ptr, place, num_rows, rope_queries)
+    load_queries(0, q_ptr, factor_ptr, place, num_rows, queries)
+    load_rope(q_ptr, factor_ptr, place, num_rows, rope_queries)
     fence_async_shared()
     barrier()
     mbarrier.wait(started, 0)
@@ -174,8 +143,8 @@ def attend(pointers, tile, memory, handed, bars, work):
     m = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     found, rope = _score(queries, rope_queries, latents, ropes, arrived, 0, 0)
     found, rope = warpgroup_mma_wait(0, [found, rope])
-    mbarrier.arrive(scored, count=1)
-    weights, alpha, m, inverse, _ = _weigh(found, rope, vectors, 0, _block_of(0, work), seen, m)
+    mbarrier.arrive(scored.index(0), count=1)
+    weights, alpha, m, inverse, _ = _weigh(found, rope, vectors, 0, block_of(0, work), seen, m)
     l_sum = _total(weights, inverse)
     _hand_over(_operand(weights, vectors, 0), alpha, weights_smem, factors, weights_full)
     for i in range(1, count):
@@ -185,8 +154,8 @@ def attend(pointers, tile, memory, handed, bars, work):
         acc = warpgroup_mma_wait(5, acc)
         mbarrier.arrive(free.index((slot ^ 1) * 2), count=1)
         found, rope = warpgroup_mma_wait(0, [found, rope])
-        mbarrier.arrive(scored, count=1)
-        weights, alpha, m, inverse, grown = _weigh(found, rope, vectors, slot, _block_of(i, work), seen, m)
+        mbarrier.arrive(scored.index(0), count=1)
+        weights, alpha, m, inverse, grown = _weigh(found, rope, vectors, slot, block_of(i, work), seen, m)
         part = gl.convert_layout(alpha, gl.SliceLayout(1, l_sum.type.layout), assert_trivial=True)
         l_sum = l_sum * part[:, None] + _total(weights, inverse)
         operand = _operand(weights, vectors, slot)
@@ -217,7 +186,7 @@ def attend_second(pointers, tile, memory, handed, bars, work):
     weights_smem, factors, weights_full, weights_free, started = handed
     free, scored = bars[1], bars[2]
     count = work[5]
-    _load_queries(1, q_ptr, factor_ptr, place, num_rows, queries)
+    load_queries(1, q_ptr, factor_ptr, place, num_rows, queries)
     fence_async_shared()
     mbarrier.arrive(started, count=1)
     acc = (gl.zeros((ROWS, PAIRS), gl.float32, SUMS), gl.zeros((ROWS, PAIRS), gl.float32, SUMS))
@@ -225,7 +194,7 @@ def attend_second(pointers, tile, memory, handed, bars, work):
         slot = i % 2
         mbarrier.wait(weights_full, i & 1)
         acc = _scaled(acc, factors.load(gl.SliceLayout(1, SCORES)))
-        mbarrier.wait(scored, (i + 1) & 1, pred=i + 1 < count)
+        mbarrier.wait(scored.index(0), (i + 1) & 1, pred=i + 1 < count)
         acc = _sum(1, acc, weights_smem, latents, slot)
         acc = warpgroup_mma_wait(0, acc)
         mbarrier.arrive(weights_free, count=1)

@@ -1,4 +1,4 @@
-"""How `hopper` brings tokens into shared memory: one warp group makes numbers of 64 tokens at a time, rounded once.
+"""How `hopper` brings tokens into shared memory: one or two warp groups make numbers of 64 tokens at a time, rounded once.
 
 A latent lies in shared memory as four planes of 128 channels: plane 2 * half + byte has the channels 256 * half + 2 * i + byte.
 In 4 bits a half is a field of all bytes, in 8 bits half of the bytes. Each half is handed over by itself.
@@ -39,6 +39,37 @@ def load_pairs(x_ptr, place, mask):
     return gl.load(ptr + (gl.multiple_of(place, 4)[:, None] + pair[None, :]), mask[:, None], other=0)
 
 
+@gluon.jit
+def load_queries(half: gl.constexpr, q_ptr, factor_ptr, place, num_rows, queries):
+    """Put half of the channels of a tile of queries into shared memory, their signs turned where factors are negative."""
+    row = gl.arange(0, queries.shape[1], gl.SliceLayout(1, HALVES))
+    first_ptr = q_ptr + place * (LATENTS + ROPE) + half * (LATENTS // 2)
+    words = load_pairs(first_ptr, row * ((LATENTS + ROPE) // 2), row < num_rows)
+    factor = gl.load(factor_ptr + place + row, row < num_rows, other=0.0)
+    planes = split_pairs(words)
+    for byte in gl.static_range(2):
+        queries.index(half * 2 + byte).store(gl.where((factor < 0)[:, None], -planes[byte], planes[byte]))
+
+
+@gluon.jit
+def load_rope(q_ptr, factor_ptr, place, num_rows, rope_queries):
+    """Put the rotary channels of a tile of queries into shared memory, likewise."""
+    row = gl.arange(0, rope_queries.shape[1], gl.SliceLayout(1, ROPES))
+    ptr = q_ptr + place * (LATENTS + ROPE) + LATENTS
+    place_of = (row * (LATENTS + ROPE))[:, None] + gl.arange(0, ROPE, gl.SliceLayout(0, ROPES))[None, :]
+    rope = gl.load(ptr + place_of, (row < num_rows)[:, None], other=0.0)
+    factor = gl.load(factor_ptr + place + row, row < num_rows, other=0.0)
+    rope_queries.index(0).store(gl.where((factor < 0)[:, None], -rope, rope))
+
+
+@gluon.jit
+def block_of(i, work):
+    """Return which block of its sequence is block i of a program."""
+    first_page, num_paged, first, in_sink, first_tail, _ = work
+    j = i - num_paged
+    return gl.where(j < 0, first_page + i, gl.where(j < in_sink, first + j, first_tail + j - in_sink))
+
+
 @gluon.constexpr_function
 def _params_layout():
     """Return the layout of the parameters [8, 32] of a half in which a thread has those of its pairs."""
@@ -57,26 +88,35 @@ def _load_params(params, half: gl.constexpr):
 
 
 @gluon.jit
-def _load_codes(record_ptr, part, half: gl.constexpr, LAYOUT: gl.constexpr):
-    """Load pairs of bytes [64, 128] of a block: in 8 bits those of a half."""
+def _load_codes(record_ptr, first, half: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Load pairs of bytes [TOKENS, 128] of a page from token `first` on: in 8 bits those of a half."""
     ptr = record_ptr.to(gl.pointer_type(gl.int16), bitcast=True)
-    token = part * STEP + gl.arange(0, STEP, gl.SliceLayout(1, HALVES))
+    token = first + gl.arange(0, TOKENS, gl.SliceLayout(1, HALVES))
     pair = gl.arange(0, PAIRS, gl.SliceLayout(0, HALVES))
     return gl.load(ptr + ((token * (PAIRS * LAYOUT.bits // 4))[:, None] + (half * PAIRS + pair)[None, :]))
 
 
 @gluon.jit
-def _load_block(record_ptr, part, LAYOUT: gl.constexpr):
-    """Load what the first half of a block takes: codes, norms, gain."""
+def _load_block(record_ptr, part, group: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Load what the first half of a block takes: codes of a group's tokens, norms, gain."""
     NORMS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     norm_ptr = (record_ptr + LAYOUT.k_norm_offset).to(gl.pointer_type(gl.float16), bitcast=True) + part * STEP
     norm = gl.load(norm_ptr + gl.arange(0, STEP, NORMS))
     gain = gl.load((record_ptr + LAYOUT.gains_offset).to(gl.pointer_type(gl.float32), bitcast=True))
-    return _load_codes(record_ptr, part, 0, LAYOUT), norm, gain
+    return _load_codes(record_ptr, part * STEP + group * TOKENS, 0, TOKENS, LAYOUT), norm, gain
 
 
 @gluon.jit
-def _store_half(codes, params, latents, slot, half: gl.constexpr, BITS: gl.constexpr):
+def _rows_of(plane, group: gl.constexpr, TOKENS: gl.constexpr):
+    """Return the rows of a plane that a group fills."""
+    rows = plane
+    if TOKENS < STEP:
+        rows = plane.slice(group * TOKENS, TOKENS)
+    return rows
+
+
+@gluon.jit
+def _store_half(codes, params, latents, slot, half: gl.constexpr, group: gl.constexpr, BITS: gl.constexpr):
     """Make the numbers of a half of a block, in the planes of a slot."""
     for byte in gl.static_range(2):
         scale, zero = params[byte]
@@ -84,7 +124,7 @@ def _store_half(codes, params, latents, slot, half: gl.constexpr, BITS: gl.const
             numbers_ptx(BITS, half if BITS == 4 else 0, byte), "=&r,r,r,r", [codes, scale[None, :], zero[None, :]], gl.float16,
             is_pure=True, pack=2,
         )  # fmt: skip
-        latents.index(slot * 4 + half * 2 + byte).store(numbers)
+        _rows_of(latents.index(slot * 4 + half * 2 + byte), group, codes.shape[0]).store(numbers)
 
 
 @gluon.constexpr_function
@@ -164,6 +204,7 @@ def prefetch_ptx(num_bytes):
 def copy_params(descs, ropes, params, bars, pages, paged, LAYOUT: gl.constexpr):
     """Copy rotary channels and parameters of a program's quantized blocks, by one warp, and ask for codes ahead."""
     CODES: gl.constexpr = STEP * PAIRS * LAYOUT.bits // 2
+    RING: gl.constexpr = ropes.shape[0]
     params_desc, rope_desc = descs
     rope_full, scored = bars
     params, params_full, params_free = params
@@ -176,19 +217,19 @@ def copy_params(descs, ropes, params, bars, pages, paged, LAYOUT: gl.constexpr):
         mbarrier.wait(params_free.index(slot), (i // 2 & 1) ^ 1)
         mbarrier.expect(params_full.index(slot), params_desc.block_type.nbytes)
         _copy(params_desc, [page, 0, 0], params_full.index(slot), params.index(slot))
-        mbarrier.wait(scored, (i - 1) & 1)
-        mbarrier.expect(rope_full, rope_desc.block_type.nbytes)
-        _copy(rope_desc, [page, part * STEP, 0], rope_full, ropes.index(0))
+        mbarrier.wait(scored.index(i % RING), (i // RING & 1) ^ 1)
+        mbarrier.expect(rope_full.index(i % RING), rope_desc.block_type.nbytes)
+        _copy(rope_desc, [page, part * STEP, 0], rope_full.index(i % RING), ropes.index(i % RING))
 
 
 @gluon.jit
-def _fill_pages(memory, params, bars, pages, paged, LAYOUT: gl.constexpr):
-    """Fill slots with the quantized blocks of a program; what `copy` has brought into the L2 cache is loaded late."""
+def _fill_pages(memory, params, bars, pages, paged, group: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Fill slots with the quantized blocks of a program; what `copy_params` has brought into the L2 cache is loaded late."""
     latents, _, vectors = memory
     full, free = bars[0], bars[1]
     params, params_full, params_free = params
     record_ptr, part = _record_of(_load_id(0, paged, LAYOUT), pages), _part_of(0, paged, LAYOUT)
-    codes, norm, gain = _load_block(record_ptr, part, LAYOUT)
+    codes, norm, gain = _load_block(record_ptr, part, group, TOKENS, LAYOUT)
     next_id = _load_id(1, paged, LAYOUT)
     for i in range(paged[2]):
         slot = i % 2
@@ -196,29 +237,31 @@ def _fill_pages(memory, params, bars, pages, paged, LAYOUT: gl.constexpr):
         mbarrier.wait(params_full.index(slot), i // 2 & 1)
         found = _load_params(params.index(slot), 0)
         mbarrier.wait(free.index(slot * 2), phase)
-        _store_half(codes, found, latents, slot, 0, LAYOUT.bits)
-        _store_sizes(vectors, slot, norm.to(gl.float32), gain)
+        _store_half(codes, found, latents, slot, 0, group, LAYOUT.bits)
+        if group == 0:
+            _store_sizes(vectors, slot, norm.to(gl.float32), gain)
         fence_async_shared()
         mbarrier.arrive(full.index(slot * 2), count=1)
         if LAYOUT.bits == 8:
-            codes = _load_codes(record_ptr, part, 1, LAYOUT)
+            codes = _load_codes(record_ptr, part * STEP + group * TOKENS, 1, TOKENS, LAYOUT)
         found = _load_params(params.index(slot), 1)
         mbarrier.wait(free.index(slot * 2 + 1), phase)
-        _store_half(codes, found, latents, slot, 1, LAYOUT.bits)
+        _store_half(codes, found, latents, slot, 1, group, LAYOUT.bits)
         fence_async_shared()
         mbarrier.arrive(full.index(slot * 2 + 1), count=1)
         mbarrier.arrive(params_free.index(slot), count=1)
         record_ptr, part = _record_of(next_id, pages), _part_of(i + 1, paged, LAYOUT)
-        codes, norm, gain = _load_block(record_ptr, part, LAYOUT)
+        codes, norm, gain = _load_block(record_ptr, part, group, TOKENS, LAYOUT)
         next_id = _load_id(i + 2, paged, LAYOUT)
 
 
 @gluon.jit
-def _fill_raw(i, memory, bars, raw, work, LAYOUT: gl.constexpr):
+def _fill_raw(i, memory, bars, raw, work, group: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
     """Fill a slot with block i of a program, of raw tokens: their norms are 1."""
     BLOCKS: gl.constexpr = LAYOUT.page_size // STEP
     latents, ropes, vectors = memory
     full, free, scored, rope_full = bars
+    RING: gl.constexpr = ropes.shape[0]
     _, num_paged, first, in_sink, first_tail, _ = work
     raw_ptr, stride_page, stride_token, table_ptr, num_sink_pages, num_tail_slots, seq_len = raw
     j = i - num_paged
@@ -229,33 +272,36 @@ def _fill_raw(i, memory, bars, raw, work, LAYOUT: gl.constexpr):
     num_valid = seq_len - index * LAYOUT.page_size
     slot = i % 2
     phase = (i // 2 & 1) ^ 1
-    token = block % BLOCKS * STEP + gl.arange(0, STEP, gl.SliceLayout(1, HALVES))
+    first_token = block % BLOCKS * STEP
+    token = first_token + group * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(1, HALVES))
     for half in gl.static_range(2):
-        words = load_pairs(page_ptr + half * (LATENTS // 2), token * (stride_token // 2), token < num_valid)
-        planes = split_pairs(words)
+        planes = split_pairs(load_pairs(page_ptr + half * (LATENTS // 2), token * (stride_token // 2), token < num_valid))
         mbarrier.wait(free.index(slot * 2 + half), phase)
-        if half == 1:
-            rope_token = block % BLOCKS * STEP + gl.arange(0, STEP, gl.SliceLayout(1, ROPES))
-            place = (rope_token * stride_token)[:, None] + gl.arange(0, ROPE, gl.SliceLayout(0, ROPES))[None, :]
-            rope = gl.load(page_ptr + LATENTS + place, (rope_token < num_valid)[:, None], other=0.0)
-            mbarrier.wait(scored, (i - 1) & 1)
-            ropes.index(0).reshape((STEP, ROPE)).store(rope)
-            fence_async_shared()
-            mbarrier.arrive(rope_full, count=1)
-        else:
+        if group == 0 and half == 0:
             one = gl.full((STEP,), 1.0, gl.float32, gl.BlockedLayout([1], [32], [4], [0]))
             _store_sizes(vectors, slot, one, gl.to_tensor(1.0))
+        if group == 0 and half == 1:
+            rope_token = first_token + gl.arange(0, STEP, gl.SliceLayout(1, ROPES))
+            place = (rope_token * stride_token)[:, None] + gl.arange(0, ROPE, gl.SliceLayout(0, ROPES))[None, :]
+            rope = gl.load(page_ptr + LATENTS + place, (rope_token < num_valid)[:, None], other=0.0)
+            mbarrier.wait(scored.index(i % RING), (i // RING & 1) ^ 1)
+            ropes.index(i % RING).reshape((STEP, ROPE)).store(rope)
+            fence_async_shared()
+            mbarrier.arrive(rope_full.index(i % RING), count=1)
         for byte in gl.static_range(2):
-            latents.index(slot * 4 + half * 2 + byte).store(planes[byte])
+            _rows_of(latents.index(slot * 4 + half * 2 + byte), group, TOKENS).store(planes[byte])
         fence_async_shared()
         mbarrier.arrive(full.index(slot * 2 + half), count=1)
 
 
 @gluon.jit
-def fill(memory, params, bars, pages, paged, raw, work, LAYOUT: gl.constexpr):
-    """Fill slots with all blocks of a program, quantized ones first."""
+def fill(place, memory, params, bars, sources, work, LAYOUT: gl.constexpr):
+    """Fill slots with all blocks of a program, quantized ones first; `place` is the warp group's, and of how many."""
+    pages, paged, raw = sources
+    group: gl.constexpr = place[0]
+    TOKENS: gl.constexpr = STEP // place[1]
     if paged[2] > 0:
-        _fill_pages(memory, params, bars, pages, paged, LAYOUT)
+        _fill_pages(memory, params, bars, pages, paged, group, TOKENS, LAYOUT)
     if len(raw) > 0:
         for i in range(work[1], work[5]):
-            _fill_raw(i, memory, bars, raw, work, LAYOUT)
+            _fill_raw(i, memory, bars, raw, work, group, TOKENS, LAYOUT)
