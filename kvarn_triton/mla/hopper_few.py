@@ -1,7 +1,7 @@
 """The form of `hopper` for tiles of 16 query rows: numbers of a block of tokens in shared memory, query rows as columns.
 
-Two warp groups make the numbers, beside a warp that copies rotary channels and parameters (`hopper_fill`). Two others attend, each to
-every second block, with a state of its own; the first one joins both at the end. Tokens are the rows of the product with queries,
+Two warp groups make the numbers, beside a warp that copies rotary channels and parameters (`hopper_fill`). Two others attend, each
+to every second block, with a state of its own; the first one joins both at the end. Tokens are the rows of the product with queries,
 and channels those of the product with weights: 16 query rows are 16 columns, and none is padding.
 """
 

@@ -240,19 +240,24 @@ def _fill_pages(memory, params, bars, pages, paged, group: gl.constexpr, TOKENS:
         _store_half(codes, found, latents, slot, 0, group, LAYOUT.bits)
         if group == 0:
             _store_sizes(vectors, slot, norm.to(gl.float32), gain)
-        fence_async_shared()
-        mbarrier.arrive(full.index(slot * 2), count=1)
         if LAYOUT.bits == 8:
             codes = _load_codes(record_ptr, part * STEP + group * TOKENS, 1, TOKENS, LAYOUT)
         found = _load_params(params.index(slot), 1)
+        fence_async_shared()
+        mbarrier.arrive(full.index(slot * 2), count=1)
+        record_ptr, part = _record_of(next_id, pages), _part_of(i + 1, paged, LAYOUT)
+        next_id = _load_id(i + 2, paged, LAYOUT)
+        next_codes = codes
+        if TOKENS < STEP:  # where there are registers for them
+            next_codes, norm, gain = _load_block(record_ptr, part, group, TOKENS, LAYOUT)
         mbarrier.wait(free.index(slot * 2 + 1), phase)
         _store_half(codes, found, latents, slot, 1, group, LAYOUT.bits)
         fence_async_shared()
         mbarrier.arrive(full.index(slot * 2 + 1), count=1)
         mbarrier.arrive(params_free.index(slot), count=1)
-        record_ptr, part = _record_of(next_id, pages), _part_of(i + 1, paged, LAYOUT)
-        codes, norm, gain = _load_block(record_ptr, part, group, TOKENS, LAYOUT)
-        next_id = _load_id(i + 2, paged, LAYOUT)
+        codes = next_codes
+        if TOKENS == STEP:
+            codes, norm, gain = _load_block(record_ptr, part, group, TOKENS, LAYOUT)
 
 
 @gluon.jit
