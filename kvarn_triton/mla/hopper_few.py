@@ -21,6 +21,10 @@ from .hopper_copy import LATENTS, ROPE, STEP, barrier
 from .hopper_fill import PAIRS, block_of, copy_params, fill, load_queries, load_rope
 
 ROWS = gl.constexpr(16)
+SLOTS = gl.constexpr(3)
+"""Blocks in shared memory."""
+RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+"""Whether memory is looked at as of another type by this name: after Triton 3.6."""
 PRODUCTS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
 """Products [tokens, rows] with queries, and [channels, rows] with weights."""
 
@@ -33,23 +37,25 @@ def _largest_layout():
 
 
 @gluon.jit
-def _score(group: gl.constexpr, zero, memory, bars, phase):
-    """Return the products of a slot with queries: of latents, and of rotary channels."""
+def _score(i, zero, memory, bars):
+    """Return the products of a block with queries: of latents, and of rotary channels."""
     queries, rope_queries, latents, ropes, _ = memory
     full, _, scored, rope_full = bars
+    RING: gl.constexpr = ropes.shape[0]
+    slot = i % SLOTS + zero
     none = gl.zeros((STEP, ROWS), gl.float32, PRODUCTS)
-    mbarrier.wait(full.index(group * 2), phase)
+    mbarrier.wait(full.index(slot), i // SLOTS & 1)
     found = none
     for plane in gl.static_range(4):
-        if plane == 2:
-            mbarrier.wait(rope_full.index(group), phase)
-            keys = ropes.index(group + zero).reshape((STEP, ROPE))
-            rope = warpgroup_mma(keys, rope_queries.index(zero).permute((1, 0)), none, use_acc=False, is_async=True)
-            mbarrier.wait(full.index(group * 2 + 1), phase)
         columns = queries.index(plane + zero).permute((1, 0))
-        found = warpgroup_mma(latents.index(group * 4 + plane + zero), columns, found, use_acc=plane > 0, is_async=True)
+        found = warpgroup_mma(latents.index(slot * 4 + plane), columns, found, use_acc=plane > 0, is_async=True)
+    # The other group has read those of the block before: a barrier of two phases tells no more of them apart.
+    mbarrier.wait(scored.index(i % RING), (i // RING & 1) ^ 1)
+    mbarrier.wait(rope_full.index(i % RING), i // RING & 1)
+    keys = ropes.index(i % RING + zero).reshape((STEP, ROPE))
+    rope = warpgroup_mma(keys, rope_queries.index(zero).permute((1, 0)), none, use_acc=False, is_async=True)
     found, rope = warpgroup_mma_wait(0, [found, rope])
-    mbarrier.arrive(scored.index(group), count=1)
+    mbarrier.arrive(scored.index(i % RING), count=1)
     return found, rope
 
 
@@ -63,24 +69,23 @@ def _largest(scores, memory):
 
 
 @gluon.jit
-def _weigh(group: gl.constexpr, products, vectors, largest, block, seen, state):
+def _weigh(products, vectors, slot, largest, block, seen, state):
     """Return the weights of a block, the factor of what was summed before, and the new state (m, l of each thread; `rows`)."""
     found, rope = products
     factor, last_seen, first_seen = seen
     m, l_sum = state
     TOKENS: gl.constexpr = gl.SliceLayout(1, PRODUCTS)
-    size = vectors[0].index(group).load(TOKENS)
-    norm, exponent = vectors[1].index(group).load(TOKENS), vectors[2].index(group).load(TOKENS)
+    size, norm = vectors[0].index(slot).load(TOKENS), vectors[1].index(slot).load(TOKENS)
+    exponent = vectors[2].index(slot).load(gl.SliceLayout(0, PRODUCTS))
     scores = gl.fma(found, gl.zeros_like(found) + size[:, None], rope) * factor[None, :]
     if block * STEP + (STEP - 1) > first_seen:
         token = block * STEP + gl.arange(0, STEP, TOKENS)
         scores = gl.where(token[:, None] <= last_seen[None, :], scores, float("-inf"))
-    scores += exponent[:, None]
-    m_new = gl.maximum(m, _largest(scores, largest))
+    m_new = gl.maximum(m, _largest(scores, largest) + exponent)
     origin = gl.where(m_new == float("-inf"), 0.0, m_new)  # rows that see nothing yet
     alpha = gl.exp2(m - origin)
-    weights = gl.exp2(scores - origin[None, :])
-    l_sum = l_sum * alpha[None, :] + weights * gl.exp2(-exponent)[:, None]
+    weights = gl.exp2(scores - (origin - exponent)[None, :])
+    l_sum = l_sum * alpha[None, :] + weights * gl.exp2(-exponent)[None, :]
     return (weights * norm[:, None]).to(gl.float16), alpha, (m_new, l_sum)
 
 
@@ -94,21 +99,27 @@ def _scaled(acc, factor):
 
 
 @gluon.jit
-def _sum(group: gl.constexpr, zero, acc, weights, latents, free):
-    """Return sums and the latents of a slot, times weights; each half of the slot is free as soon as it is summed."""
-    low = ()
-    for plane in gl.static_range(2):
-        operand = latents.index(group * 4 + plane + zero).permute((1, 0))
-        low = low + (warpgroup_mma(operand, weights, acc[plane], is_async=True),)
-    high = ()
-    for plane in gl.static_range(2, 4):
-        operand = latents.index(group * 4 + plane + zero).permute((1, 0))
-        high = high + (warpgroup_mma(operand, weights, acc[plane], is_async=True),)
-    low = warpgroup_mma_wait(2, low)
-    mbarrier.arrive(free.index(group * 2), count=1)
-    high = warpgroup_mma_wait(0, high)
-    mbarrier.arrive(free.index(group * 2 + 1), count=1)
-    return low + high
+def _sum(acc, weights, latents, slot):
+    """Return sums and the latents of a slot, times weights."""
+    result = ()
+    for plane in gl.static_range(4):
+        operand = latents.index(slot * 4 + plane).permute((1, 0))
+        result = result + (warpgroup_mma(operand, weights, acc[plane], is_async=True),)
+    return warpgroup_mma_wait(0, result)
+
+
+@gluon.jit
+def _left(latents, count, plane: gl.constexpr):
+    """Return memory for the sums of a plane of the second group: its last slot, which nobody fills again."""
+    slot = (count // 2 * 2 - 1 + SLOTS) % SLOTS
+    FLOATS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    COUNT: gl.constexpr = STEP * PAIRS // (2 * ROWS)
+    memory = latents.index(slot * 4 + plane)
+    if RENAMED:
+        sums = memory.reinterpret(gl.float32, [COUNT, ROWS], FLOATS)
+    else:
+        sums = memory._reinterpret(gl.float32, [COUNT, ROWS], FLOATS)
+    return sums.slice(0, PAIRS)
 
 
 @gluon.jit
@@ -126,7 +137,7 @@ def _attend(group: gl.constexpr, pointers, tile, memory, own, bars, work):
     q_ptr, factor_ptr, out_ptr, lse_ptr = pointers
     place, num_rows, first_row, num_heads, first_seen = tile
     latents, vectors = memory[2], memory[4]
-    weights_smem, largest, sums, states, started, done = own
+    weights_smem, largest, states, started, done = own
     ROW: gl.constexpr = gl.SliceLayout(0, PRODUCTS)
     row = gl.arange(0, ROWS, ROW)
     factor = gl.load(factor_ptr + place + row, row < num_rows, other=0.0)
@@ -146,18 +157,20 @@ def _attend(group: gl.constexpr, pointers, tile, memory, own, bars, work):
     for i in range(group, work[5], 2):
         # Opaque: descriptors of memory that is the same in every step would all be kept, where no registers are left.
         zero = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [gl.to_tensor(0)], gl.int32, is_pure=False, pack=1)
-        products = _score(group, zero, memory, bars, i // 2 & 1)
+        slot = i % SLOTS + zero
+        products = _score(i, zero, memory, bars)
         state = (m, l_sum)
-        weights, alpha, state = _weigh(group, products, vectors, largest.index(group), block_of(i, work), seen, state)
+        weights, alpha, state = _weigh(products, vectors, slot, largest.index(group), block_of(i, work), seen, state)
         m, l_sum = state
         weights_smem.index(group).store(weights)
         fence_async_shared()
         barrier()
-        acc = _sum(group, zero, _scaled(acc, alpha), weights_smem.index(group + zero), latents, bars[1])
+        acc = _sum(_scaled(acc, alpha), weights_smem.index(group + zero), latents, slot)
+        mbarrier.arrive(bars[1].index(slot), count=1)
     total = gl.sum(l_sum, 0)
     if group == 1:
         for plane in gl.static_range(4):
-            sums.index(plane).store(acc[plane])
+            _left(latents, work[5], plane).store(acc[plane])
         states.index(0).store(m)
         states.index(1).store(total)
         mbarrier.arrive(done, count=1)
@@ -172,7 +185,7 @@ def _attend(group: gl.constexpr, pointers, tile, memory, own, bars, work):
         acc = _scaled(acc, own_factor * inverse)
         joined = ()
         for plane in gl.static_range(4):
-            joined = joined + (acc[plane] + sums.index(plane).load(PRODUCTS) * (other_factor * inverse)[None, :],)
+            joined = joined + (acc[plane] + _left(latents, work[5], plane).load(PRODUCTS) * (other_factor * inverse)[None, :],)
         _store(out_ptr, num_rows, joined)
         gl.store(lse_ptr + row, m_all + gl.log2(total), row < num_rows)
 
@@ -187,20 +200,19 @@ def attend_few(pointers, tile, records, raw, paged, work, LAYOUT: gl.constexpr, 
     params_desc, rope_desc, pages = records
     queries = gl.allocate_shared_memory(gl.float16, [4, ROWS, PAIRS], OPERANDS)
     rope_queries = gl.allocate_shared_memory(gl.float16, [1, ROWS, ROPE], OPERANDS)
-    latents = gl.allocate_shared_memory(gl.float16, [8, STEP, PAIRS], OPERANDS)
-    ropes = gl.allocate_shared_memory(gl.float16, [2] + rope_desc.block_type.shape, rope_desc.layout)
-    params = gl.allocate_shared_memory(gl.int32, [2] + params_desc.block_type.shape, params_desc.layout)
+    latents = gl.allocate_shared_memory(gl.float16, [4 * SLOTS, STEP, PAIRS], OPERANDS)
+    ropes = gl.allocate_shared_memory(gl.float16, [1] + rope_desc.block_type.shape, rope_desc.layout)
+    params = gl.allocate_shared_memory(gl.int32, [1] + params_desc.block_type.shape, params_desc.layout)
     weights = gl.allocate_shared_memory(gl.float16, [2, STEP, ROWS], WEIGHTS)
     largest = gl.allocate_shared_memory(gl.float32, [2, 4, ROWS], ROUND)
-    sums = gl.allocate_shared_memory(gl.float32, [4, PAIRS, ROWS], ROUND)
     states = gl.allocate_shared_memory(gl.float32, [2, ROWS], VECTORS)
-    sizes = gl.allocate_shared_memory(gl.float32, [2, STEP], VECTORS)
-    norms = gl.allocate_shared_memory(gl.float32, [2, STEP], VECTORS)
-    exponents = gl.allocate_shared_memory(gl.float32, [2, STEP], VECTORS)
-    full, free, scored, rope_full = barriers(4, 2), barriers(4, 1), barriers(2, 1), barriers(2, 1)
-    params = (params, barriers(2, 1), barriers(2, 2))
+    sizes = gl.allocate_shared_memory(gl.float32, [SLOTS, STEP], VECTORS)
+    norms = gl.allocate_shared_memory(gl.float32, [SLOTS, STEP], VECTORS)
+    exponents = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS], VECTORS)
+    full, free, scored, rope_full = barriers(SLOTS, 2), barriers(SLOTS, 1), barriers(1, 1), barriers(1, 1)
+    params = (params, barriers(1, 1), barriers(1, 2))
     started, done = barriers(1, 2), barriers(1, 1)
-    own = (weights, largest, sums, states, started.index(0), done.index(0))
+    own = (weights, largest, states, started.index(0), done.index(0))
     fence_async_shared()
     barrier()
     bars = (full, free, scored, rope_full)
@@ -216,5 +228,5 @@ def attend_few(pointers, tile, records, raw, paged, work, LAYOUT: gl.constexpr, 
             (copy_params, ((params_desc, rope_desc), ropes, params, (rope_full, scored), pages, paged, LAYOUT)),
         ],
         [4, 4, 4, 1],
-        [136, 88, 88, 24],  # registers; those that are left are the first one's
+        [120, 104, 104, 24],  # registers; those that are left are the first one's
     )
