@@ -19,8 +19,8 @@ from ..launch import on
 from .cache import LatentCache
 from .config import HopperPlan
 from .decode_kernel import ANY_ADDRESS, NOT_SPECIALIZED
+from .hopper_columns import attend_columns
 from .hopper_copy import LATENTS, STEP, describe
-from .hopper_few import attend_few
 from .hopper_tile import attend_tile
 
 
@@ -50,7 +50,8 @@ def _kvarn_mla_hopper_kernel(
     lse_ptr,  # float32 [num_splits, rows], base 2
     q_ptr,  # float16 [rows, 576], rotated
     factor_ptr,  # float32 [rows]
-    params_desc,  # of pages, as `describe` returns them
+    codes_desc,  # of pages, as `describe` returns them
+    params_desc,
     rope_desc,
     pages,  # uint8 [num_pages, page_bytes] and its stride
     raw,  # float16 [num_raw_pages, page_size, 576] and its strides, or None
@@ -97,9 +98,9 @@ def _kvarn_mla_hopper_kernel(
         work = (share[0], share[1], share[2], share[3], share[4], count)
         tile = (place, num_rows, first_row, num_heads, seq_len - num_queries)
         pointers = (q_ptr, factor_ptr, out_ptr + result * LATENTS, lse_ptr + result)
-        records = (params_desc, rope_desc, pages)
+        records = (codes_desc, params_desc, rope_desc, pages)
         if PLAN.rows == 16:
-            attend_few(pointers, tile, records, source, paged, work, LAYOUT, PLAN)
+            attend_columns(pointers, tile, records, source, paged, work, LAYOUT, PLAN)
         else:
             attend_tile(pointers, tile, records, source, paged, work, LAYOUT, PLAN)
     else:

@@ -1,8 +1,9 @@
 """The form of `hopper` for tiles of 16 query rows: operands of products from codes, in registers of warp groups.
 
 Two warps copy what belongs to a block of tokens into shared memory (`hopper_copy`), four multiply the queries by the scales of
-its page, and four compute weights from scores (`hopper_queries`), eight compute scores, and four sum latents (`hopper_rows`); each does so for the block that the ones before have left. Tokens are the rows of the product with queries, and channels those of the
-product with weights: 16 query rows are 16 columns, and none is padding.
+its page, and four compute weights from scores (`hopper_queries`), eight compute scores, and four sum latents (`hopper_rows`);
+each does so for the block that the ones before have left. Tokens are the rows of the product with queries, and channels those
+of the product with weights: 16 query rows are 16 columns, and none is padding.
 """
 
 from __future__ import annotations

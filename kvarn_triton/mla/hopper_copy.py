@@ -24,15 +24,21 @@ LOWEST = gl.constexpr(-100)
 """Least exponent of a gain, as in `rows`."""
 
 
-def describe(pages: torch.Tensor, layout: MLALayout) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Describe pages, of which the parameters, and the rotary channels of a block are copied."""
+def describe(pages: torch.Tensor, layout: MLALayout) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:
+    """Describe pages, of which slabs of codes, the parameters, and the rotary channels of a block are copied.
 
-    def described(x: torch.Tensor, rows: int, width: int, block: int) -> TensorDescriptor:
-        shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=3)
-        return TensorDescriptor(x, [len(x), rows, width], [x.stride(0), width, 1], [1, block, width], shared)
+    A slab is 128 bytes of the codes of each token of a block.
+    """
 
-    params = described(pages.view(torch.int32)[:, layout.k_params_offset // 4 :], 16, 32, 16)
-    return params, described(pages.view(torch.float16)[:, layout.rope_offset // 2 :], layout.page_size, 64, 64)
+    def described(x: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
+        shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=1 + len(shape))
+        return TensorDescriptor(x, [len(x), *shape], [x.stride(0), *strides], [1, *block], shared)
+
+    halves, words, width = pages.view(torch.int16), pages.view(torch.int32), LATENT_DIM * layout.bits // 16
+    codes = described(halves, [layout.page_size, width // 64, 64], [width, 64, 1], [64, 1, 64])
+    params = described(words[:, layout.k_params_offset // 4 :], [16, 32], [32, 1], [16, 32])
+    rope = pages.view(torch.float16)[:, layout.rope_offset // 2 :]
+    return codes, params, described(rope, [layout.page_size, 64], [64, 1], [64, 64])
 
 
 @gluon.jit

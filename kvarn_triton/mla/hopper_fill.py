@@ -1,4 +1,4 @@
-"""How `hopper` brings tokens into shared memory: one or two warp groups make numbers of 64 tokens at a time, rounded once.
+"""How `hopper_tile` brings tokens into shared memory: one warp group makes numbers of 64 tokens at a time, rounded once.
 
 A latent lies in shared memory as four planes of 128 channels: plane 2 * half + byte has the channels 256 * half + 2 * i + byte.
 In 4 bits a half is a field of all bytes, in 8 bits half of the bytes. Each half is handed over by itself.
@@ -90,34 +90,25 @@ def _load_params(params, half: gl.constexpr):
 
 
 @gluon.jit
-def _load_codes(record_ptr, first, half: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Load pairs of bytes [TOKENS, 128] of a page from token `first` on: in 8 bits those of a half."""
+def _load_codes(record_ptr, part, half: gl.constexpr, LAYOUT: gl.constexpr):
+    """Load pairs of bytes [64, 128] of a block: in 8 bits those of a half."""
     ptr = record_ptr.to(gl.pointer_type(gl.int16), bitcast=True)
-    token = first + gl.arange(0, TOKENS, gl.SliceLayout(1, HALVES))
+    token = part * STEP + gl.arange(0, STEP, gl.SliceLayout(1, HALVES))
     pair = gl.arange(0, PAIRS, gl.SliceLayout(0, HALVES))
     return gl.load(ptr + ((token * (PAIRS * LAYOUT.bits // 4))[:, None] + (half * PAIRS + pair)[None, :]))
 
 
 @gluon.jit
-def _load_block(record_ptr, part, group: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Load what the first half of a block takes: codes of a group's tokens, norms, gain."""
+def _load_block(record_ptr, part, LAYOUT: gl.constexpr):
+    """Load what the first half of a block takes: codes, norms, gain."""
     norm_ptr = (record_ptr + LAYOUT.k_norm_offset).to(gl.pointer_type(gl.float16), bitcast=True) + part * STEP
     norm = gl.load(norm_ptr + gl.arange(0, STEP, NUMBERS))
     gain = gl.load((record_ptr + LAYOUT.gains_offset).to(gl.pointer_type(gl.float32), bitcast=True))
-    return _load_codes(record_ptr, part * STEP + group * TOKENS, 0, TOKENS, LAYOUT), norm, gain
+    return _load_codes(record_ptr, part, 0, LAYOUT), norm, gain
 
 
 @gluon.jit
-def _rows_of(plane, group: gl.constexpr, TOKENS: gl.constexpr):
-    """Return the rows of a plane that a group fills."""
-    rows = plane
-    if TOKENS < STEP:
-        rows = plane.slice(group * TOKENS, TOKENS)
-    return rows
-
-
-@gluon.jit
-def _store_half(codes, params, latents, slot, half: gl.constexpr, group: gl.constexpr, BITS: gl.constexpr):
+def _store_half(codes, params, latents, slot, half: gl.constexpr, BITS: gl.constexpr):
     """Make the numbers of a half of a block, in the planes of a slot."""
     for byte in gl.static_range(2):
         scale, zero = params[byte]
@@ -125,7 +116,7 @@ def _store_half(codes, params, latents, slot, half: gl.constexpr, group: gl.cons
             numbers_ptx(BITS, half if BITS == 4 else 0, byte), "=&r,r,r,r", [codes, scale[None, :], zero[None, :]], gl.float16,
             is_pure=True, pack=2,
         )  # fmt: skip
-        _rows_of(latents.index(slot * 4 + half * 2 + byte), group, codes.shape[0]).store(numbers)
+        latents.index(slot * 4 + half * 2 + byte).store(numbers)
 
 
 @gluon.constexpr_function
@@ -157,11 +148,10 @@ def _store_sizes(vectors, slot, norm, gain):
     A norm that is no number is one of the size alone: scores of what looks at it are none then, and others are not touched.
     """
     sizes, norms, exponents = vectors
-    COUNT: gl.constexpr = exponents.shape[1]
     exponent = gl.maximum((gain.to(gl.int32, bitcast=True) >> 23 & 255) - 127, LOWEST).to(gl.float32)
     sizes.index(slot).store(norm * gain)
     norms.index(slot).store(gl.where(gl.abs(norm) < float("inf"), norm, 0.0))
-    exponents.index(slot).store(gl.zeros((COUNT,), gl.float32, NUMBERS) + exponent)
+    exponents.index(slot).store(gl.zeros_like(norm) + exponent)
 
 
 @gluon.jit
@@ -206,32 +196,31 @@ def prefetch_ptx(num_bytes):
 def copy_params(descs, ropes, params, bars, pages, paged, LAYOUT: gl.constexpr):
     """Copy rotary channels and parameters of a program's quantized blocks, by one warp, and ask for codes ahead."""
     CODES: gl.constexpr = STEP * PAIRS * LAYOUT.bits // 2
-    RING: gl.constexpr = ropes.shape[0]
     params_desc, rope_desc = descs
     rope_full, scored = bars
     params, params_full, params_free = params
-    KEPT: gl.constexpr = params.shape[0]
     page_id = _load_id(0, paged, LAYOUT)
     for i in range(paged[2]):
         page, part = gl.maximum(page_id, 0), _part_of(i, paged, LAYOUT)
         page_id = _load_id(i + 1, paged, LAYOUT)
         _prefetch(_record_of(page_id, pages) + _part_of(i + 1, paged, LAYOUT) * CODES, CODES)
-        mbarrier.wait(params_free.index(i % KEPT), (i // KEPT & 1) ^ 1)
-        mbarrier.expect(params_full.index(i % KEPT), params_desc.block_type.nbytes)
-        _copy(params_desc, [page, 0, 0], params_full.index(i % KEPT), params.index(i % KEPT))
-        mbarrier.wait(scored.index(i % RING), (i // RING & 1) ^ 1)
-        mbarrier.expect(rope_full.index(i % RING), rope_desc.block_type.nbytes)
-        _copy(rope_desc, [page, part * STEP, 0], rope_full.index(i % RING), ropes.index(i % RING))
+        slot = i % 2
+        mbarrier.wait(params_free.index(slot), (i // 2 & 1) ^ 1)
+        mbarrier.expect(params_full.index(slot), params_desc.block_type.nbytes)
+        _copy(params_desc, [page, 0, 0], params_full.index(slot), params.index(slot))
+        mbarrier.wait(scored, (i - 1) & 1)
+        mbarrier.expect(rope_full, rope_desc.block_type.nbytes)
+        _copy(rope_desc, [page, part * STEP, 0], rope_full, ropes.index(0))
 
 
 @gluon.jit
-def _fill_by_halves(memory, params, bars, pages, paged, LAYOUT: gl.constexpr):
+def _fill_pages(memory, params, bars, pages, paged, LAYOUT: gl.constexpr):
     """Fill slots with the quantized blocks of a program; what `copy_params` has brought into the L2 cache is loaded late."""
     latents, _, vectors = memory
     full, free = bars[0], bars[1]
     params, params_full, params_free = params
     record_ptr, part = _record_of(_load_id(0, paged, LAYOUT), pages), _part_of(0, paged, LAYOUT)
-    codes, norm, gain = _load_block(record_ptr, part, 0, STEP, LAYOUT)
+    codes, norm, gain = _load_block(record_ptr, part, LAYOUT)
     next_id = _load_id(1, paged, LAYOUT)
     for i in range(paged[2]):
         slot = i % 2
@@ -239,63 +228,29 @@ def _fill_by_halves(memory, params, bars, pages, paged, LAYOUT: gl.constexpr):
         mbarrier.wait(params_full.index(slot), i // 2 & 1)
         found = _load_params(params.index(slot), 0)
         mbarrier.wait(free.index(slot * 2), phase)
-        _store_half(codes, found, latents, slot, 0, 0, LAYOUT.bits)
+        _store_half(codes, found, latents, slot, 0, LAYOUT.bits)
         _store_sizes(vectors, slot, norm.to(gl.float32), gain)
         if LAYOUT.bits == 8:
-            codes = _load_codes(record_ptr, part * STEP, 1, STEP, LAYOUT)
+            codes = _load_codes(record_ptr, part, 1, LAYOUT)
         found = _load_params(params.index(slot), 1)
         fence_async_shared()
         mbarrier.arrive(full.index(slot * 2), count=1)
         record_ptr, part = _record_of(next_id, pages), _part_of(i + 1, paged, LAYOUT)
         next_id = _load_id(i + 2, paged, LAYOUT)
         mbarrier.wait(free.index(slot * 2 + 1), phase)
-        _store_half(codes, found, latents, slot, 1, 0, LAYOUT.bits)
+        _store_half(codes, found, latents, slot, 1, LAYOUT.bits)
         fence_async_shared()
         mbarrier.arrive(full.index(slot * 2 + 1), count=1)
         mbarrier.arrive(params_free.index(slot), count=1)
-        codes, norm, gain = _load_block(record_ptr, part, 0, STEP, LAYOUT)
+        codes, norm, gain = _load_block(record_ptr, part, LAYOUT)
 
 
 @gluon.jit
-def _fill_blocks(memory, params, bars, pages, paged, group: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
-    """The same by one of two warp groups, in any number of slots, each of which is handed over as a whole."""
-    latents, _, vectors = memory
-    full, free = bars[0], bars[1]
-    params, params_full, params_free = params
-    SLOTS: gl.constexpr = latents.shape[0] // 4
-    KEPT: gl.constexpr = params.shape[0]
-    record_ptr, part = _record_of(_load_id(0, paged, LAYOUT), pages), _part_of(0, paged, LAYOUT)
-    codes, norm, gain = _load_block(record_ptr, part, group, TOKENS, LAYOUT)
-    next_id = _load_id(1, paged, LAYOUT)
-    for i in range(paged[2]):
-        slot = i % SLOTS
-        more = codes
-        if LAYOUT.bits == 8:
-            more = _load_codes(record_ptr, part * STEP + group * TOKENS, 1, TOKENS, LAYOUT)
-        mbarrier.wait(params_full.index(i % KEPT), i // KEPT & 1)
-        low, high = _load_params(params.index(i % KEPT), 0), _load_params(params.index(i % KEPT), 1)
-        record_ptr, part = _record_of(next_id, pages), _part_of(i + 1, paged, LAYOUT)
-        next_id = _load_id(i + 2, paged, LAYOUT)
-        next_codes, next_norm, next_gain = _load_block(record_ptr, part, group, TOKENS, LAYOUT)
-        mbarrier.wait(free.index(slot), (i // SLOTS & 1) ^ 1)
-        _store_half(codes, low, latents, slot, 0, group, LAYOUT.bits)
-        _store_half(more, high, latents, slot, 1, group, LAYOUT.bits)
-        if group == 0:
-            _store_sizes(vectors, slot, norm.to(gl.float32), gain)
-        # Not before what was loaded from there has been used: a barrier does not wait for loads on their way.
-        mbarrier.arrive(params_free.index(i % KEPT), count=1)
-        fence_async_shared()
-        mbarrier.arrive(full.index(slot), count=1)
-        codes, norm, gain = next_codes, next_norm, next_gain
-
-
-@gluon.jit
-def _fill_raw(i, memory, bars, raw, work, group: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
+def _fill_raw(i, memory, bars, raw, work, LAYOUT: gl.constexpr):
     """Fill a slot with block i of a program, of raw tokens: their norms are 1."""
     BLOCKS: gl.constexpr = LAYOUT.page_size // STEP
     latents, ropes, vectors = memory
     full, free, scored, rope_full = bars
-    RING: gl.constexpr = ropes.shape[0]
     _, num_paged, first, in_sink, first_tail, _ = work
     raw_ptr, stride_page, stride_token, table_ptr, num_sink_pages, num_tail_slots, seq_len = raw
     j = i - num_paged
@@ -304,49 +259,35 @@ def _fill_raw(i, memory, bars, raw, work, group: gl.constexpr, TOKENS: gl.conste
     column = gl.where(j < in_sink, index, num_sink_pages + (index - num_sink_pages) % num_tail_slots)
     page_ptr = raw_ptr + gl.maximum(gl.load(table_ptr + column), 0).to(gl.int64) * stride_page
     num_valid = seq_len - index * LAYOUT.page_size
-    SLOTS: gl.constexpr = latents.shape[0] // 4
-    slot = i % SLOTS
-    phase = (i // SLOTS & 1) ^ 1
+    slot = i % 2
+    phase = (i // 2 & 1) ^ 1
     first_token = block % BLOCKS * STEP
-    token = first_token + group * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(1, HALVES))
+    token = first_token + gl.arange(0, STEP, gl.SliceLayout(1, HALVES))
     for half in gl.static_range(2):
         planes = split_pairs(load_pairs(page_ptr + half * (LATENTS // 2), token * (stride_token // 2), token < num_valid))
-        if TOKENS == STEP:
-            mbarrier.wait(free.index(slot * 2 + half), phase)
-        elif half == 0:
-            mbarrier.wait(free.index(slot), phase)
-        if group == 0 and half == 0:
-            one = gl.full((STEP,), 1.0, gl.float32, NUMBERS)
-            _store_sizes(vectors, slot, one, gl.to_tensor(1.0))
-        if group == 0 and half == 1:
+        mbarrier.wait(free.index(slot * 2 + half), phase)
+        if half == 0:
+            _store_sizes(vectors, slot, gl.full((STEP,), 1.0, gl.float32, NUMBERS), gl.to_tensor(1.0))
+        else:
             rope_token = first_token + gl.arange(0, STEP, gl.SliceLayout(1, ROPES))
             place = (rope_token * stride_token)[:, None] + gl.arange(0, ROPE, gl.SliceLayout(0, ROPES))[None, :]
             rope = gl.load(page_ptr + LATENTS + place, (rope_token < num_valid)[:, None], other=0.0)
-            mbarrier.wait(scored.index(i % RING), (i // RING & 1) ^ 1)
-            ropes.index(i % RING).reshape((STEP, ROPE)).store(rope)
+            mbarrier.wait(scored, (i - 1) & 1)
+            ropes.index(0).reshape((STEP, ROPE)).store(rope)
             fence_async_shared()
-            mbarrier.arrive(rope_full.index(i % RING), count=1)
+            mbarrier.arrive(rope_full, count=1)
         for byte in gl.static_range(2):
-            _rows_of(latents.index(slot * 4 + half * 2 + byte), group, TOKENS).store(planes[byte])
-        if TOKENS == STEP:
-            fence_async_shared()
-            mbarrier.arrive(full.index(slot * 2 + half), count=1)
-        elif half == 1:
-            fence_async_shared()
-            mbarrier.arrive(full.index(slot), count=1)
+            latents.index(slot * 4 + half * 2 + byte).store(planes[byte])
+        fence_async_shared()
+        mbarrier.arrive(full.index(slot * 2 + half), count=1)
 
 
 @gluon.jit
-def fill(place, memory, params, bars, sources, work, LAYOUT: gl.constexpr):
-    """Fill slots with all blocks of a program, quantized ones first; `place` is the warp group's, and of how many."""
+def fill(memory, params, bars, sources, work, LAYOUT: gl.constexpr):
+    """Fill slots with all blocks of a program, quantized ones first."""
     pages, paged, raw = sources
-    group: gl.constexpr = place[0]
-    TOKENS: gl.constexpr = STEP // place[1]
     if paged[2] > 0:
-        if TOKENS == STEP:
-            _fill_by_halves(memory, params, bars, pages, paged, LAYOUT)
-        else:
-            _fill_blocks(memory, params, bars, pages, paged, group, TOKENS, LAYOUT)
+        _fill_pages(memory, params, bars, pages, paged, LAYOUT)
     if len(raw) > 0:
         for i in range(work[1], work[5]):
-            _fill_raw(i, memory, bars, raw, work, group, TOKENS, LAYOUT)
+            _fill_raw(i, memory, bars, raw, work, LAYOUT)

@@ -22,7 +22,7 @@ def attend_tile(pointers, tile, records, raw, paged, work, LAYOUT: gl.constexpr,
     OPERANDS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     VECTORS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ROWS: gl.constexpr = PLAN.rows
-    params_desc, rope_desc, pages = records
+    _, params_desc, rope_desc, pages = records
     queries = gl.allocate_shared_memory(gl.float16, [4, ROWS, PAIRS], OPERANDS)
     rope_queries = gl.allocate_shared_memory(gl.float16, [1, ROWS, ROPE], OPERANDS)
     latents = gl.allocate_shared_memory(gl.float16, [8, STEP, PAIRS], OPERANDS)
@@ -33,20 +33,20 @@ def attend_tile(pointers, tile, records, raw, paged, work, LAYOUT: gl.constexpr,
     sizes = gl.allocate_shared_memory(gl.float32, [2, STEP], VECTORS)
     norms = gl.allocate_shared_memory(gl.float32, [2, STEP], VECTORS)
     exponents = gl.allocate_shared_memory(gl.float32, [2, STEP], VECTORS)
-    full, free, alone, scored, rope_full = barriers(4, 1), barriers(4, 1), barriers(3, 1), barriers(1, 1), barriers(1, 1)
+    full, free, alone = barriers(4, 1), barriers(4, 1), barriers(5, 1)
     params = (params, barriers(2, 1), barriers(2, 1))
     handed = (weights, factors, alone.index(0), alone.index(1), alone.index(2))
     fence_async_shared()
     barrier()
-    bars = (full, free, scored, rope_full)
+    bars = (full, free, alone.index(3), alone.index(4))
     vectors = (sizes, norms, exponents)
     memory = (queries, rope_queries, latents, ropes, vectors)
     gl.warp_specialize(
         [
             (attend, (pointers, tile, memory, handed, bars, work)),
             (attend_second, (pointers, tile, memory, handed, bars, work)),
-            (fill, ((0, 1), (latents, ropes, vectors), params, bars, (pages, paged, raw), work, LAYOUT)),
-            (copy_params, ((params_desc, rope_desc), ropes, params, (rope_full, scored), pages, paged, LAYOUT)),
+            (fill, ((latents, ropes, vectors), params, bars, (pages, paged, raw), work, LAYOUT)),
+            (copy_params, ((params_desc, rope_desc), ropes, params, (alone.index(4), alone.index(3)), pages, paged, LAYOUT)),
         ],
         [4, 4, 1],
         [160, 96, 24],  # registers; those that are left are the first one's
