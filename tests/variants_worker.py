@@ -49,6 +49,8 @@ def check_grids(kernels: list[Compiled]) -> None:
     q = torch.zeros(1, 2, 576, dtype=torch.float16).expand(MANY, 2, 576)
     for indices in (None, ids):
         kvarn.mla_decode_attention(q, pages, ids, flat, latents, sm_scale=1.0, indices=indices)
+    kvarn.mla_decode_attention(q, pages[:0], ids, flat, latents, sm_scale=1.0)  # all is raw: the same kernel, which is warm
+    assert not [kernel for kernel in kernels if kernel.name == "_kvarn_mla_decode_kernel"]
     kvarn.mla_commit_pages(raw_pages, pages, ids, ids, flat, flat, latents)
     tokens = tokens[:1].expand(MANY, 576)
     kvarn.mla_append_tokens(tokens[:, :512], tokens[:, 512:], raw_pages, flat)

@@ -185,7 +185,7 @@ def _attend(
     partial = torch.empty(num_splits, units * rows, LATENT_DIM, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(num_splits, units * rows, dtype=torch.float32, device=q.device)
     queries = rotate_queries(aligned(q).reshape(-1, num_heads, TOKEN_DIM), sm_scale)
-    if config.warp_groups and len(cache.pages):
+    if config.warp_groups:
         from .hopper import launch_mla_hopper  # Gluon, where it is used
 
         plan = hopper_plan(cache.layout, config.block_m, cache.raw_pages is not None)

@@ -122,12 +122,13 @@ def launch_mla_hopper(
     num_splits = partial.shape[0]
     tiles = -(-num_queries * num_heads // plan.rows)
     raw, raw_table = cache.raw_pages, cache.raw_table
+    pages = cache.pages if len(cache.pages) else cache.pages.new_empty(1, cache.layout.page_bytes)  # no memory has no descriptor
     on(partial, _kvarn_mla_hopper_kernel)[(tiles * num_splits * cache.batch,)](
         partial,
         partial_lse,
         *queries,
-        *describe(cache.pages, cache.layout),
-        (cache.pages, cache.pages.stride(0)),
+        *describe(pages, cache.layout),
+        (pages, pages.stride(0)),
         None if raw is None else (raw, *raw.stride()[:2]),
         cache.block_table,
         raw_table,
