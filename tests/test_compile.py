@@ -149,7 +149,7 @@ def test_compiles(target, parts, tmp_path):
     for kernel in kernels:
         if kernel["kernel"] != "_kvarn_mla_hopper_kernel":
             continue
-        if "128 heads" in kernel["case"] and "tiles of 16" not in kernel["case"]:
+        if "128 heads" in kernel["case"]:
             assert kernel["product_waits"] <= WAITS_OF_TILES, kernel
             if "quantized only" in kernel["case"]:  # weights, numbers, and the other half of the sums
                 assert kernel["loop_spills_of_all"] <= (0 if OLDEST else 4), kernel

@@ -122,7 +122,8 @@ def launch_mla_hopper(
     num_splits = partial.shape[0]
     tiles = -(-num_queries * num_heads // plan.rows)
     raw, raw_table = cache.raw_pages, cache.raw_table
-    pages = cache.pages if len(cache.pages) else cache.pages.new_empty(1, cache.layout.page_bytes)  # no memory has no descriptor
+    # No memory has no descriptor; nothing is read of a pool of no pages.
+    pages = cache.pages if len(cache.pages) else cache.pages.new_empty(1, cache.layout.page_bytes)
     on(partial, _kvarn_mla_hopper_kernel)[(tiles * num_splits * cache.batch,)](
         partial,
         partial_lse,
