@@ -97,11 +97,11 @@ def mla_plan(layout: MLALayout, config: MLAConfig, ptx: bool, early: bool) -> ML
 def mla_config(layout: MLALayout, rows: int, device: torch.device, sparse: bool = False) -> MLAConfig:
     """Return the parameters for `rows` query rows of a sequence; `sparse`: of a query token with a list of tokens."""
     known, arch = gpu.gpu_of(device), gpu.arch_of(device)
-    return _sparse_config(rows, arch, known) if sparse else _mla_config(layout.bits, rows, arch, known)
+    return _sparse_config(rows, arch, known) if sparse else _mla_config(layout.bits, rows, known)
 
 
 @functools.lru_cache
-def _mla_config(bits: int, rows: int, arch: str | None, known: gpu.Gpu | None) -> MLAConfig:
+def _mla_config(bits: int, rows: int, known: gpu.Gpu | None) -> MLAConfig:
     """Return what fits: a block of 64 tokens takes 64 KiB of shared memory, its bytes up to 44, and a tile of 16 rows 18."""
     if known is None:
         return MLAConfig(16, 32, 4)  # the interpreter
@@ -123,7 +123,7 @@ def _mla_config(bits: int, rows: int, arch: str | None, known: gpu.Gpu | None) -
 def _sparse_config(rows: int, arch: str | None, known: gpu.Gpu | None) -> MLAConfig:
     """Return what fits of lists: a block of 32 tokens takes 32 KiB of shared memory, and nothing is copied ahead."""
     if known is None or not known.nvidia:
-        return _mla_config(4, rows, arch, known)
+        return _mla_config(4, rows, known)
     if rows <= 16:
         return MLAConfig(16, 32, 4, num_stages=1, programs_per_sm=2 if known.program_bytes >= 128 * _KIB else 1)
     return MLAConfig(64 if rows > 32 and arch == "sm90" else 32, 32, 8, num_stages=1)

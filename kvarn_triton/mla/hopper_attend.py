@@ -1,4 +1,4 @@
-"""What two warp groups of `hopper` do with a tile of 64 rows: scores, weights, and half of the channels each.
+"""What two warp groups of `hopper_tile` do with a tile of 64 rows: scores, weights, and half of the channels each.
 
 Both keep the sums of their half in registers. The first one computes scores and weights, which the second one takes from shared
 memory.

@@ -1,4 +1,4 @@
-"""How `hopper` brings records and raw tokens into shared memory: a ring of blocks of 64 tokens, filled by one or two warps.
+"""How `hopper_columns` brings records and raw tokens into shared memory: a ring of blocks of 64 tokens, filled by two warps.
 
 A block is its codes, parameters and rotary channels, copied by the tensor memory accelerator, and the norms of its tokens with
 the gain of their page. Of raw tokens, which other warps write, it has rotary channels and norms of 1 alone.

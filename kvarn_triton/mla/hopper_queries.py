@@ -1,4 +1,4 @@
-"""What the warps of `hopper` do that prepare a block and weigh it: queries times the scales of its page, softmax of its scores.
+"""What warps of `hopper_columns` do that prepare a block and weigh it: queries times the scales of its page, softmax of scores.
 
 The 512 channels are eight tiles of 64. A pair of bytes has, in 4 bits, a channel of four tiles, and in 8 bits of two: tile
 t = slab * PLANES + plane has the channels 2 * (64 * slab + i) + byte + 256 * field, where plane = byte * FIELDS + field.

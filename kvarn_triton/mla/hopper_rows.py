@@ -1,4 +1,4 @@
-"""What the warps of `hopper` that multiply do: scores of the tokens of a block, and sums of latents by weights.
+"""What the warps of `hopper_columns` that multiply do: scores of the tokens of a block, and sums of latents by weights.
 
 Both make operands of products of the codes themselves, in registers: tokens are the rows of the one, channels those of the
 other. Scores, weights, and factors of what was summed before go from warps to warps through shared memory.
