@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
 
 import numpy
@@ -270,6 +271,25 @@ def test_ptx_of_pairs(bits, byte, middle):
             own = slice(2 * field, 2 * field + 2)
             exact = codes - 2 ** (bits - 1) if middle else codes * scale[own].astype(numpy.float64) + zero[own]
             assert (found == exact.astype(numpy.float16)).all(), (first, field)
+
+
+@pytest.mark.parametrize("byte", [0, 1])
+@pytest.mark.parametrize("field", [0, 1])
+def test_ptx_of_a_field(field, byte):
+    """The same of one field of 4 bits, whose PTX shares no instruction with that of the other one."""
+    numbers_ptx = importlib.import_module("kvarn_triton.mla.hopper_fill").numbers_ptx
+    ptx = getattr(numbers_ptx, "fn", numbers_ptx)(4, field, byte)
+    scale, zero = (draw(2, seed=seed).half().numpy() for seed in (0, 1))
+    for first in range(256):
+        pairs = (first, 255 - first, first * 7 % 256, first * 13 % 256)
+        after = run_ptx(
+            ptx,
+            {"$1": int.from_bytes(pairs, "little")}
+            | {name: x.view(numpy.uint32).item() for name, x in (("$2", scale), ("$3", zero))},
+        )
+        found = numpy.array([after["$0"]], dtype=numpy.uint32).view(numpy.float16)
+        codes = numpy.array([pairs[byte], pairs[2 + byte]]) >> 4 * field & 15
+        assert (found == (codes * scale.astype(numpy.float64) + zero).astype(numpy.float16)).all(), first
 
 
 # Attention.
