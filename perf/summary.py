@@ -213,7 +213,7 @@ def recorded_chunk(context: int, tokens: int) -> dict[str, float]:
 
 
 def served_beside(point: tuple[int, int]) -> tuple[float, float, float]:
-    """Return recorded times at a batch and context: of the main layout as served, of the best 16-bit kernel, of FA3 with fp8."""
+    """Return recorded times at a batch and context: the main layout as served, the best 16-bit kernel, FA3 with fp8."""
     found = json.loads((RESULTS / "peers_decode_h200.json").read_text())["decode"]
     rows = (dict(zip(found["columns"], row, strict=True)) for row in found["rows"])
     times = next(row for row in rows if (row["batch"], row["context"]) == point)
