@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
         help="of accuracy, encoders, raw_tokens and predicts: which language models; may be repeated",
     )
     add("--seed", type=int, help="of all random inputs; 0 by default")
-    add("--no-gate", action="store_true", help="time without the checks that come first, which the title says")
+    add("--no-gate", action="store_true", help="of a timed sweep: without the checks that come first, which the title says")
     result = argparse.ArgumentParser(
         prog="sweep.py",
         description=__doc__,
@@ -149,8 +149,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
     )
 
 
-def chosen_sweeps(command: str | None, gate: bool = True) -> list[str]:
-    """Return the sweeps of a command in order, of all if it is None; timed ones come after the gate, if there is to be one."""
+def chosen_sweeps(command: str | None) -> list[str]:
+    """Return the sweeps of a command in order, of all if it is None; timed ones come after the gate."""
     has_gpu = torch.cuda.is_available() and not interpreted()
     if command is None:
         names = ["gate", *(name for name in SWEEPS if name not in (*SEARCHES, "gate"))]
@@ -164,7 +164,7 @@ def chosen_sweeps(command: str | None, gate: bool = True) -> list[str]:
         return [command]
     if not has_gpu:
         raise SystemExit(f"sweep.py {command}: times need a GPU and no TRITON_INTERPRET; no time is ever estimated here")
-    return ["gate", command] if gate else [command]
+    return ["gate", command]
 
 
 def rows_of(names: Sequence[str] | None, options: Options) -> Iterator[tuple[str, Row | None]]:
@@ -202,8 +202,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = options_of(arguments)
     info = environment(argv)
     default = arguments.command is None and not arguments.all
-    names = None if default else chosen_sweeps(arguments.command, not getattr(arguments, "no_gate", False))
-    print(title(info) + (" | no gate: nothing was checked first" if getattr(arguments, "no_gate", False) else ""), flush=True)
+    names = None if default else chosen_sweeps(arguments.command)
+    heading = title(info)
+    if getattr(arguments, "no_gate", False):
+        if names is None or arguments.all or names[0] != "gate" or len(names) == 1:
+            raise SystemExit("sweep.py --no-gate: expected a timed sweep, which the gate comes before")
+        names, heading = names[1:], f"{heading} | no gate: nothing was checked first"
+    print(heading, flush=True)
     results: dict[str, list[Row]] = {}
     interrupted_by_user = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -11,6 +11,7 @@ from kvarn_triton import Encoder, MLAConfig, MLALayout
 
 FEW = MLAConfig(16, 64, 4, programs_per_sm=2)
 GROUPS = MLAConfig(16, 64, 4, warp_groups=True)
+MANY = MLAConfig(64, 64, 8)
 
 
 def arguments(layout: MLALayout) -> dict:
@@ -78,11 +79,13 @@ def mla_cases(target: str) -> dict[str, Callable[[], None]]:
         cases |= {
             "mla 16 heads, tail": lambda: decode(MLALayout(4, 64), 16),
             "mla 16 heads, 8 bits, quantized only": lambda: decode(MLALayout(8, 128), 16, raw=False, config=GROUPS),
+            "mla 128 heads, 8 bits, columns": lambda: decode(MLALayout(8, 64), 128, config=GROUPS),
             "mla 16 heads, quantized only": lambda: decode(MLALayout(4, 64), 16, raw=False),
             "mla 16 heads, no warp groups": lambda: decode(MLALayout(4, 128), 16, raw=False, config=FEW),
             "mla 128 heads, tail": lambda: decode(MLALayout(4, 128), 128, dtype=torch.bfloat16),
             "mla 128 heads, quantized only": lambda: decode(MLALayout(4, 64), 128, raw=False),
             "mla 128 heads, 8 bits, quantized only": lambda: decode(MLALayout(8, 64), 128, raw=False),
+            "mla 128 heads, no warp groups": lambda: decode(MLALayout(4, 128), 128, config=MANY),
             "mla lists, 128 heads": lambda: decode(MLALayout(4, 128), 128, topk=2048),
             "mla small, 8 bits": lambda: small(MLALayout(8, 128), torch.float32),
         }

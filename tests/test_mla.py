@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import math
 
 import numpy
@@ -13,7 +12,8 @@ from helpers import DTYPES, LSE_ERROR, ON_GPU, assert_rounded_alike, assert_same
 
 import kvarn_triton as kvarn
 from kvarn_triton import PUBLISHED, Encoder, MLAConfig, MLALayout, PageLayout, gpu, reference
-from kvarn_triton.mla.latents import latents_ptx, pairs_ptx
+from kvarn_triton.mla.config import mla_config
+from kvarn_triton.mla.latents import field_ptx, latents_ptx, pairs_ptx
 from kvarn_triton.mla_layout import MLA_BITS
 from kvarn_triton.testing import relative_error
 from kvarn_triton.testing.latents import latent_attention_in, latent_case
@@ -274,21 +274,17 @@ def test_ptx_of_pairs(bits, byte, middle):
 
 
 @pytest.mark.parametrize("byte", [0, 1])
-@pytest.mark.parametrize("field", [0, 1])
-def test_ptx_of_a_field(field, byte):
-    """The same of one field of 4 bits, whose PTX shares no instruction with that of the other one."""
-    numbers_ptx = importlib.import_module("kvarn_triton.mla.hopper_fill").numbers_ptx
-    ptx = getattr(numbers_ptx, "fn", numbers_ptx)(4, field, byte)
+@pytest.mark.parametrize(("bits", "field"), [(4, 0), (4, 1), (8, 0)])
+def test_ptx_of_a_field(bits, field, byte):
+    """The same of one field, whose PTX begins with another instruction than that of the other one."""
+    ptx = getattr(field_ptx, "fn", field_ptx)(bits, field, byte)
     scale, zero = (draw(2, seed=seed).half().numpy() for seed in (0, 1))
+    words = {name: x.view(numpy.uint32).item() for name, x in (("$2", scale), ("$3", zero))}
     for first in range(256):
         pairs = (first, 255 - first, first * 7 % 256, first * 13 % 256)
-        after = run_ptx(
-            ptx,
-            {"$1": int.from_bytes(pairs, "little")}
-            | {name: x.view(numpy.uint32).item() for name, x in (("$2", scale), ("$3", zero))},
-        )
+        after = run_ptx(ptx, {"$1": int.from_bytes(pairs, "little")} | words)
         found = numpy.array([after["$0"]], dtype=numpy.uint32).view(numpy.float16)
-        codes = numpy.array([pairs[byte], pairs[2 + byte]]) >> 4 * field & 15
+        codes = numpy.array([pairs[byte], pairs[2 + byte]]) >> field * bits & 2**bits - 1
         assert (found == (codes * scale.astype(numpy.float64) + zero).astype(numpy.float16)).all(), first
 
 
@@ -379,8 +375,8 @@ def test_decode_configs(config, device):
     check_decode(latent_case(LAYOUTS[2], [130, 77], num_heads=33, sink_len=64, num_tail_slots=1), device, config=config)
 
 
-@pytest.mark.parametrize(("rows", "heads"), [(16, 40), (64, 40), (64, 8)])
-@pytest.mark.parametrize("layout", LAYOUTS[:4], ids=layout_id)
+@pytest.mark.parametrize(("rows", "heads"), [(16, 40), (16, 8), (64, 40), (64, 8)])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 def test_warp_groups(layout, rows, heads, device):
     """The kernel of warp groups is a configuration where there are such groups, the default there, and refused elsewhere."""
     config = MLAConfig(rows, 64, 4, warp_groups=True)
@@ -389,13 +385,24 @@ def test_warp_groups(layout, rows, heads, device):
     if known is not None and known.warp_groups:
         out = check_decode(call, device, config=config)
         assert_same_bits(check_decode(call, device, config=config), out)
-        if rows == 64 and heads == 40:
+        if mla_config(layout, 2 * heads, device) == config:
             assert_same_bits(kvarn.mla_decode_attention(**moved(call, device)).cpu(), out)
         check_decode(call | {"sm_scale": -call["sm_scale"]}, device, config=config)
         check_decode(latent_case(layout, [1000, 3], num_heads=heads), device, config=config)
         call["indices"] = torch.zeros(3, 2, 4, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"config.warp_groups: expected False but for sm90, without indices, got True"):
         kvarn.mla_decode_attention(**moved(call, device), config=config)
+
+
+@pytest.mark.parametrize(("bits", "rows", "block_m"), [(4, 16, 16), (4, 17, 64), (4, 256, 64), (8, 1, 64), (8, 128, 64)])
+def test_default_of_warp_groups(bits, rows, block_m, monkeypatch):
+    """Columns are the default of few rows of 4 bits, where a GPU has warp groups; lists have another kernel."""
+    monkeypatch.setattr(gpu, "arch_of", lambda device: "sm90")
+    layout, device = MLALayout(bits), torch.device("cpu")
+    assert mla_config(layout, rows, device) == MLAConfig(block_m, 64, 4, warp_groups=True)
+    assert not mla_config(layout, rows, device, sparse=True).warp_groups
+    monkeypatch.setattr(gpu, "arch_of", lambda device: "sm100")
+    assert not mla_config(layout, rows, device).warp_groups
 
 
 def test_num_splits(device):

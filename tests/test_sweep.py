@@ -194,6 +194,26 @@ def test_times_need_a_gpu(name):
         sweep.main([name])
 
 
+@pytest.mark.parametrize("arguments", [[], ["--all"], ["gate"], ["error"]])
+def test_what_has_no_gate_before_it(arguments, monkeypatch):
+    """`--no-gate` is refused where it would leave out nothing, or what was asked for."""
+    monkeypatch.setattr(sweep, "rows_of", lambda names, options: iter(()))
+    with pytest.raises(SystemExit, match="--no-gate: expected a timed sweep"):
+        sweep.main([*arguments, "--no-gate"])
+
+
+def test_no_gate(monkeypatch, capsys):
+    """A timed sweep without the gate runs alone, and its title says so."""
+    seen = []
+    monkeypatch.setattr(sweep, "chosen_sweeps", lambda command: ["gate", command])
+    monkeypatch.setattr(sweep, "rows_of", lambda names, options: seen.append(names) or iter(()))
+    assert sweep.main(["mla", "--no-gate"]) == 0
+    assert "no gate: nothing was checked first" in capsys.readouterr().out
+    assert sweep.main(["mla"]) == 0
+    assert "no gate" not in capsys.readouterr().out
+    assert seen == [["mla"], ["gate", "mla"]]
+
+
 def test_all_leaves_out_what_cannot_run(monkeypatch):
     """`--all` takes every sweep but searches, and without a GPU those that need none."""
     names = sweep.chosen_sweeps(None)

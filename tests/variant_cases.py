@@ -13,6 +13,8 @@ LAYOUT = kvarn.PageLayout(head_dim=64, page_size=64, k_bits=4, v_bits=2)
 HEADS, GROUP, NUM_PAGES, NUM_RAW = 2, 4, 9, 7
 DTYPE, SCRATCH = torch.float16, torch.bfloat16
 LATENTS = kvarn.MLALayout(4, 64)
+TILES = kvarn.MLAConfig(16, 32, 4)
+"""The kernel of latent attention that GPUs with warp groups have, too."""
 QUICK = kvarn.Encoder(iterations=0, clip=False, fits=0, norm="balance")
 """The encoder that takes the least time to compile."""
 WARMUP = {
@@ -200,6 +202,7 @@ def latent_calls(variants: Variants) -> dict[str, Callable[[], object]]:
     q, lists = v.floats(*queries, heads, 576), v.ints(*queries, topk, below=columns * 64)
     return {
         "decode": lambda: kvarn.mla_decode_attention(q, seq_lens=lengths, **tables, **how),
+        "decode, no warp groups": lambda: kvarn.mla_decode_attention(q, seq_lens=lengths, config=TILES, **tables, **how),
         "lists": lambda: kvarn.mla_decode_attention(q, seq_lens=lengths, indices=lists, **tables, **how),
         "commit": lambda: kvarn.mla_commit_pages(**tables, **raw, committed_lens=lengths, encoder=QUICK),
         "write": lambda: kvarn.mla_write_tokens(
@@ -244,6 +247,7 @@ def run(seeds: int, device: torch.device, guard: Callable) -> None:
         LATENTS, HEADS * GROUP, device, dtype=DTYPE, encoder=QUICK, max_queries=3, indices=True, dequantize=torch.float32,
         steps=True,
     )  # fmt: skip
+    kvarn.mla_warmup(LATENTS, HEADS * GROUP, device, dtype=DTYPE, encoder=QUICK, config=TILES)
     for call in other_calls(Variants(0, device)).values():
         call()
     with guard():

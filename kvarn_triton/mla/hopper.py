@@ -19,8 +19,8 @@ from ..launch import on
 from .cache import LatentCache
 from .config import HopperPlan
 from .decode_kernel import ANY_ADDRESS, NOT_SPECIALIZED
+from .hopper_blocks import LATENTS, STEP, describe
 from .hopper_columns import attend_columns
-from .hopper_copy import LATENTS, STEP, describe
 from .hopper_tile import attend_tile
 
 
@@ -50,7 +50,7 @@ def _kvarn_mla_hopper_kernel(
     lse_ptr,  # float32 [num_splits, rows], base 2
     q_ptr,  # float16 [rows, 576], rotated
     factor_ptr,  # float32 [rows]
-    codes_desc,  # of pages, as `describe` returns them
+    codes_desc,  # of pages, as `describe` returns them: None for tiles of 64 rows
     params_desc,
     rope_desc,
     pages,  # uint8 [num_pages, page_bytes] and its stride
@@ -98,11 +98,10 @@ def _kvarn_mla_hopper_kernel(
         work = (share[0], share[1], share[2], share[3], share[4], count)
         tile = (place, num_rows, first_row, num_heads, seq_len - num_queries)
         pointers = (q_ptr, factor_ptr, out_ptr + result * LATENTS, lse_ptr + result)
-        records = (codes_desc, params_desc, rope_desc, pages)
         if PLAN.rows == 16:
-            attend_columns(pointers, tile, records, source, paged, work, LAYOUT, PLAN)
+            attend_columns(pointers, tile, (codes_desc, params_desc, rope_desc, pages), source, paged, work, LAYOUT, PLAN)
         else:
-            attend_tile(pointers, tile, records, source, paged, work, LAYOUT, PLAN)
+            attend_tile(pointers, tile, (params_desc, rope_desc, pages), source, paged, work, LAYOUT, PLAN)
     else:
         NOTHING: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
         row = gl.arange(0, PLAN.rows, NOTHING)
@@ -128,7 +127,7 @@ def launch_mla_hopper(
         partial,
         partial_lse,
         *queries,
-        *describe(pages, cache.layout),
+        *describe(pages, cache.layout, plan.rows == 16),
         (pages, pages.stride(0)),
         None if raw is None else (raw, *raw.stride()[:2]),
         cache.block_table,

@@ -15,8 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_copy import LATENTS, ROPE, STEP, barrier
-from .hopper_fill import PAIRS, block_of, load_queries, load_rope
+from .hopper_blocks import LATENTS, ROPE, STEP, barrier, block_of
+from .hopper_fill import PAIRS, load_queries, load_rope
 
 ROWS = gl.constexpr(64)
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))

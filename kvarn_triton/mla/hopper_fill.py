@@ -8,29 +8,17 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .hopper_copy import LATENTS, LOWEST, ROPE, STEP
-from .latents import pairs_ptx
+from .hopper_blocks import LATENTS, NUMBERS, ROPE, STEP, copy_tile, find_raw, load_id, part_of, split_pairs, store_sizes
+from .latents import field_ptx
 
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.6
 PAIRS = gl.constexpr(LATENTS.value // 4)
 """Pairs of channels of a half, which are the channels of a plane."""
-NUMBERS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-"""A number for each token."""
 HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 """Pairs of a half [64, 128] of a warp group: a thread has 16 neighbouring bytes of a row."""
 ROPES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 """Rotary channels [64, 64]."""
-
-
-@gluon.jit
-def split_pairs(words):
-    """Return the two planes float16 of pairs of 16-bit numbers int32."""
-    return gl.inline_asm_elementwise(
-        "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;", "=&r,=&r,r,r", [words], (gl.float16, gl.float16),
-        is_pure=True, pack=2,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -62,14 +50,6 @@ def load_rope(q_ptr, factor_ptr, place, num_rows, rope_queries):
     rope = gl.load(ptr + place_of, (row < num_rows)[:, None], other=0.0)
     factor = gl.load(factor_ptr + place + row, row < num_rows, other=0.0)
     rope_queries.index(0).store(gl.where((factor < 0)[:, None], -rope, rope))
-
-
-@gluon.jit
-def block_of(i, work):
-    """Return which block of its sequence is block i of a program."""
-    first_page, num_paged, first, in_sink, first_tail, _ = work
-    j = i - num_paged
-    return gl.where(j < 0, first_page + i, gl.where(j < in_sink, first + j, first_tail + j - in_sink))
 
 
 @gluon.constexpr_function
@@ -113,60 +93,16 @@ def _store_half(codes, params, latents, slot, half: gl.constexpr, BITS: gl.const
     for byte in gl.static_range(2):
         scale, zero = params[byte]
         numbers = gl.inline_asm_elementwise(
-            numbers_ptx(BITS, half if BITS == 4 else 0, byte), "=&r,r,r,r", [codes, scale[None, :], zero[None, :]], gl.float16,
+            field_ptx(BITS, half if BITS == 4 else 0, byte), "=&r,r,r,r", [codes, scale[None, :], zero[None, :]], gl.float16,
             is_pure=True, pack=2,
         )  # fmt: skip
         latents.index(slot * 4 + half * 2 + byte).store(numbers)
 
 
-@gluon.constexpr_function
-def numbers_ptx(bits, field, byte):
-    """PTX for two pairs of bytes: the numbers of a field of one byte of each pair, of codes, scales and zeros."""
-    return pairs_ptx(bits, byte, False) if bits == 8 else _field_ptx(field, byte)
-
-
-@gluon.constexpr_function
-def _field_ptx(field, byte):
-    """The same in 4 bits: a code becomes 1024 + code, or 1024 + 16 * code, then the code, then the number."""
-    source = "mov.b32 y, $1; "
-    if byte:  # not the same instruction for both fields: ptxas would keep its results from the one to the other
-        source = "prmt.b32 y, $1, 0, 0x4341; " if field else "shr.u32 y, $1, 8; "
-    code = "lop3.b32 y, y, {}, a, 0xea; "
-    less = "mov.b32 c, 0xE400E400; add.rn.f16x2 y, y, c; "  # -1024
-    if field:  # 1 / 16, and -64
-        less = "mov.b32 b, 0x2C002C00; mov.b32 c, 0xD400D400; fma.rn.f16x2 y, y, b, c; "
-    return (
-        "{ .reg .b32 y, a, b, c; mov.b32 a, 0x64006400; " + source + code.format(0x00F000F0 if field else 0x000F000F) + less
-        + "fma.rn.f16x2 $0, y, $2, $3; }"
-    )  # fmt: skip
-
-
 @gluon.jit
 def _store_sizes(vectors, slot, norm, gain):
-    """Store the norms of a block, times the gain too, and the exponent of the gain for each row.
-
-    A norm that is no number is one of the size alone: scores of what looks at it are none then, and others are not touched.
-    """
-    sizes, norms, exponents = vectors
-    exponent = gl.maximum((gain.to(gl.int32, bitcast=True) >> 23 & 255) - 127, LOWEST).to(gl.float32)
-    sizes.index(slot).store(norm * gain)
-    norms.index(slot).store(gl.where(gl.abs(norm) < float("inf"), norm, 0.0))
-    exponents.index(slot).store(gl.zeros_like(norm) + exponent)
-
-
-@gluon.jit
-def _load_id(i, paged, LAYOUT: gl.constexpr):
-    """Load the page id of the i-th block of a program's quantized ones, or of the last one."""
-    ids_ptr, first_block, num_paged, first_body, num_ids = paged
-    BLOCKS: gl.constexpr = LAYOUT.page_size // STEP
-    block = first_block + gl.minimum(i, num_paged - 1) - first_body
-    return gl.load(ids_ptr + gl.minimum(block // BLOCKS, num_ids - 1))
-
-
-@gluon.jit
-def _part_of(i, paged, LAYOUT: gl.constexpr):
-    """Return which block of its page is the i-th one, or the last one."""
-    return (paged[1] + gl.minimum(i, paged[2] - 1) - paged[3]) % (LAYOUT.page_size // STEP)
+    """Store what belongs to the tokens of a block. A norm that is not finite is 0 for weights: its token's score is NaN."""
+    store_sizes(vectors, slot, norm, gain, gl.where(gl.abs(norm) < float("inf"), norm, 0.0))
 
 
 @gluon.jit
@@ -199,18 +135,18 @@ def copy_params(descs, ropes, params, bars, pages, paged, LAYOUT: gl.constexpr):
     params_desc, rope_desc = descs
     rope_full, scored = bars
     params, params_full, params_free = params
-    page_id = _load_id(0, paged, LAYOUT)
+    page_id = load_id(0, paged, LAYOUT)
     for i in range(paged[2]):
-        page, part = gl.maximum(page_id, 0), _part_of(i, paged, LAYOUT)
-        page_id = _load_id(i + 1, paged, LAYOUT)
-        _prefetch(_record_of(page_id, pages) + _part_of(i + 1, paged, LAYOUT) * CODES, CODES)
+        page, part = gl.maximum(page_id, 0), part_of(i, paged, LAYOUT)
+        page_id = load_id(i + 1, paged, LAYOUT)
+        _prefetch(_record_of(page_id, pages) + part_of(i + 1, paged, LAYOUT) * CODES, CODES)
         slot = i % 2
         mbarrier.wait(params_free.index(slot), (i // 2 & 1) ^ 1)
         mbarrier.expect(params_full.index(slot), params_desc.block_type.nbytes)
-        _copy(params_desc, [page, 0, 0], params_full.index(slot), params.index(slot))
+        copy_tile(params_desc, [page, 0, 0], params_full.index(slot), params.index(slot))
         mbarrier.wait(scored, (i - 1) & 1)
         mbarrier.expect(rope_full, rope_desc.block_type.nbytes)
-        _copy(rope_desc, [page, part * STEP, 0], rope_full, ropes.index(0))
+        copy_tile(rope_desc, [page, part * STEP, 0], rope_full, ropes.index(0))
 
 
 @gluon.jit
@@ -219,9 +155,9 @@ def _fill_pages(memory, params, bars, pages, paged, LAYOUT: gl.constexpr):
     latents, _, vectors = memory
     full, free = bars[0], bars[1]
     params, params_full, params_free = params
-    record_ptr, part = _record_of(_load_id(0, paged, LAYOUT), pages), _part_of(0, paged, LAYOUT)
+    record_ptr, part = _record_of(load_id(0, paged, LAYOUT), pages), part_of(0, paged, LAYOUT)
     codes, norm, gain = _load_block(record_ptr, part, LAYOUT)
-    next_id = _load_id(1, paged, LAYOUT)
+    next_id = load_id(1, paged, LAYOUT)
     for i in range(paged[2]):
         slot = i % 2
         phase = (i // 2 & 1) ^ 1
@@ -235,8 +171,8 @@ def _fill_pages(memory, params, bars, pages, paged, LAYOUT: gl.constexpr):
         found = _load_params(params.index(slot), 1)
         fence_async_shared()
         mbarrier.arrive(full.index(slot * 2), count=1)
-        record_ptr, part = _record_of(next_id, pages), _part_of(i + 1, paged, LAYOUT)
-        next_id = _load_id(i + 2, paged, LAYOUT)
+        record_ptr, part = _record_of(next_id, pages), part_of(i + 1, paged, LAYOUT)
+        next_id = load_id(i + 2, paged, LAYOUT)
         mbarrier.wait(free.index(slot * 2 + 1), phase)
         _store_half(codes, found, latents, slot, 1, LAYOUT.bits)
         fence_async_shared()
@@ -248,20 +184,13 @@ def _fill_pages(memory, params, bars, pages, paged, LAYOUT: gl.constexpr):
 @gluon.jit
 def _fill_raw(i, memory, bars, raw, work, LAYOUT: gl.constexpr):
     """Fill a slot with block i of a program, of raw tokens: their norms are 1."""
-    BLOCKS: gl.constexpr = LAYOUT.page_size // STEP
     latents, ropes, vectors = memory
     full, free, scored, rope_full = bars
-    _, num_paged, first, in_sink, first_tail, _ = work
-    raw_ptr, stride_page, stride_token, table_ptr, num_sink_pages, num_tail_slots, seq_len = raw
-    j = i - num_paged
-    block = gl.where(j < in_sink, first + j, first_tail + j - in_sink)
-    index = block // BLOCKS
-    column = gl.where(j < in_sink, index, num_sink_pages + (index - num_sink_pages) % num_tail_slots)
-    page_ptr = raw_ptr + gl.maximum(gl.load(table_ptr + column), 0).to(gl.int64) * stride_page
-    num_valid = seq_len - index * LAYOUT.page_size
+    page, index, part = find_raw(i - work[1], raw, work, LAYOUT)
+    page_ptr, stride_token, first_token = raw[0] + page * raw[1], raw[2], part * STEP
+    num_valid = raw[6] - index * LAYOUT.page_size
     slot = i % 2
     phase = (i // 2 & 1) ^ 1
-    first_token = block % BLOCKS * STEP
     token = first_token + gl.arange(0, STEP, gl.SliceLayout(1, HALVES))
     for half in gl.static_range(2):
         planes = split_pairs(load_pairs(page_ptr + half * (LATENTS // 2), token * (stride_token // 2), token < num_valid))

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .hopper_copy import LATENTS, ROPE, STEP, barrier, store_sizes
+from .hopper_blocks import LATENTS, NUMBERS, ROPE, STEP, barrier, find_raw, split_pairs, store_sizes
 
 TILES = gl.constexpr(8)
 
@@ -69,10 +69,7 @@ def params_of_tiles(words, BITS: gl.constexpr, LAYOUT: gl.constexpr):
             word = found[tile % 4 // 2 * 4 + tile // 4 * 2 + tile % 2]  # type: ignore[var-annotated]
         else:
             word = found[tile % 2 * 4 + tile // 2 % 2 * 2 + tile // 4]
-        scale, zero = gl.inline_asm_elementwise(
-            "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;", "=&r,=&r,r,r", [word], (gl.float16, gl.float16),
-            is_pure=True, pack=2,
-        )  # fmt: skip
+        scale, zero = split_pairs(word)
         scale = gl.convert_layout(scale, LAYOUT, assert_trivial=True)
         result = result + ((scale, gl.convert_layout(zero, LAYOUT, assert_trivial=True)),)
     return result
@@ -134,27 +131,22 @@ def _copy_raw(tiles, ropes, place, BITS: gl.constexpr):
 @gluon.jit
 def _prepare_raw(i, memory, bars, raw, work, LAYOUT: gl.constexpr):
     """Put the raw tokens of block i into shared memory, with norms of 1."""
-    BLOCKS: gl.constexpr = LAYOUT.page_size // STEP
     _, ropes, vectors, tiles = memory
     full, free, sizes_full, raw_full, raw_free = bars
-    _, num_paged, first, in_sink, first_tail, _ = work
-    raw_ptr, stride_page, stride_token, table_ptr, num_sink_pages, num_tail_slots, seq_len = raw
     RING: gl.constexpr = ropes.shape[0]
     slot = i % RING
-    j = i - num_paged
-    block = gl.where(j < in_sink, first + j, first_tail + j - in_sink)
-    index = block // BLOCKS
-    column = gl.where(j < in_sink, index, num_sink_pages + (index - num_sink_pages) % num_tail_slots)
-    page = gl.maximum(gl.load(table_ptr + column), 0).to(gl.int64)
+    j = i - work[1]
+    page, index, part = find_raw(j, raw, work, LAYOUT)
     mbarrier.wait(free.index(slot), (i // RING & 1) ^ 1)
     mbarrier.wait(raw_free, (j & 1) ^ 1)
-    source = (raw_ptr + page * stride_page, stride_token, block % BLOCKS * STEP, seq_len - index * LAYOUT.page_size)
+    source = (raw[0] + page * raw[1], raw[2], part * STEP, raw[6] - index * LAYOUT.page_size)
     _copy_raw(tiles, ropes.index(slot), source, LAYOUT.bits)
     fence_async_shared()
     mbarrier.arrive(raw_full, count=1)
     mbarrier.arrive(full.index(slot), count=1)
-    one = gl.full((STEP,), 1.0, gl.float32, gl.BlockedLayout([1], [32], [4], [0]))
-    store_sizes(vectors, slot, one, gl.to_tensor(1.0), sizes_full)
+    one = gl.full((STEP,), 1.0, gl.float32, NUMBERS)
+    store_sizes(vectors, slot, one, gl.to_tensor(1.0), one)
+    mbarrier.arrive(sizes_full.index(slot), count=1)
 
 
 @gluon.jit

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_copy import LATENTS, ROPE, STEP
+from .hopper_blocks import LATENTS, ROPE, STEP, raw_block_of
 from .hopper_queries import TILES, channel_of, params_of_tiles, products_layout
 from .latents import pairs_ptx
 
@@ -112,7 +112,7 @@ def score(group: gl.constexpr, operands, blocks, bars, handed, rows, work, PLAN:
     codes, ropes, vectors, tiles = blocks
     full, free, sizes_full, raw_full, raw_free = bars
     place, num_rows, first_row, num_heads, first_seen = rows
-    first_page, num_paged, first, in_sink, first_tail, count = work
+    first_page, num_paged, count = work[0], work[1], work[5]
     ROWS: gl.constexpr = PLAN.rows
     RING: gl.constexpr = ropes.shape[0]
     LAYOUT: gl.constexpr = products_layout(ROWS)
@@ -144,8 +144,7 @@ def score(group: gl.constexpr, operands, blocks, bars, handed, rows, work, PLAN:
             rope = (ropes.index(slot).reshape((STEP, ROPE)), rope_queries.index(zero).permute((1, 0)))
             products = _raw_products(tiles, scaled, i % 2 + zero, rope, none)
             mbarrier.arrive(raw_free, count=1)
-            block = gl.where(j < in_sink, first + j, first_tail + j - in_sink)
-            _hand_over(i, block, products, tile, vectors, (free, sizes_full), PLAN)
+            _hand_over(i, raw_block_of(j, work), products, tile, vectors, (free, sizes_full), PLAN)
 
 
 @gluon.jit

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ..attention.hopper import barriers
 from .hopper_attend import attend, attend_second
-from .hopper_copy import ROPE, STEP, barrier
+from .hopper_blocks import ROPE, STEP, barrier
 from .hopper_fill import PAIRS, copy_params, fill
 
 
@@ -22,7 +22,7 @@ def attend_tile(pointers, tile, records, raw, paged, work, LAYOUT: gl.constexpr,
     OPERANDS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     VECTORS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ROWS: gl.constexpr = PLAN.rows
-    _, params_desc, rope_desc, pages = records
+    params_desc, rope_desc, pages = records
     queries = gl.allocate_shared_memory(gl.float16, [4, ROWS, PAIRS], OPERANDS)
     rope_queries = gl.allocate_shared_memory(gl.float16, [1, ROWS, ROPE], OPERANDS)
     latents = gl.allocate_shared_memory(gl.float16, [8, STEP, PAIRS], OPERANDS)

@@ -9,6 +9,8 @@ from ..mla_layout import LATENT_DIM
 from ..tile.arithmetic import split_halves
 
 LATENTS = tl.constexpr(LATENT_DIM)
+SPLIT_PTX = tl.constexpr("prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;")
+"""PTX for two words: their lower and their upper halves, as two words."""
 
 
 @triton.constexpr_function
@@ -37,6 +39,15 @@ def latents_ptx(field, bits):
 
 
 @triton.constexpr_function
+def _code_ptx(target, source, bits, field, less):
+    """PTX for a byte of two pairs: two float16 numbers 1024 + code, or 1024 + 16 * code, then the codes, less a number."""
+    mask = f"lop3.b32 {target}, {source}, {(2**bits - 1 << field * bits) * 0x10001}, a, 0xea; "
+    if field:
+        return mask + f"mov.b32 b, {0x2C002C00}; mov.b32 c, {_less(64 + less)}; fma.rn.f16x2 {target}, {target}, b, c; "
+    return mask + f"mov.b32 c, {_less(1024 + less)}; add.rn.f16x2 {target}, {target}, c; "
+
+
+@triton.constexpr_function
 def pairs_ptx(bits, byte, middle):
     """PTX for two pairs of bytes: the codes of one byte of each pair, by field, two float16 numbers each.
 
@@ -49,14 +60,22 @@ def pairs_ptx(bits, byte, middle):
         lines.append(f"shr.u32 y, {source}, 8; ")
         source = "y"
     for field in range(fields):
-        lines.append(f"lop3.b32 ${field}, {source}, {(2**bits - 1 << field * bits) * 0x10001}, a, 0xea; ")
-        if field:  # 1024 + 16 * code
-            lines.append(f"mov.b32 b, {0x2C002C00}; mov.b32 c, {_less(64 + less)}; fma.rn.f16x2 ${field}, ${field}, b, c; ")
-        else:
-            lines.append(f"mov.b32 c, {_less(1024 + less)}; add.rn.f16x2 ${field}, ${field}, c; ")
+        lines.append(_code_ptx(f"${field}", source, bits, field, less))
         if not middle:
             lines.append(f"fma.rn.f16x2 ${field}, ${field}, ${fields + 1 + field}, ${2 * fields + 1 + field}; ")
     return "{ " + "".join(lines) + "}"
+
+
+@triton.constexpr_function
+def field_ptx(bits, field, byte):
+    """PTX for two pairs of bytes: the numbers of one field of one byte of each pair, of codes, scales and zeros.
+
+    Fields share no instruction, whose results ptxas would keep from the one to the other.
+    """
+    apart = {(0, 0): "mov.b32 y, $1; ", (1, 0): "mov.b32 y, $1; ", (0, 1): "shr.u32 y, $1, 8; "}
+    source = apart.get((field, byte), "prmt.b32 y, $1, 0, 0x4341; ")
+    lines = f".reg .b32 y, a, b, c; mov.b32 a, {0x64006400}; {source}" + _code_ptx("y", "y", bits, field, 0)
+    return "{ " + lines + "fma.rn.f16x2 $0, y, $2, $3; }"
 
 
 @triton.jit
@@ -83,8 +102,7 @@ def _scale_and_zero(words, PTX: tl.constexpr):
     """Return the scales and zeros, float16, of parameters. Written as PTX, pairs of them are made once, not once per token."""
     if PTX:
         scale, zero = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;", "=&r,=&r,r,r", [words], (tl.float16, tl.float16),
-            is_pure=True, pack=2,
+            SPLIT_PTX, "=&r,=&r,r,r", [words], (tl.float16, tl.float16), is_pure=True, pack=2
         )  # fmt: skip
     else:
         scale, zero = split_halves(words)
