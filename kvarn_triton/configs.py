@@ -110,6 +110,8 @@ SCRATCH_TOKENS, SCRATCH_BYTES = 256, 2**28
 """Query tokens of a sequence, on average, from which on prefill attention takes memory for dequantized pages by itself, and
 most bytes that it takes. Chunks of 512 tokens over 4,096 take half the time with it (`perf/results/prefill_h200.json`,
 `ahead_h200.json`)."""
+ROUND_TOKENS = 512
+"""Tokens of a sequence that such memory has to hold if it can't hold all: with fewer, states would be moved too often."""
 TILE_ROWS = 16, 32, 64
 """Rows of a sequence and kv head up to which smaller tiles are taken. The first two are dequantized in registers."""
 
@@ -220,21 +222,17 @@ def _scratch_config(layout: PageLayout, dtype: torch.dtype, device: torch.device
     return PrefillConfig(block_m, num_warps, block_t, block_t, num_stages=3, programs_per_sm=1)
 
 
-AHEAD_TOKENS = 128
-"""Tokens of scratch memory of which all are seen, or none, where they are attended to before masks are looked at."""
-
-
-def attends_ahead(layout: PageLayout, dtype: torch.dtype, device: torch.device, block_m: int) -> bool:
-    """Return whether tiles of block_m rows attend to tokens of `dtype` before their own kernel, on a GPU that has another."""
+def attends_plainly(layout: PageLayout, dtype: torch.dtype, device: torch.device, block_m: int) -> bool:
+    """Return whether a kernel attends with tiles of block_m rows to plain tokens of `dtype` (`attention.plain`)."""
     known = gpu.gpu_of(device)
     channels = {layout.head_dim, layout.v_head_dim}
     fits = block_m == 128 and dtype != torch.float32 and channels <= {64, 128, 256}
     return fits and (gpu.INTERPRETED if known is None else known.warp_groups)
 
 
-def hopper_steps(layout: PageLayout) -> tuple[int, int]:
+def plain_steps(layout: PageLayout) -> tuple[int, int]:
     """Return the tokens of a step of that kernel, and how many steps are in shared memory."""
-    return (64 if layout.raw_head_dim > 128 else AHEAD_TOKENS), 2
+    return (64 if layout.raw_head_dim > 128 else 128), 2
 
 
 def holds_dequantized_pages(device: torch.device) -> bool:

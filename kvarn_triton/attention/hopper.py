@@ -1,15 +1,17 @@
-"""Attention without masks for GPUs of compute capability 9.0: products by warp groups, copies by the tensor memory accelerator.
+"""Prefill attention over plain tokens for GPUs of compute capability 9.0: products by warp groups, copies by the accelerator.
 
-A program attends with 128 query rows to a run of 16-bit tokens. One warp copies keys and values into shared memory; two warp
-groups, of 64 rows each, work on them: while the tensor cores multiply the keys of a step and the values of the step before, the
-other units compute the weights of the step (FlashAttention-3, arXiv 2407.08608). It is written in Gluon, because Triton waits
-for a product as soon as its result is used outside of products.
+A program attends with a tile of 128 query rows to the segments of tokens that its record lists (`records`). One warp copies
+keys and values into shared memory (`hopper_copy`); two warp groups, of 64 rows each, work on them: while the tensor cores
+multiply the keys of a step and the values of the step before, the other units compute the weights of the step
+(FlashAttention-3, arXiv 2407.08608). It is written in Gluon, because Triton waits for a product as soon as its result is used outside of products.
 
-Grid: (program,), those of a kv head next to each other. Bytes moved: keys and values once for each program, most of them from
-the L2 cache; rows and states once.
+Steps that need a mask come first, in a loop of their own. Grid: (program,), those of a kv head next to each other. Bytes moved:
+keys and values once for each program, most of them from the L2 cache; queries and results once.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from triton.experimental import gluon
@@ -17,44 +19,23 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .. import configs
-from ..launch import on
-from ..layout import PageLayout
-from .ahead import Ahead
+from ..launch import Rows, on
+from . import records
+from .hopper_copy import FIELDS, HEADER, copy_tokens, counts_of, step_of, sum_of
+from .hopper_store import HALF, store_results
+from .prefill_plan import PrefillPlan
+from .schedule import Tiles
 
-_copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.6
-HALF = gl.constexpr(64)
-"""Query rows of a warp group: those of its product."""
+if TYPE_CHECKING:
+    from .plain import PlainWork
 
-
-@gluon.jit
-def _copy(descs, smem, bars, program, run, G: gl.constexpr):
-    """Copy the queries, and keys and values step by step, each into the stage that both warp groups have left."""
-    q_desc, k_desc, v_desc = descs
-    q, k, v = smem
-    q_full, k_full, k_free, v_full, v_free = bars
-    slot, head, steps, _ = run
-    STAGES: gl.constexpr = k.shape[0]
-    T: gl.constexpr = k.shape[1] * k.shape[4]
-    mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
-    for half in gl.static_range(2):
-        _copy_tile(q_desc, [(program * 2 + half) * HALF, 0], q_full, q.index(half))
-    for i in range(steps):
-        stage = i % STAGES
-        phase = i // STAGES & 1
-        page = slot + i * T // G
-        mbarrier.wait(k_free.index(stage), phase ^ 1)
-        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        _copy_tile(k_desc, [page, 0, head, i * T % G, 0], k_full.index(stage), k.index(stage))
-        mbarrier.wait(v_free.index(stage), phase ^ 1)
-        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-        _copy_tile(v_desc, [page, 1, head, i * T % G, 0], v_full.index(stage), v.index(stage))
+RECORD = gl.constexpr(records.RECORD.value)
 
 
 @gluon.jit
@@ -68,64 +49,148 @@ def _advance(products, m, l_sum, factor, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _attend(half: gl.constexpr, smem, bars, states, program, run, factor):
+def _masked(products, i, counts, record_ptr, reach):
+    """Return the products of step i, -inf where a row does not see the token, and how many of the step's tokens there are.
+
+    `reach` [rows] is the number of the new token before which all are that a row sees.
+    """
+    T: gl.constexpr = products.shape[1]
+    segment, step = step_of(i, counts)
+    numbers_ptr = record_ptr + HEADER + FIELDS * segment
+    count = gl.load(numbers_ptr + 3) - step * T
+    limit = gl.minimum(count, reach + (gl.load(numbers_ptr + 4) - step * T))
+    if i >= sum_of(counts[1]):
+        count = gl.to_tensor(T)
+        limit = gl.full_like(limit, T)
+    token = gl.arange(0, T, gl.SliceLayout(0, products.type.layout))
+    return gl.where(token[None, :] < limit[:, None], products, float("-inf")), count
+
+
+@gluon.jit
+def _clear(v, v_full, phase, count):
+    """Put values of tokens from `count` on to 0: their weights are, but they may be no numbers.
+
+    Both warp groups do it for all tokens, so that neither waits for the other.
+    """
+    T: gl.constexpr = v.shape[0]
+    CHANNELS: gl.constexpr = v.shape[1]
+    ROWS: gl.constexpr = 32
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // CHANNELS, CHANNELS // 8], [4, 1], [1, 0])
+    if count < T:
+        mbarrier.wait(v_full, phase)
+        for first in gl.static_range(0, T, ROWS):
+            if count < first + ROWS:
+                rows = v.slice(first, ROWS)
+                there = first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) < count
+                values = rows.load(LAYOUT)
+                rows.store(gl.where(there[:, None], values, gl.zeros_like(values)))
+        fence_async_shared()
+
+
+@gluon.jit
+def _load_queries(q, query, tile, head, GROUP: gl.constexpr):
+    """Load the queries of a warp group into shared memory; rows that are not there are 0."""
+    q_ptr, stride_token, stride_head = q
+    first_token, first_row, num_rows = tile
+    CHANNELS: gl.constexpr = query.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // CHANNELS, CHANNELS // 8], [4, 1], [1, 0])
+    row = gl.arange(0, HALF, gl.SliceLayout(1, LAYOUT))
+    token = (first_token + (first_row + row) // GROUP).to(gl.int64)
+    q_head = (head * GROUP + (first_row + row) % GROUP).to(gl.int64)
+    channel = gl.arange(0, CHANNELS, gl.SliceLayout(0, LAYOUT))
+    place = (token * stride_token + q_head * stride_head)[:, None] + channel[None, :]
+    query.store(gl.load(q_ptr + place, (row < num_rows)[:, None], other=0.0))
+    fence_async_shared()
+
+
+@gluon.jit
+def _keys(k, stage):
+    T: gl.constexpr = k.shape[1] * k.shape[4]
+    return k.index(stage).reshape((T, k.shape[5])).permute((1, 0))
+
+
+@gluon.jit
+def _values(v, stage):
+    T: gl.constexpr = v.shape[1] * v.shape[4]
+    return v.index(stage).reshape((T, v.shape[5]))
+
+
+@gluon.jit
+def _attend(half: gl.constexpr, smem, bars, place, states_ptr, rounds, q, results, span_ends_ptr, factor, GROUP: gl.constexpr):
     """Attend with half of the rows: products with the keys of a step, and with the values of the one before, run together.
 
-    Rows go on from their states, if there are tokens before.
+    Rows go on from their states, if rounds of pages came before, and leave states, if rounds follow.
     """
-    _, _, steps, before = run
-    q, k, v = smem
-    q_full, k_full, k_free, v_full, v_free = bars
-    acc_ptr, m_ptr, l_ptr = states
+    queries, k, v = smem
+    k_full, k_free, v_full, v_free = bars
+    record_ptr, program, head = place
+    first_round, last_round = rounds
     STAGES: gl.constexpr = k.shape[0]
-    K_CHANNELS: gl.constexpr = k.shape[5]
-    V_CHANNELS: gl.constexpr = v.shape[5]
     T: gl.constexpr = k.shape[1] * k.shape[4]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_CHANNELS, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, v.shape[5], 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    tile = (gl.load(record_ptr), gl.load(record_ptr + 1) + half * HALF, gl.load(record_ptr + 2) - half * HALF)
+    counts = counts_of(record_ptr)
+    num_masked = sum_of(counts[1])
+    steps = num_masked + sum_of(counts[0])
+    query = queries.index(half)
+    _load_queries(q, query, tile, head, GROUP)
     none = gl.zeros((HALF, T), gl.float32, SCORES)
-    first_row = program.to(gl.int64) * 2 * HALF + half * HALF
-    channel = gl.arange(0, V_CHANNELS, gl.SliceLayout(0, SUMS))
-    place = (first_row + gl.arange(0, HALF, gl.SliceLayout(1, SUMS)))[:, None] * V_CHANNELS + channel[None, :]
-    row = first_row + gl.arange(0, HALF, gl.SliceLayout(1, SCORES))
-    acc = gl.load(acc_ptr + place, before > 0, other=0.0)
-    m = gl.load(m_ptr + row, before > 0, other=float("-inf"))
-    l_sum = gl.load(l_ptr + row, before > 0, other=0.0)
-    mbarrier.wait(q_full, 0)
-    query = q.index(half)
+    row = gl.arange(0, HALF, gl.SliceLayout(1, SCORES))
+    reach = (tile[1] + row) // GROUP + 1
+    if span_ends_ptr is not None:
+        ends = gl.load(span_ends_ptr + tile[0] + reach - 1, row < tile[2], other=0)
+        reach = gl.maximum(reach, gl.minimum(ends, gl.load(record_ptr + 3)))
+    state_row = program.to(gl.int64) * 2 * HALF + half * HALF
+    acc_row = (state_row + gl.arange(0, HALF, gl.SliceLayout(1, SUMS)))[:, None] * v.shape[5]
+    acc_ptr = states_ptr + acc_row + gl.arange(0, v.shape[5], gl.SliceLayout(0, SUMS))[None, :]
+    num_rows = gl.num_programs(0).to(gl.int64) * 2 * HALF
+    m_ptr = states_ptr + num_rows * v.shape[5] + state_row + row
+    acc = gl.load(acc_ptr, first_round == 0, other=0.0)
+    m = gl.load(m_ptr, first_round == 0, other=float("-inf"))
+    l_sum = gl.load(m_ptr + num_rows, first_round == 0, other=0.0)
     mbarrier.wait(k_full.index(0), 0)
-    products = warpgroup_mma(query, k.index(0).reshape((T, K_CHANNELS)).permute((1, 0)), none, use_acc=False, is_async=True)
+    products = warpgroup_mma(query, _keys(k, 0), none, use_acc=False, is_async=True)
     products = warpgroup_mma_wait(0, [products])
     mbarrier.arrive(k_free.index(0), count=1)
+    products, count = _masked(products, 0, counts, record_ptr, reach)
     weights, alpha, m, l_sum = _advance(products, m, l_sum, factor, v.dtype)
+    _clear(_values(v, 0), v_full.index(0), 0, count)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
     operand = gl.convert_layout(weights, OPERAND)
     mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=steps > 1)
-    for i in range(1, steps):
-        stage = i % STAGES
-        older = (i - 1) % STAGES
-        products = warpgroup_mma(
-            query, k.index(stage).reshape((T, K_CHANNELS)).permute((1, 0)), none, use_acc=False, is_async=True
-        )
-        mbarrier.wait(v_full.index(older), (i - 1) // STAGES & 1)
-        acc = warpgroup_mma(operand, v.index(older).reshape((T, V_CHANNELS)), acc, is_async=True)
-        products = warpgroup_mma_wait(1, [products])
-        mbarrier.arrive(k_free.index(stage), count=1)
-        weights, alpha, m, l_sum = _advance(products, m, l_sum, factor, v.dtype)
-        # Here, because ptxas moves nothing across the loop that this is: it would wait for the product before the weights.
-        mbarrier.wait(k_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < steps)
-        acc, weights = warpgroup_mma_wait(0, [acc, weights])
-        mbarrier.arrive(v_free.index(older), count=1)
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
-        operand = gl.convert_layout(weights, OPERAND)
+    for WHOLE in gl.static_range(2):
+        first = gl.maximum(num_masked, 1) if WHOLE else 1
+        for i in range(first, steps if WHOLE else num_masked):
+            stage = i % STAGES
+            older = (i - 1) % STAGES
+            products = warpgroup_mma(query, _keys(k, stage), none, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(older), (i - 1) // STAGES & 1)
+            acc = warpgroup_mma(operand, _values(v, older), acc, is_async=True)
+            products = warpgroup_mma_wait(1, [products])
+            mbarrier.arrive(k_free.index(stage), count=1)
+            if not WHOLE:
+                products, count = _masked(products, i, counts, record_ptr, reach)
+            weights, alpha, m, l_sum = _advance(products, m, l_sum, factor, v.dtype)
+            # Here, because ptxas moves nothing across the loop that this is: it would wait for the product before the weights.
+            mbarrier.wait(k_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < steps)
+            acc, weights = warpgroup_mma_wait(0, [acc, weights])
+            mbarrier.arrive(v_free.index(older), count=1)
+            if not WHOLE:
+                _clear(_values(v, stage), v_full.index(stage), i // STAGES & 1, count)
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
+            operand = gl.convert_layout(weights, OPERAND)
     last = (steps - 1) % STAGES
     mbarrier.wait(v_full.index(last), (steps - 1) // STAGES & 1)
-    acc = warpgroup_mma(operand, v.index(last).reshape((T, V_CHANNELS)), acc, is_async=True)
+    acc = warpgroup_mma(operand, _values(v, last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, [acc])
-    gl.store(acc_ptr + place, acc)
-    gl.store(m_ptr + row, m)
-    gl.store(l_ptr + row, l_sum)
+    if last_round != 0:
+        store_results(acc, m, l_sum, results, tile, head, GROUP)
+    else:
+        gl.store(acc_ptr, acc)
+        gl.store(m_ptr, m)
+        gl.store(m_ptr + num_rows, l_sum)
 
 
 @gluon.jit
@@ -137,81 +202,116 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return bars
 
 
-@gluon.jit(do_not_specialize=["num_kv_heads"])
+@gluon.jit(
+    do_not_specialize=["num_kv_heads", "num_splits", "first_token", "num_tokens", "first_round", "last_round"],
+    do_not_specialize_on_alignment=["lse_ptr", "records_ptr", "span_ends_ptr", "sinks_ptr"],
+)
 def _kvarn_attend_hopper_kernel(
-    acc_ptr,  # float32 [programs * 128, v_head_dim]
-    m_ptr,  # float32 [programs * 128], base 2
-    l_ptr,  # float32 [programs * 128]
-    q_desc,  # [programs * 128, head_dim], rotated
-    k_desc,  # scratch memory [num_slots, 2, num_kv_heads, page_size, head_dim]
-    v_desc,  # the same with v_head_dim
-    factor_ptr,  # float32 [programs]
-    runs_ptr,  # int32 [programs, 3], as in `ahead.Ahead`
+    out,  # Rows, or of partial results, as in `prefill_kernel`
+    lse_ptr,  # float32, or None; likewise
+    q,  # Rows
+    k_new,  # [1, 1, num_kv_heads, total_tokens, head_dim], like all keys and values described
+    v_new,
+    k_paged,  # scratch memory [num_slots, 2, num_kv_heads, page_size, head_dim]
+    v_paged,
+    k_raw,  # raw tokens, likewise
+    v_raw,
+    records_ptr,  # int32 [programs, RECORD] (`records`)
+    states_ptr,  # float32: acc [programs * 128, v_head_dim], m and l [programs * 128], base 2; unused if there is one round
+    span_ends_ptr,  # int32 [total_tokens], or None
+    sinks_ptr,  # float32 [num_q_heads], or None
+    factor,  # of scores, base 2
     num_kv_heads,
+    num_splits,
+    first_token,  # of this launch
+    num_tokens,  # of this launch
+    first_round,  # whether this is the first round of pages
+    last_round,
+    GROUP: gl.constexpr,
     G: gl.constexpr,
-    T: gl.constexpr,
     STAGES: gl.constexpr,
+    SINGLE: gl.constexpr,  # one share: the result itself is written
 ):
     count = gl.num_programs(0) // num_kv_heads
     head = gl.program_id(0) // count
+    split = gl.program_id(0) % count % num_splits
     program = gl.program_id(0) % count * num_kv_heads + head
-    steps = gl.load(runs_ptr + program * 3 + 1) // T
-    if steps > 0:
-        run = (gl.load(runs_ptr + program * 3), head, steps, gl.load(runs_ptr + program * 3 + 2))
-        factor = gl.load(factor_ptr + program)
-        dtype: gl.constexpr = q_desc.dtype
-        q = gl.allocate_shared_memory(dtype, [2, HALF, q_desc.block_type.shape[1]], q_desc.layout)
-        k = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-        v = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-        q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        mbarrier.init(q_full, count=1)
-        bars = (q_full, barriers(STAGES, 1), barriers(STAGES, 2), barriers(STAGES, 1), barriers(STAGES, 2))
+    record_ptr = records_ptr + program * RECORD
+    counts = counts_of(record_ptr)
+    if sum_of(counts[0]) + sum_of(counts[1]) > 0:
+        dtype: gl.constexpr = k_paged.dtype
+        K_CHANNELS: gl.constexpr = k_paged.block_type.shape[4]
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        queries = gl.allocate_shared_memory(dtype, [2, HALF, K_CHANNELS], LAYOUT)
+        k = gl.allocate_shared_memory(dtype, [STAGES] + k_paged.block_type.shape, k_paged.layout)
+        v = gl.allocate_shared_memory(dtype, [STAGES] + v_paged.block_type.shape, v_paged.layout)
+        bars = (barriers(STAGES, 1), barriers(STAGES, 2), barriers(STAGES, 1), barriers(STAGES, 2))
         fence_async_shared()
-        smem = (q, k, v)
-        states = (acc_ptr, m_ptr, l_ptr)
+        smem = (queries, k, v)
+        place = (record_ptr, program, head)
+        rounds = (first_round, last_round)
+        tokens = (split.to(gl.int64) * num_tokens - first_token, first_token, first_token + num_tokens)
+        results = (out, lse_ptr, sinks_ptr, tokens, num_kv_heads * GROUP, SINGLE)
         gl.warp_specialize(
             [
-                (_attend, (0, smem, bars, states, program, run, factor)),
-                (_attend, (1, smem, bars, states, program, run, factor)),
-                (_copy, ((q_desc, k_desc, v_desc), smem, bars, program, run, G)),
+                (_attend, (0, smem, bars, place, states_ptr, rounds, q, results, span_ends_ptr, factor, GROUP)),
+                (_attend, (1, smem, bars, place, states_ptr, rounds, q, results, span_ends_ptr, factor, GROUP)),
+                (copy_tokens, ((k_new, k_paged, k_raw), (v_new, v_paged, v_raw), smem, bars, record_ptr, head, G)),
             ],
             [4, 1],
             [240, 24],
         )
 
 
-def _rows(x: torch.Tensor, channels: int) -> TensorDescriptor:
-    """Describe rows [rows, channels], of which those of a warp group are copied."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(x, list(x.shape), [channels, 1], [HALF.value, channels], layout)
-
-
-def _steps(scratch: torch.Tensor, channels: int, tokens: int) -> TensorDescriptor:
-    """Describe scratch memory, of which the first channels of `tokens` keys or values of a head are copied at once."""
-    shape, page_size, strides = scratch.shape, scratch.shape[3], list(scratch.stride())
-    block = [max(tokens // page_size, 1), 1, 1, min(tokens, page_size), channels]
+def _described(x: torch.Tensor, channels: int, block: list[int]) -> TensorDescriptor:
+    """Describe a tensor [., ., heads, tokens, ...], of which blocks of tokens with their first channels are copied."""
+    shape, strides = [*x.shape[:4], channels], list(x.stride())
     for i in range(3, -1, -1):
-        strides[i] = strides[i] or shape[i + 1] * strides[i + 1]  # 0 where there is one, or where nothing is read
+        strides[i] = strides[i] or x.shape[i + 1] * strides[i + 1]  # 0 where there is one, or where nothing is read
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
-    return TensorDescriptor(scratch, [*shape[:4], channels], strides, block, layout)
+    return TensorDescriptor(x, shape, strides, [*block, channels], layout)
 
 
-def launch_hopper(ahead: Ahead, scratch: torch.Tensor, layout: PageLayout) -> None:
-    """Attend with rows of queries to their runs of scratch memory; nothing is checked."""
-    tokens, stages = configs.hopper_steps(layout)
-    on(scratch, _kvarn_attend_hopper_kernel)[(len(ahead.factor),)](
-        ahead.acc,
-        ahead.m,
-        ahead.l,
-        _rows(ahead.q, layout.head_dim),
-        _steps(scratch, layout.head_dim, tokens),
-        _steps(scratch, layout.v_head_dim, tokens),
-        ahead.factor,
-        ahead.runs,
-        scratch.shape[2],
+def _slots(memory: torch.Tensor, channels: int, tokens: int) -> TensorDescriptor:
+    """Describe pages [slots, 2, num_kv_heads, page_size, channels], of which `tokens` keys or values of a head are copied."""
+    return _described(memory, channels, [max(tokens // memory.shape[3], 1), 1, 1, min(tokens, memory.shape[3])])
+
+
+def _rows(rows: Rows, tokens: int) -> TensorDescriptor:
+    """Describe rows [total_tokens, num_kv_heads, channels], of which `tokens` of a head are copied."""
+    x = rows.ptr if all(rows.ptr.stride()) else rows.ptr.contiguous()
+    return _described(x.transpose(0, 1)[None, None], x.shape[2], [1, 1, 1, tokens])
+
+
+def launch_hopper(work: PlainWork, tiles: Tiles, plan: PrefillPlan, rounds: tuple[bool, bool]) -> None:
+    """Attend as records say; nothing is checked. `rounds`: whether it is the first and the last round of pages."""
+    layout = tiles.cache.layout
+    tokens, stages = configs.plain_steps(layout)
+    dims = layout.head_dim, layout.v_head_dim
+    paged = [_slots(work.scratch, channels, tokens) for channels in dims]
+    raw = paged if work.raw is None else [_slots(work.raw, channels, tokens) for channels in dims]
+    new = paged if work.new is None else [_rows(rows, tokens) for rows in work.new]
+    on(work.scratch, _kvarn_attend_hopper_kernel)[(len(work.records),)](
+        work.out,
+        work.lse,
+        work.q,
+        *new,
+        *paged,
+        *raw,
+        work.records,
+        work.states,
+        work.masking.among.span_ends,
+        work.sinks,
+        work.masking.scores.scale,
+        tiles.cache.num_kv_heads,
+        tiles.num_splits,
+        tiles.tokens.start,
+        len(tiles.tokens),
+        *map(int, rounds),
+        GROUP=plan.group,
         G=layout.page_size,
-        T=tokens,
         STAGES=stages,
+        SINGLE=plan.single,
         num_warps=4,
         enable_fp_fusion=True,
     )

@@ -9,6 +9,7 @@ attend to numbers in 16 bits; long chunks take such memory by themselves.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,9 +32,10 @@ from ..masking import Mask
 from ..pages.expand import launch_expand_pages
 from ..paging import ALL_PAGES
 from . import workspace as workspaces
-from .ahead import tiles_ahead
 from .merge import launch_merge_queries
+from .plain import launch_plain_tiles, tokens_of_round
 from .prefill_kernel import launch_prefill_tiles
+from .prefill_plan import attends_plainly
 from .schedule import Tiles
 from .workspace import own_scratch, tokens_per_round
 
@@ -218,6 +220,7 @@ class PrefillPlanned(NamedTuple):
     tiles: Tiles
     num_bytes: int  # of partial results
     scratch: torch.Tensor | None
+    plain: bool  # whether tiles attend to plain tokens (`plain`)
 
 
 def plan_prefill(
@@ -249,7 +252,8 @@ def plan_prefill(
         num_bytes = len(tiles.tokens) * _token_bytes(tiles.num_splits, q.shape[1], cache.layout)
     if results.workspace is not None:
         check_workspace(results.workspace, num_bytes, q.device)
-    return PrefillPlanned(tiles, num_bytes, scratch)
+    plain = scratch is not None and len(scratch) > 0 and attends_plainly(q, cache, mask, config.block_m, scratch.dtype)
+    return PrefillPlanned(tiles, num_bytes, scratch, plain)
 
 
 def launch_prefill(
@@ -260,7 +264,7 @@ def launch_prefill(
     plan: PrefillPlanned,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend as planned to the cache and to new keys and values, if there are any; nothing is checked."""
-    tiles, num_bytes, scratch = plan
+    tiles, num_bytes, scratch, plain = plan
     cache, (k, v), out, workspace = tiles.cache, keys_and_values, results.out, results.workspace
     total_tokens, num_q_heads = q.shape[:2]
     if out is None:
@@ -274,11 +278,20 @@ def launch_prefill(
         return out if lse is None else (out, lse.fill_(-torch.inf))
     q, memory = aligned(q), aligned(out)
     new = None if k is None or v is None else (as_rows(aligned(k)), as_rows(aligned(v)))
-    if scratch is not None:
-        if tiles.ring >= cache.max_pages:
-            launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.windows, apart=k is not None or mask.past_only)
-        tiles = tiles_ahead(num_q_heads, scratch, mask, tiles)
-    _attend((memory, lse), q, new, scratch, mask, tiles, workspace[:num_bytes])
+    if scratch is not None and tiles.ring >= cache.max_pages:
+        apart = k is not None or mask.past_only
+        launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.windows, apart, rotated=not plain)
+    if plain:
+        tiles = dataclasses.replace(tiles, tokens=tokens_of_round(tiles, num_q_heads))
+    rotation = 1 if plain or new is not None else cache.layout.v_block_size
+
+    def launch(out: Rows, lse: torch.Tensor | None, part: Tiles) -> None:
+        if plain and scratch is not None:
+            launch_plain_tiles(out, lse, q, new, scratch, mask, part)
+        else:
+            launch_prefill_tiles(out, lse, q, new, scratch, mask, part)
+
+    _attend(launch, (memory, lse), mask, rotation, tiles, workspace[:num_bytes])
     copy_back(memory, out)
     return out if lse is None else (out, lse)
 
@@ -303,8 +316,6 @@ def _plan_tiles(
         count = cache.batch * -(-rows // config.block_m) * num_kv_heads
         programs = gpu.num_programs(q.device, config.programs_per_sm)
         splits = max(min(programs // max(count, 1), cache.max_pages), 1)
-        if ring < cache.max_pages and layout.page_size < configs.AHEAD_TOKENS:
-            splits = 1  # rounds end where steps do, from the first page on
     most = MAX_PROGRAMS // max((-(-total_tokens * group // config.block_m) + cache.batch) * num_kv_heads, 1)
     require(splits <= most, "split_size", f"one that cuts pages into at most {most} runs", split_size)
     round_tokens = total_tokens
@@ -319,28 +330,29 @@ def _token_bytes(num_splits: int, num_q_heads: int, layout: PageLayout) -> int:
 
 
 def _attend(
+    launch: Callable[[Rows, torch.Tensor | None, Tiles], None],
     results: tuple[torch.Tensor, torch.Tensor | None],
-    q: torch.Tensor,
-    new: tuple[Rows, Rows] | None,
-    scratch: torch.Tensor | None,
     mask: Mask,
+    rotation: int,
     tiles: Tiles,
     workspace: torch.Tensor,
 ) -> None:
-    """Attend, in rounds of `tiles.tokens`, and merge what several programs have computed of a tile."""
+    """Attend, in rounds of `tiles.tokens`, and merge what several programs have computed of a tile.
+
+    Partial results are rotated back in blocks of `rotation` channels.
+    """
     out, lse = results
-    layout, num_splits, num_q_heads = tiles.cache.layout, tiles.num_splits, q.shape[1]
-    rotation = layout.v_block_size if new is None else 1
+    num_splits, num_q_heads, v_head_dim = tiles.num_splits, out.shape[1], out.shape[2]
     memory = workspace.view(torch.float32)
-    for first in range(0, q.shape[0], len(tiles.tokens)):
-        tokens = range(first, min(first + len(tiles.tokens), q.shape[0]))
+    for first in range(0, out.shape[0], len(tiles.tokens)):
+        tokens = range(first, min(first + len(tiles.tokens), out.shape[0]))
         part = dataclasses.replace(tiles, tokens=tokens)
         if num_splits == 1:
-            launch_prefill_tiles(as_rows(out), lse, q, new, scratch, mask, part)
+            launch(as_rows(out), lse, part)
             continue
         shape = num_splits, len(tokens), num_q_heads
         rows = num_splits * len(tokens) * num_q_heads
-        partial = memory[: rows * layout.v_head_dim].view(*shape, layout.v_head_dim)
-        partial_lse = memory[rows * layout.v_head_dim : rows * (layout.v_head_dim + 1)].view(shape)
-        launch_prefill_tiles(as_rows(partial[0]), partial_lse, q, new, scratch, mask, part)
+        partial = memory[: rows * v_head_dim].view(*shape, v_head_dim)
+        partial_lse = memory[rows * v_head_dim : rows * (v_head_dim + 1)].view(shape)
+        launch(as_rows(partial[0]), partial_lse, part)
         launch_merge_queries(out, lse, partial, partial_lse, mask.sinks, part, rotation)

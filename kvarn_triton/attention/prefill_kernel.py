@@ -17,9 +17,8 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from .. import gpu
 from ..launch import Rows, as_rows, as_tokens, on
 from ..masking import MOST_DRAFTS, Mask, Masking, Windows, clamped, first_of_new, reach_of
-from ..paging import seen_by, sink_of
+from ..paging import ALL_PAGES, first_slot, seen_by, sink_of
 from ..tile.arithmetic import hadamard, load_rows
-from .ahead import launch_ahead, slots_of, state_ahead
 from .pages import attend_pages, records_of
 from .prefill_plan import plan_of
 from .query import rotate_planes, rotate_rows, rows_of_planes
@@ -64,28 +63,20 @@ def _rotate(q_ptr, place, mask, some, SCRATCH: tl.constexpr, LAYOUT: tl.constexp
 
 @triton.jit
 def _attend_cached(
-    q, q_factor, masking, records, expanded, ahead, raw_tokens, raw_share, span, seen, tile, shifts,
+    q, q_factor, masking, records, expanded, raw_tokens, raw_share, span, seen, tile, shifts,
     LAYOUT: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Return the state of rotated queries after a share of the cache: pages, from `expanded` memory or not, and raw tokens.
 
-    `expanded` memory comes with its slots (`tokens.attend_scratch`). `ahead` are states of tiles that attended to some of it
-    before, or None.
+    `expanded` memory comes with its first slot (`tokens.attend_scratch`).
     """
     shift, sink_len = shifts
     position = shift + tile.query
     queries = position, shift + tile.first_query, shift + tile.last_query
     state = new_state(PLAN.block_m, PLAN.v_channels)
     if expanded is not None:
-        first = span[0] * LAYOUT.page_size
-        if ahead is not None:
-            covered = tl.load(ahead.covered + tl.program_id(0))
-            if covered > 0:
-                state = state_ahead(ahead, tl.program_id(0), covered, PLAN.block_m, PLAN.v_channels)
-            first += covered
-        state = attend_scratch(
-            state, q, q_factor, masking, expanded, (first, span[1] * LAYOUT.page_size), seen.num_valid, queries, LAYOUT, PLAN
-        )  # fmt: skip
+        tokens = span[0] * LAYOUT.page_size, span[1] * LAYOUT.page_size
+        state = attend_scratch(state, q, q_factor, masking, expanded, tokens, seen.num_valid, queries, LAYOUT, PLAN)
     elif PLAN.form != "registers":
         state = attend_pages(state, q, q_factor, masking, records, span, seen.num_valid, queries, LAYOUT, PLAN)
     if raw_tokens is not None and raw_share[0] < raw_share[1]:
@@ -138,7 +129,6 @@ def _kvarn_prefill_attention_kernel(
     pages,  # Pages
     raw,  # Tokens, or None
     scratch,  # Tokens, the dequantized pages, or None
-    ahead,  # Ahead, or None
     cu_seqlens_ptr,  # int32 [batch + 1]
     table_ptr,  # int32 [batch, max_pages], or with CSR [ids]
     indptr_ptr,  # int32 [batch + 1], None if not CSR
@@ -187,13 +177,13 @@ def _kvarn_prefill_attention_kernel(
         records = records_of(pages, head, table_ptr, indptr_ptr, row, stride_table)
         expanded = None
         if scratch is not None:
-            expanded = of_head(scratch, head), slots_of(indptr_ptr, row, max_pages, ahead)
+            expanded = of_head(scratch, head), first_slot(indptr_ptr, row, max_pages, ALL_PAGES)
         raw_tokens = None
         if raw is not None:
             table_row_ptr = raw_table_ptr + row.to(tl.int64) * stride_raw_table
             raw_tokens = of_head(raw, head), table_row_ptr, (tl.cdiv(sink, LAYOUT.page_size), num_tail_slots), spans
         state = _attend_cached(
-            rotated, q_factor * masking.scores.scale, masking, records, expanded, ahead, raw_tokens, raw_share, span, seen,
+            rotated, q_factor * masking.scores.scale, masking, records, expanded, raw_tokens, raw_share, span, seen,
             tile, (shift, sink), LAYOUT, PLAN,
         )  # fmt: skip
         if new is not None and (scratch is None or some):
@@ -235,9 +225,6 @@ def launch_prefill_tiles(
     count = -(-len(tokens) * group // config.block_m) + min(cache.batch, len(tokens)) + (tokens.start > 0)
     plan = plan_of(layout, dtypes, group, (apart, single, early), gpu.uses_ptx(), config)
     programs = count * num_kv_heads * tiles.num_splits
-    ahead = None
-    if scratch is not None and tiles.ahead:
-        ahead = launch_ahead(q, scratch, mask, tiles, plan, programs)
     on(q, _kvarn_prefill_attention_kernel)[(programs,)](
         out,
         lse,
@@ -245,7 +232,6 @@ def launch_prefill_tiles(
         new,
         cache.quantized,
         scratch=as_tokens(scratch),
-        ahead=ahead,
         cu_seqlens_ptr=tiles.cu_seqlens_q,
         **cache.tables(),
         **cache.raw_tables(),

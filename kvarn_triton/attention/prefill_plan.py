@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 
 from .. import configs
+from ..cache import Cache
 from ..layout import PageLayout, fields_per_byte
+from ..masking import Mask
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,10 @@ def plan_of(
         token_stages=1 if max(k_channels, v_channels) > 256 else config.num_stages,
         early_merge=early,
     )
+
+
+def attends_plainly(q: torch.Tensor, cache: Cache, mask: Mask, block_m: int, scratch: torch.dtype) -> bool:
+    """Return whether a call with scratch memory of a dtype attends to plain tokens (`plain`) with tiles of block_m rows."""
+    raw = q.dtype if cache.raw_pages is None else cache.raw_pages.dtype
+    same = q.dtype == scratch == raw
+    return same and mask.hides_newer_only and configs.attends_plainly(cache.layout, q.dtype, q.device, block_m)

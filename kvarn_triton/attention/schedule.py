@@ -77,7 +77,6 @@ class Tiles:
     fill: bool  # whether rows of no sequence are zeroed; their log-sum-exp always is -inf
     config: PrefillConfig
     ring: int  # pages of a sequence that scratch memory holds at once
-    ahead: bool = False  # whether launches before attend to what all rows of a tile see (`ahead`)
 
 
 @triton.jit

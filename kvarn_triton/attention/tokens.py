@@ -240,14 +240,13 @@ def attend_scratch(
 ):
     """Advance the state of a tile of queries by tokens span[0] to span[1] of the body, dequantized.
 
-    `expanded` are scratch memory of one kv head, and the slot of page 0 with how many there are: page i has slot i modulo that
-    number. The other arguments are those of `pages.attend_pages`. Channels of `q` are in order.
+    `expanded` are scratch memory of one kv head, and the slot of page 0. The other arguments are those of
+    `pages.attend_pages`. Channels of `q` are in order.
     """
     G: tl.constexpr = LAYOUT.page_size
     BLOCK_T: tl.constexpr = PLAN.block_t
     position, first_position, last_position = queries
-    scratch, slots = expanded
-    slot, ring = slots
+    scratch, slot = expanded
     offs_k = tl.arange(0, q.shape[1])[:, None]
     offs_v = tl.arange(0, state.acc.shape[1])[None, :]
     offs_t = tl.arange(0, BLOCK_T)
@@ -262,7 +261,7 @@ def attend_scratch(
     window = masking.windows.body
     q = q.to(OPERAND)
     for start in tl.range(span[0], tl.minimum(span[1], num_valid), BLOCK_T, num_stages=PLAN.token_stages):
-        page_ptr = scratch.ptr + (slot + start // G % ring) * scratch.stride_page
+        page_ptr = scratch.ptr + (slot + start // G) * scratch.stride_page
         place = (start % G + offs_t) * scratch.stride_token
         hidden = start + BLOCK_T > tl.minimum(num_valid, first_position + 1)
         if window is not None:

@@ -12,6 +12,7 @@ from ..cache import Cache
 from ..layout import PageLayout
 from ..masking import Mask
 from ..paging import ALL_PAGES
+from .prefill_plan import attends_plainly
 
 ROUND_BYTES = 2**28
 """Most memory for partial results of a call with `split_size`; what needs more is computed in rounds that use it again.
@@ -121,20 +122,21 @@ def decode_workspace_size(
 def own_scratch(q: torch.Tensor, cache: Cache, mask: Mask) -> tuple[torch.Tensor | None, int]:
     """Return memory for dequantized pages, where a long chunk is worth it, and how many pages of each sequence it holds.
 
-    Those are all, if that isn't much; otherwise as many as may be, in rounds, if tiles attend ahead (`ahead`). Then the memory
-    holds the pages of the query tokens and of one step, because what is left of a tile is computed after the last round.
+    Those are all, if that isn't much; otherwise as many as may be, in rounds, if tiles attend to plain tokens (`plain`). These
+    take memory of a page where there are none: it stands for pages that nothing sees.
     """
     layout, worth = cache.layout, q.element_size() == 2 and q.shape[0] >= configs.SCRATCH_TOKENS * cache.batch > 0
     page_shape = 2, cache.num_kv_heads, layout.page_size, layout.raw_head_dim
-    most = configs.SCRATCH_BYTES // max(q.element_size() * math.prod(page_shape), 1)
     slots, ring = cache.ids.numel(), ALL_PAGES.value
-    if not (worth and slots * math.prod(page_shape) > 0 and gpu.on_device(q)):
+    if not (worth and math.prod(page_shape) > 0 and gpu.on_device(q)):
         return None, ring
+    block_m = configs.prefill_config(layout, q.dtype, q.device, q.shape[0], cache.batch, 1, None, True).block_m
+    plain = attends_plainly(q, cache, mask, block_m, q.dtype)
+    most = configs.SCRATCH_BYTES // (q.element_size() * math.prod(page_shape))
     if slots > most:
-        ring = most // cache.batch // 2 * 2  # whole steps, of pages of 64 tokens too
-        block_m = configs.prefill_config(layout, q.dtype, q.device, q.shape[0], cache.batch, 1, None, True).block_m
-        plain = mask.attends_ahead and configs.attends_ahead(layout, q.dtype, q.device, block_m)
-        if not (plain and ring * layout.page_size >= q.shape[0] + configs.AHEAD_TOKENS + 2 * layout.page_size):
-            return None, ALL_PAGES.value
+        ring = most // cache.batch
         slots = cache.batch * ring
-    return torch.empty(slots, *page_shape, dtype=q.dtype, device=q.device), ring
+        plain = plain and ring * layout.page_size >= configs.ROUND_TOKENS
+    if not plain and (slots == 0 or ring != ALL_PAGES.value):
+        return None, ALL_PAGES.value
+    return torch.empty(max(slots, 1), *page_shape, dtype=q.dtype, device=q.device), ring

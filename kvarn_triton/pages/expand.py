@@ -1,7 +1,7 @@
 """The launch before the tiles of prefill attention that have scratch memory: it dequantizes every page once that they read.
 
-One program writes the keys or the values of some pages of one row and kv head, in one block of the rotation, rotated as they
-are stored. Which pages of a row are seen follows from lengths on the device; each program takes every n-th of them.
+One program writes the keys or the values of some pages of one row and kv head, in one block of the rotation: rotated as they
+are stored, or not. Which pages of a row are seen follows from lengths on the device; each program takes every n-th of them.
 Grid: (program,), those of a page next to each other. Bytes moved: each record byte that is seen in, each element out once.
 """
 
@@ -78,12 +78,13 @@ def launch_expand_pages(
     cache: Cache,
     windows: Windows,
     apart: bool,
+    rotated: bool,
     first_page: int = 0,
     ring: int = ALL_PAGES.value,
 ) -> None:
     """Write quantized pages that some query sees to their slots of `scratch`, `ring` of each row; nothing is checked."""
     layout, pages, num_kv_heads = cache.layout, cache.pages, cache.num_kv_heads
-    plan = read_plan(layout, pages.device, rotated=True)
+    plan = read_plan(layout, pages.device, rotated)
     per_page = plan.blocks * 2 * num_kv_heads
     columns = configs.expand_columns(cache.batch * per_page, min(cache.max_pages, ring), pages.device)
     programs = per_page * columns * cache.batch

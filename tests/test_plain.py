@@ -1,0 +1,320 @@
+"""Prefill attention over plain tokens: what each program attends to, in rounds too, and what such calls leave alone.
+
+On GPUs with warp groups a kernel of its own attends, in the interpreter one that stands for it. What calls see is tested here,
+and in `test_prefill.py`, where calls with scratch memory are one of the forms of every test.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import ON_GPU, assert_same_bits, check, layout_id
+from prefill_cases import SMALL, new_scratch, prefill_case
+
+from kvarn_triton import PageLayout, build_tree_mask, configs, dequantize_pages, gpu, prefill_attention, reference
+from kvarn_triton.attention import plain, prefill, workspace
+from kvarn_triton.attention.records import FIELDS, HEADER
+from kvarn_triton.cache import Cache
+from kvarn_triton.masking import Windows
+from kvarn_triton.pages.expand import launch_expand_pages
+from kvarn_triton.pages.plain_raw import launch_plain_raw
+from kvarn_triton.testing import relative_error
+
+pytestmark = pytest.mark.skipif(
+    ON_GPU and not configs.attends_plainly(SMALL, torch.float16, torch.device("cuda", 0), 128), reason="needs wgmma"
+)
+
+
+@pytest.fixture
+def listed(monkeypatch) -> list[torch.Tensor]:
+    """Return a list to which each launch adds its records [programs, numbers].
+
+    There are two multiprocessors, so that one program has all that a tile sees.
+    """
+    found, launch = [], plain.launch_records
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 2)
+
+    def spy(records: torch.Tensor, *args: object) -> None:
+        launch(records, *args)
+        found.append(records.clone())
+
+    monkeypatch.setattr(plain, "launch_records", spy)
+    return found
+
+
+def numbers(records: torch.Tensor, segment: int, field: int) -> list[int]:
+    """Return a number of a segment, of all programs that have rows."""
+    return records[records[:, 2] > 0, HEADER.value + segment * FIELDS.value + field].tolist()
+
+
+def scratched(arguments: dict, dtype: torch.dtype | None = None) -> dict:
+    """Return the option that makes a call attend to plain tokens."""
+    return {"scratch": new_scratch(arguments, dtype)}
+
+
+def cache_of(arguments: dict) -> Cache:
+    """Return the cache of a call."""
+    names = ("layout", "pages", "seq_lens", "block_table", "kv_indptr", "kv_indices", "raw_pages", "raw_table", "num_quantized")
+    return Cache(*(arguments.get(name) for name in names), arguments.get("sink_len", 0))
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("sink_len", [0, 16, 128])
+def test_what_is_listed(sink_len, new, listed, device):
+    """Segments are all that a sequence has of new tokens, full pages, its sink and its tail; steps end where rows see them."""
+    lengths, queries = [720, 460, 130], [70, 1, 0]
+    arguments = prefill_case(SMALL, lengths, queries, new=new, sink_len=sink_len, num_tail_slots=3, device=device, group=4)
+    check(arguments, **scratched(arguments))
+    (records,), quantized = listed, arguments["num_quantized"].tolist()
+    row_of = {ends: row for row, ends in enumerate(arguments["cu_seqlens_q"].tolist()[:2])}
+    for record in records[records[:, 2] > 0].tolist():
+        row = row_of[record[0]]
+        assert record[3] == queries[row]
+        first, last = record[1] // 4, (record[1] + record[2] - 1) // 4
+        segments = [record[HEADER.value + i * FIELDS.value :][: FIELDS.value] for i in range(4)]
+        cached = lengths[row] - queries[row] if new else lengths[row] - queries[row] + last + 1
+        pages = min(quantized[row], max(-(-(cached - sink_len) // 64), 0))
+        tail = cached - sink_len - quantized[row] * 64
+        assert [segment[3] for segment in segments] == [
+            queries[row] * new, min(pages * 64, max(cached - sink_len, 0)), min(sink_len, cached), max(tail, 0)
+        ]  # fmt: skip
+        for start, whole, masked, count, shift in segments:
+            least, most = (max(min(count, query + 1 + shift), 0) for query in (first, last))
+            assert (whole, whole + masked) == (least // 128, -(-most // 128)), start
+    assert max(numbers(records, 1, 1)) >= 2
+
+
+def test_drafts_in_quantized_pages(listed, device):
+    """Rows of a tile whose queries are in quantized pages see different numbers of tokens: what not all see has a mask."""
+    arguments = prefill_case(SMALL, [384], [100], num_tail_slots=1, device=device)
+    check(arguments, **scratched(arguments))
+    assert min(numbers(listed[0], 1, 1)) == (384 - 100 + 1) // 128
+    assert max(numbers(listed[0], 1, 2)) == 1
+
+
+LAYOUTS = [
+    PageLayout(64, 64, 2, 2),
+    PageLayout(128, 128, 4, 2),
+    PageLayout(128, 64, 3, 8, v_head_dim=64),
+    PageLayout(64, 128, 6, 5, v_head_dim=128),
+    PageLayout(256, 64, 4, 2),
+    PageLayout(64, 64, 4, 4, v_head_dim=256),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layouts(layout, dtype, listed, device):
+    """Every pair of head_dims that there are kernels for, pages of 64 and of 128 tokens, two sequences, two kv heads."""
+    if dtype == torch.bfloat16 and not ON_GPU:
+        pytest.skip("casts to bfloat16 truncate in the interpreter")
+    arguments = prefill_case(
+        layout, [420, 300], [9, 40], new=True, num_kv_heads=2, group=3, num_tail_slots=1, sink_len=70, dtype=dtype, device=device
+    )
+    check(arguments, **scratched(arguments))
+    assert max(numbers(listed[0], 1, 3)) >= 256
+
+
+def test_what_takes_the_usual_way(listed, device):
+    """Windows, soft caps, scales below zero, trees, other head_dims, float32, and memory of another dtype than the queries."""
+    arguments = prefill_case(SMALL, [300], [9], new=True, device=device)
+    for seen in ({"window": 200}, {"soft_cap": 5.0}):
+        check(arguments, seen, **scratched(arguments))
+    for sm_scale in (-0.3, 0.0):
+        check(arguments, sm_scale=sm_scale, **scratched(arguments))
+    words = build_tree_mask(torch.tensor([-1, 0, 0, 1, 1, 2, 2, 3, 3], device=device), arguments["cu_seqlens_q"])
+    check(arguments, {"tree_mask": words}, **scratched(arguments))
+    for layout, dtype in ((PageLayout(80, 64, 4, 2), torch.float16), (SMALL, torch.float32)):
+        others = prefill_case(layout, [300], [9], new=True, dtype=dtype, device=device)
+        check(others, **scratched(others))
+    if ON_GPU:  # the interpreter truncates to bfloat16
+        check(arguments, **scratched(arguments, torch.bfloat16))
+    assert not listed
+    check(arguments, {"sinks": torch.randn(2, device=device)}, sm_scale=0.7, **scratched(arguments))
+    assert len(listed) == 1
+
+
+def test_spans(listed, device):
+    """Tokens of an image see each other: steps that some rows see for a span have a mask, those before the tile none."""
+    arguments = prefill_case(SMALL, [500, 260], [330, 200], new=True, device=device)
+    ends = torch.zeros(530, dtype=torch.int32, device=device)
+    ends[20:300] = 300
+    ends[330 + 5 : 330 + 150] = 150
+    check(arguments, {"span_ends": ends}, **scratched(arguments))
+    assert max(numbers(listed[0], 0, 2)) == 3
+
+
+def test_numbers_of_others_stay_theirs(device):
+    """Infinities and NaN of one sequence, and of slots that nothing is in, do not reach another whose steps they are in."""
+    arguments = prefill_case(SMALL, [210, 150, 30], [20, 33, 30], new=True, sink_len=16, num_tail_slots=1, device=device)
+    clean = prefill_attention(**arguments, **scratched(arguments))
+    k, v = arguments["k"].clone(), arguments["v"].clone()
+    k[20:53], v[20:53] = torch.inf, torch.nan
+    out = prefill_attention(**arguments | {"k": k, "v": v}, **scratched(arguments))
+    assert_same_bits(out[:20], clean[:20])
+    assert_same_bits(out[53:], clean[53:])
+    assert out[20:53].isnan().any()
+
+
+def test_nothing_cached(listed, monkeypatch, device):
+    """A first chunk, over a table of no columns too, with memory of the call's own; heads that are views of one."""
+    monkeypatch.setattr(configs, "SCRATCH_TOKENS", 1)
+    arguments = prefill_case(SMALL, [300, 40], [300, 40], new=True, group=3, num_kv_heads=2, device=device)
+    out = check(arguments)
+    empty = arguments | {"block_table": arguments["block_table"][:, :0]}
+    assert_same_bits(check(empty), out)
+    assert len(listed) == 2 and not any(numbers(listed[1], 1, 3))
+    shared = {name: arguments[name][:, :1].expand(-1, 2, -1) for name in ("k", "v")}
+    check(arguments | shared)
+    past = {name: x for name, x in arguments.items() if name not in "kv"}
+    out, lse = prefill_attention(**past, past_only=True, return_lse=True)
+    assert not out.any() and (lse == -torch.inf).all() and len(listed) == 4
+
+
+def test_rows_of_no_sequence(listed, device):
+    """Padding before and behind is zero, its log-sum-exp -inf."""
+    arguments = prefill_case(SMALL, [420, 300, 200], [150, 100, 70], new=True, device=device)
+    whole, lse = prefill_attention(**arguments, **scratched(arguments), return_lse=True)
+    padded = {
+        name: torch.cat([x.new_zeros(30, *x.shape[1:]), x, x.new_zeros(900, *x.shape[1:])])
+        for name in ("q", "k", "v")
+        for x in [arguments[name]]
+    }
+    arguments |= padded | {"cu_seqlens_q": arguments["cu_seqlens_q"] + 30}
+    out, padded_lse = prefill_attention(**arguments, **scratched(arguments), return_lse=True)
+    assert_same_bits(out[30:350], whole)
+    assert_same_bits(padded_lse[30:350], lse)
+    assert not out[:30].any() and not out[350:].any()
+    assert (padded_lse[:30] == -torch.inf).all() and (padded_lse[350:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("layout", "lengths", "queries", "new"),
+    [
+        pytest.param(SMALL, [1100, 330, 20], [31, 9, 3], True, id="g64"),
+        pytest.param(PageLayout(64, 128, 4, 4), [1300, 400], [40, 20], True, id="g128"),
+        pytest.param(SMALL, [900, 700], [70, 30], False, id="in-the-cache"),
+    ],
+)
+def test_rounds_of_pages(layout, lengths, queries, new, listed, monkeypatch, device):
+    """Memory of a call's own that holds some pages of each sequence is filled in rounds: states go on in the next one."""
+    monkeypatch.setattr(configs, "SCRATCH_TOKENS", 1)
+    arguments = prefill_case(layout, lengths, queries, new=new, num_tail_slots=3 - 2 * new, sink_len=16, group=3, device=device)
+    whole, pages = check(arguments), numbers(listed[0], 1, 3)
+    page_bytes = 2 * 2 * layout.page_size * 64
+    most = 512 // layout.page_size  # pages of each sequence
+    monkeypatch.setattr(configs, "SCRATCH_BYTES", (most * len(lengths) + 1) * page_bytes)
+    out = check(arguments)
+    rounds = [numbers(records, 1, 3) for records in listed[1:]]
+    assert len(rounds) == -(-arguments["block_table"].shape[1] // most) > 1
+    assert [sum(parts) for parts in zip(*rounds, strict=True)] == pages and max(pages) > most * layout.page_size
+    assert relative_error(out, whole.double()) < 5e-4
+
+
+@pytest.mark.parametrize("page_size", [64, 128])
+def test_rounds_of_pages_among_programs(page_size, listed, monkeypatch, device):
+    """Programs that share a tile have pages of some rounds only, in CSR form as in a block table."""
+    monkeypatch.setattr(configs, "SCRATCH_TOKENS", 1)
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 5)
+    layout = PageLayout(64, page_size, 4, 4)
+    arguments = prefill_case(layout, [1500], [20], new=True, device=device)
+    monkeypatch.setattr(configs, "SCRATCH_BYTES", 4 * 128 // page_size * 2 * 2 * page_size * 64)
+    out = check(arguments)
+    assert len(set(map(tuple, (numbers(records, 1, 3) for records in listed)))) == 3
+    table = arguments["block_table"]
+    csr = arguments | {"block_table": None, "kv_indices": table.flatten()}
+    csr["kv_indptr"] = torch.tensor([0, table.numel()], dtype=torch.int32, device=device)
+    assert_same_bits(prefill_attention(**csr), out)
+
+
+def test_memory_of_states(listed, monkeypatch, device):
+    """States between rounds of pages stay within a bound: the query tokens are computed in rounds too; bits are the same."""
+    monkeypatch.setattr(configs, "SCRATCH_TOKENS", 1)
+    lengths, queries = [700 + i for i in range(9)], [3, 1, 4, 0, 2, 5, 3, 70, 1]
+    arguments = prefill_case(SMALL, lengths, queries, new=True, device=device)
+    monkeypatch.setattr(configs, "SCRATCH_BYTES", 9 * 8 * 2 * 2 * 64 * 64)
+    whole = check(arguments)
+    assert len(listed) == 2
+    bound = 6 * 128 * 4 * 66
+    monkeypatch.setattr(workspace, "ROUND_BYTES", bound)
+    assert_same_bits(prefill_attention(**arguments), whole)
+    sizes = [len(records) * 128 * 4 * 66 for records in listed]
+    assert sizes[0] > bound >= max(sizes[2:]) and len(sizes) > 6
+
+
+def test_a_round_writes_its_pages_only(device):
+    """Pages of earlier rounds are not written again: the slots of pages that there are not keep what is in them."""
+    arguments = prefill_case(SMALL, [6 * 64 + 9], [9], new=True, num_tail_slots=1, device=device)
+    assert arguments["num_quantized"].tolist() == [6]
+    for rotated in (True, False):
+        scratch = torch.full((4, 2, 1, 64, 64), torch.nan, dtype=torch.float16, device=device)
+        ends, seen = arguments["cu_seqlens_q"], Windows(None, None)
+        launch_expand_pages(scratch, ends, cache_of(arguments), seen, True, rotated, first_page=4, ring=4)
+        ids = arguments["block_table"][0, 4:6]
+        expected = dequantize_pages(arguments["pages"], ids, SMALL, dtype=torch.float16, rotated=rotated)
+        for half, written in enumerate(expected):
+            assert_same_bits(scratch[:2, half], written.transpose(1, 2))
+        assert scratch[2:].isnan().all()
+
+
+@pytest.mark.parametrize("sink_len", [0, 70, 128])
+def test_raw_tokens_are_plain(sink_len, device):
+    """Sinks come first, then the tail from its first page on, in order, whatever the ring; both lose their rotation."""
+    layout = PageLayout(128, 64, 4, 2, v_head_dim=64)
+    arguments = prefill_case(layout, [740, 64, 300], [9, 5, 0], sink_len=sink_len, num_tail_slots=3, num_kv_heads=2, device=device)
+    cache = cache_of(arguments)
+    written = launch_plain_raw(arguments["cu_seqlens_q"], cache, False)
+    sink_pages, columns = -(-sink_len // 64), cache.max_raw_pages
+    for row, length in enumerate(arguments["seq_lens"].tolist()[:2]):
+        first_page = arguments["num_quantized"].tolist()[row]
+        places = [(t // 64, t // 64, t % 64) for t in range(min(sink_len, length))]
+        for t in range(first_page * 64, max(length - sink_len, 0)):
+            ring = sink_pages + t // 64 % (columns - sink_pages)
+            places.append((ring, sink_pages + t // 64 - first_page, t % 64))
+        assert places
+        for half, (head_dim, block) in enumerate(((128, layout.block_size), (64, layout.v_block_size))):
+            for source, slot, token in places[:: 1 if ON_GPU else 7]:
+                raw = arguments["raw_pages"][arguments["raw_table"][row, source], half, :, token, :head_dim]
+                expected = reference.hadamard(raw.float(), block_size=block)
+                assert torch.allclose(written[row * columns + slot, half, :, token, :head_dim].float(), expected, atol=2e-3)
+
+
+def test_memory_that_holds_too_little(listed, monkeypatch, device):
+    """Where a round would be a few pages of each sequence, tiles dequantize pages themselves."""
+    monkeypatch.setattr(configs, "SCRATCH_TOKENS", 1)
+    arguments = prefill_case(SMALL, [900], [100], num_tail_slots=1, device=device)
+    launch, splits = prefill.launch_prefill_tiles, []
+    monkeypatch.setattr(prefill, "launch_prefill_tiles", lambda *args: splits.append(args[-1].num_splits) or launch(*args))
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 16)
+    monkeypatch.setattr(configs, "SCRATCH_BYTES", 7 * 2 * 2 * 64 * 64)
+    check(arguments)
+    assert not listed and min(splits) > 1
+    monkeypatch.setattr(configs, "SCRATCH_BYTES", 8 * 2 * 2 * 64 * 64)
+    check(arguments)
+    assert len(listed) == 2
+
+
+def test_batch_invariance(listed, device):
+    """With split_size the bits of a sequence are the same alone, whatever is beside it."""
+    arguments = prefill_case(SMALL, [700, 300], [40, 9], new=True, num_kv_heads=2, sink_len=16, device=device)
+    both = prefill_attention(**arguments, **scratched(arguments), split_size=5)
+    rows = {"block_table": 1, "seq_lens": 1, "raw_table": 1, "num_quantized": 1, "cu_seqlens_q": 2, "q": 40, "k": 40, "v": 40}
+    alone = {name: x[: rows[name]] if name in rows and x is not None else x for name, x in arguments.items()}
+    assert_same_bits(prefill_attention(**alone, **scratched(alone), split_size=5), both[:40])
+    assert len(set(numbers(listed[0], 1, 3))) > 2
+
+
+def test_what_it_gives_is_the_usual_result(listed, monkeypatch, device):
+    """The same call with and without, in CSR form, and with memory without gaps: errors are alike, bits those of all three."""
+    arguments = prefill_case(SMALL, [700, 65], [33, 1], new=True, device=device, group=5)
+    exact = reference.prefill_attention(**arguments | {"q": arguments["q"].double()})
+    out = prefill_attention(**arguments, **scratched(arguments))
+    table = arguments["block_table"]
+    csr = arguments | {"block_table": None, "kv_indices": table.flatten()}
+    csr["kv_indptr"] = torch.arange(0, table.numel() + 1, table.shape[1], dtype=torch.int32, device=device)
+    assert_same_bits(prefill_attention(**csr, **scratched(csr)), out)
+    assert_same_bits(prefill_attention(**arguments, scratch=new_scratch(arguments).contiguous()), out)
+    assert len(listed) == 3
+    monkeypatch.setattr(configs, "attends_plainly", lambda *args: False)
+    usual = prefill_attention(**arguments, **scratched(arguments))
+    assert len(listed) == 3 and relative_error(out, exact) < 1.2 * relative_error(usual, exact)
