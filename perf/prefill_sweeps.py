@@ -9,11 +9,12 @@ import torch
 from cases import SHAPES, DecodeCase, Shape, attention_errors, build_cache
 from common import MAIN_PRESET, Options, Row, progress, sweep
 from gate import selected_shapes
-from sixteen_bit import MAX_ERROR, SixteenBit
+from sixteen_bit import MAX_ERROR, SixteenBit, fastest
 from timed import (
     DISTINCT_PAGES,
     PAGES_ONLY,
     RED,
+    SINK_LEN,
     decode_calls,
     decode_sets,
     failed,
@@ -29,13 +30,13 @@ import kvarn_triton as kvarn
 from kvarn_triton import PageLayout, configs
 
 VERIFY = ((8, 32768, 4), (8, 32768, 8), (1, 32768, 4), (1, 32768, 8))
-CHUNKS = ((1, 131072, 2048), (1, 32768, 2048), (1, 8192, 2048), (8, 4096, 512), (1, 0, 4096))
+CHUNKS = ((1, 131072, 2048), (1, 32768, 2048), (1, 8192, 2048), (8, 4096, 512), (1, 1024, 2048), (1, 0, 4096))
 """Sequences, cached tokens, and query tokens of each sequence."""
 MASKED = ((8, 32768, 4), (8, 32768, 8), (8, 32768, 16), (8, 32768, 64), (1, 32768, 64), (1, 8192, 2048))
 """The same, of new tokens with masks; the last one is a chunk with images."""
 IMAGE_TOKENS = 256
 Point = tuple[str, str, int, int, int]
-"""Preset, what ("verify", "chunk", "chunk, scratch" or "chunk, tiles"), sequences, cached tokens, query tokens of each."""
+"""Preset, what ("verify", or "chunk" with "served", "scratch", or "tiles"), sequences, cached tokens, query tokens of each."""
 
 
 @sweep(
@@ -53,6 +54,7 @@ Point = tuple[str, str, int, int, int]
         "tflops": "TFLOP/s",
         "us_16bit": "16-bit us",
         "percent_of_16bit": "% of 16-bit speed",
+        "us_fa3": "FA3 us",
         "us_cudnn": "cuDNN us",
         "us_decode": "decode us",
         "times_decode": "x decode",
@@ -60,13 +62,15 @@ Point = tuple[str, str, int, int, int]
     note="one prefill_attention call, pages only. verify: the query tokens are in the cache; decode us: one token per\n"
     "sequence of the same cache. chunk: the query tokens' keys and values are given. It takes scratch memory by itself,\n"
     "at most 256 MiB; scratch: it is given such memory, of any size; tiles: it has none, and every tile of query rows\n"
-    "dequantizes the pages. 16-bit: the tuned twin, all tokens in 16-bit pages. cuDNN: PyTorch's attention, 16 bits,\n"
-    "dense and, but for a first chunk, without a mask, so that it computes a little more.",
+    "dequantizes the pages; served: a sink of 128 tokens and one page of the tail are in 16 bits. 16-bit: the tuned twin,\n"
+    "all tokens in 16-bit pages. FA3: of an installed vLLM, likewise. cuDNN: PyTorch's attention, 16 bits, dense and, but\n"
+    "for a first chunk, without a mask, so that it computes a little more.",
 )
 def prefill(options: Options) -> Iterator[Row]:
     """Time `prefill_attention` for the first shape."""
     shape = selected_shapes(options)[0]
-    groups = (("verify", VERIFY), ("chunk", CHUNKS), ("chunk, scratch", CHUNKS), ("chunk, tiles", CHUNKS))
+    kinds = "chunk", "chunk, served", "chunk, scratch", "chunk, tiles"
+    groups = (("verify", VERIFY), *((kind, CHUNKS) for kind in kinds))
     points = [
         (preset, what, *point) for preset in options.presets or (MAIN_PRESET,) for what, group in groups for point in group
     ]
@@ -145,15 +149,17 @@ def _verify(shape: Shape, layout: PageLayout, batch: int, context: int, tokens: 
 
 
 def _chunk(shape: Shape, layout: PageLayout, batch: int, context: int, tokens: int, what: str, options: Options) -> Row:
-    case = build_cache(shape, layout, [context] * batch, distinct_pages=DISTINCT_PAGES, seed=options.seed)
+    served = {"sink_len": SINK_LEN, "tail_pages": 1} if "served" in what else {}
+    case = build_cache(shape, layout, [context] * batch, distinct_pages=DISTINCT_PAGES, seed=options.seed, **served)
     calls, error = prefill_calls([case], tokens, True, shape, options.seed, what)
     if not error <= MAX_ERROR:
         return failed(f"error {error:.1e}", error=error)
     sixteen_bit = SixteenBit(shape, batch, context + tokens, tokens, options.seed, sets=1)
     config, twin, twin_error = sixteen_bit.best_twin()
-    cudnn = sixteen_bit.sdpa_calls(SDPBackend.CUDNN_ATTENTION, masked=False)
-    timings, errors = measure({"kvarn": calls, "16bit": twin, "cudnn": cudnn}, samples=9)
-    not_there = errors.pop("cudnn", None)
+    others = {"fa3": _fa3_calls(sixteen_bit), "cudnn": sixteen_bit.sdpa_calls(SDPBackend.CUDNN_ATTENTION, masked=False)}
+    providers = {"kvarn": calls, "16bit": twin} | {name: calls for name, calls in others.items() if calls}
+    timings, errors = measure(providers, samples=9)
+    not_there = {name: errors.pop(name, "not installed") for name in others if name not in timings}
     if errors:
         return failed("; ".join(errors.values()), error=error)
     ours, sixteen = timings["kvarn"], timings["16bit"]
@@ -162,8 +168,19 @@ def _chunk(shape: Shape, layout: PageLayout, batch: int, context: int, tokens: i
     row["tflops"] = 4 * pairs * shape.num_q_heads * shape.head_dim / ours.us / 1e6
     if twin_error <= MAX_ERROR:
         row |= {"us_16bit": sixteen.us, "percent_of_16bit": 100 * sixteen.us / ours.us}
-    row |= {"us_cudnn": None, "cudnn": not_there} if not_there else {"us_cudnn": timings["cudnn"].us}
-    return row
+    return row | {f"us_{name}": timings[name].us for name in others if name in timings} | not_there
+
+
+def _fa3_calls(sixteen_bit: SixteenBit) -> list[Call]:
+    """Return the calls of the fastest variant of FA3; none where it isn't installed."""
+    from peers import MissingError, fa3_variants, find_fa3  # which imports this file
+
+    try:
+        variants = fa3_variants(find_fa3(), sixteen_bit)
+    except MissingError:
+        return []
+    name, _ = fastest(variants)
+    return [] if name is None else list(variants[name])
 
 
 @sweep(

@@ -278,7 +278,8 @@ def scratch_cases(target: str) -> dict[str, Call]:
     if target == "sm90":  # whose kernel of warp groups has other steps for each pair of head_dims
         cases |= {
             "prefill scratch, head_dim 64, pages of 64": lambda: prefill(PageLayout(64, 64, 2, 2), 512, scratch=True),
-            "prefill scratch, in the cache": lambda: prefill(MAIN, 512, new=False, scratch=True),
+            "prefill scratch, in the cache": lambda: prefill(MAIN, 512, new=False, scratch=True, sinks=torch.zeros(8)),
+            "prefill scratch, runs of pages": lambda: prefill(MAIN, 512, scratch=True, split_size=1),
             "prefill scratch, head_dim 256 and 128, bfloat16": lambda: prefill(
                 PageLayout(256, 64, 4, 2, v_head_dim=128), 512, dtype=torch.bfloat16, scratch=True
             ),

@@ -109,7 +109,16 @@ def test_layouts(layout, dtype, listed, device):
     if dtype == torch.bfloat16 and not ON_GPU:
         pytest.skip("casts to bfloat16 truncate in the interpreter")
     arguments = prefill_case(
-        layout, [420, 300], [9, 40], new=True, num_kv_heads=2, group=3, num_tail_slots=1, sink_len=70, dtype=dtype, device=device
+        layout,
+        [420, 300],
+        [9, 40],
+        new=True,
+        num_kv_heads=2,
+        group=3,
+        num_tail_slots=1,
+        sink_len=70,
+        dtype=dtype,
+        device=device,
     )
     check(arguments, **scratched(arguments))
     assert max(numbers(listed[0], 1, 3)) >= 256
@@ -261,7 +270,9 @@ def test_a_round_writes_its_pages_only(device):
 def test_raw_tokens_are_plain(sink_len, device):
     """Sinks come first, then the tail from its first page on, in order, whatever the ring; both lose their rotation."""
     layout = PageLayout(128, 64, 4, 2, v_head_dim=64)
-    arguments = prefill_case(layout, [740, 64, 300], [9, 5, 0], sink_len=sink_len, num_tail_slots=3, num_kv_heads=2, device=device)
+    arguments = prefill_case(
+        layout, [740, 64, 300], [9, 5, 0], sink_len=sink_len, num_tail_slots=3, num_kv_heads=2, device=device
+    )
     cache = cache_of(arguments)
     written = launch_plain_raw(arguments["cu_seqlens_q"], cache, False)
     sink_pages, columns = -(-sink_len // 64), cache.max_raw_pages

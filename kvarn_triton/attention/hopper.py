@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .. import configs
 from ..launch import Rows, on
@@ -116,7 +117,10 @@ def _values(v, stage):
 
 
 @gluon.jit
-def _attend(half: gl.constexpr, smem, bars, place, states_ptr, rounds, q, results, span_ends_ptr, factor, GROUP: gl.constexpr):
+def _attend(
+    half: gl.constexpr, smem, bars, place, states_ptr, rounds, q, results, span_ends_ptr, factor,
+    GROUP: gl.constexpr, SINGLE: gl.constexpr,
+):  # fmt: skip
     """Attend with half of the rows: products with the keys of a step, and with the values of the one before, run together.
 
     Rows go on from their states, if rounds of pages came before, and leave states, if rounds follow.
@@ -186,7 +190,7 @@ def _attend(half: gl.constexpr, smem, bars, place, states_ptr, rounds, q, result
     acc = warpgroup_mma(operand, _values(v, last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, [acc])
     if last_round != 0:
-        store_results(acc, m, l_sum, results, tile, head, GROUP)
+        store_results(acc, m, l_sum, results, tile, head, GROUP, SINGLE)
     else:
         gl.store(acc_ptr, acc)
         gl.store(m_ptr, m)
@@ -232,6 +236,8 @@ def _kvarn_attend_hopper_kernel(
     STAGES: gl.constexpr,
     SINGLE: gl.constexpr,  # one share: the result itself is written
 ):
+    if not SINGLE:
+        gdc_launch_dependents()  # the merge
     count = gl.num_programs(0) // num_kv_heads
     head = gl.program_id(0) // count
     split = gl.program_id(0) % count % num_splits
@@ -251,11 +257,11 @@ def _kvarn_attend_hopper_kernel(
         place = (record_ptr, program, head)
         rounds = (first_round, last_round)
         tokens = (split.to(gl.int64) * num_tokens - first_token, first_token, first_token + num_tokens)
-        results = (out, lse_ptr, sinks_ptr, tokens, num_kv_heads * GROUP, SINGLE)
+        results = (out, lse_ptr, sinks_ptr, tokens, num_kv_heads * GROUP)
         gl.warp_specialize(
             [
-                (_attend, (0, smem, bars, place, states_ptr, rounds, q, results, span_ends_ptr, factor, GROUP)),
-                (_attend, (1, smem, bars, place, states_ptr, rounds, q, results, span_ends_ptr, factor, GROUP)),
+                (_attend, (0, smem, bars, place, states_ptr, rounds, q, results, span_ends_ptr, factor, GROUP, SINGLE)),
+                (_attend, (1, smem, bars, place, states_ptr, rounds, q, results, span_ends_ptr, factor, GROUP, SINGLE)),
                 (copy_tokens, ((k_new, k_paged, k_raw), (v_new, v_paged, v_raw), smem, bars, record_ptr, head, G)),
             ],
             [4, 1],

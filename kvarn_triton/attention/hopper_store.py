@@ -38,9 +38,9 @@ def _with_sink(lse, logit):
 
 
 @gluon.jit
-def store_results(acc, m, l_sum, results, tile, head, GROUP: gl.constexpr):
+def store_results(acc, m, l_sum, results, tile, head, GROUP: gl.constexpr, SINGLE: gl.constexpr):
     """Store the results of a state. `results`: where to, sinks, where the tokens of the launch are, and how many heads."""
-    out, lse_ptr, sinks_ptr, tokens, num_q_heads, SINGLE = results
+    out, lse_ptr, sinks_ptr, tokens, num_q_heads = results
     first_token, first_row, num_rows = tile
     CHANNELS: gl.constexpr = acc.shape[1]
     SUMS: gl.constexpr = acc.type.layout
