@@ -3,7 +3,8 @@
 A program attends with a tile of 128 query rows to the segments of tokens that its record lists (`records`). One warp copies
 keys and values into shared memory (`hopper_copy`); two warp groups, of 64 rows each, work on them: while the tensor cores
 multiply the keys of a step and the values of the step before, the other units compute the weights of the step
-(FlashAttention-3, arXiv 2407.08608). It is written in Gluon, because Triton waits for a product as soon as its result is used outside of products.
+(FlashAttention-3, arXiv 2407.08608). It is written in Gluon, because Triton waits for a product as soon as its result is used
+outside of products.
 
 Steps that need a mask come first, in a loop of their own. Grid: (program,), those of a kv head next to each other. Bytes moved:
 keys and values once for each program, most of them from the L2 cache; queries and results once.
