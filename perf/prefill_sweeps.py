@@ -156,10 +156,11 @@ def _chunk(shape: Shape, layout: PageLayout, batch: int, context: int, tokens: i
         return failed(f"error {error:.1e}", error=error)
     sixteen_bit = SixteenBit(shape, batch, context + tokens, tokens, options.seed, sets=1)
     config, twin, twin_error = sixteen_bit.best_twin()
-    others = {"fa3": _fa3_calls(sixteen_bit), "cudnn": sixteen_bit.sdpa_calls(SDPBackend.CUDNN_ATTENTION, masked=False)}
+    others, why = {"cudnn": sixteen_bit.sdpa_calls(SDPBackend.CUDNN_ATTENTION, masked=False)}, {}
+    others["fa3"], why["fa3"] = _fa3_calls(sixteen_bit)
     providers = {"kvarn": calls, "16bit": twin} | {name: calls for name, calls in others.items() if calls}
     timings, errors = measure(providers, samples=9)
-    not_there = {name: errors.pop(name, "not installed") for name in others if name not in timings}
+    not_there = {name: errors.pop(name, why.get(name)) for name in others if name not in timings}
     if errors:
         return failed("; ".join(errors.values()), error=error)
     ours, sixteen = timings["kvarn"], timings["16bit"]
@@ -171,16 +172,16 @@ def _chunk(shape: Shape, layout: PageLayout, batch: int, context: int, tokens: i
     return row | {f"us_{name}": timings[name].us for name in others if name in timings} | not_there
 
 
-def _fa3_calls(sixteen_bit: SixteenBit) -> list[Call]:
-    """Return the calls of the fastest variant of FA3; none where it isn't installed."""
-    from peers import MissingError, fa3_variants, find_fa3  # which imports this file
+def _fa3_calls(sixteen_bit: SixteenBit) -> tuple[list[Call], str]:
+    """Return the calls of the fastest right variant of FA3; where none runs, none and why."""
+    from peers import MissingError, checked, fa3_variants, find_fa3  # which imports this file
 
     try:
-        variants = fa3_variants(find_fa3(), sixteen_bit)
-    except MissingError:
-        return []
-    name, _ = fastest(variants)
-    return [] if name is None else list(variants[name])
+        variants, wrong = checked(fa3_variants(find_fa3(), sixteen_bit), sixteen_bit)
+    except MissingError as missing:
+        return [], str(missing)
+    name, error = fastest(variants)  # type: ignore[arg-type]
+    return ([], wrong or error) if name is None else (variants[name], "")  # type: ignore[index]
 
 
 @sweep(
