@@ -2,10 +2,10 @@
 
 from . import reference
 from .attention.decode import decode_attention
-from .attention.prefill import prefill_attention, prefill_workspace_size
+from .attention.prefill import prefill_attention
 from .attention.states import merge_states
 from .attention.tree import build_tree_mask
-from .attention.workspace import decode_workspace_size
+from .attention.workspace import decode_workspace_size, prefill_workspace_size
 from .debugging import check_cache, check_step
 from .encoder import DEFAULT, PUBLISHED, Encoder
 from .header import PageHeader, page_header, read_page_header

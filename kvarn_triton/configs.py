@@ -108,8 +108,8 @@ def check_prefill_config(config: object, layout: PageLayout, dtype: torch.dtype,
 
 SCRATCH_TOKENS, SCRATCH_BYTES = 256, 2**28
 """Query tokens of a sequence, on average, from which on prefill attention takes memory for dequantized pages by itself, and
-most bytes that it takes. Chunks of 512 tokens over 4,096 take half the time with it (`perf/results/prefill_h200.json`,
-`ahead_h200.json`)."""
+most bytes that it takes. Chunks of 512 tokens over 4,096 take 0.4 of the time with it (`perf/results/prefill_h200.json`,
+`chunks_h200.json`)."""
 ROUND_TOKENS = 512
 """Tokens of a sequence that such memory has to hold if it can't hold all: with fewer, states would be moved too often."""
 TILE_ROWS = 16, 32, 64

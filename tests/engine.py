@@ -302,7 +302,7 @@ class Engine:
         q = self.draw(batch.num_tokens, GROUP * case.num_kv_heads, case.layout.head_dim)
         k, v = batch.activations if self.random.random() < 0.7 else (None, None)
         out = self.api.attend(q.to(self.device), self.pages, self.raw_pages, step, k=k, v=v).cpu().float()
-        room = self.random.choice((case.capacity + 5, int(step.seq_lens.max()) - self.random.randint(0, 9)))
+        room = self.random.choice((case.capacity + 5, max(int(step.seq_lens.max()) - self.random.randint(0, 9), 6)))
         shape = step.batch, case.num_kv_heads, room, case.layout.head_dim
         read = [torch.full(shape, 7.0).to(self.device) for _ in range(2)]
         starts = [self.random.randint(0, 5) for _ in range(step.batch)]

@@ -394,9 +394,9 @@ def test_warp_groups(layout, rows, heads, device):
         kvarn.mla_decode_attention(**moved(call, device), config=config)
 
 
-@pytest.mark.parametrize(("bits", "rows", "block_m"), [(4, 16, 16), (4, 17, 64), (4, 256, 64), (8, 1, 64), (8, 128, 64)])
+@pytest.mark.parametrize(("bits", "rows", "block_m"), [(4, 16, 16), (4, 17, 64), (4, 256, 64), (8, 1, 16), (8, 128, 64)])
 def test_default_of_warp_groups(bits, rows, block_m, monkeypatch):
-    """Columns are the default of few rows of 4 bits, where a GPU has warp groups; lists have another kernel."""
+    """Columns are the default of few rows, where a GPU has warp groups; lists have another kernel."""
     monkeypatch.setattr(gpu, "arch_of", lambda device: "sm90")
     layout, device = MLALayout(bits), torch.device("cpu")
     assert mla_config(layout, rows, device) == MLAConfig(block_m, 64, 4, warp_groups=True)

@@ -31,7 +31,6 @@ from ..layout import PageLayout
 from ..masking import Mask
 from ..pages.expand import launch_expand_pages
 from ..paging import ALL_PAGES
-from . import workspace as workspaces
 from .merge import launch_merge_queries
 from .plain import launch_plain_tiles, tokens_of_round
 from .prefill_kernel import launch_prefill_tiles
@@ -41,60 +40,6 @@ from .workspace import own_scratch, tokens_per_round
 
 MAX_PROGRAMS = 2**31 - 1
 """Most programs of a grid."""
-
-
-def prefill_workspace_size(
-    total_tokens: int,
-    batch: int,
-    num_q_heads: int,
-    num_kv_heads: int,
-    layout: PageLayout,
-    max_pages: int,
-    device: torch.device,
-    *,
-    dtype: torch.dtype = torch.float16,
-    split_size: int | None = None,
-    scratch: bool = False,
-    config: configs.PrefillConfig | None = None,
-) -> int:
-    """Return how many bytes of workspace `prefill_attention` needs at most.
-
-    They suffice for every call with as many or fewer tokens, sequences, heads and columns, and grow with each of them. Without
-    `split_size` that is some partial results for each multiprocessor. With it, 256 MiB suffice for any number of tokens, which
-    are then computed in rounds; only partial results of a single token that are larger take more.
-
-    Args:
-        total_tokens: query tokens of all sequences.
-        batch: sequences.
-        num_q_heads: query heads.
-        num_kv_heads: key/value heads.
-        layout: the page format.
-        max_pages: columns of `block_table`; with `kv_indices`, its length.
-        device: where the call will run; the number of programs depends on it.
-        dtype: dtype of the queries.
-        split_size: as given to `prefill_attention`.
-        scratch: whether `prefill_attention` gets a `scratch`.
-        config: as given to `prefill_attention`.
-
-    Raises:
-        ValueError: for a `config` that `prefill_attention` refuses.
-    """
-    if config is not None:
-        configs.check_prefill_config(config, layout, dtype, scratch)
-    row_bytes = 4 * (layout.v_head_dim + 1)
-    if split_size is not None:
-        splits = -(-max_pages // split_size)
-        token_bytes = splits * num_q_heads * row_bytes
-        return min(total_tokens * token_bytes, max(workspaces.ROUND_BYTES, token_bytes)) if splits > 1 else 0
-    # Tiles times splits are no more than programs, and rows no more than those of all tiles.
-    rows = total_tokens * num_q_heads
-    sizes = [least for least in (1, *(most + 1 for most in configs.TILE_ROWS)) if least <= rows]
-    forms = {scratch, scratch or config is None}  # long chunks take scratch memory by themselves
-    tiles = [
-        config or configs.prefill_config(layout, dtype, device, least, 1, 1, None, form) for form in forms for least in sizes
-    ]
-    programs = [gpu.num_programs(device, config.programs_per_sm) * config.block_m for config in tiles]
-    return row_bytes * min(max(programs, default=0), max_pages * rows)
 
 
 def prefill_attention(
@@ -171,8 +116,9 @@ def prefill_attention(
             multiplied too; what is beyond the range of float16 becomes infinite (`dequantize_pages`). None: such memory of the
             dtype of `q` is allocated, at most 256 MiB, if that is 16 bits and sequences have 256 query tokens or more on
             average; not with `split_size` or `config`. It holds all pages; where they are more, some at a time, on GPUs of
-            compute capability 9.0, without window and soft cap, with head_dims of 64, 128 or 256. Such calls take up to 256
-            MiB more for states of query rows. Otherwise every tile of query rows dequantizes the pages itself.
+            compute capability 9.0, which have a faster kernel for such calls if `q`, `scratch` and raw pages are of one 16-bit
+            dtype, head_dims are 64, 128 or 256, and there is no window, soft cap or `tree_mask`. Rounds take up to 256 MiB more
+            for states. Otherwise every tile of query rows dequantizes the pages itself.
         keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it (StreamingLLM, arXiv 2309.17453).
         config: launch parameters; by default the package's own for the device and the numbers of tokens and heads. In the
             batch-invariant mode the bits of a row depend on them too.

@@ -119,6 +119,60 @@ def decode_workspace_size(
     return whole if split_size is None else min(whole, max(ROUND_BYTES, least))
 
 
+def prefill_workspace_size(
+    total_tokens: int,
+    batch: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    layout: PageLayout,
+    max_pages: int,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float16,
+    split_size: int | None = None,
+    scratch: bool = False,
+    config: configs.PrefillConfig | None = None,
+) -> int:
+    """Return how many bytes of workspace `prefill_attention` needs at most.
+
+    They suffice for every call with as many or fewer tokens, sequences, heads and columns, and grow with each of them. Without
+    `split_size` that is some partial results for each multiprocessor. With it, 256 MiB suffice for any number of tokens, which
+    are then computed in rounds; only partial results of a single token that are larger take more.
+
+    Args:
+        total_tokens: query tokens of all sequences.
+        batch: sequences.
+        num_q_heads: query heads.
+        num_kv_heads: key/value heads.
+        layout: the page format.
+        max_pages: columns of `block_table`; with `kv_indices`, its length.
+        device: where the call will run; the number of programs depends on it.
+        dtype: dtype of the queries.
+        split_size: as given to `prefill_attention`.
+        scratch: whether `prefill_attention` gets a `scratch`.
+        config: as given to `prefill_attention`.
+
+    Raises:
+        ValueError: for a `config` that `prefill_attention` refuses.
+    """
+    if config is not None:
+        configs.check_prefill_config(config, layout, dtype, scratch)
+    row_bytes = 4 * (layout.v_head_dim + 1)
+    if split_size is not None:
+        splits = -(-max_pages // split_size)
+        token_bytes = splits * num_q_heads * row_bytes
+        return min(total_tokens * token_bytes, max(ROUND_BYTES, token_bytes)) if splits > 1 else 0
+    # Tiles times splits are no more than programs, and rows no more than those of all tiles.
+    rows = total_tokens * num_q_heads
+    sizes = [least for least in (1, *(most + 1 for most in configs.TILE_ROWS)) if least <= rows]
+    forms = {scratch, scratch or config is None}  # long chunks take scratch memory by themselves
+    tiles = [
+        config or configs.prefill_config(layout, dtype, device, least, 1, 1, None, form) for form in forms for least in sizes
+    ]
+    programs = [gpu.num_programs(device, config.programs_per_sm) * config.block_m for config in tiles]
+    return row_bytes * min(max(programs, default=0), max_pages * rows)
+
+
 def own_scratch(q: torch.Tensor, cache: Cache, mask: Mask) -> tuple[torch.Tensor | None, int]:
     """Return memory for dequantized pages, where a long chunk is worth it, and how many pages of each sequence it holds.
 

@@ -113,7 +113,7 @@ def _mla_config(bits: int, rows: int, known: gpu.Gpu | None) -> MLAConfig:
     if known.program_bytes < 200 * _KIB:
         return MLAConfig(16, 32, 4, programs_per_sm=2) if few else MLAConfig(32, 32, 4)
     if known.warp_groups:
-        return MLAConfig(16 if few and bits == 4 else 64, 64, 4, warp_groups=True)
+        return MLAConfig(16 if few else 64, 64, 4, warp_groups=True)
     if few:
         return MLAConfig(16, 64 if bits == 4 else 32, 4, programs_per_sm=2)
     return MLAConfig(32, 64, 8)
