@@ -59,6 +59,8 @@ WARPS_OF_TILES = 16
 """Of the form for tiles of 64 rows; that of columns has 24."""
 INSTRUCTIONS_PER_64_OF_TILES = 6500 if OLDEST else 6700
 """The same of its tiles of 64 rows."""
+INSTRUCTIONS_PER_STEP_OF_PROMPTS = 520
+"""Of one warp of `attention/hopper.py` for 128 tokens (64 of more than 128 channels), where nothing is masked or spilled."""
 WAITS_OF_TILES = 12
 """Most instructions around products in a loop of these. If any warps of the kernel spill, ptxas waits for each product: 88."""
 INSTRUCTIONS_PER_32_LISTED = 5000
@@ -151,6 +153,8 @@ def test_compiles(target, parts, tmp_path):
         assert 0 < lists["page_loop"] * lists["num_warps"] <= INSTRUCTIONS_PER_32_LISTED, lists
         assert lists["loop_spills"] == 0, lists
     for kernel in kernels:
+        if kernel["kernel"] == "_kvarn_attend_hopper_kernel":  # loops of both groups: steps with a mask, and the others
+            assert kernel["product_waits"] <= 4 and kernel["loops"][2] <= INSTRUCTIONS_PER_STEP_OF_PROMPTS, kernel
         if kernel["kernel"] != "_kvarn_mla_hopper_kernel":
             continue
         if kernel["num_warps"] == WARPS_OF_TILES:

@@ -118,10 +118,7 @@ def _values(v, stage):
 
 
 @gluon.jit
-def _attend(
-    half: gl.constexpr, smem, bars, place, states_ptr, rounds, q, results, span_ends_ptr, factor,
-    GROUP: gl.constexpr, SINGLE: gl.constexpr,
-):  # fmt: skip
+def _attend(half: gl.constexpr, smem, bars, place, rounds, rows, GROUP: gl.constexpr, SINGLE: gl.constexpr):
     """Attend with half of the rows: products with the keys of a step, and with the values of the one before, run together.
 
     Rows go on from their states, if rounds of pages came before, and leave states, if rounds follow.
@@ -129,7 +126,8 @@ def _attend(
     queries, k, v = smem
     k_full, k_free, v_full, v_free = bars
     record_ptr, program, head = place
-    first_round, last_round = rounds
+    first_round, last_round, states_ptr = rounds
+    q, results, span_ends_ptr, factor = rows
     STAGES: gl.constexpr = k.shape[0]
     T: gl.constexpr = k.shape[1] * k.shape[4]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
@@ -256,13 +254,14 @@ def _kvarn_attend_hopper_kernel(
         fence_async_shared()
         smem = (queries, k, v)
         place = (record_ptr, program, head)
-        rounds = (first_round, last_round)
+        rounds = (first_round, last_round, states_ptr)
         tokens = (split.to(gl.int64) * num_tokens - first_token, first_token, first_token + num_tokens)
         results = (out, lse_ptr, sinks_ptr, tokens, num_kv_heads * GROUP)
+        rows = (q, results, span_ends_ptr, factor)
         gl.warp_specialize(
             [
-                (_attend, (0, smem, bars, place, states_ptr, rounds, q, results, span_ends_ptr, factor, GROUP, SINGLE)),
-                (_attend, (1, smem, bars, place, states_ptr, rounds, q, results, span_ends_ptr, factor, GROUP, SINGLE)),
+                (_attend, (0, smem, bars, place, rounds, rows, GROUP, SINGLE)),
+                (_attend, (1, smem, bars, place, rounds, rows, GROUP, SINGLE)),
                 (copy_tokens, ((k_new, k_paged, k_raw), (v_new, v_paged, v_raw), smem, bars, record_ptr, head, G)),
             ],
             [4, 1],

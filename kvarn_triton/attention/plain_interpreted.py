@@ -37,10 +37,12 @@ def _load_new(rows, start, token, head, mask, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _attend_interpreted(
-    out, lse_ptr, q, new, scratch, raw, records_ptr, states_ptr, sinks_ptr, masking, num_kv_heads, num_splits, tokens, rounds,
+    results, q, new, scratch, raw, records_ptr, states_ptr, masking, sizes, tokens, rounds,
     LAYOUT: tl.constexpr, PLAN: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
+    out, lse_ptr, sinks_ptr = results
+    num_kv_heads, num_splits = sizes
     head = program % num_kv_heads
     record_ptr = records_ptr + program * RECORD
     num_rows = tl.load(record_ptr + 2)
@@ -95,18 +97,15 @@ def _attend_interpreted(
 def launch_interpreted(work: PlainWork, tiles: Tiles, plan: PrefillPlan, rounds: tuple[bool, bool]) -> None:
     """Attend as records say, as `hopper.launch_hopper` does. `rounds`: whether it is the first and the last of its rounds."""
     _attend_interpreted[(len(work.records),)](
-        work.out,
-        work.lse,
+        (work.out, work.lse, work.sinks),
         work.q,
         work.new,
         as_tokens(work.scratch),
         as_tokens(work.raw),
         work.records,
         work.states,
-        work.sinks,
         work.masking,
-        tiles.cache.num_kv_heads,
-        tiles.num_splits,
+        (tiles.cache.num_kv_heads, tiles.num_splits),
         (tiles.tokens.start, tiles.tokens.stop),
         tuple(map(int, rounds)),
         LAYOUT=tiles.cache.layout,

@@ -48,7 +48,7 @@ def _with_segment(numbers, steps, segment, start, count, shift, reach, T: tl.con
 
 @triton.jit
 def _with_segments(
-    numbers, tile, reach, shift, sink, slots, split, splits, rounds, seen, windows,
+    numbers, tile, reach, shift, sink, slots, splits, rounds, seen, windows,
     NEW: tl.constexpr, RAW: tl.constexpr, LAYOUT: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Return a record with a program's share of what its tile sees in a round of pages.
@@ -57,7 +57,8 @@ def _with_segments(
     """
     G: tl.constexpr = LAYOUT.page_size
     first_page, ring, last_round = rounds
-    spans, _, span = shares(split, splits[0], splits[1], seen, sink, windows, False, LAYOUT)
+    split, num_splits, split_size = splits
+    spans, _, span = shares(split, num_splits, split_size, seen, sink, windows, False, LAYOUT)
     here = (split == 0) & (last_round != 0)
     steps = split * 0
     if NEW:
@@ -143,8 +144,8 @@ def _kvarn_list_tiles_kernel(
         numbers = _with(_with(numbers, 2, tl.sum(tile.mask.to(tl.int32), axis=0)), 3, tile.num_tokens)
         slots = first_slot(indptr_ptr, row, max_pages, ring).to(tl.int32), row * num_columns
         numbers = _with_segments(
-            numbers, tile, (tile.first_query + 1, most), seq_len - tile.num_tokens - sink, sink, slots, split,
-            (num_splits, split_size), (first_page, ring, last_round), seen, masking.windows, NEW,
+            numbers, tile, (tile.first_query + 1, most), seq_len - tile.num_tokens - sink, sink, slots,
+            (split, num_splits, split_size), (first_page, ring, last_round), seen, masking.windows, NEW,
             num_quantized_ptr is not None, LAYOUT, T,
         )  # fmt: skip
     elif PLAN.single:
