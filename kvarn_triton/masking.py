@@ -76,10 +76,9 @@ class Mask:
         return Windows(None if self.keep_sink else size, size)
 
     @property
-    def hides_newer_only(self) -> bool:
-        """Whether it hides tokens from some place on only, and scores rise with products: what `attention.plain` can do."""
-        rises = self.soft_cap is None and (self.sm_scale is None or self.sm_scale > 0)
-        return rises and self.window is None and self.tree_mask is None
+    def shows_runs(self) -> bool:
+        """Whether queries see tokens in a row, but for a sink, and scores rise with products: what `attention.plain` does."""
+        return self.soft_cap is None and self.tree_mask is None and (self.sm_scale is None or self.sm_scale > 0)
 
     def masking(self, head_dim: int) -> Masking:
         """Return the mask as an argument of kernels."""

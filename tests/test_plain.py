@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton.language as tl
 from helpers import ON_GPU, assert_same_bits, check, layout_id
 from prefill_cases import SMALL, new_scratch, prefill_case
 
 from kvarn_triton import PageLayout, build_tree_mask, configs, dequantize_pages, gpu, prefill_attention, reference
 from kvarn_triton.attention import plain, prefill, workspace
-from kvarn_triton.attention.records import FIELDS, HEADER
+from kvarn_triton.attention.records import COUNT, HEADER, LEAD, MASKED, ROOM, SEGMENTS, SHIFT, START, WHOLE, WINDOW
 from kvarn_triton.cache import Cache
 from kvarn_triton.masking import Windows
 from kvarn_triton.pages.expand import launch_expand_pages
@@ -42,9 +43,16 @@ def listed(monkeypatch) -> list[torch.Tensor]:
     return found
 
 
-def numbers(records: torch.Tensor, segment: int, field: int) -> list[int]:
+def numbers(records: torch.Tensor, segment: int, field: tl.constexpr) -> list[int]:
     """Return a number of a segment, of all programs that have rows."""
-    return records[records[:, 2] > 0, HEADER.value + segment * FIELDS.value + field].tolist()
+    return records[records[:, 2] > 0, HEADER.value + field.value * ROOM.value + segment].tolist()
+
+
+def numbers_of(record: list[int]) -> dict[str, list[int]]:
+    """Return the numbers of all segments of a record, by name."""
+    fields = {"start": START, "lead": LEAD, "whole": WHOLE, "masked": MASKED, "count": COUNT, "shift": SHIFT, "window": WINDOW}
+    first = {name: HEADER.value + field.value * ROOM.value for name, field in fields.items()}
+    return {name: record[place : place + SEGMENTS.value] for name, place in first.items()}
 
 
 def scratched(arguments: dict, dtype: torch.dtype | None = None) -> dict:
@@ -71,25 +79,26 @@ def test_what_is_listed(sink_len, new, listed, device):
         row = row_of[record[0]]
         assert record[3] == queries[row]
         first, last = record[1] // 4, (record[1] + record[2] - 1) // 4
-        segments = [record[HEADER.value + i * FIELDS.value :][: FIELDS.value] for i in range(4)]
+        fields = numbers_of(record)
         cached = lengths[row] - queries[row] if new else lengths[row] - queries[row] + last + 1
         pages = min(quantized[row], max(-(-(cached - sink_len) // 64), 0))
         tail = cached - sink_len - quantized[row] * 64
-        assert [segment[3] for segment in segments] == [
-            queries[row] * new, min(pages * 64, max(cached - sink_len, 0)), min(sink_len, cached), max(tail, 0)
+        assert fields["count"] == [
+            queries[row] * new, min(pages * 64, max(cached - sink_len, 0)), min(sink_len, cached), max(tail, 0), 0
         ]  # fmt: skip
-        for start, whole, masked, count, shift in segments:
+        for lead, whole, masked, count, shift in zip(*(fields[name] for name in list(fields)[1:6]), strict=True):
             least, most = (max(min(count, query + 1 + shift), 0) for query in (first, last))
-            assert (whole, whole + masked) == (least // 128, -(-most // 128)), start
-    assert max(numbers(records, 1, 1)) >= 2
+            assert (lead, whole, whole + masked) == (0, least // 128, -(-most // 128))
+        assert record[4:6] == [sum(fields["masked"]), sum(fields["masked"]) + sum(fields["whole"])]
+    assert max(numbers(records, 1, WHOLE)) >= 2
 
 
 def test_drafts_in_quantized_pages(listed, device):
     """Rows of a tile whose queries are in quantized pages see different numbers of tokens: what not all see has a mask."""
     arguments = prefill_case(SMALL, [384], [100], num_tail_slots=1, device=device)
     check(arguments, **scratched(arguments))
-    assert min(numbers(listed[0], 1, 1)) == (384 - 100 + 1) // 128
-    assert max(numbers(listed[0], 1, 2)) == 1
+    assert min(numbers(listed[0], 1, WHOLE)) == (384 - 100 + 1) // 128
+    assert max(numbers(listed[0], 1, MASKED)) == 1
 
 
 LAYOUTS = [
@@ -121,14 +130,13 @@ def test_layouts(layout, dtype, listed, device):
         device=device,
     )
     check(arguments, **scratched(arguments))
-    assert max(numbers(listed[0], 1, 3)) >= 256
+    assert max(numbers(listed[0], 1, COUNT)) >= 256
 
 
 def test_what_takes_the_usual_way(listed, device):
-    """Windows, soft caps, scales below zero, trees, other head_dims, float32, and memory of another dtype than the queries."""
+    """Soft caps, scales below zero, trees, other head_dims, float32, and memory of another dtype than the queries."""
     arguments = prefill_case(SMALL, [300], [9], new=True, device=device)
-    for seen in ({"window": 200}, {"soft_cap": 5.0}):
-        check(arguments, seen, **scratched(arguments))
+    check(arguments, {"soft_cap": 5.0}, **scratched(arguments))
     for sm_scale in (-0.3, 0.0):
         check(arguments, sm_scale=sm_scale, **scratched(arguments))
     words = build_tree_mask(torch.tensor([-1, 0, 0, 1, 1, 2, 2, 3, 3], device=device), arguments["cu_seqlens_q"])
@@ -142,6 +150,34 @@ def test_what_takes_the_usual_way(listed, device):
     assert len(listed) == 1
 
 
+@pytest.mark.parametrize("keep_sink", [False, True])
+@pytest.mark.parametrize("window", [1, 100, 128, 300, 1000])
+def test_windows(window, keep_sink, listed, monkeypatch, device):
+    """Steps that a window hides are not there, those that it cuts are the lead; a sink that stays has none.
+
+    One sequence has sinks among its new tokens.
+    """
+    sizes = {"sink_len": 70, "num_tail_slots": 3, "new": True, "group": 3}
+    arguments = prefill_case(SMALL, [900, 330, 150], [260, 40, 100], device=device, **sizes)
+    seen = {"window": window, "keep_sink": keep_sink}
+    exact = reference.prefill_attention(**arguments | {"q": arguments["q"].double()}, **seen)
+    assert relative_error(prefill_attention(**arguments, **seen, **scratched(arguments)), exact) < 1e-3
+    (records,) = listed
+    for record in records[records[:, 2] > 0].tolist():
+        first, last = record[1] // 3, (record[1] + record[2] - 1) // 3
+        for segment, each in enumerate(zip(*numbers_of(record).values(), strict=True)):
+            _, lead, whole, masked, count, shift, size = each
+            assert size in {min(window, length) for length in (900, 330, 150)} or segment == 4 or (segment == 2 and keep_sink)
+            if whole:
+                assert last + 1 - size + shift <= lead * 128 and (lead + whole) * 128 <= min(count, first + 1 + shift)
+            assert (whole + masked - 1) * 128 < max(min(count, last + 1 + shift), 1)
+    assert any(numbers(records, 4, COUNT)) == keep_sink
+    if window == 300:
+        assert max(numbers(records, 0, LEAD) + numbers(records, 1, LEAD)) and max(numbers(records, 1, WHOLE))
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 33)
+    assert relative_error(prefill_attention(**arguments, **seen, **scratched(arguments)), exact) < 1e-3
+
+
 def test_spans(listed, device):
     """Tokens of an image see each other: steps that some rows see for a span have a mask, those before the tile none."""
     arguments = prefill_case(SMALL, [500, 260], [330, 200], new=True, device=device)
@@ -149,7 +185,7 @@ def test_spans(listed, device):
     ends[20:300] = 300
     ends[330 + 5 : 330 + 150] = 150
     check(arguments, {"span_ends": ends}, **scratched(arguments))
-    assert max(numbers(listed[0], 0, 2)) == 3
+    assert max(numbers(listed[0], 0, MASKED)) == 3
 
 
 def test_numbers_of_others_stay_theirs(device):
@@ -171,7 +207,7 @@ def test_nothing_cached(listed, monkeypatch, device):
     out = check(arguments)
     empty = arguments | {"block_table": arguments["block_table"][:, :0]}
     assert_same_bits(check(empty), out)
-    assert len(listed) == 2 and not any(numbers(listed[1], 1, 3))
+    assert len(listed) == 2 and not any(numbers(listed[1], 1, COUNT))
     shared = {name: arguments[name][:, :1].expand(-1, 2, -1) for name in ("k", "v")}
     check(arguments | shared)
     past = {name: x for name, x in arguments.items() if name not in "kv"}
@@ -208,12 +244,12 @@ def test_rounds_of_pages(layout, lengths, queries, new, listed, monkeypatch, dev
     """Memory of a call's own that holds some pages of each sequence is filled in rounds: states go on in the next one."""
     monkeypatch.setattr(configs, "SCRATCH_TOKENS", 1)
     arguments = prefill_case(layout, lengths, queries, new=new, num_tail_slots=3 - 2 * new, sink_len=16, group=3, device=device)
-    whole, pages = check(arguments), numbers(listed[0], 1, 3)
+    whole, pages = check(arguments), numbers(listed[0], 1, COUNT)
     page_bytes = 2 * 2 * layout.page_size * 64
     most = 512 // layout.page_size  # pages of each sequence
     monkeypatch.setattr(configs, "SCRATCH_BYTES", (most * len(lengths) + 1) * page_bytes)
     out = check(arguments)
-    rounds = [numbers(records, 1, 3) for records in listed[1:]]
+    rounds = [numbers(records, 1, COUNT) for records in listed[1:]]
     assert len(rounds) == -(-arguments["block_table"].shape[1] // most) > 1
     assert [sum(parts) for parts in zip(*rounds, strict=True)] == pages and max(pages) > most * layout.page_size
     assert relative_error(out, whole.double()) < 5e-4
@@ -228,7 +264,7 @@ def test_rounds_of_pages_among_programs(page_size, listed, monkeypatch, device):
     arguments = prefill_case(layout, [1500], [20], new=True, device=device)
     monkeypatch.setattr(configs, "SCRATCH_BYTES", 4 * 128 // page_size * 2 * 2 * page_size * 64)
     out = check(arguments)
-    assert len(set(map(tuple, (numbers(records, 1, 3) for records in listed)))) == 3
+    assert len(set(map(tuple, (numbers(records, 1, COUNT) for records in listed)))) == 3
     table = arguments["block_table"]
     csr = arguments | {"block_table": None, "kv_indices": table.flatten()}
     csr["kv_indptr"] = torch.tensor([0, table.numel()], dtype=torch.int32, device=device)
@@ -311,7 +347,7 @@ def test_batch_invariance(listed, device):
     rows = {"block_table": 1, "seq_lens": 1, "raw_table": 1, "num_quantized": 1, "cu_seqlens_q": 2, "q": 40, "k": 40, "v": 40}
     alone = {name: x[: rows[name]] if name in rows and x is not None else x for name, x in arguments.items()}
     assert_same_bits(prefill_attention(**alone, **scratched(alone), split_size=5), both[:40])
-    assert len(set(numbers(listed[0], 1, 3))) > 2
+    assert len(set(numbers(listed[0], 1, COUNT))) > 2
 
 
 def test_what_it_gives_is_the_usual_result(listed, monkeypatch, device):

@@ -29,7 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from .. import configs
 from ..launch import Rows, on
 from . import records
-from .hopper_copy import FIELDS, HEADER, copy_tokens, counts_of, step_of, sum_of
+from .hopper_copy import copy_tokens, number_of, step_of
 from .hopper_store import HALF, store_results
 from .prefill_plan import PrefillPlan
 from .schedule import Tiles
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from .plain import PlainWork
 
 RECORD = gl.constexpr(records.RECORD.value)
+COUNT = gl.constexpr(records.COUNT.value)
+SHIFT = gl.constexpr(records.SHIFT.value)
+WINDOW = gl.constexpr(records.WINDOW.value)
 
 
 @gluon.jit
@@ -51,21 +54,23 @@ def _advance(products, m, l_sum, factor, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _masked(products, i, counts, record_ptr, reach):
+def _masked(products, i, num_masked, record_ptr, query, reach):
     """Return the products of step i, -inf where a row does not see the token, and how many of the step's tokens there are.
 
-    `reach` [rows] is the number of the new token before which all are that a row sees.
+    `query` [rows] are numbers of new tokens, and `reach` those before which all are that a row sees.
     """
     T: gl.constexpr = products.shape[1]
-    segment, step = step_of(i, counts)
-    numbers_ptr = record_ptr + HEADER + FIELDS * segment
-    count = gl.load(numbers_ptr + 3) - step * T
-    limit = gl.minimum(count, reach + (gl.load(numbers_ptr + 4) - step * T))
-    if i >= sum_of(counts[1]):
+    segment, step = step_of(i, record_ptr)
+    count = number_of(record_ptr, COUNT, segment) - step * T
+    shift = number_of(record_ptr, SHIFT, segment) - step * T
+    end = gl.minimum(count, reach + shift)
+    first = query + 1 + (shift - number_of(record_ptr, WINDOW, segment))
+    if i >= num_masked:
         count = gl.to_tensor(T)
-        limit = gl.full_like(limit, T)
-    token = gl.arange(0, T, gl.SliceLayout(0, products.type.layout))
-    return gl.where(token[None, :] < limit[:, None], products, float("-inf")), count
+        end = gl.full_like(end, T)
+        first = gl.full_like(first, 0)
+    token = gl.arange(0, T, gl.SliceLayout(0, products.type.layout))[None, :]
+    return gl.where((token < end[:, None]) & (token >= first[:, None]), products, float("-inf")), count
 
 
 @gluon.jit
@@ -134,16 +139,16 @@ def _attend(half: gl.constexpr, smem, bars, place, rounds, rows, GROUP: gl.const
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, v.shape[5], 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     tile = (gl.load(record_ptr), gl.load(record_ptr + 1) + half * HALF, gl.load(record_ptr + 2) - half * HALF)
-    counts = counts_of(record_ptr)
-    num_masked = sum_of(counts[1])
-    steps = num_masked + sum_of(counts[0])
-    query = queries.index(half)
-    _load_queries(q, query, tile, head, GROUP)
+    num_masked = gl.load(record_ptr + 4)
+    steps = gl.load(record_ptr + 5)
+    rows_of_half = queries.index(half)
+    _load_queries(q, rows_of_half, tile, head, GROUP)
     none = gl.zeros((HALF, T), gl.float32, SCORES)
     row = gl.arange(0, HALF, gl.SliceLayout(1, SCORES))
-    reach = (tile[1] + row) // GROUP + 1
+    query = (tile[1] + row) // GROUP
+    reach = query + 1
     if span_ends_ptr is not None:
-        ends = gl.load(span_ends_ptr + tile[0] + reach - 1, row < tile[2], other=0)
+        ends = gl.load(span_ends_ptr + tile[0] + query, row < tile[2], other=0)
         reach = gl.maximum(reach, gl.minimum(ends, gl.load(record_ptr + 3)))
     state_row = program.to(gl.int64) * 2 * HALF + half * HALF
     acc_row = (state_row + gl.arange(0, HALF, gl.SliceLayout(1, SUMS)))[:, None] * v.shape[5]
@@ -154,10 +159,10 @@ def _attend(half: gl.constexpr, smem, bars, place, rounds, rows, GROUP: gl.const
     m = gl.load(m_ptr, first_round == 0, other=float("-inf"))
     l_sum = gl.load(m_ptr + num_rows, first_round == 0, other=0.0)
     mbarrier.wait(k_full.index(0), 0)
-    products = warpgroup_mma(query, _keys(k, 0), none, use_acc=False, is_async=True)
+    products = warpgroup_mma(rows_of_half, _keys(k, 0), none, use_acc=False, is_async=True)
     products = warpgroup_mma_wait(0, [products])
     mbarrier.arrive(k_free.index(0), count=1)
-    products, count = _masked(products, 0, counts, record_ptr, reach)
+    products, count = _masked(products, 0, num_masked, record_ptr, query, reach)
     weights, alpha, m, l_sum = _advance(products, m, l_sum, factor, v.dtype)
     _clear(_values(v, 0), v_full.index(0), 0, count)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
@@ -168,13 +173,13 @@ def _attend(half: gl.constexpr, smem, bars, place, rounds, rows, GROUP: gl.const
         for i in range(first, steps if WHOLE else num_masked):
             stage = i % STAGES
             older = (i - 1) % STAGES
-            products = warpgroup_mma(query, _keys(k, stage), none, use_acc=False, is_async=True)
+            products = warpgroup_mma(rows_of_half, _keys(k, stage), none, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(older), (i - 1) // STAGES & 1)
             acc = warpgroup_mma(operand, _values(v, older), acc, is_async=True)
             products = warpgroup_mma_wait(1, [products])
             mbarrier.arrive(k_free.index(stage), count=1)
             if not WHOLE:
-                products, count = _masked(products, i, counts, record_ptr, reach)
+                products, count = _masked(products, i, num_masked, record_ptr, query, reach)
             weights, alpha, m, l_sum = _advance(products, m, l_sum, factor, v.dtype)
             # Here, because ptxas moves nothing across the loop that this is: it would wait for the product before the weights.
             mbarrier.wait(k_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < steps)
@@ -242,8 +247,7 @@ def _kvarn_attend_hopper_kernel(
     split = gl.program_id(0) % count % num_splits
     program = gl.program_id(0) % count * num_kv_heads + head
     record_ptr = records_ptr + program * RECORD
-    counts = counts_of(record_ptr)
-    if sum_of(counts[0]) + sum_of(counts[1]) > 0:
+    if gl.load(record_ptr + 5) > 0:
         dtype: gl.constexpr = k_paged.dtype
         K_CHANNELS: gl.constexpr = k_paged.block_type.shape[4]
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

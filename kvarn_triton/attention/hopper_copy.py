@@ -11,47 +11,40 @@ from . import records
 _copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.6
 SEGMENTS = gl.constexpr(records.SEGMENTS.value)
 HEADER = gl.constexpr(records.HEADER.value)
-FIELDS = gl.constexpr(records.FIELDS.value)
+ROOM = gl.constexpr(records.ROOM.value)
+START = gl.constexpr(records.START.value)
+LEAD = gl.constexpr(records.LEAD.value)
+WHOLE = gl.constexpr(records.WHOLE.value)
+MASKED = gl.constexpr(records.MASKED.value)
 
 
 @gluon.jit
-def _field(record_ptr, FIELD: gl.constexpr):
-    """Load a number of each of the four segments."""
-    first_ptr = record_ptr + HEADER + FIELD
-    return (
-        gl.load(first_ptr), gl.load(first_ptr + FIELDS), gl.load(first_ptr + 2 * FIELDS), gl.load(first_ptr + 3 * FIELDS)
-    )  # fmt: skip
+def number_of(record_ptr, FIELD: gl.constexpr, segment):
+    """Load a number of a segment."""
+    return gl.load(record_ptr + HEADER + FIELD * ROOM + segment)
 
 
 @gluon.jit
-def counts_of(record_ptr):
-    """Return of each segment how many steps every row sees whole, and how many need a mask."""
-    return _field(record_ptr, 1), _field(record_ptr, 2)
-
-
-@gluon.jit
-def sum_of(numbers):
-    """Return the sum of a number of each segment."""
-    return numbers[0] + numbers[1] + numbers[2] + numbers[3]
-
-
-@gluon.jit
-def step_of(i, counts):
-    """Return the segment of step i of a program, and its number in the segment."""
-    whole, masked = counts
+def step_of(i, record_ptr):
+    """Return the segment of step i of a program, and its number in the segment: those with a mask come first."""
     segment = i * 0
     step = i
     before = 0
     for s in gl.static_range(SEGMENTS):
-        if (i >= before) & (i < before + masked[s]):
-            segment = i * 0 + s
-            step = whole[s] + i - before
-        before += masked[s]
-    for s in gl.static_range(SEGMENTS):
-        if (i >= before) & (i < before + whole[s]):
+        masked = number_of(record_ptr, MASKED, s)
+        if (i >= before) & (i < before + masked):
             segment = i * 0 + s
             step = i - before
-        before += whole[s]
+            if step >= number_of(record_ptr, LEAD, s):
+                step += number_of(record_ptr, WHOLE, s)
+        before += masked
+    if i >= before:
+        for s in gl.static_range(SEGMENTS):
+            whole = number_of(record_ptr, WHOLE, s)
+            if (i >= before) & (i < before + whole):
+                segment = i * 0 + s
+                step = number_of(record_ptr, LEAD, s) + i - before
+            before += whole
     return segment, step
 
 
@@ -60,7 +53,7 @@ def _copy_step(descs, smem, full, segment, place, half: gl.constexpr):
     """Copy the keys (half 0) or the values (1) of a step: of new tokens, of pages, or of raw tokens."""
     page, head, token, row = place
     mbarrier.expect(full, descs[1].block_type.nbytes)
-    if segment == 0:
+    if (segment == 0) | (segment == SEGMENTS - 1):
         _copy_tile(descs[0], [0, 0, head, row, 0], full, smem.reshape(descs[0].block_type.shape))
     elif segment == 1:
         _copy_tile(descs[1], [page, half, head, token, 0], full, smem)
@@ -75,16 +68,11 @@ def copy_tokens(k_descs, v_descs, smem, bars, record_ptr, head, G: gl.constexpr)
     k_full, k_free, v_full, v_free = bars
     STAGES: gl.constexpr = k.shape[0]
     T: gl.constexpr = k.shape[1] * k.shape[4]
-    counts = counts_of(record_ptr)
-    starts = _field(record_ptr, 0)
-    for i in range(sum_of(counts[0]) + sum_of(counts[1])):
+    for i in range(gl.load(record_ptr + 5)):
         stage = i % STAGES
         phase = i // STAGES & 1
-        segment, step = step_of(i, counts)
-        start = starts[0]
-        for s in gl.static_range(1, SEGMENTS):
-            if segment == s:
-                start = starts[s]
+        segment, step = step_of(i, record_ptr)
+        start = number_of(record_ptr, START, segment)
         place = (start + step * T // G, head, step * T % G, start + step * T)
         mbarrier.wait(k_free.index(stage), phase ^ 1)
         _copy_step(k_descs, k.index(stage), k_full.index(stage), segment, place, 0)

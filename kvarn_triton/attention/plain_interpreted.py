@@ -11,7 +11,7 @@ from .. import configs
 from ..launch import as_tokens
 from ..masking import reach_of
 from .prefill_plan import PrefillPlan
-from .records import FIELDS, HEADER, RECORD, SEGMENTS
+from .records import COUNT, HEADER, LEAD, MASKED, RECORD, ROOM, SEGMENTS, SHIFT, START, WHOLE, WINDOW
 from .schedule import Tiles
 from .softmax import State, advance
 from .tiles import Tile, store_results
@@ -68,12 +68,14 @@ def _attend_interpreted(
             tl.load(m_ptr + state_rows, before, other=0.0),
         )
         for segment in tl.static_range(SEGMENTS):
-            numbers_ptr = record_ptr + HEADER + segment * FIELDS
-            start, count = tl.load(numbers_ptr), tl.load(numbers_ptr + 3)
-            limit = tl.minimum(count, reach + tl.load(numbers_ptr + 4))
-            for step in range(tl.load(numbers_ptr + 1) + tl.load(numbers_ptr + 2)):
+            numbers_ptr = record_ptr + HEADER + segment
+            start, count = tl.load(numbers_ptr + START * ROOM), tl.load(numbers_ptr + COUNT * ROOM)
+            shift = tl.load(numbers_ptr + SHIFT * ROOM)
+            end, first = tl.minimum(count, reach + shift), query + 1 - tl.load(numbers_ptr + WINDOW * ROOM) + shift
+            lead, whole = tl.load(numbers_ptr + LEAD * ROOM), tl.load(numbers_ptr + WHOLE * ROOM)
+            for step in range(whole + tl.load(numbers_ptr + MASKED * ROOM)):
                 token = step * T + tl.arange(0, T)
-                if segment == 0:
+                if segment == 0 or segment == SEGMENTS - 1:
                     keys = _load_new(new[0], start, token, head, token < count, LAYOUT.head_dim)
                     values = _load_new(new[1], start, token, head, token < count, LAYOUT.v_head_dim)
                 else:
@@ -81,7 +83,10 @@ def _attend_interpreted(
                     keys = _load_tokens(memory, 0, start, token, head, token < count, LAYOUT.head_dim, LAYOUT.page_size)
                     values = _load_tokens(memory, 1, start, token, head, token < count, LAYOUT.v_head_dim, LAYOUT.page_size)
                 scores = tl.dot(rows.to(tl.float32), tl.trans(keys.to(tl.float32)), input_precision="ieee")
-                scores = tl.where(token[None, :] < limit[:, None], scores * masking.scores.scale, float("-inf"))
+                seen = (token[None, :] < end[:, None]) & (token[None, :] >= first[:, None])
+                # As the other kernel, which has no mask there.
+                seen = seen | ((step >= lead) & (step < lead + whole))
+                scores = tl.where(seen, scores * masking.scores.scale, float("-inf"))
                 weights, alpha, m, l_sum = advance(state, scores, False)
                 acc = tl.dot(weights.to(values.dtype).to(tl.float32), values.to(tl.float32), input_precision="ieee")
                 state = State(state.acc * alpha[:, None] + acc, m, l_sum)

@@ -88,4 +88,4 @@ def attends_plainly(q: torch.Tensor, cache: Cache, mask: Mask, block_m: int, scr
     """Return whether a call with scratch memory of a dtype attends to plain tokens (`plain`) with tiles of block_m rows."""
     raw = q.dtype if cache.raw_pages is None else cache.raw_pages.dtype
     same = q.dtype == scratch == raw
-    return same and mask.hides_newer_only and configs.attends_plainly(cache.layout, q.dtype, q.device, block_m)
+    return same and mask.shows_runs and configs.attends_plainly(cache.layout, q.dtype, q.device, block_m)

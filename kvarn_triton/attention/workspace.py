@@ -190,7 +190,7 @@ def own_scratch(q: torch.Tensor, cache: Cache, mask: Mask) -> tuple[torch.Tensor
     if slots > most:
         ring = most // cache.batch
         slots = cache.batch * ring
-        plain = plain and ring * layout.page_size >= configs.ROUND_TOKENS
+        plain = plain and mask.window is None and ring * layout.page_size >= configs.ROUND_TOKENS
     if not plain and (slots == 0 or ring != ALL_PAGES.value):
         return None, ALL_PAGES.value
     return torch.empty(max(slots, 1), *page_shape, dtype=q.dtype, device=q.device), ring
