@@ -309,7 +309,7 @@ def test_raw_tokens_are_plain(sink_len, device):
         layout, [740, 64, 300], [9, 5, 0], sink_len=sink_len, num_tail_slots=3, num_kv_heads=2, device=device
     )
     cache = cache_of(arguments)
-    written = launch_plain_raw(arguments["cu_seqlens_q"], cache, False)
+    written = launch_plain_raw(arguments["cu_seqlens_q"], cache, Windows(None, None), False)
     sink_pages, columns = -(-sink_len // 64), cache.max_raw_pages
     for row, length in enumerate(arguments["seq_lens"].tolist()[:2]):
         first_page = arguments["num_quantized"].tolist()[row]

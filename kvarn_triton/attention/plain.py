@@ -83,7 +83,7 @@ def launch_plain_tiles(
         as_rows(q),
         new,
         scratch,
-        launch_plain_raw(tiles.cu_seqlens_q, cache, plan.apart),
+        launch_plain_raw(tiles.cu_seqlens_q, cache, mask.windows, plan.apart),
         torch.empty(programs, RECORD.value, dtype=torch.int32, device=q.device),
         torch.empty(states, dtype=torch.float32, device=q.device),
         mask.sinks,

@@ -75,8 +75,8 @@ def _segments(
     count = _each(
         tl.where(here & NEW, tile.num_tokens - first_new, 0),
         tl.minimum(last * G, seen.num_valid) - first * G,
-        tl.where(raw, spans[0][1] - first_sink * G, 0),
-        tl.where(raw, spans[1][1] - first_tail * G, 0),
+        tl.where(raw & (spans[0][0] < spans[0][1]), spans[0][1] - first_sink * G, 0),
+        tl.where(raw & (spans[1][0] < spans[1][1]), spans[1][1] - first_tail * G, 0),
         tl.where(here & NEW, num_sinks, 0),
     )
     start = _each(tile.row_start + first_new, slots[0] + first % ring, slots[1] + first_sink, tail_slot, tile.row_start)

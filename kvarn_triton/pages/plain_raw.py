@@ -1,8 +1,8 @@
 """Raw tokens as plain ones: a launch before prefill attention undoes the rotation of sinks and tails that its queries see.
 
 One program writes some tokens of one page, the keys or the values of one kv head. The sink pages of a sequence come first, then
-its tail, whatever the order of the tail's ring. Grid: (program,), those of a page next to each other. Bytes moved: each token
-that is seen in and out once.
+its tail, whatever the order of the tail's ring. Pages of which nothing is seen are not read. Grid: (program,), those of a page
+next to each other. Bytes moved: each token that is seen in and out once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton.language as tl
 from .. import configs
 from ..cache import Cache
 from ..launch import as_tokens, on
+from ..masking import Windows, clamped, first_of_sink
 from ..paging import seen_by, sink_of
 from ..tile.arithmetic import hadamard, load_rows, store_rows
 
@@ -36,6 +37,7 @@ def _kvarn_plain_raw_kernel(
     seq_lens_ptr,  # int32 [batch]
     cu_seqlens_ptr,  # int32 [batch + 1]
     num_quantized_ptr,  # int32 [batch]
+    windows,  # Windows
     sink_len,
     num_kv_heads,
     num_columns,
@@ -54,21 +56,25 @@ def _kvarn_plain_raw_kernel(
     row, column = slot // num_columns, slot % num_columns
     num_tokens = tl.load(cu_seqlens_ptr + row + 1) - tl.load(cu_seqlens_ptr + row)
     sink = sink_of(sink_len, row, row >= 0)
-    seen = seen_by(
-        (0, num_tokens - 1, num_tokens), row, tl.load(seq_lens_ptr + row), num_quantized_ptr, sink, None, G, APART
-    )  # fmt: skip
+    seq_len = tl.load(seq_lens_ptr + row)
+    if windows.body is not None:
+        window = clamped(windows.body, seq_len)
+        windows = Windows(None if windows.sink is None else window, window)
+    seen = seen_by((0, num_tokens - 1, num_tokens), row, seq_len, num_quantized_ptr, sink, windows.body, G, APART)
     sink_pages = tl.cdiv(sink, G)
     in_sink = column < sink_pages
     page = tl.where(in_sink, column, seen.quantized + column - sink_pages)
     source = tl.where(in_sink, column, sink_pages + page % num_tail_slots)
+    first = tl.where(in_sink, first_of_sink(seen.oldest + sink, windows), seen.oldest) - page * G
     last = tl.where(in_sink, tl.minimum(seen.num_valid + sink, sink), seen.num_valid) - page * G
+    there = (num_tokens > 0) & (first < tl.minimum(last, G)) & (part * ROWS < last)
     token = part * ROWS + tl.arange(0, ROWS)
-    if (num_tokens > 0) & (part * ROWS < last) & (in_sink | (column - sink_pages < num_tail_slots)):
+    if there & (in_sink | (column - sink_pages < num_tail_slots)):
         mask = token < last
         raw_page = tl.maximum(tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + source), 0).to(tl.int64)
-        first = raw_page * raw.stride_page + half * raw.stride_half + head.to(tl.int64) * raw.stride_head
+        source_ptr = raw.ptr + raw_page * raw.stride_page + half * raw.stride_half + head.to(tl.int64) * raw.stride_head
         to = slot.to(tl.int64) * plain.stride_page + half * plain.stride_half + head.to(tl.int64) * plain.stride_head
-        source_ptr, to_ptr = raw.ptr + first, plain.ptr + to
+        to_ptr = plain.ptr + to
         places = token * raw.stride_token, token * plain.stride_token
         if half == 0:
             _copy_rotated(to_ptr, source_ptr, places, mask, LAYOUT.head_dim, LAYOUT.block_size)
@@ -76,10 +82,10 @@ def _kvarn_plain_raw_kernel(
             _copy_rotated(to_ptr, source_ptr, places, mask, LAYOUT.v_head_dim, LAYOUT.v_block_size)
 
 
-def launch_plain_raw(cu_seqlens_q: torch.Tensor, cache: Cache, apart: bool) -> torch.Tensor | None:
-    """Return the raw tokens that some query sees, plain [batch * columns of the raw table, ...]; None without raw pages.
+def launch_plain_raw(cu_seqlens_q: torch.Tensor, cache: Cache, windows: Windows, apart: bool) -> torch.Tensor | None:
+    """Return the raw pages with a token that some query sees, plain [batch * columns of the raw table, ...].
 
-    Nothing is checked. head_dims are powers of two.
+    None without raw pages. Nothing is checked. head_dims are powers of two.
     """
     raw, layout = cache.raw_pages, cache.layout
     if raw is None or cache.num_quantized is None:
@@ -91,6 +97,7 @@ def launch_plain_raw(cu_seqlens_q: torch.Tensor, cache: Cache, apart: bool) -> t
         as_tokens(plain),
         **tables,
         cu_seqlens_ptr=cu_seqlens_q,
+        windows=windows,
         sink_len=cache.sinks,
         num_kv_heads=cache.num_kv_heads,
         num_columns=cache.max_raw_pages,
