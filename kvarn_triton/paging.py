@@ -26,7 +26,7 @@ ALL_PAGES = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def first_slot(indptr_ptr, row, max_pages, ring):
-    """Return the slot of scratch memory for body page 0 of a row; page i is in slot i % ring after it.
+    """Return the first slot of scratch memory of a row, for the page that is the first one of a launch (`first_page_of`).
 
     `ring` pages of each row are in it at once, or those of its table (`ALL_PAGES`).
     """
@@ -35,6 +35,12 @@ def first_slot(indptr_ptr, row, max_pages, ring):
     else:
         slot = tl.where(ring == ALL_PAGES, tl.load(indptr_ptr + row).to(tl.int64), row.to(tl.int64) * ring)
     return slot
+
+
+@triton.jit
+def first_page_of(first_page, first_seen_page):
+    """Return the first page of a row in scratch memory: that of the launch, or below 0 the first one that is seen."""
+    return tl.where(first_page < 0, first_seen_page, first_page)
 
 
 @triton.jit

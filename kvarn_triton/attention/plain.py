@@ -10,6 +10,7 @@ before. New and raw tokens are in the last one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,10 +42,17 @@ class PlainWork(NamedTuple):
     masking: Masking
 
 
-def tokens_of_round(tiles: Tiles, num_q_heads: int) -> range:
+def rounds_of_pages(tiles: Tiles, mask: Mask) -> Sequence[int]:
+    """Return the first page of each round; -1: what a window shows is in memory at once, from the first page of it on."""
+    if mask.window is not None and tiles.ring < tiles.cache.max_pages:
+        return [-1]
+    return range(0, max(tiles.cache.max_pages, 1), tiles.ring)
+
+
+def tokens_of_round(tiles: Tiles, mask: Mask, num_q_heads: int) -> range:
     """Return the query tokens of the first launch: all, or as many as have states that are not too large."""
     cache, block_m = tiles.cache, tiles.config.block_m
-    if tiles.ring >= cache.max_pages:
+    if len(rounds_of_pages(tiles, mask)) == 1:
         return tiles.tokens
     tile_bytes = tiles.num_splits * cache.num_kv_heads * 4 * (cache.layout.v_head_dim + 2) * block_m
     most_tiles, group = workspace.ROUND_BYTES // tile_bytes, num_q_heads // cache.num_kv_heads
@@ -75,7 +83,7 @@ def launch_plain_tiles(
     # Each sequence with a token of the launch may have a tile that is not full, and one may begin before them.
     count = -(-len(tokens) * plan.group // block_m) + min(cache.batch, len(tokens)) + (tokens.start > 0)
     programs = count * num_kv_heads * tiles.num_splits
-    rounds = range(0, max(cache.max_pages, 1), tiles.ring)
+    rounds = rounds_of_pages(tiles, mask)
     states = programs * block_m * (layout.v_head_dim + 2) if len(rounds) > 1 else 0
     work = PlainWork(
         out,
@@ -91,8 +99,8 @@ def launch_plain_tiles(
     )
     step_tokens = configs.plain_steps(layout)[0]
     for first_page in rounds:
-        first, last = first_page == 0, first_page == rounds[-1]
-        if len(rounds) > 1:
+        first, last = first_page == rounds[0], first_page == rounds[-1]
+        if tiles.ring < cache.max_pages:
             launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.windows, plan.apart, False, first_page, tiles.ring)
         launch_records(
             work.records, (out, lse), work.masking, tiles, plan, new is not None, (first_page, last), step_tokens

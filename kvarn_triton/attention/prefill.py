@@ -117,8 +117,8 @@ def prefill_attention(
             dtype of `q` is allocated, at most 256 MiB, if that is 16 bits and sequences have 256 query tokens or more on
             average; not with `split_size` or `config`. It holds all pages; where they are more, some at a time, on GPUs of
             compute capability 9.0, which have a faster kernel for such calls if `q`, `scratch` and raw pages are of one 16-bit
-            dtype, head_dims are 64, 128 or 256, and there is no soft cap or `tree_mask`; some at a time not with a window. Rounds
-            take up to 256 MiB more for states. Otherwise every tile of query rows dequantizes the pages itself.
+            dtype, head_dims are 64, 128 or 256, and there is no soft cap or `tree_mask`. With a window it holds what that
+            shows. Rounds take up to 256 MiB more for states. Otherwise every tile of query rows dequantizes the pages itself.
         keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it (StreamingLLM, arXiv 2309.17453).
         config: launch parameters; by default the package's own for the device and the numbers of tokens and heads. In the
             batch-invariant mode the bits of a row depend on them too.
@@ -228,7 +228,7 @@ def launch_prefill(
         apart = k is not None or mask.past_only
         launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.windows, apart, rotated=not plain)
     if plain:
-        tiles = dataclasses.replace(tiles, tokens=tokens_of_round(tiles, num_q_heads))
+        tiles = dataclasses.replace(tiles, tokens=tokens_of_round(tiles, mask, num_q_heads))
     rotation = 1 if plain or new is not None else cache.layout.v_block_size
 
     def launch(out: Rows, lse: torch.Tensor | None, part: Tiles) -> None:

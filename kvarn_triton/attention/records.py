@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from ..launch import Rows, on
-from ..masking import Masking, Windows, clamped, reach_of, size_of
-from ..paging import ALL_PAGES, first_slot, seen_by, sink_of
+from ..masking import Masking, Windows, clamped, first_seen, reach_of, size_of
+from ..paging import ALL_PAGES, first_page_of, first_slot, seen_by, sink_of
 from .prefill_plan import PrefillPlan
 from .schedule import Tiles, find_tile
 from .tiles import shares, store_free_rows, tile_of
@@ -79,7 +79,7 @@ def _segments(
         tl.where(raw & (spans[1][0] < spans[1][1]), spans[1][1] - first_tail * G, 0),
         tl.where(here & NEW, num_sinks, 0),
     )
-    start = _each(tile.row_start + first_new, slots[0] + first % ring, slots[1] + first_sink, tail_slot, tile.row_start)
+    start = _each(tile.row_start + first_new, slots[0] + first - first_page, slots[1] + first_sink, tail_slot, tile.row_start)
     shifts = _each(-first_new, shift - first * G, shift + sink - first_sink * G, shift - first_tail * G, 0)
     return start, tl.maximum(count, 0), shifts, _each(window, window, sink_window, window, NO_WINDOW)
 
@@ -141,7 +141,7 @@ def _kvarn_list_tiles_kernel(
     sink_len,
     num_columns,  # of a raw table
     split_size,
-    first_page,  # of this round
+    first_page,  # of this round; below 0: the first one that is seen, of each sequence
     ring,  # pages of a sequence that scratch memory holds at once
     last_round,
     max_pages,  # columns of a block table
@@ -169,13 +169,17 @@ def _kvarn_list_tiles_kernel(
             (tile.first_query, tile.last_query, tile.num_tokens), row, seq_len, num_quantized_ptr, sink, windows.body,
             LAYOUT.page_size, PLAN.apart,
         )  # fmt: skip
+        seen_first = 0  # page of the sequence that one of its queries sees
+        if windows.body is not None:
+            seen_first = tl.maximum(first_seen(seq_len - tile.num_tokens + 1, windows.body) - sink, 0) // LAYOUT.page_size
         most = tile.last_query + 1
         if masking.among.span_ends is not None:
             most = tl.max(reach_of(masking.among, tile.query, tile.token, tile.mask, tile.num_tokens)[1], axis=0)
         slots = first_slot(indptr_ptr, row, max_pages, ring).to(tl.int32), row * num_columns
         segments = _segments(
             tile, sink, seq_len - tile.num_tokens - sink, slots, (split, num_splits, split_size),
-            (first_page, ring, last_round), seen, windows, NEW, num_quantized_ptr is not None, LAYOUT,
+            (first_page_of(first_page, seen_first), ring, last_round), seen, windows,
+            NEW, num_quantized_ptr is not None, LAYOUT,
         )  # fmt: skip
         _store_record(record_ptr, tile, number * PLAN.block_m, (tile.first_query + 1, most), segments, T)
     else:

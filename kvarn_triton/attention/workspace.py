@@ -176,8 +176,8 @@ def prefill_workspace_size(
 def own_scratch(q: torch.Tensor, cache: Cache, mask: Mask) -> tuple[torch.Tensor | None, int]:
     """Return memory for dequantized pages, where a long chunk is worth it, and how many pages of each sequence it holds.
 
-    Those are all, if that isn't much; otherwise as many as may be, in rounds, if tiles attend to plain tokens (`plain`). These
-    take memory of a page where there are none: it stands for pages that nothing sees.
+    Those are all, if that isn't much. If tiles attend to plain tokens (`plain`), they are what a window shows, or as many as
+    may be, in rounds. Such calls take memory of a page where there are none: it stands for pages that nothing sees.
     """
     layout, worth = cache.layout, q.element_size() == 2 and q.shape[0] >= configs.SCRATCH_TOKENS * cache.batch > 0
     page_shape = 2, cache.num_kv_heads, layout.page_size, layout.raw_head_dim
@@ -187,10 +187,13 @@ def own_scratch(q: torch.Tensor, cache: Cache, mask: Mask) -> tuple[torch.Tensor
     block_m = configs.prefill_config(layout, q.dtype, q.device, q.shape[0], cache.batch, 1, None, True).block_m
     plain = attends_plainly(q, cache, mask, block_m, q.dtype)
     most = configs.SCRATCH_BYTES // (q.element_size() * math.prod(page_shape))
-    if slots > most:
+    shown = cache.max_pages if mask.window is None else (mask.window + q.shape[0]) // layout.page_size + 2
+    if plain and shown < cache.max_pages and cache.batch * shown < slots:
+        slots, ring = cache.batch * shown, shown
+    if slots > most and mask.window is None:
         ring = most // cache.batch
         slots = cache.batch * ring
-        plain = plain and mask.window is None and ring * layout.page_size >= configs.ROUND_TOKENS
-    if not plain and (slots == 0 or ring != ALL_PAGES.value):
+        plain = plain and ring * layout.page_size >= configs.ROUND_TOKENS
+    if slots > most or (not plain and (slots == 0 or ring != ALL_PAGES.value)):
         return None, ALL_PAGES.value
     return torch.empty(max(slots, 1), *page_shape, dtype=q.dtype, device=q.device), ring

@@ -15,7 +15,7 @@ from .. import configs
 from ..cache import Cache
 from ..launch import as_tokens, on
 from ..masking import Windows, clamped
-from ..paging import ALL_PAGES, first_slot, ids_of_row, seen_by, sink_of
+from ..paging import ALL_PAGES, first_page_of, first_slot, ids_of_row, seen_by, sink_of
 from ..tile.dequantize import Target, dequantize_chunk
 from .dequantize import chunk_of_program, read_plan
 
@@ -37,7 +37,7 @@ def _kvarn_expand_pages_kernel(
     num_kv_heads,
     parts,
     columns,  # programs that share the pages of a row
-    first_page,  # of this launch
+    first_page,  # of this launch; below 0: the first one that is seen, of each row
     ring,  # pages of a row that scratch memory holds at once, and most of this launch
     max_pages,
     stride_table,
@@ -59,13 +59,14 @@ def _kvarn_expand_pages_kernel(
             LAYOUT.page_size, APART,
         )  # fmt: skip
         slot = first_slot(indptr_ptr, row, max_pages, ring)
+        first = first_page_of(first_page, seen.first_page)
         scratch_ptr = scratch.ptr + chunk.head * scratch.stride_head
         ids_ptr = ids_of_row(table_ptr, indptr_ptr, row, stride_table)
-        last_page = tl.minimum(seen.quantized, first_page + tl.minimum(ring, max_pages))
-        for i in range(tl.maximum(seen.first_page, first_page) + column, last_page, columns):
+        last_page = tl.minimum(seen.quantized, first + tl.minimum(ring, max_pages))
+        for i in range(tl.maximum(seen.first_page, first) + column, last_page, columns):
             page = tl.maximum(tl.load(ids_ptr + i), 0).to(tl.int64)
             record_ptr = pages.ptr + page * pages.stride_page + chunk.head * pages.stride_head
-            out_ptr = scratch_ptr + (slot + i % ring) * scratch.stride_page
+            out_ptr = scratch_ptr + (slot + i - first) * scratch.stride_page
             outs = (
                 Target(out_ptr, scratch.stride_token, None), Target(out_ptr + scratch.stride_half, scratch.stride_token, None)
             )  # fmt: skip
@@ -82,7 +83,10 @@ def launch_expand_pages(
     first_page: int = 0,
     ring: int = ALL_PAGES.value,
 ) -> None:
-    """Write quantized pages that some query sees to their slots of `scratch`, `ring` of each row; nothing is checked."""
+    """Write quantized pages that some query sees to their slots of `scratch`, `ring` of each row from `first_page` on.
+
+    Below 0 that is the first page that a query of the row sees. Nothing is checked.
+    """
     layout, pages, num_kv_heads = cache.layout, cache.pages, cache.num_kv_heads
     plan = read_plan(layout, pages.device, rotated)
     per_page = plan.blocks * 2 * num_kv_heads

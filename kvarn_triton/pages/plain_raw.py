@@ -1,8 +1,8 @@
 """Raw tokens as plain ones: a launch before prefill attention undoes the rotation of sinks and tails that its queries see.
 
 One program writes some tokens of one page, the keys or the values of one kv head. The sink pages of a sequence come first, then
-its tail, whatever the order of the tail's ring. Pages of which nothing is seen are not read. Grid: (program,), those of a page
-next to each other. Bytes moved: each token that is seen in and out once.
+its tail, whatever the order of the tail's ring. Pages of which nothing is seen are not read, and tokens before a window become
+zeros. Grid: (program,), those of a page next to each other. Bytes moved: each token that is seen in and out once.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ..tile.arithmetic import hadamard, load_rows, store_rows
 
 
 @triton.jit
-def _copy_rotated(to_ptr, source_ptr, places, mask, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy rows of channels, rotated."""
-    rows = load_rows(source_ptr, places[0], mask, CHANNELS, CHANNELS).to(tl.float32)
-    store_rows(to_ptr, places[1], hadamard(rows, BLOCK), mask, CHANNELS)
+def _copy_rotated(to_ptr, source_ptr, places, masks, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy rows of channels, rotated; those without the first of two masks are zeros."""
+    rows = load_rows(source_ptr, places[0], masks[0], CHANNELS, CHANNELS).to(tl.float32)
+    store_rows(to_ptr, places[1], hadamard(rows, BLOCK), masks[1], CHANNELS)
 
 
 @triton.jit(
@@ -70,16 +70,16 @@ def _kvarn_plain_raw_kernel(
     there = (num_tokens > 0) & (first < tl.minimum(last, G)) & (part * ROWS < last)
     token = part * ROWS + tl.arange(0, ROWS)
     if there & (in_sink | (column - sink_pages < num_tail_slots)):
-        mask = token < last
+        masks = (token >= first) & (token < last), token < last
         raw_page = tl.maximum(tl.load(raw_table_ptr + row.to(tl.int64) * stride_raw_table + source), 0).to(tl.int64)
         source_ptr = raw.ptr + raw_page * raw.stride_page + half * raw.stride_half + head.to(tl.int64) * raw.stride_head
         to = slot.to(tl.int64) * plain.stride_page + half * plain.stride_half + head.to(tl.int64) * plain.stride_head
         to_ptr = plain.ptr + to
         places = token * raw.stride_token, token * plain.stride_token
         if half == 0:
-            _copy_rotated(to_ptr, source_ptr, places, mask, LAYOUT.head_dim, LAYOUT.block_size)
+            _copy_rotated(to_ptr, source_ptr, places, masks, LAYOUT.head_dim, LAYOUT.block_size)
         else:
-            _copy_rotated(to_ptr, source_ptr, places, mask, LAYOUT.v_head_dim, LAYOUT.v_block_size)
+            _copy_rotated(to_ptr, source_ptr, places, masks, LAYOUT.v_head_dim, LAYOUT.v_block_size)
 
 
 def launch_plain_raw(cu_seqlens_q: torch.Tensor, cache: Cache, windows: Windows, apart: bool) -> torch.Tensor | None:
