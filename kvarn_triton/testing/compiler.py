@@ -196,21 +196,33 @@ def _registers_written(name: str) -> int:
 
 
 def overwritten_operands(sass: str) -> list[str]:
-    """Return the products of a disassembly (HGMMA) whose left operand a loop brings along in registers, and overwrites."""
+    """Return the products of a disassembly (HGMMA) whose left operand a loop brings along in registers, and overwrites.
+
+    What is written last is the operand of the next trip if it is a copy, or weights (F2FP) that nothing in their trip reads.
+    """
     found = []
     for body in _innermost_loops(sass.splitlines()):
         brought: dict[int, str] = {}
         writer: dict[int, str] = {}
+        read: set[int] = set()  # since it was written last
         for match in filter(None, map(_INSTRUCTION.search, body)):
             name, operands = match.group(1), [operand.strip() for operand in match.group(2).split(",")]
             if name.startswith("HGMMA") and re.fullmatch(r"R\d+", operands[1]):
                 first = int(operands[1][1:])
                 brought |= {register: match.group(0).strip() for register in range(first, first + 4) if register not in writer}
+                read.update(range(first, first + 4))
             target = next((operand for operand in operands if not _PREDICATE.fullmatch(operand)), "")
+            read.update(
+                int(register) for operand in operands if operand != target for register in re.findall(r"\bR(\d+)", operand)
+            )
             if re.fullmatch(r"R\d+", target):
-                writer |= dict.fromkeys(range(int(target[1:]), int(target[1:]) + _registers_written(name)), name)
-        # A copy at the end of a trip brings it back.
-        found += [line for register, line in brought.items() if not writer.get(register, "MOV").startswith("MOV")]
+                written = range(int(target[1:]), int(target[1:]) + _registers_written(name))
+                writer |= dict.fromkeys(written, name)
+                read.difference_update(written)
+        for register, line in brought.items():
+            last = writer.get(register, "MOV")
+            if not (last.startswith("MOV") or (last.startswith("F2FP") and register not in read)):
+                found.append(line)
     return sorted(set(found))
 
 
