@@ -222,7 +222,7 @@ def _scratch_config(layout: PageLayout, dtype: torch.dtype, device: torch.device
     return PrefillConfig(block_m, num_warps, block_t, block_t, num_stages=3, programs_per_sm=1)
 
 
-def attends_plainly(layout: PageLayout, dtype: torch.dtype, device: torch.device, block_m: int) -> bool:
+def has_plain_kernel(layout: PageLayout, dtype: torch.dtype, device: torch.device, block_m: int) -> bool:
     """Return whether a kernel attends with tiles of block_m rows to plain tokens of `dtype` (`attention.plain`)."""
     known = gpu.gpu_of(device)
     channels = {layout.head_dim, layout.v_head_dim}

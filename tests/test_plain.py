@@ -22,7 +22,7 @@ from kvarn_triton.pages.plain_raw import launch_plain_raw
 from kvarn_triton.testing import relative_error
 
 pytestmark = pytest.mark.skipif(
-    ON_GPU and not configs.attends_plainly(SMALL, torch.float16, torch.device("cuda", 0), 128), reason="needs wgmma"
+    ON_GPU and not configs.has_plain_kernel(SMALL, torch.float16, torch.device("cuda", 0), 128), reason="needs wgmma"
 )
 
 
@@ -188,7 +188,7 @@ def test_windows_in_wide_tables(keep_sink, listed, monkeypatch, device):
     seen = {"window": 200, "keep_sink": keep_sink}
     exact = reference.prefill_attention(**arguments | {"q": arguments["q"].double()}, **seen)
     sizes, launch = [], prefill.launch_plain_tiles
-    monkeypatch.setattr(prefill, "launch_plain_tiles", lambda *args: sizes.append(len(args[4])) or launch(*args))
+    monkeypatch.setattr(prefill, "launch_plain_tiles", lambda *args: sizes.append(len(args[4][0])) or launch(*args))
     for table in (arguments["block_table"], wide):
         out = prefill_attention(**arguments | {"block_table": table}, **seen)
         assert relative_error(out, exact) < 1e-3
@@ -384,6 +384,6 @@ def test_what_it_gives_is_the_usual_result(listed, monkeypatch, device):
     assert_same_bits(prefill_attention(**csr, **scratched(csr)), out)
     assert_same_bits(prefill_attention(**arguments, scratch=new_scratch(arguments).contiguous()), out)
     assert len(listed) == 3
-    monkeypatch.setattr(configs, "attends_plainly", lambda *args: False)
+    monkeypatch.setattr(configs, "has_plain_kernel", lambda *args: False)
     usual = prefill_attention(**arguments, **scratched(arguments))
     assert len(listed) == 3 and relative_error(out, exact) < 1.2 * relative_error(usual, exact)

@@ -56,7 +56,7 @@ def test_slots(window, queries, seen, layout, dtype, device):
     options = {"window": window, "split_size": 2}  # otherwise the width of a table decides how pages are shared
     scratch = new_scratch(arguments, dtype)
     out = prefill_attention(**arguments, **options, scratch=scratch)
-    plain = configs.attends_plainly(layout, dtype, device, 128)
+    plain = configs.has_plain_kernel(layout, dtype, device, 128)
     expected = expected_slots(arguments, seen, dtype, rotated=not plain)
     written = ~expected.isnan()
     assert torch.equal(~scratch.isnan(), written)

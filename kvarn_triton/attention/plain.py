@@ -19,7 +19,6 @@ from .. import configs, gpu
 from ..launch import Rows, as_rows
 from ..masking import Mask, Masking
 from ..pages.expand import launch_expand_pages
-from ..pages.plain_raw import launch_plain_raw
 from . import workspace
 from .plain_interpreted import launch_interpreted
 from .prefill_plan import plan_of
@@ -67,16 +66,16 @@ def launch_plain_tiles(
     lse: torch.Tensor | None,
     q: torch.Tensor,
     new: tuple[Rows, Rows] | None,
-    scratch: torch.Tensor,
+    memory: tuple[torch.Tensor, torch.Tensor | None],
     mask: Mask,
     tiles: Tiles,
 ) -> None:
-    """Attend with all tiles that have one of some tokens; nothing is checked.
+    """Attend with all tiles that have one of some tokens; nothing is checked. `memory`: scratch memory, and plain raw tokens.
 
     Where several programs share a tile, `out` and `lse` are partial results, of values that are not rotated. Scratch memory
     that holds a part of the pages is filled here, round by round.
     """
-    cache, block_m, tokens = tiles.cache, tiles.config.block_m, tiles.tokens
+    cache, block_m, tokens, (scratch, raw) = tiles.cache, tiles.config.block_m, tiles.tokens, memory
     layout, num_kv_heads, single = cache.layout, cache.num_kv_heads, tiles.num_splits == 1
     flags = new is not None or mask.past_only, single, False
     plan = plan_of(layout, (q.dtype,) * 3, q.shape[1] // num_kv_heads, flags, gpu.uses_ptx(), tiles.config)
@@ -91,7 +90,7 @@ def launch_plain_tiles(
         as_rows(q),
         new,
         scratch,
-        launch_plain_raw(tiles.cu_seqlens_q, cache, mask.windows, plan.apart),
+        raw,
         torch.empty(programs, RECORD.value, dtype=torch.int32, device=q.device),
         torch.empty(states, dtype=torch.float32, device=q.device),
         mask.sinks,

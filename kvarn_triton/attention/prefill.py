@@ -3,7 +3,7 @@
 The first kernel attends with tiles of query rows (`prefill_kernel`); each page is decoded once for all rows of a tile. Where
 there are fewer tiles than the GPU holds programs, the pages of a tile are split among several programs, and the second kernel
 merges their results (`merge`). With scratch memory a launch before decodes each page once (`pages.expand`), and tiles
-attend to numbers in 16 bits; long chunks take such memory by themselves.
+attend to numbers in 16 bits, on one architecture by a kernel of its own (`plain`); long chunks take such memory by themselves.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ..launch import Rows, aligned, as_rows, check_pool, copy_back
 from ..layout import PageLayout
 from ..masking import Mask
 from ..pages.expand import launch_expand_pages
+from ..pages.plain_raw import launch_plain_raw
 from ..paging import ALL_PAGES
 from .merge import launch_merge_queries
 from .plain import launch_plain_tiles, tokens_of_round
@@ -224,16 +225,18 @@ def launch_prefill(
         return out if lse is None else (out, lse.fill_(-torch.inf))
     q, memory = aligned(q), aligned(out)
     new = None if k is None or v is None else (as_rows(aligned(k)), as_rows(aligned(v)))
+    seen = tiles.cu_seqlens_q, cache, mask.windows, k is not None or mask.past_only
     if scratch is not None and tiles.ring >= cache.max_pages:
-        apart = k is not None or mask.past_only
-        launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.windows, apart, rotated=not plain)
+        launch_expand_pages(scratch, *seen, rotated=not plain)
+    raw = None
     if plain:
+        raw = launch_plain_raw(*seen)
         tiles = dataclasses.replace(tiles, tokens=tokens_of_round(tiles, mask, num_q_heads))
     rotation = 1 if plain or new is not None else cache.layout.v_block_size
 
     def launch(out: Rows, lse: torch.Tensor | None, part: Tiles) -> None:
         if plain and scratch is not None:
-            launch_plain_tiles(out, lse, q, new, scratch, mask, part)
+            launch_plain_tiles(out, lse, q, new, (scratch, raw), mask, part)
         else:
             launch_prefill_tiles(out, lse, q, new, scratch, mask, part)
 

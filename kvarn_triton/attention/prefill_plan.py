@@ -1,4 +1,4 @@
-"""What the kernels of prefill attention are compiled for."""
+"""What the kernels of prefill attention are compiled for, and which calls attend to plain tokens."""
 
 from __future__ import annotations
 
@@ -88,4 +88,4 @@ def attends_plainly(q: torch.Tensor, cache: Cache, mask: Mask, block_m: int, scr
     """Return whether a call with scratch memory of a dtype attends to plain tokens (`plain`) with tiles of block_m rows."""
     raw = q.dtype if cache.raw_pages is None else cache.raw_pages.dtype
     same = q.dtype == scratch == raw
-    return same and mask.shows_runs and configs.attends_plainly(cache.layout, q.dtype, q.device, block_m)
+    return same and mask.shows_runs and configs.has_plain_kernel(cache.layout, q.dtype, q.device, block_m)

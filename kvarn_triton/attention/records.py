@@ -47,8 +47,8 @@ def _segments(
 ):
     """Return START, COUNT, SHIFT and WINDOW of a program's share of what its tile sees in a round of pages.
 
-    `shift` is the position of the first query within the body. `slots` are those of page 0 and of the first raw page. All but
-    new tokens starts with a page.
+    `shift` is the position of the first query within the body. `slots` are those of the first page of the round and of the
+    first raw page. All segments but those of new tokens start with a page.
     """
     G: tl.constexpr = LAYOUT.page_size
     first_page, ring, last_round = rounds
