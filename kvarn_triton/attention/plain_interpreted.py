@@ -61,9 +61,9 @@ def _attend_interpreted(
         state_rows = tl.num_programs(0) * PLAN.block_m
         acc_ptr = states_ptr + state_row[:, None] * LAYOUT.v_head_dim + tl.arange(0, LAYOUT.v_head_dim)[None, :]
         m_ptr = states_ptr + state_rows * LAYOUT.v_head_dim + state_row
-        before = rounds[0] == 0
+        before = state_row * 0 + rounds[0] == 0
         state = State(
-            tl.load(acc_ptr, before, other=0.0),
+            tl.load(acc_ptr, before[:, None], other=0.0),
             tl.load(m_ptr, before, other=float("-inf")),
             tl.load(m_ptr + state_rows, before, other=0.0),
         )
