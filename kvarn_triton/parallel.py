@@ -7,7 +7,8 @@
     out = attend(q, pages, raw_pages, local, k=k, v=v)          # one exchange; the result is on all ranks
 
 `pages` holds this rank's pages, `raw_pages` the sinks and tails of all sequences on every rank. Only tensor operations and one
-collective of `torch.distributed` are used: nothing waits for the GPU, and all of it can be captured. docs/parallel.md.
+collective of `torch.distributed` are used, or, where GPUs reach each other's memory, an `Exchange`, which is faster: nothing
+waits for the GPU, and all of it can be captured. docs/parallel.md.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .attention.prefill import check_new
 from .attention.states import merge_states
 from .cache import cache_of, check_queries, checked_for_attention
 from .checks import FLOATS, check_count, check_tensor, require
+from .exchange import Exchange
 from .masking import Mask
 from .reference.step import flat_tokens
 from .serving.attention import attend as attend_here
@@ -183,6 +185,7 @@ def attend(
     k: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
     group: Any = None,
+    exchange: Exchange | None = None,
     return_lse: bool = False,
     **options: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -197,7 +200,9 @@ def attend(
         local: `local_step`.
         k: the step's keys. Needed, with `v`, by a step that has `cu_seqlens_q`: a chunk sees its own tokens exactly.
         v: the step's values.
-        group: of `torch.distributed`; by default all processes.
+        group: of `torch.distributed`; by default all processes, or those of `exchange`.
+        exchange: the same on all ranks: memory through which GPUs exchange results faster than a collective does. Calls with
+            more rows than it was made for take the collective.
         return_lse: whether to return the log-sum-exp too.
         options: `sm_scale`, `soft_cap`, `sinks`, `tree_mask`, `span_ends`, `split_size`, `workspace`, `scratch`, `table` and
             `config`.
@@ -223,10 +228,16 @@ def attend(
         options |= {"sinks": None} | dict.fromkeys(_MASKS[: 0 if step.cu_seqlens_q is None else 2])
     if shard.size == 1:
         return attend_here(q, pages, raw_pages, step, k=k, v=v, return_lse=return_lse, **options)
+    group = group if exchange is None else _group_of(exchange, group)
     rank, size = _ranks(group)
     require((rank, size) == (shard.rank, shard.size), "group", f"rank {shard.rank} of {shard.size}", f"rank {rank} of {size}")
     dims = q.dim() if isinstance(q, torch.Tensor) else 0
     check_tensor("q", q, [None] * max(dims, 3), FLOATS, contiguous_dims=0)
+    if exchange is not None and step.num_tokens * q.shape[1] <= exchange.max_rows:
+        exchange.check(step.layout.v_head_dim, q.dtype, q.device)
+        part = attend_here(q, pages, raw_pages, step, k=k, v=v, return_lse=True, **options)
+        out, lse = exchange.merge(part[0], part[1])
+        return (out, lse) if return_lse else out
     parts = _parts(size, (step.num_tokens, q.shape[1], step.layout.v_head_dim), q.dtype, q.device)
     # What a rank has computed is where it is sent from.
     _, lse = attend_here(q, pages, raw_pages, step, k=k, v=v, out=parts.outs[rank], return_lse=True, **options)
@@ -253,17 +264,23 @@ def _check_for_rank_0(
         check_new(q, (k, v), step.cu_seqlens_q, cache, mask)
 
 
-def merge_ranks(out: torch.Tensor, lse: torch.Tensor, group: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+def merge_ranks(
+    out: torch.Tensor, lse: torch.Tensor, group: Any = None, exchange: Exchange | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the merged results of all ranks of a group, on all of them: one exchange, then `merge_states`.
 
     Args:
         out: float16, bfloat16 or float32 [..., v_head_dim], attention of the same queries to what this rank has.
         lse: float32 [...]; -inf where that is nothing.
-        group: of `torch.distributed`; by default all processes.
+        group: of `torch.distributed`; by default all processes, or those of `exchange`.
+        exchange: as in `attend`.
     """
     dims = out.dim() if isinstance(out, torch.Tensor) else 0
     check_tensor("out", out, [None] * dims, FLOATS)
     check_tensor("lse", lse, out.shape[:-1], torch.float32, device=out.device, contiguous_dims=0)
+    group = group if exchange is None else _group_of(exchange, group)
+    if exchange is not None and lse.numel() <= exchange.max_rows:
+        return exchange.merge(out.contiguous(), lse.contiguous())
     rank, size = _ranks(group)
     parts = _parts(size, out.shape, out.dtype, out.device)
     parts.outs[rank].copy_(out)
@@ -294,6 +311,13 @@ def _ranks(group: Any) -> tuple[int, int]:
     from torch import distributed
 
     return distributed.get_rank(group), distributed.get_world_size(group)
+
+
+def _group_of(exchange: Exchange, group: Any) -> Any:
+    """Return the group of an exchange, which a given group must be."""
+    require(isinstance(exchange, Exchange), "exchange", "an Exchange", type(exchange).__name__)
+    require(group is None or group is exchange.group, "group", "None, or the group of exchange", "another")
+    return exchange.group
 
 
 def _exchanged(parts: _Parts, rank: int, group: Any) -> tuple[torch.Tensor, torch.Tensor]:

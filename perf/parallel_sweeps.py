@@ -82,6 +82,10 @@ class _Rank:
         table = torch.where(own >= 0, place[own.long()], -1)
         self.own_pages = case.pages[ids]
         self.local = parallel.local_step(kvarn.plan_step(self.layout, case.seq_lens, ends, table, **plan), shard)
+        self.exchange = None
+        if device.type == "cuda":
+            tokens, heads, _ = self.q.shape
+            self.exchange = parallel.Exchange(heads, self.layout.v_head_dim, tokens, dtype=task.dtype, device=device)
 
     def _chunk(self, task: Task, count: int, table: torch.Size) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
         """Return queries of new tokens, and their keys and values with scratch memory for all pages and for a rank's."""
@@ -102,9 +106,9 @@ class _Rank:
         """Attend to everything on this rank."""
         return kvarn.attend(self.q, self.pages, self.raw_pages, self.step, **self.new[0])
 
-    def shared(self) -> torch.Tensor:
+    def shared(self, exchange: parallel.Exchange | None = None) -> torch.Tensor:
         """Attend to everything on all ranks."""
-        return parallel.attend(self.q, self.own_pages, self.raw_pages, self.local, **self.new[1])
+        return parallel.attend(self.q, self.own_pages, self.raw_pages, self.local, exchange=exchange, **self.new[1])
 
     def part(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend to what this rank attends to."""
@@ -118,9 +122,11 @@ class _Rank:
         out, lse = self.part()
         return {
             "1 GPU": self.whole,
-            f"{self.shard.size} GPUs": self.shared,
+            f"{self.shard.size} GPUs, collective": self.shared,
+            f"{self.shard.size} GPUs, Exchange": lambda: self.shared(self.exchange),
             "its own part": self.part,
-            "exchange and merge": lambda: parallel.merge_ranks(out, lse),
+            "collective and merge": lambda: parallel.merge_ranks(out, lse),
+            "Exchange alone": lambda: parallel.merge_ranks(out, lse, exchange=self.exchange),
         }
 
     def planned(self) -> parallel.LocalStep:
@@ -178,7 +184,8 @@ def run_rank(rank: int, task: Task, folder: str) -> None:
     distributed.init_process_group(task.backend, init_method=f"file://{folder}/store", **joined)
     try:
         cache = _Rank(task, Shard(rank, SIZE), device)
-        error = relative_error(cache.shared(), cache.whole())
+        exact = cache.whole()
+        error = max(relative_error(cache.shared(exchange), exact) for exchange in {None, cache.exchange})
         errors: list[float] = [0.0] * SIZE
         distributed.all_gather_object(errors, error)
         rows: list[Row] = [{"what": "equality", "error": max(errors)}]

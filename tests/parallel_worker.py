@@ -17,12 +17,12 @@ from torch import distributed, multiprocessing
 
 import kvarn_triton
 from kvarn_triton import PrefillConfig, gpu, parallel, reference
-from kvarn_triton.parallel import Shard, local_lens, local_pages, local_step, own_pages
+from kvarn_triton.parallel import Exchange, Shard, local_lens, local_pages, local_step, own_pages
 from kvarn_triton.testing import cache_case, relative_error
 from kvarn_triton.testing.compiler import compile_for
 
 
-def check_attention(shard: Shard, device: torch.device) -> None:
+def check_attention(shard: Shard, device: torch.device, exchange: Exchange | None = None) -> None:
     """Compare steps on all ranks with one rank that has everything; all ranks have the same bits."""
     sinks = torch.linspace(-2, 4, 4, device=device)
     for kind, options in (("decode", {"soft_cap": 3.0, "sinks": sinks}), ("chunk", {}), ("columns", {"sinks": sinks})):
@@ -31,7 +31,7 @@ def check_attention(shard: Shard, device: torch.device) -> None:
         new = {name: x.double() for name, x in case.new.items()}
         exact, exact_lse = reference.attend(case.q.double(), pages, raw_pages, step, return_lse=True, **new, **options)
         pages, raw_pages, local = case.part(shard)
-        out, lse = parallel.attend(case.q, pages, raw_pages, local, return_lse=True, **case.new, **options)
+        out, lse = parallel.attend(case.q, pages, raw_pages, local, exchange=exchange, return_lse=True, **case.new, **options)
         assert relative_error(out, exact) < 2e-3, kind
         torch.testing.assert_close(lse, exact_lse, rtol=0, atol=5e-3)
         first = out.clone()
@@ -39,19 +39,19 @@ def check_attention(shard: Shard, device: torch.device) -> None:
         assert_same_bits(out, first)
 
 
-def check_merging(shard: Shard, device: torch.device) -> None:
+def check_merging(shard: Shard, device: torch.device, exchange: Exchange | None = None) -> None:
     """Merge given results: of a rank with nothing, of rows that no rank has anything of, of no row."""
     random = torch.Generator().manual_seed(0)
     outs = torch.randn(shard.size, 5, 3, 80, generator=random).half().to(device)
     lses = torch.randn(shard.size, 5, 3, generator=random).to(device)
     lses[0], lses[:, 2] = -torch.inf, -torch.inf
     outs[0] = torch.nan
-    out, lse = parallel.merge_ranks(outs[shard.rank], lses[shard.rank])
+    out, lse = parallel.merge_ranks(outs[shard.rank], lses[shard.rank], exchange=exchange)
     expected, expected_lse = kvarn_triton.merge_states(outs, lses)
     assert_same_bits(out, expected)
     assert_same_bits(lse, expected_lse)
     assert (out[2] == 0).all()
-    assert parallel.merge_ranks(outs[0][:0], lses[0][:0])[0].shape == (0, 3, 80)
+    assert parallel.merge_ranks(outs[0][:0], lses[0][:0], exchange=exchange)[0].shape == (0, 3, 80)
     case = case_of("decode", device)
     pages, raw_pages, step = case.whole()
     with pytest.raises(ValueError, match=f"group: expected rank 0 of 9, got 'rank {shard.rank} of {shard.size}'"):
@@ -70,7 +70,7 @@ def check_tables(shard: Shard, device: torch.device) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def check_graph(shard: Shard, device: torch.device) -> None:
+def check_graph(shard: Shard, device: torch.device, exchange: Exchange | None = None) -> None:
     """A captured step, exchange included, follows lengths that change between replays."""
     case = case_of("decode", device)
     lens = case.plan["seq_lens"]
@@ -79,7 +79,7 @@ def check_graph(shard: Shard, device: torch.device) -> None:
 
     def run() -> torch.Tensor:
         step = kvarn_triton.plan_step(**case.plan | {"block_table": own_pages(case.plan["block_table"], shard)})
-        return parallel.attend(case.q, pages, raw_pages, local_step(step, shard))
+        return parallel.attend(case.q, pages, raw_pages, local_step(step, shard), exchange=exchange)
 
     run()
     torch.cuda.synchronize()
@@ -94,6 +94,40 @@ def check_graph(shard: Shard, device: torch.device) -> None:
         step = kvarn_triton.plan_step(**case.plan)
         exact = kvarn_triton.attend(case.q, whole_pages, whole_raw, step)
         assert relative_error(out, exact) < 2e-3
+
+
+def check_exchange(shard: Shard, device: torch.device) -> None:
+    """Exchange without a collective: what was checked with one, calls that are too large for it, and many in a row."""
+    sizes = {"num_q_heads": 4, "max_tokens": 16, "device": device}
+    made = {head_dim: Exchange(v_head_dim=head_dim, dtype=torch.float16, **sizes) for head_dim in (64, 80)}
+    gather = mock.patch.object(parallel, "_exchanged", side_effect=parallel._exchanged)
+    with gather as gathered:
+        check_merging(shard, device, made[80])
+        check_attention(shard, device, made[64])  # its chunks have more rows
+        large = gathered.call_count
+        assert large > 0
+        check_graph(shard, device, made[64])
+        assert gathered.call_count == large
+    random = torch.Generator(device).manual_seed(0)
+    counts = torch.randint(1, made[80].max_rows + 1, (500,), generator=torch.Generator().manual_seed(0)).tolist()
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    for count in counts:  # ranks run ahead of each other, as far as they can
+        outs = torch.randn(shard.size, count, 80, generator=random, device=device).half()
+        lses = torch.randn(shard.size, count, generator=random, device=device)
+        with kvarn_triton.no_compilation():
+            found = made[80].merge(outs[shard.rank], lses[shard.rank])
+        for x, expected in zip(found, kvarn_triton.merge_states(outs, lses), strict=True):
+            wrong += (x != expected).sum()
+    assert wrong == 0
+    part = torch.zeros(3, 80, device=device)
+    with pytest.raises(ValueError, match="out: expected dtype float16, got float32"):
+        parallel.merge_ranks(part, part[:, 0].contiguous(), exchange=made[80])
+    case = case_of("decode", device)
+    pages, raw_pages, local = case.part(shard)
+    with pytest.raises(ValueError, match="exchange: expected results of 64 channels"):
+        parallel.attend(case.q, pages, raw_pages, local, exchange=made[80])
+    with pytest.raises(ValueError, match="group: expected None, or the group of exchange, got 'another'"):
+        parallel.attend(case.q, pages, raw_pages, local, exchange=made[64], group=distributed.group.WORLD)
 
 
 def check_warmup() -> None:
@@ -133,6 +167,7 @@ def run_rank(rank: int, size: int, backend: str, path: str) -> None:
         check_attention(shard, device)
         if backend == "nccl":
             check_graph(shard, device)
+            check_exchange(shard, device)
     finally:
         distributed.destroy_process_group()
 
