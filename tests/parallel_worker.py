@@ -17,9 +17,10 @@ from torch import distributed, multiprocessing
 
 import kvarn_triton
 from kvarn_triton import PrefillConfig, gpu, parallel, reference
+from kvarn_triton.attention.exchange import launch_exchange, plan_exchange
 from kvarn_triton.parallel import Exchange, Shard, local_lens, local_pages, local_step, own_pages
 from kvarn_triton.testing import cache_case, relative_error
-from kvarn_triton.testing.compiler import compile_for
+from kvarn_triton.testing.compiler import compile_for, resources
 
 
 def check_attention(shard: Shard, device: torch.device, exchange: Exchange | None = None) -> None:
@@ -151,6 +152,22 @@ def check_warmup() -> None:
                     parallel.attend(q, pages, raw_pages, local, k=new, v=new, **options)
 
 
+def check_compiled() -> None:
+    """The kernel of an exchange on NVIDIA's GPUs: writes of 16 bytes, and words that all GPUs see behind what they announce."""
+    for target, size in (("sm80", 2), ("sm90", 2), ("sm90", 8), ("sm100", 8), ("sm120", 3)):
+        plan, part = plan_exchange(1, size, 512, 128, torch.bfloat16), torch.zeros(10, 128, dtype=torch.bfloat16)
+        words, memory = torch.zeros(size, dtype=torch.int64), torch.zeros(plan.num_bytes, dtype=torch.uint8)
+        with compile_for(target) as kernels:
+            launch_exchange((part, part[:, 0].float()), memory, words, words.int(), plan)
+        text, found = kernels[0].kernel.asm["ptx"], resources(kernels[0])
+        assert found.stack == 0 and found.registers <= 128, found
+        assert text.count("st.global.v4") >= 2 * size and "st.global.b16" not in text
+        assert text.count("atom.global.sys.release.exch") == text.count("atom.global.sys.acquire.add") == 1
+        # All threads have written before one of them tells the others.
+        writes, told = text.rindex("st.global", 0, text.index("sys.release")), text.index("sys.release")
+        assert "bar.sync" in text[writes:told]
+
+
 def run_rank(rank: int, size: int, backend: str, path: str) -> None:
     """Join the group and check everything."""
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
@@ -176,6 +193,7 @@ if __name__ == "__main__":
     if not sys.argv[1:]:
         with mock.patch.object(distributed, "all_gather_single", lambda *args, **kwargs: None, create=True):
             check_warmup()
+        check_compiled()
         sys.exit()
     backend, size, path = sys.argv[1:]
     multiprocessing.spawn(run_rank, (int(size), backend, path), nprocs=int(size))
