@@ -1,7 +1,8 @@
-"""What two warp groups of `hopper_tile` do with a tile of 64 rows: scores, weights, and half of the channels each.
+"""What two warp groups of `hopper_tile` do with a tile of 64 rows: every second block each, and half of the channels of all.
 
-Both keep the sums of their half in registers. The first one computes scores and weights, which the second one takes from shared
-memory.
+A group computes the scores and weights of its own blocks. It keeps the weights as an operand, and hands them to the other group
+in shared memory, with the maxima to which they are relative: both sum all blocks, in order. While one group computes weights,
+the tensor cores have the products of the other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_blocks import LATENTS, ROPE, STEP, barrier, block_of
+from .hopper_blocks import LATENTS, ROPE, STEP, block_of
 from .hopper_fill import PAIRS, load_queries, load_rope
 
 ROWS = gl.constexpr(64)
@@ -23,59 +24,87 @@ SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 """Products [rows, tokens] of a warp group."""
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 """Products [rows, channels of a plane]."""
+OPERAND = gl.constexpr(gl.DotOperandLayout(0, SUMS.value, 2))
+"""Weights in registers."""
+ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+"""A number that all threads have."""
 SLACK = gl.constexpr(8.0)
 """How much larger, base 2, a score is than the largest one before when sums are scaled: weights are at most 256."""
 
 
 @gluon.jit
+def _opaque():
+    """Return 0, which the compiler doesn't know.
+
+    Descriptors of memory that is the same in every step would all be kept, where no registers are left.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [gl.to_tensor(0)], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _sum(half: gl.constexpr, acc, weights, latents, slot):
     """Begin to add the latents of a slot, times weights, to the sums of half of the channels."""
-    low = warpgroup_mma(weights, latents.index(slot * 4 + half * 2), acc[0], is_async=True)
-    return low, warpgroup_mma(weights, latents.index(slot * 4 + half * 2 + 1), acc[1], is_async=True)
+    first = _opaque() + slot * 4 + half * 2
+    low = warpgroup_mma(weights, latents.index(first), acc[0], is_async=True)
+    return low, warpgroup_mma(weights, latents.index(first + 1), acc[1], is_async=True)
 
 
 @gluon.jit
-def _score(queries, rope_queries, latents, ropes, bars, slot, i):
-    """Begin to multiply a tile of queries by the latents of a slot, and by its rotary channels, as soon as they are there."""
-    full, rope_full = bars
-    phase = i // 2 & 1
-    # Opaque: descriptors of memory that is the same in every step would all be kept, where no registers are left.
-    zero = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [gl.to_tensor(0)], gl.int32, is_pure=False, pack=1)
-    none = gl.zeros((ROWS, STEP), gl.float32, SCORES)
-    mbarrier.wait(full.index(slot * 2), phase)
-    found = warpgroup_mma(queries.index(zero + 0), latents.index(slot * 4).permute((1, 0)), none, use_acc=False, is_async=True)
-    found = warpgroup_mma(queries.index(zero + 1), latents.index(slot * 4 + 1).permute((1, 0)), found, is_async=True)
-    mbarrier.wait(rope_full, i & 1)
-    mbarrier.wait(full.index(slot * 2 + 1), phase)
-    keys = ropes.index(0).reshape((STEP, ROPE)).permute((1, 0))
-    rope = warpgroup_mma(rope_queries.index(zero), keys, none, use_acc=False, is_async=True)
-    found = warpgroup_mma(queries.index(zero + 2), latents.index(slot * 4 + 2).permute((1, 0)), found, is_async=True)
-    found = warpgroup_mma(queries.index(zero + 3), latents.index(slot * 4 + 3).permute((1, 0)), found, is_async=True)
-    return found, rope
+def _multiply(part: gl.constexpr, found, queries, latents, full, slot, i):
+    """Begin to multiply a tile of queries by half of the channels of a slot, as soon as they are there."""
+    zero = _opaque()
+    first = zero + slot * 4 + part * 2
+    mbarrier.wait(full.index(slot * 2 + part), i // 2 & 1)
+    for plane in gl.static_range(2):
+        keys = latents.index(first + plane).permute((1, 0))
+        sums = part + plane > 0
+        found = warpgroup_mma(queries.index(zero + part * 2 + plane), keys, found, use_acc=sums, is_async=True)
+    return found
 
 
 @gluon.jit
-def _weigh(found, rope, vectors, slot, block, seen, m):
-    """Return the weights of products, the factor of what was summed before, the new m (`rows`), and whether any row's is new.
-
-    m stays until a score is much larger: no weight is above 2**SLACK. One over the gain comes with it.
-    """
-    factor, last_seen, first_seen = seen
+def _sized(found, vectors, slot, block, seen):
+    """Return products times the sizes of their tokens: -inf where a row doesn't see a token."""
+    _, last_seen, first_seen = seen
     TOKENS: gl.constexpr = gl.SliceLayout(0, SCORES)
-    size = vectors[0].index(slot).load(TOKENS)
-    scores = gl.fma(found, gl.zeros_like(found) + size[None, :], rope)
+    scores = found * vectors[0].index(slot).load(TOKENS)[None, :]
     if block * STEP + (STEP - 1) > first_seen:
         token = block * STEP + gl.arange(0, STEP, TOKENS)
         scores = gl.where(token[None, :] <= last_seen[:, None], scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _add_rope(scores, rope_queries, ropes):
+    """Begin to add the products of rotary channels."""
+    keys = ropes.index(0).reshape((STEP, ROPE)).permute((1, 0))
+    return warpgroup_mma(rope_queries.index(_opaque()), keys, scores, is_async=True)
+
+
+@gluon.jit
+def _factor_of(m, m_new):
+    """Return the factor of sums relative to m, to make them relative to m_new."""
+    return gl.exp2(m - gl.where(m_new == float("-inf"), 0.0, m_new))  # rows that see nothing yet
+
+
+@gluon.jit
+def _raise(scores, vectors, slot, factor, m):
+    """Return the new m (`rows`), and the exponent of the gain.
+
+    m stays until a score is much larger: no weight is above 2**SLACK.
+    """
     exponent = vectors[2].index(slot).load(gl.SliceLayout(1, SCORES))
     largest = gl.max(scores, 1) * factor + exponent
     grown = (largest > m + SLACK) | (largest != largest)
-    m_new = gl.where(grown, largest, m)
-    origin = gl.where(m_new == float("-inf"), 0.0, m_new)  # rows that see nothing yet
-    alpha = gl.exp2(m - origin)
+    return gl.where(grown, largest, m), exponent
+
+
+@gluon.jit
+def _weights(scores, factor, m, exponent):
+    """Return the weights of scores."""
     none = gl.zeros_like(scores)
-    weights = gl.exp2(gl.fma(scores, none + factor[:, None], none + (exponent - origin)[:, None]))
-    return weights, alpha, m_new, gl.exp2(-exponent), gl.max(grown.to(gl.int32), 0)
+    less = exponent - gl.where(m == float("-inf"), 0.0, m)
+    return gl.exp2(gl.fma(scores, none + factor[:, None], none + less[:, None]))
 
 
 @gluon.jit
@@ -87,117 +116,134 @@ def _total(weights, inverse):
 
 
 @gluon.jit
-def _operand(weights, vectors, slot):
-    """Return weights times norms."""
-    norm = vectors[1].index(slot).load(gl.SliceLayout(0, SCORES))
-    return (weights * norm[None, :]).to(gl.float16)
+def _scaled(state, factor):
+    """Return sums of channels and of weights times a factor of each row."""
+    acc, l_sum = state
+    wide = gl.convert_layout(factor, gl.SliceLayout(1, SUMS), assert_trivial=True)[:, None]
+    part = gl.convert_layout(factor, gl.SliceLayout(1, l_sum.type.layout), assert_trivial=True)[:, None]
+    return (acc[0] * wide, acc[1] * wide), l_sum * part
 
 
 @gluon.jit
-def _scaled(acc, factor):
-    """Return sums times a factor of each row."""
-    factor = gl.convert_layout(factor, gl.SliceLayout(1, SUMS), assert_trivial=True)[:, None]
-    return acc[0] * factor, acc[1] * factor
-
-
-@gluon.jit
-def _store(half: gl.constexpr, out_ptr, num_rows, acc):
-    """Store the sums of half of the channels."""
-    pairs = gl.join(acc[0], acc[1])
-    sums = gl.reshape(pairs, (ROWS, LATENTS // 2))
-    LAYOUT: gl.constexpr = sums.type.layout
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    channel = half * (LATENTS // 2) + gl.arange(0, LATENTS // 2, gl.SliceLayout(0, LAYOUT))
-    gl.store(out_ptr + row[:, None] * LATENTS + channel[None, :], sums, (row < num_rows)[:, None])
-
-
-@gluon.jit
-def _hand_over(weights, alpha, weights_smem, factors, full):
-    """Store the weights of a block, and the factor of what was summed before."""
-    weights_smem.store(weights)
-    factors.store(alpha)
+def _hand_over(operand, m, handed):
+    """Store the weights of a block, and m."""
+    weights_smem, maxima, full = handed
+    weights_smem.store(operand)
+    maxima.store(m)
     fence_async_shared()
     mbarrier.arrive(full, count=1)
 
 
 @gluon.jit
-def attend(pointers, tile, memory, handed, bars, work):
-    """Compute scores and weights of all blocks of a program, and the sums of the first half of the channels."""
+def _take_over(half: gl.constexpr, state, m, i, latents, handed):
+    """Begin to sum block i, of the other group, as soon as its weights are there; return the sums, relative to its m, and m."""
+    weights_smem, maxima, full = handed
+    mbarrier.wait(full, i & 1)
+    m_new = maxima.load(gl.SliceLayout(1, SCORES))
+    acc, l_sum = _scaled(state, _factor_of(m, m_new))
+    return (_sum(half, acc, weights_smem, latents, 1 - half), l_sum), m_new
+
+
+@gluon.jit
+def _attend_block(half: gl.constexpr, first: gl.constexpr, state, m, i, tile, memory, handed, bars, work):
+    """Compute scores and weights of block i, and sum the block before, of the other group, and this one.
+
+    The block before is summed behind the products with latents, so that its slot is filled anew while weights are computed.
+    """
+    factor, seen = tile
+    queries, rope_queries, latents, ropes, vectors = memory
+    full, free, scored, rope_full = bars
+    found = _multiply(0, gl.zeros((ROWS, STEP), gl.float32, SCORES), queries, latents, full, half, i)
+    found = _multiply(1, found, queries, latents, full, half, i)
+    if first:
+        found = warpgroup_mma_wait(0, [found])
+    else:
+        state, m = _take_over(half, state, m, i - 1, latents, handed)
+        found = warpgroup_mma_wait(2, [found])
+    scores = _sized(found, vectors, half, block_of(i, work), seen)
+    mbarrier.wait(rope_full, i & 1)
+    scores = _add_rope(scores, rope_queries, ropes)
+    if not first:
+        acc, l_sum = state
+        low, high = warpgroup_mma_wait(1, acc)
+        mbarrier.arrive(free.index((1 - half) * 2 + half), count=1)
+        state = ((low, high), l_sum)
+    scores = warpgroup_mma_wait(0, [scores])
+    mbarrier.arrive(scored, count=1)
+    m_new, exponent = _raise(scores, vectors, half, factor, m)
+    weights = _weights(scores, factor, m_new, exponent)
+    total = _total(weights, gl.exp2(-exponent))
+    norm = vectors[1].index(half).load(gl.SliceLayout(0, SCORES))
+    operand = (weights * norm[None, :]).to(gl.float16)
+    _hand_over(operand, m_new, handed)
+    acc, l_sum = _scaled(state, _factor_of(m, m_new))
+    acc = _sum(half, acc, gl.convert_layout(operand, OPERAND), latents, half)
+    acc = warpgroup_mma_wait(0, acc)
+    mbarrier.arrive(free.index(half * 2 + half), count=1)
+    return (acc, l_sum + total), m_new
+
+
+@gluon.jit
+def _store(half: gl.constexpr, out_ptr, num_rows, acc, inverse):
+    """Store the sums of half of the channels, times a factor of each row."""
+    pairs = gl.join(acc[0], acc[1])
+    sums = gl.reshape(pairs, (ROWS, LATENTS // 2))
+    LAYOUT: gl.constexpr = sums.type.layout
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    channel = half * (LATENTS // 2) + gl.arange(0, LATENTS // 2, gl.SliceLayout(0, LAYOUT))
+    sums *= gl.convert_layout(inverse, gl.SliceLayout(1, LAYOUT), assert_trivial=True)[:, None]
+    gl.store(out_ptr + row[:, None] * LATENTS + channel[None, :], sums, (row < num_rows)[:, None])
+
+
+@gluon.jit
+def attend(half: gl.constexpr, pointers, tile, memory, handed, ends, bars, work):
+    """Attend to every second block of a program from number `half` on, and sum half of the channels of all blocks."""
     q_ptr, factor_ptr, out_ptr, lse_ptr = pointers
     place, num_rows, first_row, num_heads, first_seen = tile
-    queries, rope_queries, latents, ropes, vectors = memory
-    weights_smem, factors, weights_full, weights_free, started = handed
-    full, free, scored, rope_full = bars
-    arrived = (full, rope_full)
+    queries, rope_queries, latents, _, _ = memory
+    totals, loaded, done = ends
     count = work[5]
     row = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     # Not 0, by which a score of -inf would be none.
     factor = gl.maximum(gl.abs(gl.load(factor_ptr + place + row, row < num_rows, other=0.0)), 1e-37)
-    seen = (factor, first_seen + (first_row + row) // num_heads, first_seen)
-    load_queries(0, q_ptr, factor_ptr, place, num_rows, queries)
-    load_rope(q_ptr, factor_ptr, place, num_rows, rope_queries)
+    rows = (factor, (factor, first_seen + (first_row + row) // num_heads, first_seen))
+    load_queries(half, q_ptr, factor_ptr, place, num_rows, queries)
+    if half == 0:
+        load_rope(q_ptr, factor_ptr, place, num_rows, rope_queries)
     fence_async_shared()
-    barrier()
-    mbarrier.wait(started, 0)
-    acc = (gl.zeros((ROWS, PAIRS), gl.float32, SUMS), gl.zeros((ROWS, PAIRS), gl.float32, SUMS))
+    mbarrier.arrive(loaded.index(half), count=1)
+    mbarrier.wait(loaded.index(0), 0)
+    mbarrier.wait(loaded.index(1), 0)
+    none = gl.zeros((ROWS, PAIRS), gl.float32, SUMS)
     m = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    found, rope = _score(queries, rope_queries, latents, ropes, arrived, 0, 0)
-    found, rope = warpgroup_mma_wait(0, [found, rope])
-    mbarrier.arrive(scored, count=1)
-    weights, alpha, m, inverse, _ = _weigh(found, rope, vectors, 0, block_of(0, work), seen, m)
-    l_sum = _total(weights, inverse)
-    _hand_over(_operand(weights, vectors, 0), alpha, weights_smem, factors, weights_full)
-    for i in range(1, count):
-        slot = i % 2
-        acc = _sum(0, acc, weights_smem, latents, slot ^ 1)
-        found, rope = _score(queries, rope_queries, latents, ropes, arrived, slot, i)
-        acc = warpgroup_mma_wait(5, acc)
-        mbarrier.arrive(free.index((slot ^ 1) * 2), count=1)
-        found, rope = warpgroup_mma_wait(0, [found, rope])
-        mbarrier.arrive(scored, count=1)
-        weights, alpha, m, inverse, grown = _weigh(found, rope, vectors, slot, block_of(i, work), seen, m)
-        part = gl.convert_layout(alpha, gl.SliceLayout(1, l_sum.type.layout), assert_trivial=True)
-        l_sum = l_sum * part[:, None] + _total(weights, inverse)
-        operand = _operand(weights, vectors, slot)
-        if grown > 0:
-            acc = _scaled(acc, alpha)
-        mbarrier.wait(weights_free, (i & 1) ^ 1)
-        _hand_over(operand, alpha, weights_smem, factors, weights_full)
-    acc = _sum(0, acc, weights_smem, latents, (count - 1) % 2)
-    total = gl.convert_layout(gl.sum(l_sum, 1), gl.SliceLayout(1, SCORES))
-    inverse = 1.0 / gl.where(total > 0, total, 1.0)
-    mbarrier.wait(weights_free, (count & 1) ^ 1)
-    factors.store(inverse)
-    mbarrier.arrive(weights_full, count=1)
-    gl.store(lse_ptr + row, m + gl.log2(total), row < num_rows)
-    acc = warpgroup_mma_wait(0, acc)
-    _store(0, out_ptr, num_rows, _scaled(acc, inverse))
+    nothing = _total(gl.zeros((ROWS, STEP), gl.float32, SCORES), gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, SCORES)))
+    state = ((none, none), nothing)
+    if half == 0:
+        state, m = _attend_block(half, True, state, m, 0, rows, memory, handed, bars, work)
+    for i in range(2 - half, count, 2):
+        state, m = _attend_block(half, False, state, m, i, rows, memory, handed, bars, work)
+    if (count - 1) % 2 != half:
+        state, m = _take_over(half, state, m, count - 1, latents, handed)
+        acc, l_sum = state
+        low, high = warpgroup_mma_wait(0, acc)
+        state = ((low, high), l_sum)
+    acc, l_sum = state
+    totals.index(half).store(gl.convert_layout(gl.sum(l_sum, 1), gl.SliceLayout(1, SCORES)))
+    mbarrier.arrive(done.index(half), count=1)
+    mbarrier.wait(done.index(1 - half), 0)
+    total = totals.index(0).load(gl.SliceLayout(1, SCORES)) + totals.index(1).load(gl.SliceLayout(1, SCORES))
+    if half == 0:
+        gl.store(lse_ptr + row, m + gl.log2(total), row < num_rows)
+    _store(half, out_ptr, num_rows, acc, 1.0 / gl.where(total > 0, total, 1.0))
 
 
 @gluon.jit
-def attend_second(pointers, tile, memory, handed, bars, work):
-    """Compute the sums of the second half of the channels, with weights of the other warp group.
+def attend_first(pointers, tile, memory, handed, ends, bars, work):
+    """Attend to blocks 0, 2, ..."""
+    attend(0, pointers, tile, memory, handed, ends, bars, work)
 
-    Those of a block run while the other group computes the weights of the next one, when it has no products.
-    """
-    q_ptr, factor_ptr, out_ptr, _ = pointers
-    place, num_rows, _, _, _ = tile
-    queries, _, latents, _, _ = memory
-    weights_smem, factors, weights_full, weights_free, started = handed
-    free, scored = bars[1], bars[2]
-    count = work[5]
-    load_queries(1, q_ptr, factor_ptr, place, num_rows, queries)
-    fence_async_shared()
-    mbarrier.arrive(started, count=1)
-    acc = (gl.zeros((ROWS, PAIRS), gl.float32, SUMS), gl.zeros((ROWS, PAIRS), gl.float32, SUMS))
-    for i in range(count):
-        slot = i % 2
-        mbarrier.wait(weights_full, i & 1)
-        acc = _scaled(acc, factors.load(gl.SliceLayout(1, SCORES)))
-        mbarrier.wait(scored, (i + 1) & 1, pred=i + 1 < count)
-        acc = _sum(1, acc, weights_smem, latents, slot)
-        acc = warpgroup_mma_wait(0, acc)
-        mbarrier.arrive(weights_free, count=1)
-        mbarrier.arrive(free.index(slot * 2 + 1), count=1)
-    mbarrier.wait(weights_full, count & 1)
-    _store(1, out_ptr, num_rows, _scaled(acc, factors.load(gl.SliceLayout(1, SCORES))))
+
+@gluon.jit
+def attend_second(pointers, tile, memory, handed, ends, bars, work):
+    """Attend to blocks 1, 3, ..."""
+    attend(1, pointers, tile, memory, handed, ends, bars, work)

@@ -129,24 +129,36 @@ def prefetch_ptx(num_bytes):
 
 
 @gluon.jit
+def _copy_params(desc, params, page, i):
+    """Copy the parameters of block i, which is on a page, as soon as there is room."""
+    memory, full, free = params
+    slot = i % 2
+    mbarrier.wait(free.index(slot), (i // 2 & 1) ^ 1)
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+    copy_tile(desc, [page, 0, 0], full.index(slot), memory.index(slot))
+
+
+@gluon.jit
 def copy_params(descs, ropes, params, bars, pages, paged, LAYOUT: gl.constexpr):
     """Copy rotary channels and parameters of a program's quantized blocks, by one warp, and ask for codes ahead."""
     CODES: gl.constexpr = STEP * PAIRS * LAYOUT.bits // 2
     params_desc, rope_desc = descs
     rope_full, scored = bars
-    params, params_full, params_free = params
-    page_id = load_id(0, paged, LAYOUT)
+    page = gl.to_tensor(0)
+    if paged[2] > 0:
+        page = gl.maximum(load_id(0, paged, LAYOUT), 0)
+        _copy_params(params_desc, params, page, 0)
     for i in range(paged[2]):
-        page, part = gl.maximum(page_id, 0), part_of(i, paged, LAYOUT)
-        page_id = load_id(i + 1, paged, LAYOUT)
-        _prefetch(_record_of(page_id, pages) + part_of(i + 1, paged, LAYOUT) * CODES, CODES)
-        slot = i % 2
-        mbarrier.wait(params_free.index(slot), (i // 2 & 1) ^ 1)
-        mbarrier.expect(params_full.index(slot), params_desc.block_type.nbytes)
-        copy_tile(params_desc, [page, 0, 0], params_full.index(slot), params.index(slot))
+        part = part_of(i, paged, LAYOUT)
+        next_page = gl.maximum(load_id(i + 1, paged, LAYOUT), 0)
+        codes_ptr = _record_of(next_page, pages) + part_of(i + 1, paged, LAYOUT) * CODES
+        _prefetch(codes_ptr, CODES)
+        if i + 1 < paged[2]:
+            _copy_params(params_desc, params, next_page, i + 1)
         mbarrier.wait(scored, (i - 1) & 1)
         mbarrier.expect(rope_full, rope_desc.block_type.nbytes)
         copy_tile(rope_desc, [page, part * STEP, 0], rope_full, ropes.index(0))
+        page = next_page
 
 
 @gluon.jit
@@ -191,13 +203,9 @@ def _fill_raw(i, memory, bars, raw, work, LAYOUT: gl.constexpr):
     num_valid = raw[6] - index * LAYOUT.page_size
     slot = i % 2
     phase = (i // 2 & 1) ^ 1
-    token = first_token + gl.arange(0, STEP, gl.SliceLayout(1, HALVES))
+    PART: gl.constexpr = STEP // 2  # tokens at a time, which registers have room for
     for half in gl.static_range(2):
-        planes = split_pairs(load_pairs(page_ptr + half * (LATENTS // 2), token * (stride_token // 2), token < num_valid))
-        mbarrier.wait(free.index(slot * 2 + half), phase)
-        if half == 0:
-            _store_sizes(vectors, slot, gl.full((STEP,), 1.0, gl.float32, NUMBERS), gl.to_tensor(1.0))
-        else:
+        if half == 1:
             rope_token = first_token + gl.arange(0, STEP, gl.SliceLayout(1, ROPES))
             place = (rope_token * stride_token)[:, None] + gl.arange(0, ROPE, gl.SliceLayout(0, ROPES))[None, :]
             rope = gl.load(page_ptr + LATENTS + place, (rope_token < num_valid)[:, None], other=0.0)
@@ -205,8 +213,15 @@ def _fill_raw(i, memory, bars, raw, work, LAYOUT: gl.constexpr):
             ropes.index(0).reshape((STEP, ROPE)).store(rope)
             fence_async_shared()
             mbarrier.arrive(rope_full, count=1)
-        for byte in gl.static_range(2):
-            latents.index(slot * 4 + half * 2 + byte).store(planes[byte])
+        mbarrier.wait(free.index(slot * 2 + half), phase)
+        if half == 0:
+            _store_sizes(vectors, slot, gl.full((STEP,), 1.0, gl.float32, NUMBERS), gl.to_tensor(1.0))
+        for start in gl.static_range(0, STEP, PART):
+            token = first_token + start + gl.arange(0, PART, gl.SliceLayout(1, HALVES))
+            words = load_pairs(page_ptr + half * (LATENTS // 2), token * (stride_token // 2), token < num_valid)
+            planes = split_pairs(words)
+            for byte in gl.static_range(2):
+                latents.index(slot * 4 + half * 2 + byte).slice(start, PART).store(planes[byte])
         fence_async_shared()
         mbarrier.arrive(full.index(slot * 2 + half), count=1)
 

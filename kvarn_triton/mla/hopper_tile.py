@@ -1,7 +1,8 @@
 """The form of `hopper` for tiles of 64 query rows: numbers of a block of tokens in shared memory, which all rows read.
 
-A warp group makes the numbers (`hopper_fill`), beside a warp that copies rotary channels and parameters. Another one multiplies
-the queries by them, computes weights, and sums half of the channels; a third one sums the other half (`hopper_attend`).
+A warp group makes the numbers (`hopper_fill`), beside a warp that copies rotary channels and parameters. Two groups take turns
+with blocks (`hopper_attend`): each multiplies the queries by the numbers of its own, computes weights, and sums half of the
+channels of all blocks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ..attention.hopper import barriers
-from .hopper_attend import attend, attend_second
+from .hopper_attend import attend_first, attend_second
 from .hopper_blocks import ROPE, STEP, barrier
 from .hopper_fill import PAIRS, copy_params, fill
 
@@ -29,25 +30,27 @@ def attend_tile(pointers, tile, records, raw, paged, work, LAYOUT: gl.constexpr,
     ropes = gl.allocate_shared_memory(gl.float16, [1] + rope_desc.block_type.shape, rope_desc.layout)
     params = gl.allocate_shared_memory(gl.int32, [2] + params_desc.block_type.shape, params_desc.layout)
     weights = gl.allocate_shared_memory(gl.float16, [ROWS, STEP], OPERANDS)
-    factors = gl.allocate_shared_memory(gl.float32, [ROWS], VECTORS)
+    maxima = gl.allocate_shared_memory(gl.float32, [ROWS], VECTORS)
+    totals = gl.allocate_shared_memory(gl.float32, [2, ROWS], VECTORS)
     sizes = gl.allocate_shared_memory(gl.float32, [2, STEP], VECTORS)
     norms = gl.allocate_shared_memory(gl.float32, [2, STEP], VECTORS)
     exponents = gl.allocate_shared_memory(gl.float32, [2, STEP], VECTORS)
-    full, free, alone = barriers(4, 1), barriers(4, 1), barriers(5, 1)
+    full, free, alone = barriers(4, 1), barriers(4, 1), barriers(3, 1)
     params = (params, barriers(2, 1), barriers(2, 1))
-    handed = (weights, factors, alone.index(0), alone.index(1), alone.index(2))
+    handed = (weights, maxima, alone.index(0))
+    ends = (totals, barriers(2, 1), barriers(2, 1))
     fence_async_shared()
     barrier()
-    bars = (full, free, alone.index(3), alone.index(4))
+    bars = (full, free, alone.index(1), alone.index(2))
     vectors = (sizes, norms, exponents)
     memory = (queries, rope_queries, latents, ropes, vectors)
     gl.warp_specialize(
         [
-            (attend, (pointers, tile, memory, handed, bars, work)),
-            (attend_second, (pointers, tile, memory, handed, bars, work)),
+            (attend_first, (pointers, tile, memory, handed, ends, bars, work)),
+            (attend_second, (pointers, tile, memory, handed, ends, bars, work)),
             (fill, ((latents, ropes, vectors), params, bars, (pages, paged, raw), work, LAYOUT)),
-            (copy_params, ((params_desc, rope_desc), ropes, params, (alone.index(4), alone.index(3)), pages, paged, LAYOUT)),
+            (copy_params, ((params_desc, rope_desc), ropes, params, (alone.index(2), alone.index(1)), pages, paged, LAYOUT)),
         ],
         [4, 4, 1],
-        [160, 96, 24],  # registers; those that are left are the first one's
+        [200, 88, 24],  # registers; those that are left are the first one's
     )
