@@ -57,12 +57,12 @@ INSTRUCTIONS_PER_64_OF_GROUPS = 6700 if OLDEST else 7200
 SPILLS_OF_GROUPS = 12 if OLDEST else 40
 WARPS_OF_TILES = 16
 """Of the form for tiles of 64 rows; that of columns has 24."""
-INSTRUCTIONS_PER_64_OF_TILES = 6500 if OLDEST else 6700
+INSTRUCTIONS_PER_64_OF_TILES = 6500
 """The same of its tiles of 64 rows."""
 INSTRUCTIONS_PER_STEP_OF_PROMPTS = 520
 """Of one warp of `attention/hopper.py` for 128 tokens (64 of more than 128 channels), where nothing is masked or spilled."""
-WAITS_OF_TILES = 12
-"""Most instructions around products in a loop of these. If any warps of the kernel spill, ptxas waits for each product: 88."""
+WAITS_OF_TILES = 14
+"""Most instructions around products in a loop of these. ptxas may wait for each product where it lacks registers: 88."""
 INSTRUCTIONS_PER_32_LISTED = 5000
 """The same for 32 tokens of a list, each with the scales of its own page."""
 MLA_BUDGET_TARGETS = ("sm90", "sm100")
@@ -157,9 +157,10 @@ def test_compiles(target, parts, tmp_path):
             continue
         if kernel["num_warps"] == WARPS_OF_TILES:
             assert kernel["product_waits"] <= WAITS_OF_TILES, kernel
-            if "quantized only" in kernel["case"]:  # weights, numbers, and the other half of the sums
-                assert kernel["loop_spills_of_all"] <= (0 if OLDEST else 4), kernel
-                assert 4 * sum(kernel["loops"][:3]) <= INSTRUCTIONS_PER_64_OF_TILES, kernel
+            if "quantized only" in kernel["case"]:  # loops of the groups that take turns, and of the one that makes numbers
+                first, second, numbers = kernel["loops"][:3]
+                assert kernel["loop_spills_of_all"] <= (2 if OLDEST else 4), kernel
+                assert 2 * (first + second) + 4 * numbers <= INSTRUCTIONS_PER_64_OF_TILES, kernel
         elif "quantized only" in kernel["case"]:
             # Loops of the warps that sum, compute scores (twice, for every second block), multiply queries, and weigh.
             sums, even, odd, queries, weigh = kernel["loops"][:5]

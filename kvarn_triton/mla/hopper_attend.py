@@ -82,12 +82,6 @@ def _add_rope(scores, rope_queries, ropes):
 
 
 @gluon.jit
-def _factor_of(m, m_new):
-    """Return the factor of sums relative to m, to make them relative to m_new."""
-    return gl.exp2(m - gl.where(m_new == float("-inf"), 0.0, m_new))  # rows that see nothing yet
-
-
-@gluon.jit
 def _raise(scores, vectors, slot, factor, m):
     """Return the new m (`rows`), and the exponent of the gain.
 
@@ -116,12 +110,13 @@ def _total(weights, inverse):
 
 
 @gluon.jit
-def _scaled(state, factor):
-    """Return sums of channels and of weights times a factor of each row."""
-    acc, l_sum = state
+def _scaled(state, m_new):
+    """Return sums of channels and of weights relative to another m."""
+    acc, l_sum, m = state
+    factor = gl.exp2(m - gl.where(m_new == float("-inf"), 0.0, m_new))  # rows that see nothing yet
     wide = gl.convert_layout(factor, gl.SliceLayout(1, SUMS), assert_trivial=True)[:, None]
     part = gl.convert_layout(factor, gl.SliceLayout(1, l_sum.type.layout), assert_trivial=True)[:, None]
-    return (acc[0] * wide, acc[1] * wide), l_sum * part
+    return (acc[0] * wide, acc[1] * wide), l_sum * part, m_new
 
 
 @gluon.jit
@@ -135,22 +130,22 @@ def _hand_over(operand, m, handed):
 
 
 @gluon.jit
-def _take_over(half: gl.constexpr, state, m, i, latents, handed):
-    """Begin to sum block i, of the other group, as soon as its weights are there; return the sums, relative to its m, and m."""
+def _take_over(half: gl.constexpr, state, i, latents, handed):
+    """Begin to sum block i, of the other group, as soon as its weights are there; return the state, relative to its m."""
     weights_smem, maxima, full = handed
     mbarrier.wait(full, i & 1)
-    m_new = maxima.load(gl.SliceLayout(1, SCORES))
-    acc, l_sum = _scaled(state, _factor_of(m, m_new))
-    return (_sum(half, acc, weights_smem, latents, 1 - half), l_sum), m_new
+    acc, l_sum, m = _scaled(state, maxima.load(gl.SliceLayout(1, SCORES)))
+    return _sum(half, acc, weights_smem, latents, 1 - half), l_sum, m
 
 
 @gluon.jit
-def _attend_block(half: gl.constexpr, first: gl.constexpr, state, m, i, tile, memory, handed, bars, work):
+def _attend_block(half: gl.constexpr, first: gl.constexpr, state, i, tile, shared, work):
     """Compute scores and weights of block i, and sum the block before, of the other group, and this one.
 
     The block before is summed behind the products with latents, so that its slot is filled anew while weights are computed.
     """
     factor, seen = tile
+    memory, handed, bars = shared
     queries, rope_queries, latents, ropes, vectors = memory
     full, free, scored, rope_full = bars
     found = _multiply(0, gl.zeros((ROWS, STEP), gl.float32, SCORES), queries, latents, full, half, i)
@@ -158,29 +153,29 @@ def _attend_block(half: gl.constexpr, first: gl.constexpr, state, m, i, tile, me
     if first:
         found = warpgroup_mma_wait(0, [found])
     else:
-        state, m = _take_over(half, state, m, i - 1, latents, handed)
+        state = _take_over(half, state, i - 1, latents, handed)
         found = warpgroup_mma_wait(2, [found])
     scores = _sized(found, vectors, half, block_of(i, work), seen)
     mbarrier.wait(rope_full, i & 1)
     scores = _add_rope(scores, rope_queries, ropes)
     if not first:
-        acc, l_sum = state
+        acc, l_sum, m = state
         low, high = warpgroup_mma_wait(1, acc)
         mbarrier.arrive(free.index((1 - half) * 2 + half), count=1)
-        state = ((low, high), l_sum)
+        state = ((low, high), l_sum, m)
     scores = warpgroup_mma_wait(0, [scores])
     mbarrier.arrive(scored, count=1)
-    m_new, exponent = _raise(scores, vectors, half, factor, m)
+    m_new, exponent = _raise(scores, vectors, half, factor, state[2])
     weights = _weights(scores, factor, m_new, exponent)
     total = _total(weights, gl.exp2(-exponent))
     norm = vectors[1].index(half).load(gl.SliceLayout(0, SCORES))
     operand = (weights * norm[None, :]).to(gl.float16)
     _hand_over(operand, m_new, handed)
-    acc, l_sum = _scaled(state, _factor_of(m, m_new))
+    acc, l_sum, m = _scaled(state, m_new)
     acc = _sum(half, acc, gl.convert_layout(operand, OPERAND), latents, half)
-    acc = warpgroup_mma_wait(0, acc)
+    low, high = warpgroup_mma_wait(0, acc)
     mbarrier.arrive(free.index(half * 2 + half), count=1)
-    return (acc, l_sum + total), m_new
+    return (low, high), l_sum + total, m
 
 
 @gluon.jit
@@ -217,17 +212,17 @@ def attend(half: gl.constexpr, pointers, tile, memory, handed, ends, bars, work)
     none = gl.zeros((ROWS, PAIRS), gl.float32, SUMS)
     m = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     nothing = _total(gl.zeros((ROWS, STEP), gl.float32, SCORES), gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, SCORES)))
-    state = ((none, none), nothing)
+    state = ((none, none), nothing, m)
+    shared = (memory, handed, bars)
     if half == 0:
-        state, m = _attend_block(half, True, state, m, 0, rows, memory, handed, bars, work)
+        state = _attend_block(half, True, state, 0, rows, shared, work)
     for i in range(2 - half, count, 2):
-        state, m = _attend_block(half, False, state, m, i, rows, memory, handed, bars, work)
+        state = _attend_block(half, False, state, i, rows, shared, work)
     if (count - 1) % 2 != half:
-        state, m = _take_over(half, state, m, count - 1, latents, handed)
-        acc, l_sum = state
+        acc, l_sum, m = _take_over(half, state, count - 1, latents, handed)
         low, high = warpgroup_mma_wait(0, acc)
-        state = ((low, high), l_sum)
-    acc, l_sum = state
+        state = ((low, high), l_sum, m)
+    acc, l_sum, m = state
     totals.index(half).store(gl.convert_layout(gl.sum(l_sum, 1), gl.SliceLayout(1, SCORES)))
     mbarrier.arrive(done.index(half), count=1)
     mbarrier.wait(done.index(1 - half), 0)
