@@ -22,12 +22,14 @@ if not torch.cuda.is_available():
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of this test suite."""
     parser.addoption("--all", action="store_true", help="run tests that take minutes, too")
+    parser.addoption("--release", action="store_true", help="run what --all runs, and what is compiled before a release only")
     parser.addoption("--server-steps", type=int, default=0, metavar="N", help="random requests of test_server.py's long run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Say what marks mean."""
     config.addinivalue_line("markers", "slow(what): minutes of `what`; runs with --all, and what interprets on a GPU too")
+    config.addinivalue_line("markers", "rare: minutes of the compiler, for what seldom differs; runs with --release")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -38,11 +40,14 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip slow tests without --all; with it they are first, so that no process works on one when the others are done."""
+    """Skip slow and rare tests; those that run are first, so that no process works on one when the others are done."""
     fast = {"the interpreter"} if torch.cuda.is_available() else set()
+    every = config.getoption("release")
     for item in items:
         mark = item.get_closest_marker("slow")
-        if mark and mark.args[0] not in fast and not config.getoption("all"):
+        if item.get_closest_marker("rare") and not every:
+            item.add_marker(pytest.mark.skip(reason="compiled before a release: run with --release"))
+        elif mark and mark.args[0] not in fast and not (every or config.getoption("all")):
             item.add_marker(pytest.mark.skip(reason=f"minutes of {mark.args[0]}: run with --all"))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 

@@ -78,10 +78,19 @@ SPLIT_TARGETS = "sm90", "gfx942"
 """Targets that compile so many layouts that each part is a test."""
 PROCESSES = [
     *((target, (part,)) for target in SPLIT_TARGETS for part in USUAL_PARTS),
-    *(("sm90", (part,)) for part in ("encode other", "encode largest")),
-    *((target, USUAL_PARTS) for target in TARGETS if target not in SPLIT_TARGETS),
+    ("sm90", ("encode other",)),
+    *((target, USUAL_PARTS) for target in ("sm80", "sm100")),
+    ("sm86", ("main", "prefill", "scratch")),
 ]
 """What one process compiles. Encoders of rare shapes take minutes: one target compiles them, with the oldest Triton."""
+RARE_PROCESSES = [
+    ("sm90", ("encode largest",)),
+    ("gfx942", ("mla encode",)),
+    ("sm86", ("decode", "encode", "mla", "mla encode")),
+    *((target, USUAL_PARTS) for target in ("sm89", "sm120", "gfx950")),
+]
+"""What is compiled before a release only: targets that differ from others in the shared memory of a program, of which one has
+the least, and what takes minutes."""
 KERNELS = {
     "main": (
         *("append_tokens", "cut_back", "decode_attention", "dequantize", "dequantize_pages", "hadamard", "merge_splits"),
@@ -106,11 +115,15 @@ KERNELS_OF_TARGET = {("sm90", "scratch"): ("attend_hopper", "list_tiles", "plain
 def processes() -> list:
     """Return the parameters of a test: what one process compiles, named by its target and its part."""
     params = []
-    for target, parts in PROCESSES:
+    rare = [(target, (part,)) for target, parts in RARE_PROCESSES for part in parts]
+    usual = [(target, parts) for target, parts in PROCESSES if (target, parts) not in rare]
+    for target, parts in usual + RARE_PROCESSES:
         marks = [] if parts == ("main",) else [pytest.mark.slow("the compiler")]
+        if (target, parts) in RARE_PROCESSES:
+            marks.append(pytest.mark.rare)
         if parts[0] in ("encode other", "encode largest"):
             marks.append(pytest.mark.skipif(not OLDEST, reason="the oldest Triton compiles encoders of rare shapes"))
-        params.append(pytest.param(target, parts, marks=marks, id=f"{target}-{parts[0]}" if len(parts) == 1 else target))
+        params.append(pytest.param(target, parts, marks=marks, id=target if parts == USUAL_PARTS else f"{target}-{parts[0]}"))
     return params
 
 
@@ -204,13 +217,13 @@ def check_budgets(part: str, kernels: list[dict]) -> None:
 def test_every_part_is_compiled():
     """Every target compiles the usual parts, and all parts together launch every kernel of the package."""
     for target in TARGETS:
-        assert {part for name, parts in PROCESSES if name == target for part in parts} >= set(USUAL_PARTS)
+        assert {part for name, parts in PROCESSES + RARE_PROCESSES if name == target for part in parts} >= set(USUAL_PARTS)
     parts = *(KERNELS[part] for part in USUAL_PARTS), *KERNELS_OF_TARGET.values()
     names = {f"_kvarn_{name}_kernel" for part in parts for name in part}
     found = {
         name for path in PACKAGE.rglob("*.py") for name in re.findall(r"^def (_kvarn_\w+_kernel)\(", path.read_text(), re.M)
     }
-    assert names == found
+    assert names | {"_kvarn_exchange_kernel"} == found  # which `parallel_worker.py` compiles
 
 
 def test_unset_registers_are_found():

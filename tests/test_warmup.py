@@ -28,7 +28,10 @@ def run_worker(name: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     "arguments",
-    [pytest.param(["stub"], id="stub"), pytest.param([], marks=pytest.mark.slow("the compiler"), id="binaries")],
+    [
+        pytest.param(["stub"], id="stub"),
+        pytest.param([], marks=[pytest.mark.slow("the compiler"), pytest.mark.rare], id="binaries"),
+    ],
 )
 def test_no_compilation_after_warmup(arguments):
     """One warm-up serves every batch, context, sink and split; another group is refused with the kernel's name.
