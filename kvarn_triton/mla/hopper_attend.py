@@ -63,9 +63,9 @@ def _multiply(part: gl.constexpr, found, queries, latents, full, slot, i):
 
 
 @gluon.jit
-def _sized(found, vectors, slot, block, seen):
+def _sized(found, vectors, slot, block, rows):
     """Return products times the sizes of their tokens: -inf where a row doesn't see a token."""
-    _, last_seen, first_seen = seen
+    _, last_seen, first_seen = rows
     TOKENS: gl.constexpr = gl.SliceLayout(0, SCORES)
     scores = found * vectors[0].index(slot).load(TOKENS)[None, :]
     if block * STEP + (STEP - 1) > first_seen:
@@ -139,12 +139,12 @@ def _take_over(half: gl.constexpr, state, i, latents, handed):
 
 
 @gluon.jit
-def _attend_block(half: gl.constexpr, first: gl.constexpr, state, i, tile, shared, work):
+def _attend_block(half: gl.constexpr, first: gl.constexpr, state, i, rows, shared, work):
     """Compute scores and weights of block i, and sum the block before, of the other group, and this one.
 
     The block before is summed behind the products with latents, so that its slot is filled anew while weights are computed.
     """
-    factor, seen = tile
+    factor, _, _ = rows
     memory, handed, bars = shared
     queries, rope_queries, latents, ropes, vectors = memory
     full, free, scored, rope_full = bars
@@ -155,7 +155,7 @@ def _attend_block(half: gl.constexpr, first: gl.constexpr, state, i, tile, share
     else:
         state = _take_over(half, state, i - 1, latents, handed)
         found = warpgroup_mma_wait(2, [found])
-    scores = _sized(found, vectors, half, block_of(i, work), seen)
+    scores = _sized(found, vectors, half, block_of(i, work), rows)
     mbarrier.wait(rope_full, i & 1)
     scores = _add_rope(scores, rope_queries, ropes)
     if not first:
@@ -201,7 +201,7 @@ def attend(half: gl.constexpr, pointers, tile, memory, handed, ends, bars, work)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     # Not 0, by which a score of -inf would be none.
     factor = gl.maximum(gl.abs(gl.load(factor_ptr + place + row, row < num_rows, other=0.0)), 1e-37)
-    rows = (factor, (factor, first_seen + (first_row + row) // num_heads, first_seen))
+    rows = (factor, first_seen + (first_row + row) // num_heads, first_seen)
     load_queries(half, q_ptr, factor_ptr, place, num_rows, queries)
     if half == 0:
         load_rope(q_ptr, factor_ptr, place, num_rows, rope_queries)
