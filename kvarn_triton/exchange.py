@@ -19,8 +19,8 @@ class Exchange:
     `torch.distributed._symmetric_memory` connects it. All ranks make it together, once for a server: making it waits for all of
     them, and exchanges a result, which compiles the kernel. After that nothing waits for the host, and calls can be captured.
 
-    All ranks make the same calls in the same order, on one stream or on streams that wait for each other. A rank that waits in
-    vain for another ends with an error of its GPU after some minutes.
+    All ranks make the same calls in the same order, on one stream or on streams that wait for each other, and let go of it when
+    all have made the last one. A rank that waits in vain for another ends with an error of its GPU after some minutes.
 
     Args:
         num_q_heads: query heads of a rank.

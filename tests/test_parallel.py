@@ -221,6 +221,12 @@ class Gpus:
         plan = self.plans[rank]
         return self.memory[rank][: 4 * plan.size * plan.num_blocks].view(torch.int32).view(plan.size, -1)
 
+    def results(self, rank: int) -> torch.Tensor:
+        """Return the bytes of what others have written to a rank, [half, bytes]."""
+        plan = self.plans[rank]
+        num_bytes = 2 * plan.size * plan.max_rows * plan.v_head_dim * plan.itemsize
+        return self.memory[rank][plan.out_start :][:num_bytes].view(2, -1)
+
     def merge(self, rank: int, outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Exchange as a rank does."""
         return launch_exchange((outs[rank], lses[rank]), self.memory[rank], self.table, self.epochs[rank], self.plans[rank])
@@ -257,6 +263,8 @@ def test_exchange(size, head_dim, dtype, device):
             gpus.words(rank)[:, blocks] = 0
             epochs.copy_(before)
         expected = merge_states(*states)
+        half = int(told[0][0]) & 1
+        older = [gpus.results(rank)[1 - half].clone() for rank in range(size)]
         for rank in range(size):
             gpus.words(rank)[:, blocks] = told[rank]
             for other in set(range(size)) - {rank}:
@@ -266,6 +274,9 @@ def test_exchange(size, head_dim, dtype, device):
             assert epoch is None or (gpus.epochs[rank][blocks] == epoch).all()
             for x, y in zip(found, expected, strict=True):
                 assert_same_bits(x, y)
+        for rank, before in enumerate(older):  # what a slower rank may still read
+            assert_same_bits(gpus.results(rank)[1 - half], before)
+            assert gpus.results(rank)[half].any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
