@@ -109,7 +109,7 @@ FLOORS = (
     ("pages",),
     ("attention",),
     ("mla", "serving"),
-    ("ops", "parallel", "testing", "warmup"),
+    ("exchange", "ops", "parallel", "testing", "warmup"),
     ("integrations",),
 )
 """Which parts of the package stand on which: each imports from floors below it, and from its own."""
