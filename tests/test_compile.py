@@ -78,19 +78,18 @@ SPLIT_TARGETS = "sm90", "gfx942"
 """Targets that compile so many layouts that each part is a test."""
 PROCESSES = [
     *((target, (part,)) for target in SPLIT_TARGETS for part in USUAL_PARTS),
-    ("sm90", ("encode other",)),
     *((target, USUAL_PARTS) for target in ("sm80", "sm100")),
     ("sm86", ("main", "prefill", "scratch")),
 ]
-"""What one process compiles. Encoders of rare shapes take minutes: one target compiles them, with the oldest Triton."""
+"""What one process compiles."""
 RARE_PROCESSES = [
-    ("sm90", ("encode largest",)),
+    *(("sm90", (part,)) for part in ("encode other", "encode largest")),
     ("gfx942", ("mla encode",)),
     ("sm86", ("decode", "encode", "mla", "mla encode")),
     *((target, USUAL_PARTS) for target in ("sm89", "sm120", "gfx950")),
 ]
 """What is compiled before a release only: targets that differ from others in the shared memory of a program, of which one has
-the least, and what takes minutes."""
+the least, and what takes minutes. Encoders of rare shapes do: one target compiles them, with the oldest Triton."""
 KERNELS = {
     "main": (
         *("append_tokens", "cut_back", "decode_attention", "dequantize", "dequantize_pages", "hadamard", "merge_splits"),
@@ -123,7 +122,8 @@ def processes() -> list:
             marks.append(pytest.mark.rare)
         if parts[0] in ("encode other", "encode largest"):
             marks.append(pytest.mark.skipif(not OLDEST, reason="the oldest Triton compiles encoders of rare shapes"))
-        params.append(pytest.param(target, parts, marks=marks, id=target if parts == USUAL_PARTS else f"{target}-{parts[0]}"))
+        name = target if parts == USUAL_PARTS else f"{target}-{parts[0]}".replace(" ", "-")
+        params.append(pytest.param(target, parts, marks=marks, id=name))
     return params
 
 
