@@ -2,6 +2,8 @@
 
 from . import reference
 from .attention.decode import decode_attention
+from .attention.decode_schedule import schedule_decode, schedule_step
+from .attention.parts import DecodeSchedule
 from .attention.prefill import prefill_attention
 from .attention.states import merge_states
 from .attention.tree import build_tree_mask
@@ -45,6 +47,7 @@ __all__ = [
     "PUBLISHED",
     "CompilationError",
     "DecodeConfig",
+    "DecodeSchedule",
     "DecodeTable",
     "Encoder",
     "MLAConfig",
@@ -89,6 +92,8 @@ __all__ = [
     "read_tokens",
     "reference",
     "save_table",
+    "schedule_decode",
+    "schedule_step",
     "store_pages",
     "unpack",
     "variance_normalize",

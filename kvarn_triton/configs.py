@@ -64,25 +64,26 @@ def _encode_options(head_dim: int, wavefront: int, ptx: bool) -> dict[str, int]:
 
 
 def decode_config(
-    layout: PageLayout, dtype: torch.dtype, device: torch.device, table: DecodeTable | None = None
+    layout: PageLayout, dtype: torch.dtype, device: torch.device, table: DecodeTable | None = None, heads: int = 0
 ) -> DecodeConfig:
-    """Return the parameters of the decode kernel for queries of `dtype`.
+    """Return the parameters of the decode kernel for queries of `dtype` in tiles of `heads` query heads; 0: of any number.
 
     Those of the table, with as many pages in shared memory as all programs of a multiprocessor have room for.
     """
-    return _decode_config(layout, dtype, gpu.arch_of(device), gpu.multiprocessor_bytes(device), table)
+    return _decode_config(layout, dtype, gpu.arch_of(device), gpu.multiprocessor_bytes(device), table, heads)
 
 
 @functools.lru_cache
 def _decode_config(
-    layout: PageLayout, dtype: torch.dtype, arch: str | None, available: int, table: DecodeTable | None
+    layout: PageLayout, dtype: torch.dtype, arch: str | None, available: int, table: DecodeTable | None, heads: int
 ) -> DecodeConfig:
     if dtype == torch.float32:
         # Products of float32 run on the scalar units, and a step of more tokens would spill their operands.
         return DecodeConfig(4, num_stages=1, block_t=32, block_d=64, programs_per_sm=2, few_programs_per_sm=2)
-    config = (builtin_table(arch) if table is None else table).find(layout.raw_head_dim, split_bits(layout))
+    config = (builtin_table(arch) if table is None else table).find(layout.raw_head_dim, split_bits(layout), heads)
     num_stages, programs = config.num_stages, config.programs_per_sm
-    while num_stages > 2 and programs * _shared_bytes(layout, num_stages) > available:
+    room = available * COLUMN_ROOM if config.columns else available
+    while num_stages > 2 and programs * _shared_bytes(layout, num_stages) > room:
         num_stages -= 1
     if _page_shared_bytes(layout) > PROGRAM_BYTES:
         num_stages = 1
@@ -287,36 +288,21 @@ HEAD_TILE = 8
 """Most query heads of one kv head that a program attends with: in two terms each (`operands`), the rows of a product."""
 
 
+COLUMN_ROOM = 0.75
+"""Share of shared memory in which programs with heads as columns keep two pages each; else one. With 0.97 of it `k4v2_g128`
+takes 66.5 us at 8 x 32K, with one page 63.2; with 0.7 `k2v2_g128` takes 50.3, else 54.5 (`decode_columns_h200.json`)."""
+
+
+def has_columns(tile: int, dtype: torch.dtype, config: DecodeConfig) -> bool:
+    """Return whether decode has tiles of query heads of `dtype` as columns of its products (`attention.columns`)."""
+    return config.columns and tile <= HEAD_TILE // 2 and dtype != torch.float32
+
+
 def head_tiles(num_q_heads: int, num_kv_heads: int) -> tuple[int, int]:
     """Return the query heads of a tile, and the number of tiles of all kv heads."""
     group = num_q_heads // max(num_kv_heads, 1)
     tiles = -(-group // HEAD_TILE)
     return -(-group // max(tiles, 1)), num_kv_heads * tiles
-
-
-MERGE_BLOCKS = (8, 32, 128, 256)
-"""Partial results that a merging program may look at together; 256 where registers hold them, up to 128 channels."""
-
-INVARIANT_MERGE_BLOCK = MERGE_BLOCKS[1]
-"""The same in the batch-invariant mode, where the order of sums may follow from nothing outside of a sequence."""
-
-
-def merge_block(num_programs: int, num_heads: int, block_d: int, split_size: int = 0) -> int:
-    """Return how many partial results of a head are looked at together, if `num_programs` programs attend to `num_heads`.
-
-    Where programs are a multiple of heads, as a rule each has one unit of work, or pieces end where heads do. A head whose
-    pieces don't has up to two results more.
-    """
-    if split_size:
-        return INVARIANT_MERGE_BLOCK
-    expected, rest = divmod(num_programs, max(num_heads, 1))
-    blocks = MERGE_BLOCKS if block_d <= 128 else MERGE_BLOCKS[:-1]
-    return next((block for block in blocks if block >= expected + 2 * (rest > 0)), blocks[-1])
-
-
-def merge_warps(block_s: int, block_d: int) -> int:
-    """Return the warps of a program that merges `block_s` partial results at a time: 128 of their numbers per thread."""
-    return max(block_s * block_d // 4096, 1)
 
 
 def append_block(head_dim: int) -> int:

@@ -16,13 +16,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from .attention import decode, prefill, states
+from .attention.parts import DecodeSchedule  # noqa: F401, a text below names it
 from .checks import require
+from .configs import head_tiles
 from .encoder import Encoder
+from .forms import FORMS, LAST, RESULTS, Form
 from .layout import PageLayout, split_bits
 from .pages import append, commit, cut, dequantize, rotation, store
 from .serving import attention, move, plan, read, write
@@ -40,61 +43,16 @@ _encoder = functools.lru_cache(Encoder)
 _config = functools.lru_cache(PrefillConfig.of_numbers)
 
 
-def _row(table: DecodeTable, layout: PageLayout) -> list[int]:
-    """Return the launch parameters that a table has for a layout, in the order of `DecodeConfig`."""
-    return table.find(layout.raw_head_dim, split_bits(layout)).numbers()
+def _row(table: DecodeTable, layout: PageLayout, q: torch.Tensor, pages: torch.Tensor) -> list[int]:
+    """Return the launch parameters that a table has for a layout and heads, in the order of `DecodeConfig`."""
+    heads = head_tiles(q.shape[1], pages.shape[1])[0]
+    return table.find(layout.raw_head_dim, split_bits(layout), heads).numbers()
 
 
 @functools.lru_cache
 def _table(row: tuple[int, ...]) -> DecodeTable:
     """Return a table that has a row made by `_row` for every layout."""
     return DecodeTable("given", (Entry(0, DecodeConfig.of_numbers(row), "given"),))
-
-
-class _Form(NamedTuple):
-    """How a parameter gets through an operator, as text."""
-
-    fields: str  # what a schema has for it
-    apart: str  # what a function makes of it
-    joined: str  # what an operator makes of the fields
-
-
-_FORMS = {
-    "layout": _Form(
-        "str layout, int head_dim, int v_head_dim",
-        "layout.name, layout.head_dim, layout.v_head_dim",
-        "_layout(layout, head_dim, v_head_dim)",
-    ),
-    "encoder": _Form(
-        "int iterations, bool equivariant, bool clip, int fits, str norm",
-        "encoder.iterations, encoder.equivariant, encoder.clip, encoder.fits, encoder.norm",
-        "_encoder(iterations, equivariant, clip, fits, norm)",
-    ),
-    "step": _Form(
-        "str layout, int head_dim, int v_head_dim, Tensor seq_lens, Tensor? cu_seqlens_q, Tensor? block_table, "
-        "Tensor? kv_indptr, Tensor? kv_indices, Tensor raw_table, Tensor num_quantized, Tensor? sink_lens, Tensor slots, "
-        "Tensor tasks, int sink_len, int max_query_len, bool at_once",
-        "step.layout.name, step.layout.head_dim, step.layout.v_head_dim, step.seq_lens, step.cu_seqlens_q, step.block_table, "
-        "step.kv_indptr, step.kv_indices, step.raw_table, step.num_quantized, step.sink_lens, step.slots, step.tasks, "
-        "step.sink_len, step.max_query_len, step.at_once",
-        "Step(_layout(layout, head_dim, v_head_dim), seq_lens, cu_seqlens_q, block_table, kv_indptr, kv_indices, raw_table, "
-        "num_quantized, sink_lens, slots, tasks, sink_len, max_query_len, at_once)",
-    ),
-    "table": _Form(
-        "int[]? table",
-        "table if table is None else _row(table, layout)",
-        "table if table is None else _table(tuple(table))",
-    ),
-    "config": _Form("int[]? config", "config and config.numbers()", "config and _config(tuple(config))"),
-}
-"""Parameters of types that no schema can have."""
-
-_LAST = ("token_starts", "kv_indptr", "kv_indices")
-"""Parameters that stand last in a schema, wherever the launcher has them: the order of a schema is kept. Behind them are those
-that attention has behind `return_lse`; a new one stands at the end of both."""
-
-_RESULTS = ("out", "workspace", "scratch", "return_lse")
-"""Parameters that choose an overload."""
 
 
 def _without_gradients(run: Callable) -> Callable:
@@ -119,15 +77,15 @@ def _function(text: str) -> Any:
     return scope.popitem()[1]
 
 
-def _form(p: inspect.Parameter, writes: tuple[str, ...], has_default: bool) -> _Form:
+def _form(p: inspect.Parameter, writes: tuple[str, ...], has_default: bool) -> Form:
     """Return how a parameter of a launcher gets through its operator."""
     kind = p.annotation.removeprefix("torch.").replace("dtype", "ScalarType").replace(" | None", "?")
     if p.name in writes:
         kind = f"Tensor({'ab'[writes.index(p.name)]}!)"
-    fields, apart, joined = _FORMS.get(p.name, _Form(f"{kind} {p.name}", p.name, p.name))
+    fields, apart, joined = FORMS.get(p.name, Form(f"{kind} {p.name}", p.name, p.name))
     if p.kind is p.KEYWORD_ONLY:
         fields, joined = f"{fields}={p.default}" if has_default else fields, f"{p.name}={joined}"
-    return _Form(fields, apart, joined)
+    return Form(fields, apart, joined)
 
 
 def _names(fields: list[str]) -> list[str]:
@@ -243,10 +201,10 @@ def _operator(
         into: what a schema has for memory of results, if the launcher takes any.
     """
     name, parameters = launcher.__name__, inspect.signature(launcher).parameters
-    taken = [p for p in parameters.values() if p.name not in _RESULTS]
+    taken = [p for p in parameters.values() if p.name not in RESULTS]
     has_lse, names = "return_lse" in parameters, list(parameters)
     behind = names[names.index("return_lse") :] if has_lse else []
-    taken.sort(key=lambda p: _LAST.index(p.name) if p.name in _LAST else len(_LAST) if p.name in behind else -1)
+    taken.sort(key=lambda p: LAST.index(p.name) if p.name in LAST else len(LAST) if p.name in behind else -1)
     # Only schemas of attention have defaults.
     forms = [_form(p, writes, has_default=has_lse) for p in taken]
     fields, memory = ", ".join(form.fields for form in forms).split(", "), into.split(", ") if into else []
@@ -267,10 +225,10 @@ def _operator(
 
     apart = ", ".join(form.apart for form in forms)
     if "step" in parameters:
-        apart = apart.replace("_row(table, layout)", "_row(table, step.layout)")
+        apart = apart.replace("_row(table, layout,", "_row(table, step.layout,")
     call = f"_OPS.{name}.default({apart})"
     if into:
-        options = _keywords([x for x in _RESULTS if x in parameters])
+        options = _keywords([x for x in RESULTS if x in parameters])
         call = f"{'_call_pair' if is_pair else '_call'}(_OPS.{name}, ({apart}), {options})"
     return _like(launcher, call)
 

@@ -37,6 +37,7 @@ class DecodeConfig:
         few_programs_per_sm: the same, where there is little work for each (`schedule.LEAST_UNITS`).
         maxnreg: most registers of a thread; None leaves it to the compiler. NVIDIA only.
         early_merge: start the merge while the decode kernel ends (programmatic dependent launch: sm90 and later).
+        columns: whether tiles of up to 4 query heads are columns of products (`attention.columns`), not rows. NVIDIA only.
     """
 
     num_warps: int = 1
@@ -47,6 +48,7 @@ class DecodeConfig:
     few_programs_per_sm: int = 8
     maxnreg: int | None = None
     early_merge: bool = False
+    columns: bool = False
 
     def options(self) -> dict[str, int]:
         """Return the launch options that only some GPUs have."""
@@ -55,12 +57,12 @@ class DecodeConfig:
     def numbers(self) -> list[int]:
         """Return the fields as numbers, as an operator takes them."""
         sizes = [self.num_warps, self.num_stages, self.block_t, self.block_d, self.programs_per_sm, self.few_programs_per_sm]
-        return [*sizes, self.maxnreg or 0, int(self.early_merge)]
+        return [*sizes, self.maxnreg or 0, int(self.early_merge), int(self.columns)]
 
     @classmethod
     def of_numbers(cls, n: tuple[int, ...]) -> DecodeConfig:
         """Return the launch parameters of which `n` are the numbers."""
-        return cls(n[0], n[1], n[2], n[3], n[4], n[5], n[6] or None, bool(n[7]))
+        return cls(n[0], n[1], n[2], n[3], n[4], n[5], n[6] or None, *map(bool, n[7:]))
 
 
 def _check_power(name: str, value: object, low: int, high: int) -> None:
@@ -136,13 +138,14 @@ class Entry:
     """Launch parameters for a head_dim, and where they are from.
 
     With `split_bits` they are for layouts of that head_dim whose codes have high bits elsewhere (`layout.split_bits`), and no
-    more bits than that; the others are for all widths.
+    more bits than that; the others are for all widths. With `max_heads` they are for tiles of at most so many query heads.
     """
 
     head_dim: int
     config: DecodeConfig
     source: str
     split_bits: int = 0
+    max_heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,17 +155,20 @@ class DecodeTable:
     arch: str
     entries: tuple[Entry, ...]
 
-    def find(self, head_dim: int, split_bits: int = 0) -> DecodeConfig:
+    def find(self, head_dim: int, split_bits: int = 0, heads: int = 0) -> DecodeConfig:
         """Return the parameters of the nearest head_dim that isn't smaller, else of the largest: those for a layout's
-        `split_bits`, if there are such.
+        `split_bits`, and those for tiles of `heads` query heads, if there are such.
         """
         # Plain lists, which torch.compile can trace.
-        plain = [entry for entry in self.entries if not entry.split_bits]
+        entries = [entry for entry in self.entries if 0 < heads <= entry.max_heads]
+        if head_dim > max([entry.head_dim for entry in entries] or [0]):
+            entries = [entry for entry in self.entries if not entry.max_heads]
+        plain = [entry for entry in entries if not entry.split_bits]
         if not plain:
             return DecodeConfig()
         head_dims = [entry.head_dim for entry in plain]
         nearest = min([size for size in head_dims if size >= head_dim] or [max(head_dims)])
-        own = [entry for entry in self.entries if entry.head_dim == nearest and 0 < split_bits <= entry.split_bits]
+        own = [entry for entry in entries if entry.head_dim == nearest and 0 < split_bits <= entry.split_bits]
         if not own:
             return plain[head_dims.index(nearest)].config
         widths = [entry.split_bits for entry in own]
@@ -178,7 +184,7 @@ def _read(data: object, path: Path) -> list[DecodeTable]:
         for row in rows:
             try:
                 config = DecodeConfig(**row["config"])
-                entries.append(Entry(row["head_dim"], config, row["source"], row.get("split_bits", 0)))
+                entries.append(Entry(row["head_dim"], config, row["source"], row.get("split_bits", 0), row.get("max_heads", 0)))
             except (KeyError, TypeError) as error:
                 raise ValueError(f"path: expected entries of DecodeConfig, got {row!r} in {path.name}") from error
         tables.append(DecodeTable(arch, tuple(entries)))
@@ -206,8 +212,8 @@ def load_table(path: str | Path, arch: str | None = None) -> DecodeTable:
 
 
 def _row_of(entry: Entry) -> dict[str, object]:
-    widths = {"split_bits": entry.split_bits} if entry.split_bits else {}
-    return {"head_dim": entry.head_dim, **widths, "source": entry.source, "config": dataclasses.asdict(entry.config)}
+    limits = {name: getattr(entry, name) for name in ("split_bits", "max_heads") if getattr(entry, name)}
+    return {"head_dim": entry.head_dim, **limits, "source": entry.source, "config": dataclasses.asdict(entry.config)}
 
 
 def save_table(path: str | Path, *tables: DecodeTable) -> None:
@@ -229,7 +235,9 @@ def builtin_table(arch: str | None) -> DecodeTable:
     None, a CPU in Triton's interpreter, gets parameters that keep it fast.
     """
     if arch is None:
-        return DecodeTable("cpu", (Entry(512, DecodeConfig(programs_per_sm=1, few_programs_per_sm=1), "interpreter"),))
+        rows = DecodeConfig(programs_per_sm=1, few_programs_per_sm=1)
+        columns = dataclasses.replace(rows, columns=True)
+        return DecodeTable("cpu", (Entry(512, rows, "interpreter"), Entry(256, columns, "interpreter", max_heads=4)))
     tables = {table.arch: table for table in _read(json.loads(_BUILTIN.read_text()), _BUILTIN)}
     if not _SPLIT_ENTRIES:
         plain = {arch: tuple(entry for entry in table.entries if not entry.split_bits) for arch, table in tables.items()}

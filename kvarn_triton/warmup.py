@@ -14,8 +14,10 @@ from triton.runtime.jit import JITFunction
 
 from . import configs, gpu
 from .attention.decode import decode_attention
+from .attention.decode_schedule import schedule_decode, schedule_step
 from .attention.prefill import prefill_attention
 from .attention.states import merge_states
+from .attention.workspace import merge_sizes
 from .checks import FLOATS, check_choice, require
 from .encoder import DEFAULT, Encoder
 from .layout import PageLayout
@@ -82,6 +84,7 @@ def warmup(
     sink_columns: bool = False,
     tree_mask: bool = False,
     span_ends: bool = False,
+    schedules: bool = False,
 ) -> None:
     """Compile, and load, every kernel that a server's steps launch for one model: decode, append, commit, store, cut and merge.
 
@@ -118,6 +121,7 @@ def warmup(
         sink_columns: as `plan_step` gets it.
         tree_mask: whether prefill attention gets a `tree_mask` in some of its calls with new keys and values.
         span_ends: whether it gets `span_ends` in some; in the same ones, if there are both.
+        schedules: whether `schedule_decode` and `schedule_step` are called, and decode attention gets what they make.
 
     Raises:
         ValueError: for a wrong option.
@@ -153,7 +157,7 @@ def warmup(
     model = _Model(layout, num_q_heads, dtype, csr)
     for shifted in {False, sink_columns}:
         some = options | {"keep_sink": False} if shifted and window else options
-        _warm_decode(model, pages, raw_pages, {"table": table, **some}, shifted)
+        _warm_decode(model, pages, raw_pages, {"table": table, **some}, shifted, (False, True) if schedules else (False,))
         among = past_only, tree_mask, span_ends
         own = dtype if config is None and dtype != torch.float32 else None  # of long chunks that get no scratch
         for memory in {None, scratch, own} if prefill else ():
@@ -230,29 +234,40 @@ class _Model(NamedTuple):
     csr: bool
 
 
-def _warm_decode(model: _Model, pages: torch.Tensor, raw_pages: torch.Tensor, options: dict[str, Any], shifted: bool) -> None:
-    """Compile decode attention, and its merge for every number of partial results that are looked at together."""
+def _warm_decode(
+    model: _Model,
+    pages: torch.Tensor,
+    raw_pages: torch.Tensor,
+    options: dict[str, Any],
+    shifted: bool,
+    schedules: tuple[bool, ...],
+) -> None:
+    """Compile decode attention, without schedules and with them, and its merge for every number of partial results."""
     layout, num_q_heads, dtype, csr = model
     device, num_kv_heads = pages.device, pages.shape[1]
-    programs = gpu.num_programs(device, configs.decode_config(layout, dtype, device, options["table"]).programs_per_sm)
-    num_tiles = configs.head_tiles(num_q_heads, num_kv_heads)[1]
-    batches: dict[int, int] = {}
-    for batch in (2**i for i in range(programs.bit_length() + 1)):
-        batches.setdefault(configs.merge_block(programs, batch * num_tiles, configs.padded(layout.v_head_dim)), batch)
-    for batch in batches.values():
+    shared: dict[str, Any] = {name: options[name] for name in ("window", "keep_sink", "table") if name in options}
+    sizes = merge_sizes(layout, dtype, device, (num_q_heads, num_kv_heads), csr, options["table"])
+    for batch, width, has_raw in sizes:
+        if shifted and not has_raw:
+            continue
         q = torch.zeros(batch, num_q_heads, layout.head_dim, dtype=dtype, device=device)
-        columns = torch.zeros(batch, -(-programs // (batch * num_tiles)), dtype=torch.int32, device=device)
+        columns, raw_table = (torch.zeros(batch, n, dtype=torch.int32, device=device) for n in (width, 1))
         lens = torch.zeros(batch, dtype=torch.int32, device=device)
         block_table, indices = _body_tables(columns, csr)
-        step = _step(layout, lens, None, {"block_table": block_table, **indices}, columns, shifted)
-        raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": columns, "num_quantized": lens}
-        for return_lse, split_size in itertools.product((False, True), (None, 1)):
-            given = {"return_lse": return_lse, "split_size": split_size, **options}
+        step = _step(layout, lens, None, {"block_table": block_table, **indices}, raw_table, shifted)
+        raw: dict[str, Any] = {"raw_table": raw_table, "num_quantized": lens} if has_raw else {}
+        for return_lse, split_size, planned in itertools.product((False, True), (None, 1), schedules):
+            given: dict[str, Any] = {"return_lse": return_lse, "split_size": split_size, **options}
+            heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads}
+            some: dict[str, Any] = {"split_size": split_size, "dtype": dtype, **heads, **shared}
             if shifted:
+                given["schedule"] = schedule_step(step, **some) if planned else None
                 attend(q, pages, raw_pages, step, **given)
-                continue
-            for tables in (indices, indices | raw):
-                decode_attention(q, pages, block_table, lens, layout, **tables, **given)
+            else:
+                tables: dict[str, Any] = indices | raw
+                given["schedule"] = schedule_decode(layout, lens, block_table, **tables, **some) if planned else None
+                memory: dict[str, Any] = {"raw_pages": raw_pages} if has_raw else {}
+                decode_attention(q, pages, block_table, lens, layout, **tables, **memory, **given)
 
 
 def _warm_prefill(

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import torch
 
+import kvarn_triton
 from kvarn_triton import Encoder, PageLayout, Step, check_step, reference
 from kvarn_triton.reference.cache import decode_records, encode_records
 
@@ -301,7 +302,10 @@ class Engine:
         case = self.case
         q = self.draw(batch.num_tokens, GROUP * case.num_kv_heads, case.layout.head_dim)
         k, v = batch.activations if self.random.random() < 0.7 else (None, None)
-        out = self.api.attend(q.to(self.device), self.pages, self.raw_pages, step, k=k, v=v).cpu().float()
+        options = {"k": k, "v": v}
+        if self.api is kvarn_triton and step.cu_seqlens_q is None and self.random.random() < 0.5:
+            options["schedule"] = kvarn_triton.schedule_step(step, q.shape[1], case.num_kv_heads)
+        out = self.api.attend(q.to(self.device), self.pages, self.raw_pages, step, **options).cpu().float()
         room = self.random.choice((case.capacity + 5, max(int(step.seq_lens.max()) - self.random.randint(0, 9), 6)))
         shape = step.batch, case.num_kv_heads, room, case.layout.head_dim
         read = [torch.full(shape, 7.0).to(self.device) for _ in range(2)]

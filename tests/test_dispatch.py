@@ -19,9 +19,9 @@ PACKAGE = Path(kvarn.__file__).parent
 FUNCTIONS = [name for name in kvarn.__all__ if inspect.isfunction(getattr(kvarn, name))]
 WITHOUT_TWIN = {
     "check_cache", "check_step", "decode_workspace_size", "load_table", "mla_warmup", "no_compilation", "page_header",
-    "prefill_workspace_size", "read_page_header", "save_table", "warmup",
+    "prefill_workspace_size", "read_page_header", "save_table", "schedule_decode", "schedule_step", "warmup",
 }  # fmt: skip
-"""The reference needs no workspace and compiles nothing; a look at tables or a header is the same everywhere."""
+"""The reference needs no workspace, no schedule, and compiles nothing; a look at tables or a header is the same everywhere."""
 
 
 def run_python(code: str) -> None:
@@ -105,11 +105,11 @@ FLOORS = (
     ("reference",),
     ("cache", "debugging", "gpu", "launch", "masking", "paging", "tables"),
     ("tile",),
-    ("configs",),
+    ("configs", "merging"),
     ("pages",),
     ("attention",),
     ("mla", "serving"),
-    ("exchange", "ops", "parallel", "testing", "warmup"),
+    ("exchange", "forms", "ops", "parallel", "testing", "warmup"),
     ("integrations",),
 )
 """Which parts of the package stand on which: each imports from floors below it, and from its own."""

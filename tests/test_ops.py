@@ -147,8 +147,9 @@ def test_options_reach_the_launcher(device, monkeypatch):
 def test_rows_of_tables(config):
     """Launch parameters survive the way through an operator's schema, those of split codes too."""
     known = DecodeTable("any", (Entry(128, config, "measured"), Entry(128, DecodeConfig(8), "measured", 6)))
+    memory = torch.zeros(1, 8, 128), torch.zeros(1, 1, 1)
     for layout, wanted in ((LAYOUT, config), (PageLayout(64, 64, 4, 6), DecodeConfig(8))):
-        table = ops._table(tuple(ops._row(known, layout)))
+        table = ops._table(tuple(ops._row(known, layout, *memory)))
         assert table.find(64) == table.find(64, 6) == wanted
 
 

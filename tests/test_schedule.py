@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from helpers import check
 
-from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, configs
+from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, merging
 from kvarn_triton.attention.schedule import (
     FEW_ROWS,
     LEAST_UNITS,
@@ -118,13 +118,13 @@ def test_pieces(batch, num_tiles, programs, few, split_size, device):
 )
 def test_size_of_merges(programs, heads, channels, block):
     """As many as a head has programs, two more where those may end inside of it; in the invariant mode always 32."""
-    assert configs.merge_block(programs, heads, channels) == block
-    assert configs.merge_block(programs, heads, channels, 3) == 32
+    assert merging.merge_block(programs, heads, channels) == block
+    assert merging.merge_block(programs, heads, channels, 3) == 32
 
 
-@pytest.mark.parametrize("block", configs.MERGE_BLOCKS)
+@pytest.mark.parametrize("block", merging.MERGE_BLOCKS)
 def test_merges(block, device, monkeypatch):
     """However many partial results are looked at together: 37 of them take five times to once."""
-    monkeypatch.setattr(configs, "merge_block", lambda *numbers: block)
+    monkeypatch.setattr(merging, "merge_block", lambda *numbers: block)
     case = cache_case(PageLayout(64, 64, 4, 2), [36 * 64 + 5, 700], group=2, num_kv_heads=1, num_tail_slots=1, device=device)
     check(case, table=DecodeTable("test", (Entry(64, DecodeConfig(programs_per_sm=40, few_programs_per_sm=40), "test"),)))

@@ -13,11 +13,13 @@ import torch
 
 from .. import configs, gpu, reference
 from ..cache import Cache, Results, check_queries, check_split_size, check_workspace, checked_for_attention
+from ..checks import check_tensor, require
 from ..launch import aligned, copy_back
 from ..layout import PageLayout
 from ..masking import Mask
 from .decode_kernel import launch_decode_pieces
 from .merge import launch_merge_splits
+from .parts import RECORD, DecodeSchedule
 from .schedule import Units, Work
 from .workspace import MostWork, most_units, num_partials, rows_per_round
 
@@ -45,6 +47,7 @@ def decode_attention(
     workspace: torch.Tensor | None = None,
     table: configs.DecodeTable | None = None,
     keep_sink: bool = False,
+    schedule: DecodeSchedule | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with one query token per sequence to its sink, quantized and tail pages.
 
@@ -77,6 +80,7 @@ def decode_attention(
         workspace: uint8 [at least decode_workspace_size(...)], contiguous; allocated if not given.
         table: launch parameters by layout (`load_table`); by default the package's own for the device.
         keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it (StreamingLLM, arXiv 2309.17453).
+        schedule: what `schedule_decode` made of the same tables, lengths and options; the result is the same, and comes sooner.
 
     Returns:
         `out` [batch, num_q_heads, v_head_dim], or `out` and `lse` float32 [batch, num_q_heads] (natural logarithm, of capped
@@ -95,7 +99,7 @@ def decode_attention(
     check_queries(q, cache, mask, out)
     check_split_size(split_size)
     results = Results(out, return_lse, workspace)
-    plan = plan_decode(q, cache, mask, results, split_size, table)
+    plan = plan_decode(q, cache, mask, results, split_size, table, schedule)
     if not gpu.on_device(q):
         return reference.decode_attention(
             q, pages, block_table, seq_lens, layout, raw_pages=cache.raw_pages, raw_table=raw_table,
@@ -113,13 +117,28 @@ class DecodePlanned(NamedTuple):
     round_rows: int  # sequences of a round
     num_bytes: int  # of its partial results
     config: configs.DecodeConfig
+    schedule: DecodeSchedule | None
+
+    def records_of(self, first: int) -> torch.Tensor | None:
+        """Return the records of the round that begins with sequence `first`, if there is a schedule."""
+        return None if self.schedule is None else self.schedule.records[first // max(self.round_rows, 1)]
+
+    def made_for(self, num_q_heads: int, mask: Mask) -> str:
+        """Return what a schedule of this call depends on, but for what is in tensors."""
+        work, cache = self.work, self.work.cache
+        return (
+            f"{cache.batch} sequences, {self.round_rows} at once, {num_q_heads} query heads, {cache.num_kv_heads} kv heads, "
+            f"page_size {cache.layout.page_size}, raw pages: {work.units.has_raw}, sink_len {cache.sink_len}, "
+            f"window {mask.window}, keep_sink {mask.keep_sink}, split_size {work.split_size or None}, "
+            f"{work.num_programs} and {work.few_programs} programs"
+        )
 
 
 def launch_decode(
     q: torch.Tensor, mask: Mask, results: Results, plan: DecodePlanned
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend as planned, in rounds; nothing is checked."""
-    work, round_rows, num_bytes, config = plan
+    work, round_rows, num_bytes, config, _ = plan
     layout, (batch, num_q_heads) = work.cache.layout, q.shape[:2]
     out, workspace = results.out, results.workspace
     if out is None:
@@ -140,21 +159,37 @@ def launch_decode(
             rows = slice(first, min(first + round_rows, batch))
             part = dataclasses.replace(work, cache=work.cache.rows(rows.start, rows.stop))
             part_q, part_out, part_lse = q[rows], memory[rows], None if lse is None else lse[rows]
-        launch_decode_pieces(partial, partial_lse, part_q, mask, part, config)
+        launch_decode_pieces(partial, partial_lse, part_q, mask, part, plan.records_of(first), config)
         launch_merge_splits(part_out, part_lse, partial, partial_lse, mask.sinks, part, config.early_merge)
     copy_back(memory, out)
     return out if lse is None else (out, lse)
 
 
 def plan_decode(
-    q: torch.Tensor, cache: Cache, mask: Mask, results: Results, split_size: int | None, table: configs.DecodeTable | None
+    q: torch.Tensor,
+    cache: Cache,
+    mask: Mask,
+    results: Results,
+    split_size: int | None,
+    table: configs.DecodeTable | None,
+    schedule: DecodeSchedule | None = None,
 ) -> DecodePlanned:
-    """Return how a call is computed, and check the memory that it got for partial results."""
-    config = configs.decode_config(cache.layout, q.dtype, q.device, table)
+    """Return how a call is computed, and check the memory that it got for partial results, and its schedule."""
+    tile = configs.head_tiles(q.shape[1], cache.num_kv_heads)[0]
+    config = configs.decode_config(cache.layout, q.dtype, q.device, table, tile)
     work, round_rows, num_bytes = _plan_work(q, cache, mask, split_size or 0, config)
     if results.workspace is not None:
         check_workspace(results.workspace, num_bytes, q.device)
-    return DecodePlanned(work, round_rows, num_bytes, config)
+    planned = DecodePlanned(work, round_rows, num_bytes, config, schedule)
+    if schedule is not None:
+        require(isinstance(schedule, DecodeSchedule), "schedule", "a DecodeSchedule", type(schedule).__name__)
+        want = planned.made_for(q.shape[1], mask)
+        require(schedule.made_for == want, "schedule", f"one made for {want}", f"one for {schedule.made_for}")
+        rounds = -(-cache.batch // max(round_rows, 1))
+        check_tensor(
+            "schedule.records", schedule.records, [rounds, work.num_programs, RECORD.value], torch.int32, device=q.device
+        )
+    return planned
 
 
 def _plan_work(

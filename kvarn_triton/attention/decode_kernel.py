@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -20,10 +19,15 @@ from .. import configs, gpu
 from ..launch import as_rows, on
 from ..layout import PageLayout, fields_per_byte
 from ..masking import Mask, first_of_sink
-from ..paging import load_page_id, prefetch, sink_of
+from ..paging import prefetch, sink_of
+from ..tile.arithmetic import log2, scaled
+from .columns import COLUMN_HEADS, attend_raw_columns, butterfly_of_rows, new_columns, one_of_pairs, scaled_columns, turned
+from .merge import MERGE_CHANNELS
+from .operands import OPERAND_RUN
 from .pages import attend_pages_once, records_of
-from .query import load_query, rotate_query, rotation_matrix
-from .schedule import Units, Work, find_row, plan, quotient, rounded_up, row_units, start_of_piece
+from .parts import PartSizes, first_part, load_part, next_part
+from .query import butterfly, load_query, rotate_query, rotation_matrix
+from .schedule import Units, Work
 from .softmax import log_sum_exp, new_state
 from .tokens import Runs, attend_raw_once, of_head
 
@@ -34,12 +38,16 @@ class DecodePlan:
 
     group: int  # query heads of a kv head
     tile: int  # query heads of a tile
-    block_n: int  # the same, padded
+    block_n: int  # rows of planes: the same, padded
+    columns: bool  # whether heads are columns of products (`columns`)
+    copies: int  # of a head in planes
+    run: int  # neighbours among the channels of planes that a thread holds
     block_k: int  # bytes of a key, padded to a power of two of at least 32
     channels: int  # of a value, padded to a power of two
     block_t: int  # quantized tokens of one product
     block_d: int  # channels of one product with values
     units: Units
+    parts: PartSizes
     k_fields: int
     v_fields: int
     operand: tl.dtype
@@ -50,60 +58,27 @@ class DecodePlan:
     early_merge: bool
 
 
-class Part(NamedTuple):
-    """The part of a piece that belongs to one sequence and tile of query heads."""
-
-    number: tl.tensor  # of its partial result
-    next_unit: tl.tensor  # after it
-    row: tl.tensor
-    head: tl.tensor  # kv head
-    first_head: tl.tensor  # query head of that kv head
-    seq_len: tl.tensor
-    start: tl.tensor  # first position that is seen
-    span: tl.tensor  # (first, last) page of the body
-    runs: tl.tensor  # of raw tokens: as `tokens.Runs` has them
-
-
-@triton.jit
-def _find_part(
-    rows, unit, end, piece, batch, num_tiles, split, LAYOUT: tl.constexpr, PLAN: tl.constexpr
-):  # fmt: skip
-    """Return the part of a piece that begins with a unit, of the piece that ends at `end`."""
-    UNITS: tl.constexpr = PLAN.units
-    TILES: tl.constexpr = triton.cdiv(PLAN.group, PLAN.tile)
-    row, row_start = find_row(rows, unit, batch, num_tiles, split, UNITS)
-    seq_len, start, begins, counts = row_units(rows, row, row < batch, UNITS)
-    num_sinks, num_paged, num_tails = counts
-    units_of_row = num_sinks + num_paged + num_tails
-    aligned_units = rounded_up(units_of_row, split)
-    tile = quotient(unit - row_start, aligned_units)
-    first = unit - row_start - tile * aligned_units
-    last = tl.minimum(first + end - unit, units_of_row)
-    first_page = begins[1] + tl.maximum(first - num_sinks, 0)
-    last_page = begins[1] + tl.minimum(last - num_sinks, num_paged)
-    if rows[3].body is not None:
-        last_page = tl.where(first_page < last_page, last_page, 0)  # no id is read where there is no page
-    first_tail = tl.maximum(first - num_sinks - num_paged, 0)
-    num_runs = tl.maximum(tl.minimum(last, num_sinks) - first, 0), tl.maximum(last - num_sinks - num_paged - first_tail, 0)
-    tail_token = (begins[1] + num_paged) * LAYOUT.page_size
-    return Part(
-        row * num_tiles + tile + piece, row_start + (tile + 1) * aligned_units, row, tile // TILES, tile % TILES * PLAN.tile,
-        seq_len, start, (first_page, last_page),
-        (begins[0] + first, num_runs[0], begins[2] + first_tail, num_runs[1], tail_token),
-    )  # fmt: skip
-
-
 @triton.jit
 def _store_partial(partial_ptr, partial_lse_ptr, number, state, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
-    """Store a partial result and its log-sum-exp."""
-    offs_n = tl.arange(0, PLAN.block_n)
+    """Store a partial result, rotated back but for blocks of MERGE_CHANNELS channels, and its log-sum-exp."""
+    LEVELS: tl.constexpr = log2(max(LAYOUT.v_block_size // MERGE_CHANNELS, 1))
+    offs_n = tl.arange(0, state.m.shape[0])
     offs_d = tl.arange(0, PLAN.channels)
-    mask_n = offs_n < PLAN.tile
+    mask_n, mask_d = offs_n < PLAN.tile, offs_d < LAYOUT.v_head_dim
     place = number.to(tl.int64) * PLAN.tile + offs_n
     tl.store(partial_lse_ptr + place, log_sum_exp(state), mask_n)
-    mask = mask_n[:, None] & (offs_d < LAYOUT.v_head_dim)[None, :]
-    out = state.acc * (1.0 / state.l)[:, None]
-    tl.store(partial_ptr + place[:, None] * LAYOUT.v_head_dim + offs_d[None, :], out, mask)
+    factor = 2.0 ** (-0.5 * LEVELS) / state.l
+    place = place * LAYOUT.v_head_dim
+    if PLAN.columns:
+        out = scaled_columns(state.acc, factor)
+        for i in tl.static_range(LEVELS):
+            out = butterfly_of_rows(out, MERGE_CHANNELS << i)
+        tl.store(partial_ptr + place[None, :] + offs_d[:, None], out, mask_n[None, :] & mask_d[:, None])
+    else:
+        out = scaled(state.acc, factor)
+        for i in tl.static_range(LEVELS):
+            out = butterfly(out, MERGE_CHANNELS << i)
+        tl.store(partial_ptr + place[:, None] + offs_d[None, :], out, mask_n[:, None] & mask_d[None, :])
 
 
 _NOT_SPECIALIZED = [
@@ -118,6 +93,7 @@ _ANY_ADDRESS = ["table_ptr", "indptr_ptr", "seq_lens_ptr", "raw_table_ptr", "num
 def _kvarn_decode_attention_kernel(
     partial_ptr,  # float32 [num_partials, tile, v_head_dim], rotated
     partial_lse_ptr,  # float32 [num_partials, tile], base 2
+    record_ptr,  # int32 [programs, RECORD], the first parts, or None
     q,  # Rows [batch, num_q_heads, head_dim]
     pages,  # Pages
     raw,  # Tokens, or None
@@ -138,48 +114,56 @@ def _kvarn_decode_attention_kernel(
     LAYOUT: tl.constexpr,
     PLAN: tl.constexpr,
 ):
-    num_programs = tl.num_programs(0)
     if PLAN.early_merge:
         gdc_launch_dependents()
-    UNITS: tl.constexpr = PLAN.units
+    SIZES: tl.constexpr = PLAN.parts
     rows = (seq_lens_ptr, num_quantized_ptr, sink_len, masking.windows)
-    pieces, size, longer, split = plan(rows, batch, num_tiles, num_programs, few_programs, split_size, UNITS)
-    for piece in range(tl.program_id(0), pieces, num_programs):
-        unit = start_of_piece(piece, size, longer)
-        end = start_of_piece(piece + 1, size, longer)
-        while unit < end:
-            part = _find_part(rows, unit, end, piece, batch, num_tiles, split, LAYOUT, PLAN)
-            records = records_of(pages, part.head, table_ptr, indptr_ptr, part.row, stride_table)
-            # Not in a branch, at whose end the compiler would wait for it.
-            last_page = tl.where(part.span[0] < part.span[1], part.span[1], 0)
-            page = load_page_id(records.ids_ptr, part.span[0], last_page, PLAN.ptx)
-            q_row_ptr = q.ptr + part.row.to(tl.int64) * q.stride_token
-            q_row_ptr += (part.head * PLAN.group + part.first_head).to(tl.int64) * q.stride_head
-            num_heads = tl.minimum(PLAN.group - part.first_head, PLAN.tile)
-            loaded = load_query(q_row_ptr, q.stride_head, num_heads, LAYOUT, PLAN)
-            matrix = rotation_matrix(part.row, LAYOUT, PLAN)
-            if part.span[0] < part.span[1]:
-                prefetch(records.ptr + page.to(tl.int64) * pages.stride_page, LAYOUT.page_bytes, "L2", PLAN.ptx)
-            planes, q_factor = rotate_query(loaded, matrix, LAYOUT, PLAN)
-            q_factor = q_factor * masking.scores.scale
-            sink = sink_of(sink_len, part.row, part.row >= 0)
-            seen = (part.start - sink, part.seq_len - sink)
+    tables = (table_ptr, indptr_ptr, stride_table)
+    sizes = (batch, num_tiles, tl.num_programs(0), few_programs, split_size)
+    if record_ptr is None:
+        cut, part, some = first_part(rows, tables, sizes, SIZES)
+    else:
+        cut, part, some = load_part(record_ptr)
+    while some:
+        records = records_of(pages, part.head, table_ptr, indptr_ptr, part.row, stride_table)
+        q_row_ptr = q.ptr + part.row.to(tl.int64) * q.stride_token
+        q_row_ptr += (part.head * PLAN.group + part.first_head).to(tl.int64) * q.stride_head
+        num_heads = tl.minimum(PLAN.group - part.first_head, PLAN.tile)
+        loaded = load_query(q_row_ptr, q.stride_head, num_heads, LAYOUT, PLAN)
+        matrix = rotation_matrix(part.row, LAYOUT, PLAN)
+        if part.first_page < part.last_page:
+            prefetch(records.ptr + part.page.to(tl.int64) * pages.stride_page, LAYOUT.page_bytes, "L2", PLAN.ptx)
+        planes, q_factor = rotate_query(loaded, matrix, LAYOUT, PLAN)
+        q_factor = q_factor * masking.scores.scale
+        sink = sink_of(sink_len, part.row, part.row >= 0)
+        seen = (part.start - sink, part.seq_len - sink)
+        if PLAN.columns:
+            planes, q_factor = turned(planes), one_of_pairs(q_factor)
+            state = new_columns(PLAN.channels)
+        else:
             state = new_state(PLAN.block_n, PLAN.channels)
-            state = attend_pages_once(state, planes, q_factor, masking, records, page, part.span, seen, LAYOUT, PLAN)
-            if raw is not None:
-                num_runs = part.runs[1] + part.runs[3]
-                if num_runs > 0:
+        span = (part.first_page, part.last_page)
+        state = attend_pages_once(state, planes, q_factor, masking, records, part.page, span, seen, LAYOUT, PLAN)
+        if raw is not None:
+            num_runs = part.runs[1] + part.runs[3]
+            if num_runs > 0:
+                tokens = of_head(raw, part.head)
+                ids_ptr = raw_table_ptr + part.row.to(tl.int64) * stride_raw_table
+                runs = Runs(
+                    part.runs[0], part.runs[1], part.runs[2], part.runs[3], part.runs[4],
+                    tl.cdiv(sink, LAYOUT.page_size), num_tail_slots,
+                )  # fmt: skip
+                sink_seen = (first_of_sink(part.start, masking.windows), tl.minimum(part.seq_len, sink))
+                if PLAN.columns:
+                    state = attend_raw_columns(
+                        state, planes, q_factor, masking, tokens, ids_ptr, runs, sink_seen, seen, LAYOUT, PLAN
+                    )
+                else:
                     state = attend_raw_once(
-                        state, planes, q_factor, masking, of_head(raw, part.head),
-                        raw_table_ptr + part.row.to(tl.int64) * stride_raw_table,
-                        Runs(
-                            part.runs[0], part.runs[1], part.runs[2], part.runs[3], part.runs[4],
-                            tl.cdiv(sink, LAYOUT.page_size), num_tail_slots,
-                        ),
-                        (first_of_sink(part.start, masking.windows), tl.minimum(part.seq_len, sink)), seen, LAYOUT, PLAN,
-                    )  # fmt: skip
-            _store_partial(partial_ptr, partial_lse_ptr, part.number, state, LAYOUT, PLAN)
-            unit = part.next_unit
+                        state, planes, q_factor, masking, tokens, ids_ptr, runs, sink_seen, seen, LAYOUT, PLAN
+                    )
+        _store_partial(partial_ptr, partial_lse_ptr, part.number, state, LAYOUT, PLAN)
+        part, some = next_part(part, cut, rows, tables, sizes, SIZES)
 
 
 @functools.lru_cache
@@ -193,15 +177,21 @@ def _plan(
 ) -> DecodePlan:
     """Return what the kernel is compiled for; `dtypes` are those of queries and of raw pages."""
     k_fields, channels = fields_per_byte(layout.k_bits), triton.next_power_of_2(layout.v_head_dim)
+    tile = configs.head_tiles(group, 1)[0]
+    columns = configs.has_columns(tile, dtypes[0], config)
     return DecodePlan(
         group=group,
-        tile=configs.head_tiles(group, 1)[0],
+        tile=tile,
         block_n=configs.HEAD_TILE,
+        columns=columns,
+        copies=configs.HEAD_TILE // COLUMN_HEADS.value if columns else 1,
+        run=OPERAND_RUN.value,
         block_k=max(triton.next_power_of_2(layout.head_dim) // k_fields, 32),
         channels=channels,
         block_t=config.block_t,
         block_d=min(config.block_d, channels),
         units=units,
+        parts=PartSizes(layout.page_size, group, tile, units, ptx),
         k_fields=k_fields,
         v_fields=fields_per_byte(layout.v_bits),
         operand=tl.float32 if dtypes[0] == torch.float32 else tl.int8,
@@ -214,14 +204,21 @@ def _plan(
 
 
 def launch_decode_pieces(
-    partial: torch.Tensor, partial_lse: torch.Tensor, q: torch.Tensor, mask: Mask, work: Work, config: configs.DecodeConfig
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    q: torch.Tensor,
+    mask: Mask,
+    work: Work,
+    records: torch.Tensor | None,
+    config: configs.DecodeConfig,
 ) -> None:
-    """Attend to the pieces of a decode call; nothing is checked."""
+    """Attend to the pieces of a decode call, with `records` of the first parts or without; nothing is checked."""
     cache, num_q_heads = work.cache, q.shape[1]
     layout, raw_dtype = cache.layout, q.dtype if cache.raw_pages is None else cache.raw_pages.dtype
     on(q, _kvarn_decode_attention_kernel)[(work.num_programs,)](
         partial,
         partial_lse,
+        records,
         as_rows(q),
         cache.quantized,
         **cache.tables(),

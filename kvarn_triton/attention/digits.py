@@ -15,6 +15,7 @@ from ..tile.arithmetic import split_halves
 from ..tile.codes import code_offset, field_codes, field_factor, load_packed
 from .operands import (
     DIGITS_MAX,
+    OPERAND_RUN,
     in_order,
     join_planes,
     split_planes,
@@ -32,7 +33,7 @@ LEAST_PRODUCT = tl.constexpr(2.0**-100)
 
 
 @triton.jit
-def _shifted_zero(zero, scale, BITS: tl.constexpr):
+def shifted_zero(zero, scale, BITS: tl.constexpr):
     """Return the zero of codes less `code_offset`."""
     zero = zero.to(tl.float32)
     if code_offset(BITS):
@@ -65,7 +66,7 @@ def digit_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl.co
             params = tl.load(params_ptr + channel, mask, other=0)
         scale, zero = split_halves(params)
         scale = scale.to(tl.float32)
-        zero = _shifted_zero(zero, scale, BITS) * field_factor(f, BITS)
+        zero = shifted_zero(zero, scale, BITS) * field_factor(f, BITS)
         offsets += planes[f] * zero[None, :]
         operands = operands + (two_terms(planes[f] * scale[None, :], OPERAND, PTX),)
     q_factor = q_factor * gain
@@ -74,7 +75,7 @@ def digit_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl.co
     scores = ()
     for part in tl.static_range(G // BLOCK_T):
         token = part * BLOCK_T + tl.arange(0, BLOCK_T)
-        row = part * BLOCK_T + spread_columns(tl.arange(0, BLOCK_T))
+        row = part * BLOCK_T + spread_columns(tl.arange(0, BLOCK_T), OPERAND_RUN)
         packed, high = load_packed(codes_ptr, row, part * BLOCK_T, spread_order(BLOCK_T), G, True, BYTES, BLOCK_K, BITS, PTX)
         product = tl.zeros((2 * planes[0].shape[0], BLOCK_T), sum_dtype(OPERAND))
         for f in tl.static_range(FIELDS):
@@ -115,7 +116,7 @@ def add_digit_values(state, scores, params, record_ptr, LAYOUT: tl.constexpr, PL
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + 1 + tl.arange(0, 1))
     scale, zero = split_halves(params)
     scale = scale.to(tl.float32)
-    zero = _shifted_zero(zero, scale, BITS)
+    zero = shifted_zero(zero, scale, BITS)
 
     m_page = tl.max(scores, axis=1)
     weights = tl.exp2(scores - m_page[:, None])
@@ -131,7 +132,7 @@ def add_digit_values(state, scores, params, record_ptr, LAYOUT: tl.constexpr, PL
     codes_ptr = (record_ptr + LAYOUT.v_codes_offset).to(tl.pointer_type(tl.int8))
     sums = ()
     for part in tl.static_range(PARTS):
-        row = part * BLOCK_D + spread_columns(tl.arange(0, BLOCK_D))
+        row = part * BLOCK_D + spread_columns(tl.arange(0, BLOCK_D), OPERAND_RUN)
         packed, high = load_packed(
             codes_ptr, row, part * BLOCK_D, spread_order(BLOCK_D), D, CHANNELS == D, BYTES, PADDED_BYTES, BITS, PTX
         )

@@ -1,8 +1,8 @@
 """Merge the partial results of the pieces of one call of attention.
 
 `_kvarn_merge_splits_kernel` (decode) and `_kvarn_merge_queries_kernel` (prefill): one program merges the partial results of one
-query head, and its attention sink, and rotates the sum back. Grid: (program,), those of a sequence next to each other, and
-(token, query head).
+query head, or of decode some channels of them, and its attention sink, and rotates the sum back. Grid: (program,), those of a
+sequence next to each other, and (token, query head).
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from .. import configs, gpu
+from .. import configs, gpu, merging
 from ..launch import as_rows, on
 from ..tile.arithmetic import LOG2E, hadamard, scaled
 from .schedule import Tiles, Units, Work, piece_of_unit, plan, rounded_up, row_units, start_of_row
 from .softmax import with_sink
 
 LN2 = tl.constexpr(0.6931471805599453)
+MERGE_CHANNELS = tl.constexpr(merging.MERGE_CHANNELS)
+"""Channels that a merge of decode rotates back at most. Partial results are rotated back by the rest of the matrix, which is
+one over blocks of so many channels: its sums are those of registers, and programs can share the channels of a head."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class MergePlan:
     """What a merge is compiled for."""
 
     v_head_dim: int
+    channels: int  # of a program
     rotation: int  # block of the rotation that is undone; 1: none
-    block_d: int  # channels, padded
+    block_d: int  # the same, padded
     block_s: int  # partial results that are looked at together
     early: bool  # whether the kernel starts before the one that it waits for ends
     empty: bool  # whether a partial result may be one of no key
@@ -41,11 +45,21 @@ class MergePlan:
 
 @functools.lru_cache
 def _plan_merge(
-    v_head_dim: int, rotation: int, block_s: int, early: bool, empty: bool, heads: tuple[int, int], units: Units | None
+    channels: tuple[int, int],
+    rotation: int,
+    block_s: int,
+    early: bool,
+    empty: bool,
+    heads: tuple[int, int],
+    units: Units | None,
 ) -> tuple[MergePlan, int]:
-    """Return what a merge is compiled for, and its warps; `heads` are the query heads of a kv head and of a tile."""
-    block_d = triton.next_power_of_2(v_head_dim)
-    return MergePlan(v_head_dim, rotation, block_d, block_s, early, empty, *heads, units), configs.merge_warps(block_s, block_d)
+    """Return what a merge is compiled for, and its warps.
+
+    `channels` are those of a head and of a program, `heads` the query heads of a kv head and of a tile.
+    """
+    block_d = triton.next_power_of_2(channels[1])
+    plan = MergePlan(*channels, rotation, block_d, block_s, early, empty, *heads, units)
+    return plan, merging.merge_warps(block_s, block_d)
 
 
 @triton.jit
@@ -53,7 +67,7 @@ def merged(partial_ptr, partial_lse_ptr, count, stride, PLAN: tl.constexpr):
     """Return the merged result [1, channels] and log-sum-exp [1], base 2, of `count` results `stride` rows apart."""
     BLOCK_D: tl.constexpr = PLAN.block_d
     offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < PLAN.v_head_dim
+    mask_d = offs_d < PLAN.channels
     m_i = tl.full((1,), float("-inf"), tl.float32)
     l_i = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, BLOCK_D), tl.float32)
@@ -67,7 +81,7 @@ def merged(partial_ptr, partial_lse_ptr, count, stride, PLAN: tl.constexpr):
         if PLAN.empty:
             some = lse > float("-inf")
         some = some[:, None]
-        if PLAN.v_head_dim < BLOCK_D:
+        if PLAN.channels < BLOCK_D:
             some &= mask_d
         partial = tl.load(partial_ptr + base * PLAN.v_head_dim + (place[:, None] * PLAN.v_head_dim + offs_d), some, other=0.0)
         m_new = tl.maximum(m_i, tl.max(lse, axis=0))
@@ -87,7 +101,7 @@ def store_result(out_ptr, lse_ptr, out, lse, PLAN: tl.constexpr):
     """Rotate a result [1, channels] back and store it, and its log-sum-exp if there is memory for it."""
     offs_d = tl.arange(0, PLAN.block_d)[None, :]
     out = hadamard(out, PLAN.rotation)
-    tl.store(out_ptr + offs_d, out.to(out_ptr.dtype.element_ty), offs_d < PLAN.v_head_dim)
+    tl.store(out_ptr + offs_d, out.to(out_ptr.dtype.element_ty), offs_d < PLAN.channels)
     if lse_ptr is not None:
         tl.store(lse_ptr + tl.arange(0, 1), lse * LN2)
 
@@ -114,9 +128,12 @@ def _kvarn_merge_splits_kernel(
 ):
     GROUP: tl.constexpr = PLAN.group
     TILE: tl.constexpr = PLAN.tile
+    SHARES: tl.constexpr = PLAN.v_head_dim // PLAN.channels
     num_q_heads = num_tiles // triton.cdiv(GROUP, TILE) * GROUP
-    q_head, row = tl.program_id(0) % num_q_heads, tl.program_id(0) // num_q_heads
-    batch = tl.num_programs(0) // num_q_heads
+    first_channel = tl.program_id(0) % SHARES * PLAN.channels
+    index = tl.program_id(0) // SHARES
+    q_head, row = index % num_q_heads, index // num_q_heads
+    batch = tl.num_programs(0) // (num_q_heads * SHARES)
     tile = q_head // GROUP * triton.cdiv(GROUP, TILE) + q_head % GROUP // TILE
     UNITS: tl.constexpr = PLAN.units
     rows = (seq_lens_ptr, num_quantized_ptr, sink_len, windows)
@@ -134,13 +151,14 @@ def _kvarn_merge_splits_kernel(
     # The number is never negative: it is asked for so that the compiler leaves nothing of the plan for after the wait.
     if PLAN.early and num_parts > -1000:
         gdc_wait()
-    result, lse = merged(partial_ptr + place * PLAN.v_head_dim, partial_lse_ptr + place, num_parts, TILE, PLAN)
+    first_ptr = partial_ptr + place * PLAN.v_head_dim + first_channel
+    result, lse = merged(first_ptr, partial_lse_ptr + place, num_parts, TILE, PLAN)
     if sinks_ptr is not None:
         result, lse = with_sink(result, lse, logit)
-    out_row_ptr = out.ptr + row.to(tl.int64) * out.stride_token + q_head.to(tl.int64) * out.stride_head
+    out_row_ptr = out.ptr + row.to(tl.int64) * out.stride_token + q_head.to(tl.int64) * out.stride_head + first_channel
     lse_row_ptr = lse_ptr
     if lse_ptr is not None:
-        lse_row_ptr = lse_ptr + tl.program_id(0)
+        lse_row_ptr = lse_ptr + index
     store_result(out_row_ptr, lse_row_ptr, result, lse, PLAN)
 
 
@@ -157,10 +175,11 @@ def launch_merge_splits(
     batch, num_q_heads, v_head_dim = out.shape
     cache = work.cache
     tile, num_tiles = configs.head_tiles(num_q_heads, cache.num_kv_heads)
-    block_s = configs.merge_block(work.num_programs, batch * num_tiles, configs.padded(v_head_dim), work.split_size)
-    heads = num_q_heads // cache.num_kv_heads, tile
-    plan, num_warps = _plan_merge(v_head_dim, cache.layout.v_block_size, block_s, early, False, heads, work.units)
-    on(out, _kvarn_merge_splits_kernel)[(num_q_heads * batch,)](
+    block_s = merging.merge_block(work.num_programs, batch * num_tiles, configs.padded(v_head_dim), work.split_size)
+    channels = merging.merge_channels(v_head_dim, batch * num_q_heads, out.device, work.split_size)
+    heads, rotation = (num_q_heads // cache.num_kv_heads, tile), min(cache.layout.v_block_size, merging.MERGE_CHANNELS)
+    plan, num_warps = _plan_merge((v_head_dim, channels), rotation, block_s, early, False, heads, work.units)
+    on(out, _kvarn_merge_splits_kernel)[(num_q_heads * batch * (v_head_dim // channels),)](
         as_rows(out),
         lse,
         partial,
@@ -238,10 +257,10 @@ def launch_merge_queries(
     """
     num_splits, num_tokens, num_q_heads, v_head_dim = partial.shape
     early = gpu.launches_early(out.device)
-    block_s = configs.MERGE_BLOCKS[0] if num_splits <= configs.MERGE_BLOCKS[0] else configs.MERGE_BLOCKS[1]
+    block_s = merging.MERGE_BLOCKS[0] if num_splits <= merging.MERGE_BLOCKS[0] else merging.MERGE_BLOCKS[1]
     if tiles.split_size:
-        block_s = configs.INVARIANT_MERGE_BLOCK
-    plan, num_warps = _plan_merge(v_head_dim, rotation, block_s, early, True, (1, 1), None)
+        block_s = merging.INVARIANT_MERGE_BLOCK
+    plan, num_warps = _plan_merge((v_head_dim, v_head_dim), rotation, block_s, early, True, (1, 1), None)
     on(out, _kvarn_merge_queries_kernel)[(num_tokens, num_q_heads)](
         as_rows(out),
         lse,

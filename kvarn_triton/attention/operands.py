@@ -20,22 +20,17 @@ OPERAND_RUN = tl.constexpr(8 if tuple(map(int, triton.__version__.split(".")[:2]
 many as the tensor cores do, whenever an operand was joined of parts. Only speed depends on it."""
 LEAST_PLANE = tl.constexpr(16)
 """Least length of the axis that a product of 16-bit numbers sums over."""
-_MAGIC = tl.constexpr(12582912.0 + 128.0)
+ROUNDING = tl.constexpr(12582912.0 + 128.0)
 """1.5 * 2**23 puts an integer into the low bits of a float32; 128 rounds when the low byte is cut off."""
 
 
 @triton.jit
-def spread_columns(column):
+def spread_columns(column, RUN: tl.constexpr):
     """Return which item to compute in a column of a product, so that `in_order` leaves each number in its thread.
 
-    A thread of a product holds pairs of neighbouring columns, 8 apart; a thread of an operand holds OPERAND_RUN neighbours.
+    A thread of a product holds pairs of neighbouring columns, 8 apart; a thread of an operand holds RUN neighbours.
     """
-    return (
-        column // (4 * OPERAND_RUN) * (4 * OPERAND_RUN)
-        + column % 8 // 2 * OPERAND_RUN
-        + column // 8 % (OPERAND_RUN // 2) * 2
-        + column % 2
-    )
+    return column // (4 * RUN) * (4 * RUN) + column % 8 // 2 * RUN + column // 8 % (RUN // 2) * 2 + column % 2
 
 
 @triton.constexpr_function
@@ -91,7 +86,7 @@ def sum_dtype(operand):
 def two_terms(x, OPERAND: tl.constexpr, PTX: tl.constexpr):
     """Split float32 numbers [rows, columns] in two terms: [2 * rows, columns], the high terms first."""
     if sum_dtype(OPERAND) == tl.int32:
-        bits = (x + _MAGIC).to(tl.int32, bitcast=True)
+        bits = (x + ROUNDING).to(tl.int32, bitcast=True)
         if PTX:
             high, low = tl.inline_asm_elementwise(
                 "{ .reg .b32 t, u; prmt.b32 t, $2, $3, 0x5140; prmt.b32 u, $4, $5, 0x5140; "

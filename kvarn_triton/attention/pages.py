@@ -1,7 +1,8 @@
 """The loops over quantized pages of one sequence and kv head: an id, the scores of a page, its values.
 
-A page is read in one of four forms: integers of 8 bits (`digits`: one query token), as it is in numbers of 16 bits (`halves`),
-dequantized in registers (`registers`: few rows), or dequantized through shared memory (`dequantized`: many rows).
+A page is read in one of five forms: integers of 8 bits (`digits` and, of few heads, `columns`: one query token), as it is in
+numbers of 16 bits (`halves`), dequantized in registers (`registers`: few rows), or dequantized through shared memory
+(`dequantized`: many rows).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import triton.language as tl
 
 from ..masking import hides, visible, weighed
 from ..paging import ids_of_row, load_page_id
+from .columns import add_column_values, column_scores, spread_rows
 from .dequantized import LEAST_UNIT, add_dequantized_values, dequantized_scores
 from .digits import add_digit_values, digit_scores
 from .halves import add_half_values, half_scores
@@ -58,18 +60,30 @@ def attend_pages_once(
     for i in tl.range(span[0], tl.minimum(span[1], tl.cdiv(num_valid, G)), num_stages=PLAN.num_stages):
         record_ptr = records.ptr + page.to(tl.int64) * records.stride_page
         page = load_page_id(records.ids_ptr, i + 1, span[1], PLAN.ptx)
-        scores = weighed(digit_scores(record_ptr, planes, q_factor, LAYOUT, PLAN), masking)
-        params = tl.load((record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32)) + tl.arange(0, G))
+        token = tl.arange(0, G)
+        if PLAN.columns:
+            token = spread_rows(token)
+            scores = column_scores(record_ptr, planes, q_factor, LAYOUT, PLAN)
+        else:
+            scores = digit_scores(record_ptr, planes, q_factor, LAYOUT, PLAN)
+        scores = weighed(scores, masking)
+        params = tl.load((record_ptr + LAYOUT.v_params_offset).to(tl.pointer_type(tl.uint32)) + token)
         at_edge = (i + 1) * G > num_valid
         if masking.windows.body is not None:
             at_edge |= i * G < first_seen
         if at_edge:
-            valid = i * G + tl.arange(0, G) < num_valid
+            valid = i * G + token < num_valid
             if masking.windows.body is not None:
-                valid &= i * G + tl.arange(0, G) >= first_seen
-            scores = tl.where(valid[None, :], scores, float("-inf"))
+                valid &= i * G + token >= first_seen
+            if PLAN.columns:
+                scores = tl.where(valid[:, None], scores, float("-inf"))
+            else:
+                scores = tl.where(valid[None, :], scores, float("-inf"))
             params = tl.where(valid, params, 0)  # a token that isn't seen may be of any magnitude, or not a number
-        state = add_digit_values(state, scores, params, record_ptr, LAYOUT, PLAN)
+        if PLAN.columns:
+            state = add_column_values(state, scores, params, record_ptr, LAYOUT, PLAN)
+        else:
+            state = add_digit_values(state, scores, params, record_ptr, LAYOUT, PLAN)
     return state
 
 

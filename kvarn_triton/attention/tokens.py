@@ -36,12 +36,22 @@ class Runs(NamedTuple):
 
 
 @triton.jit
-def _run(i, runs, G: tl.constexpr, BLOCK_R: tl.constexpr):
+def run_of(i, runs, G: tl.constexpr, BLOCK_R: tl.constexpr):
     """Return the first token of run i, in the sink or in the body, and its page's column in the raw table."""
     in_sink = i < runs.num_sinks
     in_tail = runs.tail_token + (runs.first_tail + i - runs.num_sinks) * BLOCK_R
     start = tl.where(in_sink, (runs.first_sink + i) * BLOCK_R, in_tail)
     return start, tl.where(in_sink, start // G, runs.num_sink_pages + start // G % tl.maximum(runs.num_tail_slots, 1))
+
+
+@triton.jit
+def seen_of_run(i, token, runs, masking, sink_seen, body_seen):
+    """Return which tokens of run i are seen, of the sink or of the body."""
+    in_sink = i < runs.num_sinks
+    seen = token < tl.where(in_sink, sink_seen[1], body_seen[1])
+    if masking.windows.body is not None:
+        seen &= token >= tl.where(in_sink, sink_seen[0], body_seen[0])
+    return seen
 
 
 @triton.jit
@@ -73,17 +83,14 @@ def attend_raw_once(
     offs_d = tl.arange(0, state.acc.shape[1])
     count = runs.num_sinks + runs.num_tails
     num_columns = runs.num_sink_pages + runs.num_tail_slots
-    start, column = _run(0, runs, G, BLOCK_R)
+    start, column = run_of(0, runs, G, BLOCK_R)
     page = load_page_id(table_ptr, column, num_columns, PLAN.ptx)
     for i in tl.range(0, count, num_stages=PLAN.num_stages):
-        in_sink = i < runs.num_sinks
         page_ptr = raw.ptr + page.to(tl.int64) * raw.stride_page
-        next_start, column = _run(i + 1, runs, G, BLOCK_R)
+        next_start, column = run_of(i + 1, runs, G, BLOCK_R)
         page = load_page_id(table_ptr, column, num_columns, PLAN.ptx)
         offs_t = tl.arange(0, BLOCK_R)
-        valid = start + offs_t < tl.where(in_sink, sink_seen[1], body_seen[1])
-        if masking.windows.body is not None:
-            valid &= start + offs_t >= tl.where(in_sink, sink_seen[0], body_seen[0])
+        valid = seen_of_run(i, start + offs_t, runs, masking, sink_seen, body_seen)
         place = (start % G + offs_t) * raw.stride_token
         product = tl.zeros((terms[0].shape[0], BLOCK_R), tl.float32)
         for f in tl.static_range(FIELDS):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 
-from .. import configs, gpu
+from .. import configs, gpu, merging
 from ..cache import Cache
 from ..layout import PageLayout
 from ..masking import Mask
@@ -72,6 +73,31 @@ def rows_per_round(batch: int, num_tiles: int, most: MostWork, partial_bytes: in
     return min(max((ROUND_BYTES - none) // max(one - none, 1), 1), batch)
 
 
+def merge_sizes(
+    layout: PageLayout,
+    dtype: torch.dtype,
+    device: torch.device,
+    heads: tuple[int, int],
+    csr: bool,
+    table: configs.DecodeTable | None,
+) -> list[tuple[int, int, bool]]:
+    """Return batches and columns of tables, without raw pages and with one, for which merges of decode differ when compiled.
+
+    `heads` are those of queries and kv heads.
+    """
+    tile, num_tiles = configs.head_tiles(*heads)
+    programs = gpu.num_programs(device, configs.decode_config(layout, dtype, device, table, tile).programs_per_sm)
+    sizes: dict[tuple[bool, int, int], tuple[int, int, bool]] = {}
+    widths = [2**i for i in range(programs.bit_length() + 1)]
+    for batch, columns, raw in itertools.product(range(1, programs + 1), widths, (False, True)):
+        most = MostWork(layout, columns * (batch if csr else 1), int(raw), csr, 0)
+        working = min(programs, num_tiles * most_units(batch, most))
+        block_s = merging.merge_block(working, batch * num_tiles, configs.padded(layout.v_head_dim))
+        channels = merging.merge_channels(layout.v_head_dim, batch * heads[0], device)
+        sizes.setdefault((raw, block_s, channels), (batch, columns, raw))
+    return list(sizes.values())
+
+
 def decode_workspace_size(
     batch: int,
     num_q_heads: int,
@@ -106,11 +132,11 @@ def decode_workspace_size(
         split_size: as given to `decode_attention`.
         table: as given to `decode_attention`.
     """
-    programs = gpu.num_programs(device, configs.decode_config(layout, dtype, device, table).programs_per_sm)
     most = MostWork(layout, max_pages, max_raw_pages, csr, split_size or 0)
 
     def size(rows: int, heads: int, group: int) -> int:
         tile, tiles = configs.head_tiles(heads * group, heads)
+        programs = gpu.num_programs(device, configs.decode_config(layout, dtype, device, table, tile).programs_per_sm)
         return 4 * num_partials(rows, tiles, most, programs) * tile * (layout.v_head_dim + 1)
 
     # Heads are padded to whole tiles: fewer may take more.

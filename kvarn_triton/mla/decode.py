@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from .. import configs, gpu, reference
+from .. import gpu, merging, reference
 from ..attention.merge import MergePlan, merged, store_result
 from ..checks import check_count, check_tensor, require
 from ..launch import aligned, as_rows, copy_back, on
@@ -33,10 +33,10 @@ LEAST_BLOCKS = 4
 @functools.lru_cache
 def _plan_merge(num_splits: int, early: bool) -> tuple[MergePlan, int]:
     """Return what the merge is compiled for, and its warps."""
-    block_s = next((block for block in configs.MERGE_BLOCKS if block >= num_splits), configs.MERGE_BLOCKS[1])
-    block_s = min(block_s, configs.MERGE_BLOCKS[1])
-    plan = MergePlan(LATENT_DIM, LATENT_DIM, LATENT_DIM, block_s, early, True, 1, 1, None)
-    return plan, configs.merge_warps(block_s, LATENT_DIM)
+    block_s = next((block for block in merging.MERGE_BLOCKS if block >= num_splits), merging.MERGE_BLOCKS[1])
+    block_s = min(block_s, merging.MERGE_BLOCKS[1])
+    plan = MergePlan(LATENT_DIM, LATENT_DIM, LATENT_DIM, LATENT_DIM, block_s, early, True, 1, 1, None)
+    return plan, merging.merge_warps(block_s, LATENT_DIM)
 
 
 @triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["lse_ptr"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import configs, gpu
+from .. import gpu, merging
 from ..checks import FLOATS, check_choice, check_count, require
 from ..encoder import DEFAULT, Encoder
 from ..mla_layout import LATENT_DIM, TOKEN_DIM, MLALayout
@@ -78,7 +78,7 @@ def mla_warmup(
         for n in {1} if config is not None or "indices" in given else set(chosen.values()):
             q = torch.zeros(1, n, num_heads, TOKEN_DIM, dtype=dtype, device=device)
             given |= {"seq_lens": lens, "sm_scale": 1.0}
-            for num_splits, return_lse in itertools.product(configs.MERGE_BLOCKS[:2], (False, True)):
+            for num_splits, return_lse in itertools.product(merging.MERGE_BLOCKS[:2], (False, True)):
                 mla_decode_attention(q, num_splits=num_splits, return_lse=return_lse, **tables, **raw, **given)
             mla_decode_attention(q, **tables, **given)
     mla_commit_pages(**tables, **raw, committed_lens=lens, encoder=encoder)

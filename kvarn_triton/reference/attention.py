@@ -254,6 +254,7 @@ def decode_attention(
     workspace: torch.Tensor | None = None,
     table: object = None,
     keep_sink: bool = False,
+    schedule: object = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with one query token per sequence; see `kvarn_triton.decode_attention`."""
     one_each = torch.arange(q.shape[0] + 1, device=q.device)

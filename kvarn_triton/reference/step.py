@@ -255,6 +255,7 @@ def attend(
     tree_mask: torch.Tensor | None = None,
     span_ends: torch.Tensor | None = None,
     past_only: bool = False,
+    schedule: object = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with the queries of a step; see `kvarn_triton.attend`."""
     q = flat_tokens(q)

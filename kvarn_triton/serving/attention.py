@@ -6,6 +6,7 @@ import torch
 
 from .. import configs, gpu, reference
 from ..attention.decode import launch_decode, plan_decode
+from ..attention.parts import DecodeSchedule
 from ..attention.prefill import launch_prefill, plan_prefill
 from ..cache import Results, cache_of, check_new, check_queries, check_split_size, checked_for_attention
 from ..checks import FLOATS, check_tensor, require
@@ -36,6 +37,7 @@ def attend(
     tree_mask: torch.Tensor | None = None,
     span_ends: torch.Tensor | None = None,
     past_only: bool = False,
+    schedule: DecodeSchedule | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend with the queries of a step, after `write_tokens`: decode attention if it has one token for each sequence.
 
@@ -68,6 +70,7 @@ def attend(
         tree_mask: int64 [num_tokens], which new tokens each new token sees, of prefill attention with `k` and `v`.
         span_ends: int32 [num_tokens], ends of spans of new tokens that see each other, likewise.
         past_only: of prefill attention: queries don't see the new tokens, to which another call attends.
+        schedule: what `schedule_step` made of the plan, for decode attention.
 
     Returns:
         `out` [num_tokens, num_q_heads, v_head_dim], or `out` and `lse` float32 [num_tokens, num_q_heads]. Rows of padding are
@@ -90,8 +93,9 @@ def attend(
         for name, tensor in (("scratch", scratch), ("tree_mask", tree_mask), ("span_ends", span_ends)):
             require(tensor is None, name, "None without cu_seqlens_q", "a tensor")
         require(not past_only, "past_only", "False without cu_seqlens_q", past_only)
-        decode = plan_decode(q, cache, mask, results, split_size, table)
+        decode = plan_decode(q, cache, mask, results, split_size, table, schedule)
     else:
+        require(schedule is None, "schedule", "None beside cu_seqlens_q", "one")
         check_new(q, (k, v), ends, cache, mask)
         prefill = plan_prefill(q, ends, cache, mask, results, split_size, scratch, config)
     if not gpu.on_device(q):
