@@ -21,7 +21,8 @@ from .checks import check_choice, check_count, require
 TABLE_VERSION = 2
 _BUILTIN = Path(__file__).with_name("decode_tables.json")
 _SPLIT_ENTRIES = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-"""Whether the package's own entries with `split_bits` count: Triton 3.9 spills registers with them only."""
+"""Whether the package's own entries with `split_bits` count where heads are rows: Triton 3.9 spills registers with those
+alone."""
 
 
 @dataclass(frozen=True)
@@ -240,8 +241,10 @@ def builtin_table(arch: str | None) -> DecodeTable:
         return DecodeTable("cpu", (Entry(512, rows, "interpreter"), Entry(256, columns, "interpreter", max_heads=4)))
     tables = {table.arch: table for table in _read(json.loads(_BUILTIN.read_text()), _BUILTIN)}
     if not _SPLIT_ENTRIES:
-        plain = {arch: tuple(entry for entry in table.entries if not entry.split_bits) for arch, table in tables.items()}
-        tables = {arch: DecodeTable(arch, entries) for arch, entries in plain.items()}
+        tables = {
+            arch: DecodeTable(arch, tuple(entry for entry in table.entries if not entry.split_bits or entry.max_heads))
+            for arch, table in tables.items()
+        }
     if arch in tables:
         return tables[arch]
     family = [known for known in tables if known.startswith(arch[:2])]

@@ -88,6 +88,12 @@ class DecodeCase:
             **how,
         )
 
+    def schedule(self, **how: Any) -> kvarn.DecodeSchedule:
+        """Return the schedule of the call, as a server makes it once a step; `how` are `table` and `split_size`."""
+        raw = {} if self.raw_pages is None else {name: self.call[name] for name in ("raw_table", "num_quantized", "sink_len")}
+        heads = self.q.shape[1], self.pages.shape[1]
+        return kvarn.schedule_decode(self.layout, self.seq_lens, self.block_table, *heads, dtype=self.q.dtype, **raw, **how)
+
     def rows(self, first: int, last: int) -> DecodeCase:
         """Return the case of sequences `first` to `last - 1`, with tables of their own, on the same pages."""
         raw = self.raw_table is not None

@@ -2,7 +2,8 @@
 
 Whatever is importable is timed; of the rest the sweep says why not. Each peer reads a 16-bit cache in an arrangement that suits
 it, runs in every variant that it offers, and is timed in the fastest one. Its output is compared with float64 before that.
-What a server does once per step for all layers (`plan()`, the scheduler's metadata) is outside of the time.
+What a server does once per step for all layers (`plan()`, the scheduler's metadata, `schedule_decode`) is outside of the time;
+"alone" is our call without a schedule.
 """
 
 from __future__ import annotations
@@ -252,7 +253,8 @@ def _ours(shape: Shape, batch: int, context: int, tokens: int, seed: int) -> tup
             cases = decode_sets(shape, layout, batch, context, cache, seed)
             row |= check_timed_case(cases[0])
             row[f"bytes {cache}"] = cache_bytes(cases[0])
-            found[f"k4v2 {cache}"] = decode_calls(cases)
+            found[f"k4v2 {cache}"] = decode_calls(cases, scheduled=True)
+            found[f"k4v2 {cache}, alone"] = decode_calls(cases)
         return found, row
     new = tokens >= CHUNK
     cases = decode_sets(shape, layout, batch, context - tokens if new else context, PAGES_ONLY, seed)
@@ -274,6 +276,8 @@ def _ours(shape: Shape, batch: int, context: int, tokens: int, seed: int) -> tup
         "tokens": "query tokens",
         "us": "k4v2 us",
         "k4v2 served": "served us",
+        "k4v2 pages only, alone": "pages, alone us",
+        "k4v2 served, alone": "served, alone us",
         "k4v2 scratch": "with scratch us",
         **{peer.name: f"{peer.name} us" for peer in PEERS},
         "twin": "twin us",

@@ -101,13 +101,21 @@ def decode_sets(
 
 
 def decode_calls(
-    cases: Sequence[DecodeCase], table: kvarn.DecodeTable | None = None, split_size: int | None = None
+    cases: Sequence[DecodeCase],
+    table: kvarn.DecodeTable | None = None,
+    split_size: int | None = None,
+    scheduled: bool = False,
 ) -> list[Call]:
-    """Return the calls of `decode_attention`, without allocations."""
+    """Return the calls of `decode_attention`, without allocations; `scheduled`: with schedules that are made before."""
     how = {"table": table, "split_size": split_size}
     workspace = torch.empty(cases[0].workspace_size(**how), dtype=torch.uint8, device="cuda")
     memory = {"out": torch.empty_like(cases[0].q), "workspace": workspace}
-    return [lambda case=case: kvarn.decode_attention(**case.call, **how, **memory) for case in cases]  # type: ignore[misc]
+    schedules = [case.schedule(**how) if scheduled else None for case in cases]
+
+    def call_of(case: DecodeCase, schedule: kvarn.DecodeSchedule | None) -> Call:
+        return lambda: kvarn.decode_attention(**case.call, **how, **memory, schedule=schedule)
+
+    return [call_of(*each) for each in zip(cases, schedules, strict=True)]
 
 
 def check_timed_case(case: DecodeCase, split_size: int | None = None) -> Row:
