@@ -62,14 +62,6 @@ def _spread(x):
 
 
 @triton.jit
-def _spread_bytes(codes):
-    """Return codes [bytes, rows] as [rows, bytes], rows in the order of `spread_rows`."""
-    BYTES: tl.constexpr = codes.shape[0]
-    ROWS: tl.constexpr = codes.shape[1]
-    return tl.reshape(tl.permute(tl.reshape(codes, (BYTES, ROWS // 32, 8, 4)), (1, 3, 2, 0)), (ROWS, BYTES))
-
-
-@triton.jit
 def join_rows(tiles):
     """Put a tuple of 2**n tiles [rows, columns] below each other."""
     for _ in tl.static_range(log2(len(tiles))):
@@ -223,11 +215,11 @@ def column_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl.c
     norm_ptr = (record_ptr + LAYOUT.k_norm_offset).to(tl.pointer_type(tl.float16))
     scores = ()
     for part in tl.static_range(G // BLOCK_T):
-        row = part * BLOCK_T + tl.arange(0, BLOCK_T)
-        packed, high = load_packed(codes_ptr, row, part * BLOCK_T, _plain_order(BLOCK_T), G, True, BYTES, BLOCK_K, BITS, PTX)
+        row = part * BLOCK_T + spread_rows(tl.arange(0, BLOCK_T))
+        packed, high = load_packed(codes_ptr, row, part * BLOCK_T, _order_of_rows(BLOCK_T), G, True, BYTES, BLOCK_K, BITS, PTX)
         product = tl.zeros((BLOCK_T, COLUMNS), tl.int32)
         for f in tl.static_range(FIELDS):
-            codes = _spread_bytes(field_codes(packed, high, f, BITS, field_factor(f, BITS), tl.int8, PTX))
+            codes = tl.trans(field_codes(packed, high, f, BITS, field_factor(f, BITS), tl.int8, PTX))
             product = tl.dot(codes, operands[f], product, out_dtype=tl.int32)
         norm = _spread(tl.load(norm_ptr + part * BLOCK_T + tl.arange(0, BLOCK_T))).to(tl.float32)
         score = (_sum_of_columns(product) * q_factor[None, :] + offset[None, :]) * norm[:, None]
