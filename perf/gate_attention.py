@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from cases import ERROR_RATIO, attention_of_row
 from common import Row
-from gate_checks import SOME_CONFIG, UNEQUAL, Recorder, Subject, as_csr, check, moved, some_table
+from gate_checks import SOME_CONFIG, UNEQUAL, Recorder, Subject, as_csr, check, equal, moved, some_table
 
 from kvarn_triton import reference
 from kvarn_triton.testing import cache_case, relative_error
@@ -144,6 +144,21 @@ def _check_decode(kvarn: Recorder, subject: Subject, option: str) -> Iterator[Ro
     yield attention_row(kvarn, "decode_attention", call, subject.device)
 
 
+def _check_scheduled(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
+    """Compare calls with schedules, the second in the memory of the first, with those that find their parts themselves."""
+    for csr in (False, True):
+        call = decode_call(subject, pages_only=False)
+        seen = {"window": 50, "keep_sink": True, "split_size": 1, "table": some_table(kvarn, torch.device(subject.device))}
+        call = moved(call | seen | (as_csr(call["block_table"]) if csr else {}), subject.device)
+        names = ("raw_table", "num_quantized", "sink_len", *(("kv_indptr", "kv_indices") if csr else ()), *seen)
+        given: dict[str, Any] = {name: call[name] for name in names} | {"dtype": call["q"].dtype}
+        heads = call["q"].shape[1], call["pages"].shape[1]
+        schedule = kvarn.schedule_decode(call["layout"], call["seq_lens"], call["block_table"], *heads, **given)
+        kvarn.schedule_decode(call["layout"], call["seq_lens"], call["block_table"], *heads, **given, out=schedule)
+        results = [kvarn.decode_attention(**call, schedule=each) for each in (schedule, None)]
+        yield equal("decode_attention", {"table" if csr else "lists": tuple(x.cpu() for x in results)})
+
+
 def _check_prefill(kvarn: Recorder, subject: Subject, option: str) -> Iterator[Row]:
     form, _, option = option.partition(": ")
     call = prefill_call(
@@ -181,4 +196,5 @@ for _option in (
     "scratch: split size, workspace",
 ):
     check(f"prefill, {_option}", "prefill_attention", PREFILL_SECONDS)(functools.partial(_check_prefill, option=_option))
+check("decode, schedules", "schedule_decode", 2 * DECODE_SECONDS)(_check_scheduled)
 check("attention, values of another head_dim", "decode_attention", DECODE_SECONDS + PREFILL_SECONDS)(_check_unequal)

@@ -270,6 +270,7 @@ def _warm(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
     kinds = dict.fromkeys(("window", "keep_sink", "soft_cap", "sinks", "csr", "prefill", "past_only"), True)
     others = {"raw_dtype": dtype, "scratch": dtype, "encoder": PUBLISHED, "dequantize": torch.float32, "table": table}
     others |= {"config": SOME_CONFIG, "steps": True, "sink_columns": True, "tree_mask": True, "span_ends": True}
+    others["schedules"] = True
     among = {"tree_mask": torch.zeros(3, dtype=torch.int64), "span_ends": torch.zeros(3, dtype=torch.int32)}
     among |= {name: subject.draw(3, 2, d) for name, d in (("k", layout.head_dim), ("v", layout.v_head_dim))}
     with launches_on(device) as launches:

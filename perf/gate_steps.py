@@ -124,7 +124,12 @@ def _decodes(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
         api.write_tokens(k.to(where), v.to(where), pages, raw_pages, step)
         some: dict[str, Any] = {"sm_scale": 0.1, "soft_cap": 3.0, "window": 130, "keep_sink": True}
         out = torch.empty(3, 2 * subject.group, layout.v_head_dim, dtype=subject.dtype, device=where)
-        table = {"table": some_table(kvarn, torch.device(device))} if api is kvarn else {}
+        table: dict[str, Any] = {}
+        if api is kvarn:
+            table = {"table": some_table(kvarn, torch.device(device)), "split_size": 2}
+            given = {name: some[name] for name in ("window", "keep_sink")} | table | {"dtype": subject.dtype}
+            for out_of in (None, "schedule"):
+                table["schedule"] = kvarn.schedule_step(step, q.shape[1], 2, **given, out=out_of and table["schedule"])
         api.attend(q.to(where), pages, raw_pages, step, out=out, **some, **table)
         outs.append(out.cpu().double())
     error, allowed = relative_error(*outs), 4 * torch.finfo(subject.dtype).eps

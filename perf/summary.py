@@ -218,7 +218,7 @@ def served_beside(point: tuple[int, int]) -> tuple[float, float, float]:
     found = json.loads((RESULTS / "peers_decode_h200.json").read_text())["decode"]
     rows = (dict(zip(found["columns"], row, strict=True)) for row in found["rows"])
     times = next(row for row in rows if (row["batch"], row["context"]) == point)
-    return times["served"], min(times[name] for name in SIXTEEN_BITS), times["FA3 fp8"]
+    return times["served"], min(times[name] for name in SIXTEEN_BITS if name in times), times["FA3 fp8"]
 
 
 def recorded_quality(bits: str, column: str) -> float:

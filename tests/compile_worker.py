@@ -40,9 +40,15 @@ Call = Callable[[], None]
 
 
 def decode(
-    layout: PageLayout, *, group: int = 8, dtype: torch.dtype = torch.float16, raw: bool = True, **options: float
+    layout: PageLayout,
+    *,
+    group: int = 8,
+    dtype: torch.dtype = torch.float16,
+    raw: bool = True,
+    scheduled: bool = False,
+    **options: float,
 ) -> None:
-    """Call decode_attention for two kv heads."""
+    """Call decode_attention for two kv heads, after its schedule or without."""
     batch, heads = 2, 2
     tables = {"block_table": torch.zeros(batch, 2, dtype=torch.int32), "seq_lens": torch.zeros(batch, dtype=torch.int32)}
     if raw:
@@ -54,6 +60,10 @@ def decode(
         }
     q = torch.zeros(batch, heads * group, layout.head_dim, dtype=dtype)
     pages = torch.zeros(layout.pages_shape(4, heads), dtype=torch.uint8)
+    if scheduled:
+        given = {name: x for name, x in tables.items() if name != "raw_pages"}
+        given |= {name: x for name, x in options.items() if name == "window"}
+        options["schedule"] = kvarn.schedule_decode(layout, num_q_heads=q.shape[1], num_kv_heads=heads, **given)
     kvarn.decode_attention(q, pages, layout=layout, return_lse=True, **tables, **options)
 
 
@@ -199,6 +209,8 @@ def main_cases(target: str) -> dict[str, Call]:
     return {
         "decode": lambda: decode(MAIN),
         "decode quantized only, group 8": lambda: decode(MAIN, raw=False),
+        "decode quantized only, group 4": lambda: decode(MAIN, group=4, raw=False),
+        "decode scheduled, group 4": lambda: decode(MAIN, group=4, scheduled=True),
         "small": lambda: small_functions(MAIN),
         "steps": lambda: plans_and_reads(MAIN),
     }
@@ -220,6 +232,9 @@ def decode_cases(target: str) -> dict[str, Call]:
             "steps, reads of head_dim 80 and 256": lambda: plans_and_reads(PageLayout(80, 64, 3, 8, v_head_dim=256)),
             "decode window beside the sink": lambda: decode(MAIN, window=99, keep_sink=True),
             "decode quantized only, group 1": lambda: decode(MAIN, group=1, raw=False),
+            "decode group 4, 3 bits, head_dim 80": lambda: decode(PageLayout(80, 64, 3, 3), group=4, window=99, soft_cap=30.0),
+            "decode group 2, head_dim 256": lambda: decode(PageLayout(256, 128, 4, 2), group=2, dtype=torch.bfloat16),
+            "decode scheduled, group 12": lambda: decode(MAIN, group=12, scheduled=True, window=99),
             "decode bfloat16, group 16": lambda: decode(MAIN, group=16, dtype=torch.bfloat16),
             "decode float32": lambda: decode(PageLayout(64, 64, 3, 8), dtype=torch.float32),
             "decode head_dim 80": lambda: decode(PageLayout(80, 64, 3, 3), group=5),
