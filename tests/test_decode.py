@@ -5,6 +5,7 @@ How large the error may be is said in `helpers.check`.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -43,6 +44,17 @@ def test_layouts(index, device):
     case = cache_case(layout, lengths, device=device, **options)
     assert case.num_quantized.tolist() == [2, 0]
     check(case)
+
+
+@pytest.mark.parametrize(
+    ("group", "layout"), [(1, PageLayout(64, 64, 4, 2)), (3, PageLayout(128, 128, 3, 5)), (4, ALL_LAYOUTS[5])]
+)
+def test_few_heads_as_rows(group, layout, device):
+    """Up to 4 query heads as rows of products, as GPUs of AMD and tables without `columns` have them."""
+    config = DecodeConfig(programs_per_sm=2, few_programs_per_sm=1)
+    case = cache_case(layout, [16 + 2 * layout.page_size + 9, 5], group=group, num_kv_heads=1, sink_len=16, device=device)
+    check(case, table=DecodeTable("rows", (Entry(512, config, "test"),)))
+    check(case, table=DecodeTable("columns", (Entry(512, dataclasses.replace(config, columns=True), "test"),)))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="slow in the interpreter, where test_layouts has each group and dtype once")
