@@ -117,6 +117,9 @@ def test_options_reach_the_launcher(device, monkeypatch):
     case = cache_case(LAYOUT, [70], device=device)
     raw = case.raw_table, case.block_table, case.seq_lens, case.num_quantized
     workspace = torch.empty(1 << 20, dtype=torch.uint8, device=device)
+    tables = {name: getattr(case, name) for name in ("raw_table", "num_quantized", "sink_len")}
+    options = {"window": 65, "split_size": 2, "table": table, **tables}
+    schedule = kvarn.schedule_decode(LAYOUT, case.seq_lens, case.block_table, 8, 2, **options)
 
     def step(out):
         ops.commit_pages(case.raw_pages, case.pages, *raw, LAYOUT, keep_pages=1, encoder=ENCODER)
@@ -130,6 +133,7 @@ def test_options_reach_the_launcher(device, monkeypatch):
             return_lse=True,
             split_size=2,
             table=table,
+            schedule=schedule,
         )
 
     for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
@@ -141,6 +145,7 @@ def test_options_reach_the_launcher(device, monkeypatch):
         assert attention["table"].find(64) == wanted
         assert (attention["window"], attention["soft_cap"], attention["split_size"]) == (65, 30.0, 2)
         assert attention["workspace"].shape == workspace.shape
+        assert attention["schedule"].records is schedule.records and attention["schedule"].made_for == schedule.made_for
 
 
 @pytest.mark.parametrize("config", [DecodeConfig(1, 2, 64, 32, 8, 4, 128, True), DecodeConfig(2, 3, 32, 64, 6, 5)])

@@ -81,7 +81,7 @@ def _part_from(piece, unit, cut, rows, tables, batch, num_tiles, SIZES: tl.const
     num_sinks, num_paged, num_tails = counts
     units_of_row = num_sinks + num_paged + num_tails
     aligned_units = rounded_up(units_of_row, cut.split)
-    tile = quotient(unit - row_start, aligned_units)
+    tile = quotient(unit - row_start, tl.maximum(aligned_units, 1))  # 0 behind the last row
     first = unit - row_start - tile * aligned_units
     last = tl.minimum(first + end - unit, units_of_row)
     first_page = begins[1] + tl.maximum(first - num_sinks, 0)
