@@ -7,7 +7,8 @@ The first kernel attends to pieces of the work (`decode_kernel`), the second mer
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 
@@ -126,12 +127,23 @@ class DecodePlanned(NamedTuple):
     def made_for(self, num_q_heads: int, mask: Mask) -> str:
         """Return what a schedule of this call depends on, but for what is in tensors."""
         work, cache = self.work, self.work.cache
-        return (
-            f"{cache.batch} sequences, {self.round_rows} at once, {num_q_heads} query heads, {cache.num_kv_heads} kv heads, "
-            f"page_size {cache.layout.page_size}, raw pages: {work.units.has_raw}, sink_len {cache.sink_len}, "
-            f"window {mask.window}, keep_sink {mask.keep_sink}, split_size {work.split_size or None}, "
-            f"{work.num_programs} and {work.few_programs} programs"
-        )
+        return _made_for(
+            cache.batch, self.round_rows, num_q_heads, cache.num_kv_heads, work.units, cache.sink_len, mask.window,
+            mask.keep_sink, work.split_size, work.num_programs, work.few_programs,
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _made_for(
+    batch: int, round_rows: int, num_q_heads: int, num_kv_heads: int, units: Units, sink_len: int, *others: Any
+) -> str:
+    """Return a text that tells calls apart whose programs begin differently; a schedule keeps it."""
+    window, keep_sink, split_size, programs, few_programs = others
+    return (
+        f"{batch} sequences, {round_rows} at once, {num_q_heads} query heads, {num_kv_heads} kv heads, page_size "
+        f"{units.page_size}, raw pages: {units.has_raw}, sink_len {sink_len}, window {window}, keep_sink {keep_sink}, "
+        f"split_size {split_size or None}, {programs} and {few_programs} programs"
+    )
 
 
 def launch_decode(
