@@ -34,7 +34,7 @@ ALL_STEPS_TARGETS = ("sm80", "sm90", "sm100", "gfx942") if OLDEST else ("sm90",)
 """Targets that compile all steps of the encoder. Both kernels encode with the same code, and what they load and store does not
 depend on the encoder: the oldest Triton compiles all steps in both for one target, else one of the kernels has them."""
 WIDE_TARGETS = ("sm90", "gfx942") if OLDEST else ("sm90",)
-"""Targets that compile other layouts than MAIN too."""
+"""Targets that compile other layouts than MAIN of scratch memory too."""
 
 Call = Callable[[], None]
 
@@ -224,25 +224,26 @@ def decode_cases(target: str) -> dict[str, Call]:
     }
     if target in SHARING_TARGETS:
         cases["decode quantized only, 6 and 5 bits"] = lambda: decode(SHARING, raw=False)
-    if target in WIDE_TARGETS:
-        cases |= {
-            "dequantize 6 and 5 bits": lambda: dequantize(SHARING, torch.bfloat16),
-            "decode head_dim 80 and 192, 5 and 6 bits": lambda: decode(PageLayout(80, 64, 5, 6, v_head_dim=192), group=5),
-            "steps, sinks in pages": lambda: attend_steps(MAIN),
-            "steps, reads of head_dim 80 and 256": lambda: plans_and_reads(PageLayout(80, 64, 3, 8, v_head_dim=256)),
-            "decode window beside the sink": lambda: decode(MAIN, window=99, keep_sink=True),
-            "decode quantized only, group 1": lambda: decode(MAIN, group=1, raw=False),
-            "decode group 4, 3 bits, head_dim 80": lambda: decode(PageLayout(80, 64, 3, 3), group=4, window=99, soft_cap=30.0),
-            "decode group 2, head_dim 256": lambda: decode(PageLayout(256, 128, 4, 2), group=2, dtype=torch.bfloat16),
-            "decode scheduled, group 12": lambda: decode(MAIN, group=12, scheduled=True, window=99),
-            "decode bfloat16, group 16": lambda: decode(MAIN, group=16, dtype=torch.bfloat16),
-            "decode float32": lambda: decode(PageLayout(64, 64, 3, 8), dtype=torch.float32),
-            "decode head_dim 80": lambda: decode(PageLayout(80, 64, 3, 3), group=5),
-            "decode head_dim 256, 8 bits": lambda: decode(PageLayout(256, 128, 8, 8), group=16),
-            "decode head_dim 512": lambda: decode(PageLayout(512, 64, 8, 8), group=2),
-            "decode head_dim 80 and 256": lambda: decode(PageLayout(80, 64, 3, 8, v_head_dim=256), group=5),
-        }
     return cases
+
+
+def decode_other_cases(target: str) -> dict[str, Call]:
+    """Return calls of decode_attention with other layouts and masks, and of what reads such caches."""
+    return {
+        "dequantize 6 and 5 bits": lambda: dequantize(SHARING, torch.bfloat16),
+        "decode head_dim 80 and 192, 5 and 6 bits": lambda: decode(PageLayout(80, 64, 5, 6, v_head_dim=192), group=5),
+        "steps, sinks in pages": lambda: attend_steps(MAIN),
+        "steps, reads of head_dim 80 and 256": lambda: plans_and_reads(PageLayout(80, 64, 3, 8, v_head_dim=256)),
+        "decode window beside the sink": lambda: decode(MAIN, window=99, keep_sink=True),
+        "decode group 4, 3 bits, head_dim 80": lambda: decode(PageLayout(80, 64, 3, 3), group=4, window=99, soft_cap=30.0),
+        "decode group 2, head_dim 256": lambda: decode(PageLayout(256, 128, 4, 2), group=2, dtype=torch.bfloat16),
+        "decode bfloat16, group 16": lambda: decode(MAIN, group=16, dtype=torch.bfloat16),
+        "decode float32": lambda: decode(PageLayout(64, 64, 3, 8), dtype=torch.float32),
+        "decode head_dim 80": lambda: decode(PageLayout(80, 64, 3, 3), group=5),
+        "decode head_dim 256, 8 bits": lambda: decode(PageLayout(256, 128, 8, 8), group=16),
+        "decode head_dim 512": lambda: decode(PageLayout(512, 64, 8, 8), group=2),
+        "decode head_dim 80 and 256": lambda: decode(PageLayout(80, 64, 3, 8, v_head_dim=256), group=5),
+    }
 
 
 def prefill_cases(target: str) -> dict[str, Call]:
@@ -258,20 +259,24 @@ def prefill_cases(target: str) -> dict[str, Call]:
             "prefill head_dim 512, 4 bits": lambda: prefill(PageLayout(512, 128, 4, 2), 8),
             "prefill head_dim 512 and 64": lambda: prefill(PageLayout(512, 128, 4, 2, v_head_dim=64), 8),
         }
-    if target in WIDE_TARGETS:
-        cases |= {
-            "prefill 16 rows, 6 and 5 bits": lambda: prefill(SHARING, 8, new=False),
-            "prefill many, 6 and 5 bits": lambda: prefill(SHARING, 512),
-            "prefill window and soft cap": lambda: prefill(MAIN, 512, window=99, soft_cap=30.0),
-            "prefill window beside the sink": lambda: prefill(MAIN, 512, window=99, keep_sink=True),
-            "prefill trees": lambda: prefill(MAIN, 64, masks=("tree_mask",)),
-            "prefill trees and spans, window": lambda: prefill(MAIN, 512, masks=("tree_mask", "span_ends"), window=99),
-            "prefill float32": lambda: prefill(PageLayout(64, 64, 3, 8), 64, dtype=torch.float32),
-            "prefill bfloat16, head_dim 80": lambda: prefill(PageLayout(80, 64, 3, 3), 64, group=5, dtype=torch.bfloat16),
-            "prefill head_dim 256": lambda: prefill(PageLayout(256, 128, 8, 8), 64),
-            "prefill head_dim 512": lambda: prefill(PageLayout(512, 128, 8, 8), 64),
-            "prefill head_dim 192 and 128": lambda: prefill(OTHER_VALUES, 512),
-        }
+    return cases
+
+
+def prefill_other_cases(target: str) -> dict[str, Call]:
+    """Return calls of prefill_attention with other layouts and masks."""
+    cases: dict[str, Call] = {
+        "prefill 16 rows, 6 and 5 bits": lambda: prefill(SHARING, 8, new=False),
+        "prefill many, 6 and 5 bits": lambda: prefill(SHARING, 512),
+        "prefill window and soft cap": lambda: prefill(MAIN, 512, window=99, soft_cap=30.0),
+        "prefill window beside the sink": lambda: prefill(MAIN, 512, window=99, keep_sink=True),
+        "prefill trees": lambda: prefill(MAIN, 64, masks=("tree_mask",)),
+        "prefill trees and spans, window": lambda: prefill(MAIN, 512, masks=("tree_mask", "span_ends"), window=99),
+        "prefill float32": lambda: prefill(PageLayout(64, 64, 3, 8), 64, dtype=torch.float32),
+        "prefill bfloat16, head_dim 80": lambda: prefill(PageLayout(80, 64, 3, 3), 64, group=5, dtype=torch.bfloat16),
+        "prefill head_dim 256": lambda: prefill(PageLayout(256, 128, 8, 8), 64),
+        "prefill head_dim 512": lambda: prefill(PageLayout(512, 128, 8, 8), 64),
+        "prefill head_dim 192 and 128": lambda: prefill(OTHER_VALUES, 512),
+    }
     if target == "sm90":
         cases |= {
             "prefill 15 rows, bfloat16, head_dim 80": lambda: prefill(
@@ -345,7 +350,9 @@ def encode_largest_cases(target: str) -> dict[str, Call]:
 PARTS = {
     "main": main_cases,
     "decode": decode_cases,
+    "decode other": decode_other_cases,
     "prefill": prefill_cases,
+    "prefill other": prefill_other_cases,
     "scratch": scratch_cases,
     "encode": encode_cases,
     "mla": mla_cases,

@@ -81,18 +81,26 @@ SPLIT_TARGETS = "sm90", "gfx942"
 """Targets that compile so many layouts that each part is a test."""
 PROCESSES = [
     *((target, (part,)) for target in SPLIT_TARGETS for part in USUAL_PARTS),
-    *((target, USUAL_PARTS) for target in ("sm80", "sm100")),
+    ("sm80", ("main", "decode", "prefill", "scratch", "mla")),
+    ("sm100", ("main", "decode", "prefill", "scratch", "encode", "mla")),
     ("sm86", ("main", "prefill", "scratch")),
 ]
 """What one process compiles."""
+OTHER_PROCESSES = [(target, (part,)) for target in SPLIT_TARGETS for part in ("decode other", "prefill other")]
+"""Layouts and masks beside the usual ones: of the oldest Triton; the newest compiles those of one target before a release."""
+PROCESSES += OTHER_PROCESSES if OLDEST else []
 RARE_PROCESSES = [
+    *([] if OLDEST else OTHER_PROCESSES[:2]),
     *(("sm90", (part,)) for part in ("encode other", "encode largest")),
     ("gfx942", ("mla encode",)),
+    ("sm80", ("encode", "mla encode")),
     ("sm86", ("decode", "encode", "mla", "mla encode")),
+    ("sm100", ("mla encode",)),
     *((target, USUAL_PARTS) for target in ("sm89", "sm120", "gfx950")),
 ]
 """What is compiled before a release only: targets that differ from others in the shared memory of a program, of which one has
-the least, and what takes minutes. Encoders of rare shapes do: one target compiles them, with the oldest Triton."""
+the least, and what takes minutes. Encoders do: two targets compile those of the usual shapes in CI with the oldest Triton, and
+two with the newest; one target those of rare shapes."""
 KERNELS = {
     "main": (
         *("append_tokens", "cut_back", "decode_attention", "dequantize", "dequantize_pages", "hadamard", "merge_splits"),
@@ -101,6 +109,8 @@ KERNELS = {
     ),
     "decode": ("decode_attention", "merge_splits"),
     "prefill": ("merge_queries", "prefill_attention"),
+    "decode other": ("decode_attention", "merge_splits"),
+    "prefill other": ("merge_queries", "prefill_attention"),
     "scratch": ("expand_pages", "prefill_attention"),
     "encode": ("advance_quantized", "append_new", "commit_pages", "store_pages", "write_tokens"),
     "mla": (
