@@ -296,7 +296,7 @@ takes 66.5 us at 8 x 32K, with one page 63.2; with 0.7 `k2v2_g128` takes 50.3, e
 def has_columns(tile: int, dtype: torch.dtype, config: DecodeConfig) -> bool:
     """Return whether decode has tiles of query heads of `dtype` as columns of its products (`attention.columns`)."""
     some = tile <= HEAD_TILE // 2 and dtype != torch.float32 and (gpu.uses_ptx() or gpu.INTERPRETED)
-    return config.columns and some
+    return config.columns and config.num_warps == 1 and some
 
 
 def head_tiles(num_q_heads: int, num_kv_heads: int) -> tuple[int, int]:

@@ -38,7 +38,8 @@ class DecodeConfig:
         few_programs_per_sm: the same, where there is little work for each (`schedule.LEAST_UNITS`).
         maxnreg: most registers of a thread; None leaves it to the compiler. NVIDIA only.
         early_merge: start the merge while the decode kernel ends (programmatic dependent launch: sm90 and later).
-        columns: whether tiles of up to 4 query heads are columns of products (`attention.columns`), not rows. NVIDIA only.
+        columns: whether tiles of up to 4 query heads are columns of products (`attention.columns`), not rows. NVIDIA only, with
+            one warp.
     """
 
     num_warps: int = 1

@@ -278,6 +278,10 @@ def _warm(kvarn: Recorder, subject: Subject) -> Iterator[Row]:
         before = set(launches)
         with kvarn.no_compilation():
             kvarn.decode_attention(case.q, **case.kwargs | options, table=table)
+            seen = {name: options[name] for name in ("window", "keep_sink", "kv_indptr", "kv_indices")}
+            raw = {"raw_table": case.raw_table, "num_quantized": case.num_quantized, "sink_len": 16}
+            schedule = kvarn.schedule_decode(layout, case.seq_lens, None, 8, 2, **raw, **seen, dtype=dtype, table=table)
+            kvarn.decode_attention(case.q, **case.kwargs | options, table=table, schedule=schedule)
             for given in ({}, moved(among, subject.device)):
                 kvarn.prefill_attention(q, cu_seqlens_q=ends, **case.kwargs | options | given, config=SOME_CONFIG)
             kvarn.dequantize_pages(case.pages, case.block_table[0], layout, dtype=torch.float32)

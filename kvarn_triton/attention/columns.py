@@ -14,10 +14,10 @@ import triton.language as tl
 
 from ..masking import weighed
 from ..paging import load_page_id
-from ..tile.arithmetic import fma, log2, split_halves
+from ..tile.arithmetic import fma, log2
 from ..tile.codes import field_codes, field_factor, load_packed
-from .digits import LEAST_PRODUCT, shifted_zero
-from .operands import DIGITS_MAX, ROUNDING
+from .digits import LEAST_PRODUCT, key_params, scale_and_zero, value_norms
+from .operands import DIGITS_MAX, ROUNDING, high_and_low, join_rows, sum_dtype, sum_of_both
 from .query import plane_channels, raw_unit
 from .softmax import State, factors_of_part
 from .tokens import run_of, seen_of_run
@@ -62,19 +62,6 @@ def _spread(x):
 
 
 @triton.jit
-def join_rows(tiles):
-    """Put a tuple of 2**n tiles [rows, columns] below each other."""
-    for _ in tl.static_range(log2(len(tiles))):
-        joined = ()
-        for j in tl.static_range(len(tiles) // 2):
-            a = tiles[2 * j]
-            pair = tl.permute(tl.join(a, tiles[2 * j + 1]), (2, 0, 1))
-            joined = joined + (tl.reshape(pair, (2 * a.shape[0], a.shape[1])),)
-        tiles = joined
-    return tiles[0]
-
-
-@triton.jit
 def _split_rows(tile, COUNT: tl.constexpr):
     """Cut a tile [rows, columns] into a tuple of COUNT tiles, a power of two."""
     tiles = (tile,)
@@ -101,7 +88,7 @@ def turned(planes):
 def _term_of_pairs(x, OPERAND: tl.constexpr, PTX: tl.constexpr):
     """Return one term of float32 numbers [rows, columns], two columns of which are equal: of the first of both the high one."""
     parity = (tl.arange(0, x.shape[1]) % 2)[None, :]
-    if tl.int8 == OPERAND:
+    if sum_dtype(OPERAND) == tl.int32:
         bits = (x + ROUNDING).to(tl.int32, bitcast=True)
         if PTX:
             choice = tl.where(parity == 0, 0x5151, 0x4040) + tl.zeros_like(bits)
@@ -122,20 +109,7 @@ def _term_of_pairs(x, OPERAND: tl.constexpr, PTX: tl.constexpr):
 @triton.jit
 def _terms_of_columns(x, OPERAND: tl.constexpr, PTX: tl.constexpr):
     """Split float32 numbers [rows, columns] in two terms: [rows, 2 * columns], those of a number next to each other."""
-    if tl.int8 == OPERAND:
-        bits = (x + ROUNDING).to(tl.int32, bitcast=True)
-        if PTX:
-            high, low = tl.inline_asm_elementwise(
-                "{ .reg .b32 t, u; prmt.b32 t, $2, $3, 0x5140; prmt.b32 u, $4, $5, 0x5140; "
-                "prmt.b32 $0, t, u, 0x7632; prmt.b32 t, t, u, 0x5410; xor.b32 $1, t, 0x80808080; }",
-                "=r,=r,r,r,r,r", [bits], (tl.int8, tl.int8), is_pure=True, pack=4,
-            )  # fmt: skip
-        else:
-            high = (bits >> 8).to(tl.int8)
-            low = (bits ^ 128).to(tl.int8)
-    else:
-        high = x.to(OPERAND)
-        low = (x - high.to(tl.float32)).to(OPERAND)
+    high, low = high_and_low(x, OPERAND, PTX)
     return tl.reshape(tl.join(high, low), (x.shape[0], 2 * x.shape[1]))
 
 
@@ -143,11 +117,7 @@ def _terms_of_columns(x, OPERAND: tl.constexpr, PTX: tl.constexpr):
 def _sum_of_columns(product):
     """Return the float32 results [rows, columns] of a product whose right operand was split in two terms."""
     high, low = tl.split(tl.reshape(product, (product.shape[0], product.shape[1] // 2, 2)))
-    if product.dtype == tl.int32:
-        total = (high * 256 + low).to(tl.float32)
-    else:
-        total = high + low
-    return total
+    return sum_of_both(high, low)
 
 
 @triton.jit
@@ -200,14 +170,7 @@ def column_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl.c
     operands = ()
     offsets = tl.zeros((BLOCK_K, COLUMNS), tl.float32)
     for f in tl.static_range(FIELDS):
-        channel, mask = plane_channels(f, LAYOUT, FIELDS, byte)
-        if BYTES == BLOCK_K:
-            params = tl.load(params_ptr + channel)
-        else:
-            params = tl.load(params_ptr + channel, mask, other=0)
-        scale, zero = split_halves(params)
-        scale = scale.to(tl.float32)
-        zero = shifted_zero(zero, scale, BITS) * field_factor(f, BITS)
+        scale, zero = key_params(params_ptr, f, byte, LAYOUT, FIELDS)
         offsets += planes[f] * zero[:, None]
         operands = operands + (_term_of_pairs(planes[f] * scale[:, None], tl.int8, PTX),)
     q_factor = q_factor * gain
@@ -250,9 +213,7 @@ def add_column_values(state, scores, params, record_ptr, LAYOUT: tl.constexpr, P
     PADDED_BYTES: tl.constexpr = max(BYTES, 32)
     CHANNELS: tl.constexpr = state.acc.shape[0]
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + 1 + tl.arange(0, 1))
-    scale, zero = split_halves(params)
-    scale = scale.to(tl.float32)
-    zero = shifted_zero(zero, scale, BITS)
+    scale, zero = scale_and_zero(params, BITS)
 
     m_page = tl.max(scores, axis=0)
     weights = tl.exp2(scores - m_page[None, :])
@@ -276,16 +237,11 @@ def add_column_values(state, scores, params, record_ptr, LAYOUT: tl.constexpr, P
             product = tl.dot(codes, _pad_rows(operands[f], PADDED_BYTES), product, out_dtype=tl.int32)
         sums = sums + (_sum_of_columns(product),)
 
-    norm_ptr = (record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16))
-    channel = tl.arange(0, CHANNELS)
-    if CHANNELS == D:
-        norm = tl.load(norm_ptr + channel)
-    else:
-        norm = tl.load(norm_ptr + channel, channel < D, other=0.0)
+    norm = value_norms(record_ptr, LAYOUT, CHANNELS)
     alpha, beta, m = factors_of_part(state, m_page)
     page_factor = beta * gain
     update = join_rows(sums) * (page_factor * unit)[None, :] + (offset * page_factor)[None, :]
-    acc = state.acc * alpha[None, :] + update * norm.to(tl.float32)[:, None]
+    acc = state.acc * alpha[None, :] + update * norm[:, None]
     return State(acc, m, state.l * alpha + total * beta)
 
 

@@ -128,8 +128,8 @@ class DecodePlanned(NamedTuple):
         """Return what a schedule of this call depends on, but for what is in tensors."""
         work, cache = self.work, self.work.cache
         return _made_for(
-            cache.batch, self.round_rows, num_q_heads, cache.num_kv_heads, work.units, cache.sink_len, mask.window,
-            mask.keep_sink, work.split_size, work.num_programs, work.few_programs,
+            cache.batch, self.round_rows, num_q_heads, cache.num_kv_heads, work.units, cache.sink_len, cache.sink_lens is None,
+            mask.window, mask.keep_sink, work.split_size, work.num_programs, work.few_programs,
         )  # fmt: skip
 
 
@@ -138,11 +138,11 @@ def _made_for(
     batch: int, round_rows: int, num_q_heads: int, num_kv_heads: int, units: Units, sink_len: int, *others: Any
 ) -> str:
     """Return a text that tells calls apart whose programs begin differently; a schedule keeps it."""
-    window, keep_sink, split_size, programs, few_programs = others
+    same_sinks, window, keep_sink, split_size, programs, few_programs = others
     return (
         f"{batch} sequences, {round_rows} at once, {num_q_heads} query heads, {num_kv_heads} kv heads, page_size "
-        f"{units.page_size}, raw pages: {units.has_raw}, sink_len {sink_len}, window {window}, keep_sink {keep_sink}, "
-        f"split_size {split_size or None}, {programs} and {few_programs} programs"
+        f"{units.page_size}, raw pages: {units.has_raw}, sink_len {sink_len}{'' if same_sinks else ' or 0'}, window {window}, "
+        f"keep_sink {keep_sink}, split_size {split_size or None}, {programs} and {few_programs} programs"
     )
 
 

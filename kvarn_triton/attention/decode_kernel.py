@@ -23,9 +23,8 @@ from ..paging import prefetch, sink_of
 from ..tile.arithmetic import log2, scaled
 from .columns import COLUMN_HEADS, attend_raw_columns, butterfly_of_rows, new_columns, one_of_pairs, scaled_columns, turned
 from .merge import MERGE_CHANNELS
-from .operands import OPERAND_RUN
 from .pages import attend_pages_once, records_of
-from .parts import PartSizes, first_part, load_part, next_part
+from .parts import first_part, load_part, next_part
 from .query import butterfly, load_query, rotate_query, rotation_matrix
 from .schedule import Units, Work
 from .softmax import log_sum_exp, new_state
@@ -41,13 +40,11 @@ class DecodePlan:
     block_n: int  # rows of planes: the same, padded
     columns: bool  # whether heads are columns of products (`columns`)
     copies: int  # of a head in planes
-    run: int  # neighbours among the channels of planes that a thread holds
     block_k: int  # bytes of a key, padded to a power of two of at least 32
     channels: int  # of a value, padded to a power of two
     block_t: int  # quantized tokens of one product
     block_d: int  # channels of one product with values
     units: Units
-    parts: PartSizes
     k_fields: int
     v_fields: int
     operand: tl.dtype
@@ -91,7 +88,7 @@ _ANY_ADDRESS = ["table_ptr", "indptr_ptr", "seq_lens_ptr", "raw_table_ptr", "num
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def _kvarn_decode_attention_kernel(
-    partial_ptr,  # float32 [num_partials, tile, v_head_dim], rotated
+    partial_ptr,  # float32 [num_partials, tile, v_head_dim], rotated in blocks of MERGE_CHANNELS
     partial_lse_ptr,  # float32 [num_partials, tile], base 2
     record_ptr,  # int32 [programs, RECORD], the first parts, or None
     q,  # Rows [batch, num_q_heads, head_dim]
@@ -116,12 +113,11 @@ def _kvarn_decode_attention_kernel(
 ):
     if PLAN.early_merge:
         gdc_launch_dependents()
-    SIZES: tl.constexpr = PLAN.parts
     rows = (seq_lens_ptr, num_quantized_ptr, sink_len, masking.windows)
     tables = (table_ptr, indptr_ptr, stride_table)
     sizes = (batch, num_tiles, tl.num_programs(0), few_programs, split_size)
     if record_ptr is None:
-        cut, part, some = first_part(rows, tables, sizes, SIZES)
+        cut, part, some = first_part(rows, tables, sizes, PLAN)
     else:
         cut, part, some = load_part(record_ptr)
     while some:
@@ -163,7 +159,7 @@ def _kvarn_decode_attention_kernel(
                         state, planes, q_factor, masking, tokens, ids_ptr, runs, sink_seen, seen, LAYOUT, PLAN
                     )
         _store_partial(partial_ptr, partial_lse_ptr, part.number, state, LAYOUT, PLAN)
-        part, some = next_part(part, cut, rows, tables, sizes, SIZES)
+        part, some = next_part(part, cut, rows, tables, sizes, PLAN)
 
 
 @functools.lru_cache
@@ -185,13 +181,11 @@ def _plan(
         block_n=configs.HEAD_TILE,
         columns=columns,
         copies=configs.HEAD_TILE // COLUMN_HEADS.value if columns else 1,
-        run=OPERAND_RUN.value,
         block_k=max(triton.next_power_of_2(layout.head_dim) // k_fields, 32),
         channels=channels,
         block_t=config.block_t,
         block_d=min(config.block_d, channels),
         units=units,
-        parts=PartSizes(layout.page_size, group, tile, units, ptx),
         k_fields=k_fields,
         v_fields=fields_per_byte(layout.v_bits),
         operand=tl.float32 if dtypes[0] == torch.float32 else tl.int8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ def schedule_decode(
     """Find out on the device, in one launch, what each program of `decode_attention` begins with.
 
     Calls that get the result as `schedule` need not look at lengths and tables before they read: a chain of two loads less,
-    which takes a fifth of a short call. All layers of a step can share it that have the same heads and options. It is of the
+    which takes a tenth of a short call. All layers of a step can share it that have the same heads and options. It is of the
     lengths and ids that the tensors have when it is made: make it in each step, after those are written.
 
     Args:
@@ -70,10 +71,9 @@ def schedule_decode(
     require(isinstance(seq_lens, torch.Tensor), "seq_lens", "a tensor", type(seq_lens).__name__)
     check_count("num_kv_heads", num_kv_heads)
     raw = raw_table is not None or num_quantized is not None
-    cache = _cache(layout, seq_lens, num_kv_heads, dtype, raw)
-    cache = dataclasses.replace(
-        cache, block_table=block_table, kv_indptr=kv_indptr, kv_indices=kv_indices, raw_table=raw_table,
-        num_quantized=num_quantized, sink_len=sink_len,
+    cache = _cache(
+        layout, seq_lens, num_kv_heads, dtype, raw, block_table=block_table, kv_indptr=kv_indptr, kv_indices=kv_indices,
+        raw_table=raw_table, num_quantized=num_quantized, sink_len=sink_len,
     )  # fmt: skip
     return _schedule(cache, num_q_heads, dtype, Mask(None, window, None, None, keep_sink), split_size, table, out)
 
@@ -110,19 +110,21 @@ def schedule_step(
     require(step.cu_seqlens_q is None, "step", "one planned without cu_seqlens_q", "one with it")
     check_count("num_kv_heads", num_kv_heads)
     names = ("block_table", "kv_indptr", "kv_indices", "raw_table", "num_quantized", "sink_len", "sink_lens")
-    cache = _cache(step.layout, step.seq_lens, num_kv_heads, dtype, True)
-    cache = dataclasses.replace(cache, **{name: getattr(step, name) for name in names})
+    tables = {name: getattr(step, name) for name in names}
+    cache = _cache(step.layout, step.seq_lens, num_kv_heads, dtype, True, **tables)
     return _schedule(cache, num_q_heads, dtype, Mask(None, window, None, None, keep_sink), split_size, table, out)
 
 
-def _cache(layout: PageLayout, seq_lens: torch.Tensor, num_kv_heads: int, dtype: torch.dtype, raw: bool) -> Cache:
-    """Return a cache without pages and tables."""
+def _cache(
+    layout: PageLayout, seq_lens: torch.Tensor, num_kv_heads: int, dtype: torch.dtype, raw: bool, **tables: Any
+) -> Cache:
+    """Return a cache of these tables without any page."""
     require(isinstance(layout, PageLayout), "layout", "a PageLayout", type(layout).__name__)
     check_choice("dtype", dtype, FLOATS)
     pages = torch.empty(layout.pages_shape(0, num_kv_heads), dtype=torch.uint8, device=seq_lens.device)
     shape = 0, 2, num_kv_heads, layout.page_size, layout.raw_head_dim
     raw_pages = torch.empty(shape, dtype=dtype, device=seq_lens.device) if raw else None
-    return Cache(layout, pages, seq_lens, None, None, None, raw_pages, None, None, 0)
+    return Cache(layout, pages, seq_lens, raw_pages=raw_pages, **tables)
 
 
 def _schedule(

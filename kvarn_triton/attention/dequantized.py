@@ -10,10 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tile.arithmetic import log2, split_halves
+from ..tile.arithmetic import split_halves
 from ..tile.codes import load_packed, unsigned_codes, unsigned_codes_ptx
 from ..tile.high_bits import order_of
-from .operands import join_planes
+from .operands import join_planes, join_rows
 from .query import plane_channels
 from .softmax import State, advance
 
@@ -50,19 +50,6 @@ def expand_field(packed, high, scale, zero, FIELD: tl.constexpr, BITS: tl.conste
 
 
 @triton.jit
-def _join_fields(planes):
-    """Put a tuple of 2**n tiles [rows, columns] below each other."""
-    for _ in tl.static_range(log2(len(planes))):
-        joined = ()
-        for j in tl.static_range(len(planes) // 2):
-            a = planes[2 * j]
-            pair = tl.permute(tl.join(a, planes[2 * j + 1]), (2, 0, 1))
-            joined = joined + (tl.reshape(pair, (2 * a.shape[0], a.shape[1])),)
-        planes = joined
-    return planes[0]
-
-
-@triton.jit
 def dequantized_scores(record_ptr, q, q_factor, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
     """Return the scores [rows, page_size] of the tokens of a record, PLAN.block_t of them to a product."""
     BITS: tl.constexpr = LAYOUT.k_bits
@@ -86,7 +73,7 @@ def dequantized_scores(record_ptr, q, q_factor, LAYOUT: tl.constexpr, PLAN: tl.c
             scale, zero = split_halves(tl.load(params_ptr + channel, mask, other=0))
             scale = scale.to(OPERAND)[:, None]
             planes = planes + (expand_field(packed, high, scale, zero.to(OPERAND)[:, None], f, BITS, OPERAND, PTX),)
-        products = products + (tl.dot(q, _join_fields(planes), input_precision="ieee"),)
+        products = products + (tl.dot(q, join_rows(planes), input_precision="ieee"),)
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)))
     norm = tl.load((record_ptr + LAYOUT.k_norm_offset).to(tl.pointer_type(tl.float16)) + tl.arange(0, G)).to(tl.float32)
     return join_planes(products) * (norm * (gain * q_factor))[None, :]
@@ -113,7 +100,7 @@ def _page_values(record_ptr, value_factor, CHANNELS: tl.constexpr, LAYOUT: tl.co
         scale = scale.to(OPERAND)[:, None]
         values = expand_field(packed, high, scale, zero.to(OPERAND)[:, None], f, BITS, OPERAND, PTX)
         planes = planes + (values * norm,)
-    return _join_fields(planes)
+    return join_rows(planes)
 
 
 @triton.jit

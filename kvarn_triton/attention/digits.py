@@ -15,7 +15,6 @@ from ..tile.arithmetic import split_halves
 from ..tile.codes import code_offset, field_codes, field_factor, load_packed
 from .operands import (
     DIGITS_MAX,
-    OPERAND_RUN,
     in_order,
     join_planes,
     split_planes,
@@ -33,12 +32,39 @@ LEAST_PRODUCT = tl.constexpr(2.0**-100)
 
 
 @triton.jit
-def shifted_zero(zero, scale, BITS: tl.constexpr):
-    """Return the zero of codes less `code_offset`."""
+def scale_and_zero(params, BITS: tl.constexpr):
+    """Return scales and zeros, float32, of their words; the zeros are of codes less `code_offset`."""
+    scale, zero = split_halves(params)
+    scale = scale.to(tl.float32)
     zero = zero.to(tl.float32)
     if code_offset(BITS):
         zero += code_offset(BITS) * scale
-    return zero
+    return scale, zero
+
+
+@triton.jit
+def key_params(params_ptr, FIELD: tl.constexpr, byte, LAYOUT: tl.constexpr, FIELDS: tl.constexpr):
+    """Load the scales of the channels of a field of key bytes, and their zeros times `field_factor`."""
+    channel, mask = plane_channels(FIELD, LAYOUT, FIELDS, byte)
+    if LAYOUT.head_dim // FIELDS == byte.shape[0]:
+        params = tl.load(params_ptr + channel)
+    else:
+        params = tl.load(params_ptr + channel, mask, other=0)
+    scale, zero = scale_and_zero(params, LAYOUT.k_bits)
+    return scale, zero * field_factor(FIELD, LAYOUT.k_bits)
+
+
+@triton.jit
+def value_norms(record_ptr, LAYOUT: tl.constexpr, CHANNELS: tl.constexpr):
+    """Load the norms of the channels of values, float32, padded to CHANNELS."""
+    D: tl.constexpr = LAYOUT.v_head_dim
+    norm_ptr = (record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16))
+    channel = tl.arange(0, CHANNELS)
+    if CHANNELS == D:
+        norm = tl.load(norm_ptr + channel)
+    else:
+        norm = tl.load(norm_ptr + channel, channel < D, other=0.0)
+    return norm.to(tl.float32)
 
 
 @triton.jit
@@ -59,14 +85,7 @@ def digit_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl.co
     operands = ()
     offsets = tl.zeros((planes[0].shape[0], BLOCK_K), tl.float32)
     for f in tl.static_range(FIELDS):
-        channel, mask = plane_channels(f, LAYOUT, FIELDS, byte)
-        if BYTES == BLOCK_K:
-            params = tl.load(params_ptr + channel)
-        else:
-            params = tl.load(params_ptr + channel, mask, other=0)
-        scale, zero = split_halves(params)
-        scale = scale.to(tl.float32)
-        zero = shifted_zero(zero, scale, BITS) * field_factor(f, BITS)
+        scale, zero = key_params(params_ptr, f, byte, LAYOUT, FIELDS)
         offsets += planes[f] * zero[None, :]
         operands = operands + (two_terms(planes[f] * scale[None, :], OPERAND, PTX),)
     q_factor = q_factor * gain
@@ -75,7 +94,7 @@ def digit_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl.co
     scores = ()
     for part in tl.static_range(G // BLOCK_T):
         token = part * BLOCK_T + tl.arange(0, BLOCK_T)
-        row = part * BLOCK_T + spread_columns(tl.arange(0, BLOCK_T), OPERAND_RUN)
+        row = part * BLOCK_T + spread_columns(tl.arange(0, BLOCK_T))
         packed, high = load_packed(codes_ptr, row, part * BLOCK_T, spread_order(BLOCK_T), G, True, BYTES, BLOCK_K, BITS, PTX)
         product = tl.zeros((2 * planes[0].shape[0], BLOCK_T), sum_dtype(OPERAND))
         for f in tl.static_range(FIELDS):
@@ -114,9 +133,7 @@ def add_digit_values(state, scores, params, record_ptr, LAYOUT: tl.constexpr, PL
     CHANNELS: tl.constexpr = state.acc.shape[1]
     PARTS: tl.constexpr = CHANNELS // BLOCK_D
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)) + 1 + tl.arange(0, 1))
-    scale, zero = split_halves(params)
-    scale = scale.to(tl.float32)
-    zero = shifted_zero(zero, scale, BITS)
+    scale, zero = scale_and_zero(params, BITS)
 
     m_page = tl.max(scores, axis=1)
     weights = tl.exp2(scores - m_page[:, None])
@@ -132,7 +149,7 @@ def add_digit_values(state, scores, params, record_ptr, LAYOUT: tl.constexpr, PL
     codes_ptr = (record_ptr + LAYOUT.v_codes_offset).to(tl.pointer_type(tl.int8))
     sums = ()
     for part in tl.static_range(PARTS):
-        row = part * BLOCK_D + spread_columns(tl.arange(0, BLOCK_D), OPERAND_RUN)
+        row = part * BLOCK_D + spread_columns(tl.arange(0, BLOCK_D))
         packed, high = load_packed(
             codes_ptr, row, part * BLOCK_D, spread_order(BLOCK_D), D, CHANNELS == D, BYTES, PADDED_BYTES, BITS, PTX
         )
@@ -143,14 +160,9 @@ def add_digit_values(state, scores, params, record_ptr, LAYOUT: tl.constexpr, PL
             product = tl.dot(terms, codes, product, input_precision="ieee", out_dtype=sum_dtype(OPERAND))
         sums = sums + (sum_of_terms(in_order(product)),)
 
-    norm_ptr = (record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16))
-    channel = tl.arange(0, CHANNELS)
-    if CHANNELS == D:
-        norm = tl.load(norm_ptr + channel)
-    else:
-        norm = tl.load(norm_ptr + channel, channel < D, other=0.0)
+    norm = value_norms(record_ptr, LAYOUT, CHANNELS)
     alpha, beta, m = factors_of_part(state, m_page)
     page_factor = beta * gain
     update = join_planes(sums) * (page_factor * unit)[:, None] + (offset * page_factor)[:, None]
-    acc = state.acc * alpha[:, None] + update * norm.to(tl.float32)[None, :]
+    acc = state.acc * alpha[:, None] + update * norm[None, :]
     return State(acc, m, state.l * alpha + total * beta)

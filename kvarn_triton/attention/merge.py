@@ -113,7 +113,7 @@ def store_result(out_ptr, lse_ptr, out, lse, PLAN: tl.constexpr):
 def _kvarn_merge_splits_kernel(
     out,  # Rows [batch, num_q_heads, v_head_dim]
     lse_ptr,  # float32 [batch, num_q_heads], natural logarithm, or None
-    partial_ptr,  # float32 [num_partials, tile, v_head_dim], rotated
+    partial_ptr,  # float32 [num_partials, tile, v_head_dim], rotated in blocks of MERGE_CHANNELS
     partial_lse_ptr,  # float32 [num_partials, tile], base 2
     seq_lens_ptr,  # int32 [batch]
     num_quantized_ptr,  # int32 [batch], or None

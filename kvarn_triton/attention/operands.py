@@ -4,6 +4,7 @@ A product has query heads as rows and tokens or channels as columns. Each head t
 softmax weight is split in two terms, high and low, and the two results of a head meet in one thread. With 8-bit integers
 (`OPERAND` int8) x is rounded to an integer of 16 bits and the terms are its bytes; codes are such integers as they are. With
 other operands, raw pages or queries of float32, the low term is what rounding to the operand left over.
+Few heads are turned over (`columns`).
 """
 
 from __future__ import annotations
@@ -25,12 +26,17 @@ ROUNDING = tl.constexpr(12582912.0 + 128.0)
 
 
 @triton.jit
-def spread_columns(column, RUN: tl.constexpr):
+def spread_columns(column):
     """Return which item to compute in a column of a product, so that `in_order` leaves each number in its thread.
 
-    A thread of a product holds pairs of neighbouring columns, 8 apart; a thread of an operand holds RUN neighbours.
+    A thread of a product holds pairs of neighbouring columns, 8 apart; a thread of an operand holds OPERAND_RUN neighbours.
     """
-    return column // (4 * RUN) * (4 * RUN) + column % 8 // 2 * RUN + column // 8 % (RUN // 2) * 2 + column % 2
+    return (
+        column // (4 * OPERAND_RUN) * (4 * OPERAND_RUN)
+        + column % 8 // 2 * OPERAND_RUN
+        + column // 8 % (OPERAND_RUN // 2) * 2
+        + column % 2
+    )
 
 
 @triton.constexpr_function
@@ -63,6 +69,19 @@ def join_planes(planes):
 
 
 @triton.jit
+def join_rows(tiles):
+    """Put a tuple of 2**n tiles [rows, columns] below each other."""
+    for _ in tl.static_range(log2(len(tiles))):
+        joined = ()
+        for j in tl.static_range(len(tiles) // 2):
+            a = tiles[2 * j]
+            pair = tl.permute(tl.join(a, tiles[2 * j + 1]), (2, 0, 1))
+            joined = joined + (tl.reshape(pair, (2 * a.shape[0], a.shape[1])),)
+        tiles = joined
+    return tiles[0]
+
+
+@triton.jit
 def split_planes(tile, COUNT: tl.constexpr):
     """Cut a tile [rows, columns] into a tuple of COUNT tiles, a power of two."""
     planes = (tile,)
@@ -83,8 +102,8 @@ def sum_dtype(operand):
 
 
 @triton.jit
-def two_terms(x, OPERAND: tl.constexpr, PTX: tl.constexpr):
-    """Split float32 numbers [rows, columns] in two terms: [2 * rows, columns], the high terms first."""
+def high_and_low(x, OPERAND: tl.constexpr, PTX: tl.constexpr):
+    """Return the two terms of float32 numbers."""
     if sum_dtype(OPERAND) == tl.int32:
         bits = (x + ROUNDING).to(tl.int32, bitcast=True)
         if PTX:
@@ -99,7 +118,24 @@ def two_terms(x, OPERAND: tl.constexpr, PTX: tl.constexpr):
     else:
         high = x.to(OPERAND)
         low = (x - high.to(tl.float32)).to(OPERAND)
+    return high, low
+
+
+@triton.jit
+def two_terms(x, OPERAND: tl.constexpr, PTX: tl.constexpr):
+    """Split float32 numbers [rows, columns] in two terms: [2 * rows, columns], the high terms first."""
+    high, low = high_and_low(x, OPERAND, PTX)
     return tl.reshape(tl.permute(tl.join(high, low), (2, 0, 1)), (2 * x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def sum_of_both(high, low):
+    """Return the float32 sum of what products made of high and of low terms."""
+    if high.dtype == tl.int32:
+        total = (high * 256 + low).to(tl.float32)
+    else:
+        total = high + low
+    return total
 
 
 @triton.jit
@@ -107,8 +143,4 @@ def sum_of_terms(product):
     """Return the float32 results [rows, columns] of a product whose left operand was split in two terms."""
     ROWS: tl.constexpr = product.shape[0] // 2
     high, low = tl.split(tl.permute(tl.reshape(product, (2, ROWS, product.shape[1])), (1, 2, 0)))
-    if product.dtype == tl.int32:
-        total = (high * 256 + low).to(tl.float32)
-    else:
-        total = high + low
-    return total
+    return sum_of_both(high, low)

@@ -60,10 +60,9 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PartSizes:
-    """What parts are compiled for."""
+class PartPlan:
+    """What parts are compiled for; `DecodePlan` has all of it too."""
 
-    page_size: int
     group: int  # query heads of a kv head
     tile: int  # query heads of a tile
     units: Units
@@ -71,10 +70,10 @@ class PartSizes:
 
 
 @triton.jit
-def _part_from(piece, unit, cut, rows, tables, batch, num_tiles, SIZES: tl.constexpr):
+def _part_from(piece, unit, cut, rows, tables, batch, num_tiles, PLAN: tl.constexpr):
     """Return the part of a piece that begins with a unit; `tables` are (ids_ptr, indptr_ptr, stride)."""
-    UNITS: tl.constexpr = SIZES.units
-    TILES: tl.constexpr = triton.cdiv(SIZES.group, SIZES.tile)
+    UNITS: tl.constexpr = PLAN.units
+    TILES: tl.constexpr = triton.cdiv(PLAN.group, PLAN.tile)
     end = start_of_piece(piece + 1, cut.size, cut.longer)
     row, row_start = find_row(rows, unit, batch, num_tiles, cut.split, UNITS)
     seq_len, start, begins, counts = row_units(rows, row, row < batch, UNITS)
@@ -90,35 +89,35 @@ def _part_from(piece, unit, cut, rows, tables, batch, num_tiles, SIZES: tl.const
         last_page = tl.where(first_page < last_page, last_page, 0)  # no id is read where there is no page
     first_tail = tl.maximum(first - num_sinks - num_paged, 0)
     num_runs = tl.maximum(tl.minimum(last, num_sinks) - first, 0), tl.maximum(last - num_sinks - num_paged - first_tail, 0)
-    tail_token = (begins[1] + num_paged) * SIZES.page_size
+    tail_token = (begins[1] + num_paged) * UNITS.page_size
     # Not in a branch, at whose end the compiler would wait for it.
     ids_ptr = ids_of_row(tables[0], tables[1], row, tables[2])
-    page = load_page_id(ids_ptr, first_page, tl.where(first_page < last_page, last_page, 0), SIZES.ptx)
+    page = load_page_id(ids_ptr, first_page, tl.where(first_page < last_page, last_page, 0), PLAN.ptx)
     return Part(
         piece, row * num_tiles + tile + piece, row_start + (tile + 1) * aligned_units, row, tile // TILES,
-        tile % TILES * SIZES.tile, seq_len, start, first_page, last_page, page,
+        tile % TILES * PLAN.tile, seq_len, start, first_page, last_page, page,
         (begins[0] + first, num_runs[0], begins[2] + first_tail, num_runs[1], tail_token),
     )  # fmt: skip
 
 
 @triton.jit
-def first_part(rows, tables, sizes, SIZES: tl.constexpr):
+def first_part(rows, tables, sizes, PLAN: tl.constexpr):
     """Return how the line is cut, the first part of this program, and whether there is one.
 
     `sizes` are (batch, num_tiles, num_programs, few_programs, split_size).
     """
     batch, num_tiles, num_programs, few_programs, split_size = sizes
-    UNITS: tl.constexpr = SIZES.units
+    UNITS: tl.constexpr = PLAN.units
     pieces, size, longer, split = plan(rows, batch, num_tiles, num_programs, few_programs, split_size, UNITS)
     cut = Cut(pieces, size, longer, split)
     piece = tl.program_id(0)
     unit = start_of_piece(piece, size, longer)
     some = (piece < pieces) & (unit < start_of_piece(piece + 1, size, longer))
-    return cut, _part_from(piece, unit, cut, rows, tables, batch, num_tiles, SIZES), some
+    return cut, _part_from(piece, unit, cut, rows, tables, batch, num_tiles, PLAN), some
 
 
 @triton.jit
-def next_part(part, cut, rows, tables, sizes, SIZES: tl.constexpr):
+def next_part(part, cut, rows, tables, sizes, PLAN: tl.constexpr):
     """Return the part after another one of this program, and whether there is one."""
     piece, unit = part.piece, part.next_unit
     if unit >= start_of_piece(piece + 1, cut.size, cut.longer):
@@ -126,7 +125,7 @@ def next_part(part, cut, rows, tables, sizes, SIZES: tl.constexpr):
         unit = start_of_piece(piece, cut.size, cut.longer)
     some = (piece < cut.pieces) & (unit < start_of_piece(piece + 1, cut.size, cut.longer))
     if some:
-        part = _part_from(piece, unit, cut, rows, tables, sizes[0], sizes[1], SIZES)
+        part = _part_from(piece, unit, cut, rows, tables, sizes[0], sizes[1], PLAN)
     return part, some
 
 
@@ -165,11 +164,11 @@ def _kvarn_schedule_decode_kernel(
     sink_len,
     split_size,
     stride_table,
-    SIZES: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
     rows = (seq_lens_ptr, num_quantized_ptr, sink_len, windows)
     sizes = (batch, num_tiles, tl.num_programs(0), few_programs, split_size)
-    cut, part, some = first_part(rows, (table_ptr, indptr_ptr, stride_table), sizes, SIZES)
+    cut, part, some = first_part(rows, (table_ptr, indptr_ptr, stride_table), sizes, PLAN)
     record_ptr += tl.program_id(0) * RECORD
     tl.store(record_ptr, some.to(tl.int32))
     for i in tl.static_range(4):
@@ -192,7 +191,7 @@ def launch_schedule_decode(records: torch.Tensor, num_q_heads: int, work: Work) 
         num_tiles=configs.head_tiles(num_q_heads, cache.num_kv_heads)[1],
         few_programs=work.few_programs,
         split_size=work.split_size,
-        SIZES=PartSizes(cache.layout.page_size, group, configs.head_tiles(group, 1)[0], work.units, gpu.uses_ptx()),
+        PLAN=PartPlan(group, configs.head_tiles(group, 1)[0], work.units, gpu.uses_ptx()),
         num_warps=1,
         enable_fp_fusion=False,
     )

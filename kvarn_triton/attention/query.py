@@ -2,7 +2,7 @@
 
 Plane f of a query holds the channels of field f of the bytes of a key, byte by byte and padded to BLOCK_K. A Hadamard matrix
 of a block of channels is the product of one over the fields of a byte and one over the bytes of a field; the second is the
-product of one over 4 * PLAN.run neighbouring bytes, which the tensor cores multiply with, and one over groups of so many.
+product of one over 4 * OPERAND_RUN neighbouring bytes, which the tensor cores multiply with, and one over groups of so many.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..tile.arithmetic import hadamard, log2
 from ..tile.codes import field_factor, item_of_field
-from .operands import DIGITS_MAX, LEAST_PLANE, join_planes, spread_columns, two_terms
+from .operands import DIGITS_MAX, LEAST_PLANE, OPERAND_RUN, join_planes, spread_columns, two_terms
 
 LEAST_QUERY = tl.constexpr(1e-30)
 """Rotated queries whose largest number is below this, zero ones too, are not scaled up further: float32 would overflow."""
@@ -67,9 +67,9 @@ def butterfly(x, WIDTH: tl.constexpr):
 
 @triton.jit
 def _load_plane(q_ptr, stride_q_head, num_heads, FIELD: tl.constexpr, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
-    """Load a plane as [groups of bytes * rows, 4 * PLAN.run]; rows are heads, each of them PLAN.copies times."""
-    row = tl.arange(0, PLAN.block_k // (4 * PLAN.run) * PLAN.block_n)[:, None]
-    byte = row // PLAN.block_n * (4 * PLAN.run) + tl.arange(0, 4 * PLAN.run)[None, :]
+    """Load a plane as [groups of bytes * rows, 4 * OPERAND_RUN]; rows are heads, each of them PLAN.copies times."""
+    row = tl.arange(0, PLAN.block_k // (4 * OPERAND_RUN) * PLAN.block_n)[:, None]
+    byte = row // PLAN.block_n * (4 * OPERAND_RUN) + tl.arange(0, 4 * OPERAND_RUN)[None, :]
     channel, mask = plane_channels(FIELD, LAYOUT, PLAN.k_fields, byte)
     head = row % PLAN.block_n // PLAN.copies
     return tl.load(q_ptr + head.to(tl.int64) * stride_q_head + channel, mask & (head < num_heads), other=0.0)
@@ -89,10 +89,10 @@ def load_query(q_ptr, stride_q_head, num_heads, LAYOUT: tl.constexpr, PLAN: tl.c
 def rotation_matrix(late, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
     """Return the matrix of `rotate_query`, which is made where this stands: not before `late`, some integer, is known."""
     SIZE: tl.constexpr = LAYOUT.block_size // PLAN.k_fields
-    byte = tl.arange(0, 4 * PLAN.run)
+    byte = tl.arange(0, 4 * OPERAND_RUN)
     if PLAN.ptx:
         byte += tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [late], tl.int32, is_pure=True, pack=1)
-    return _hadamard_matrix(byte[:, None], spread_columns(byte, PLAN.run)[None, :], min(SIZE, 4 * PLAN.run), PLAN.query_operand)
+    return _hadamard_matrix(byte[:, None], spread_columns(byte)[None, :], min(SIZE, 4 * OPERAND_RUN), PLAN.query_operand)
 
 
 @triton.jit
@@ -107,16 +107,15 @@ def rotate_query(loaded, matrix, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
     BLOCK_K: tl.constexpr = PLAN.block_k
     OPERAND: tl.constexpr = PLAN.query_operand
     SIZE: tl.constexpr = LAYOUT.block_size // FIELDS
-    RUN: tl.constexpr = PLAN.run
-    GROUPS: tl.constexpr = BLOCK_K // (4 * RUN)
+    GROUPS: tl.constexpr = BLOCK_K // (4 * OPERAND_RUN)
     LEVELS: tl.constexpr = 2**LAYOUT.k_bits - 1
     planes = ()
     for f in tl.static_range(FIELDS):
         product = tl.dot(loaded[f].to(OPERAND), matrix, input_precision="ieee")
-        product = tl.permute(tl.reshape(product, (GROUPS, BLOCK_N, RUN // 2, 4, 2)), (1, 0, 3, 2, 4))
+        product = tl.permute(tl.reshape(product, (GROUPS, BLOCK_N, OPERAND_RUN // 2, 4, 2)), (1, 0, 3, 2, 4))
         plane = tl.reshape(product, (BLOCK_N, BLOCK_K))
-        for i in tl.static_range(log2(max(SIZE // (4 * RUN), 1))):
-            plane = butterfly(plane, (4 * RUN) << i)
+        for i in tl.static_range(log2(max(SIZE // (4 * OPERAND_RUN), 1))):
+            plane = butterfly(plane, (4 * OPERAND_RUN) << i)
         planes = planes + (plane,)
     planes = _sums_of_planes(planes)
     top = tl.zeros((BLOCK_N,), tl.float32)

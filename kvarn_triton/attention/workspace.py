@@ -88,7 +88,7 @@ def merge_sizes(
     tile, num_tiles = configs.head_tiles(*heads)
     programs = gpu.num_programs(device, configs.decode_config(layout, dtype, device, table, tile).programs_per_sm)
     sizes: dict[tuple[bool, int, int], tuple[int, int, bool]] = {}
-    widths = [2**i for i in range(programs.bit_length() + 1)]
+    widths = [0, *(2**i for i in range(programs.bit_length() + 1))]
     for batch, columns, raw in itertools.product(range(1, programs + 1), widths, (False, True)):
         most = MostWork(layout, columns * (batch if csr else 1), int(raw), csr, 0)
         working = min(programs, num_tiles * most_units(batch, most))
