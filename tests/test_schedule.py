@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from helpers import check
 
-from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, merging
+from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, configs, gpu, merging
 from kvarn_triton.attention.schedule import (
     FEW_ROWS,
     LEAST_UNITS,
@@ -23,6 +23,7 @@ from kvarn_triton.attention.schedule import (
     start_of_piece,
     start_of_row,
 )
+from kvarn_triton.attention.workspace import merge_sizes
 from kvarn_triton.masking import Windows
 from kvarn_triton.tables import Entry
 from kvarn_triton.testing import cache_case
@@ -120,6 +121,33 @@ def test_size_of_merges(programs, heads, channels, block):
     """As many as a head has programs, two more where those may end inside of it; in the invariant mode always 32."""
     assert merging.merge_block(programs, heads, channels) == block
     assert merging.merge_block(programs, heads, channels, 3) == 32
+
+
+@pytest.mark.parametrize(
+    ("heads", "channels", "split_size", "share"), [(66, 128, 0, 32), (67, 128, 0, 128), (1, 128, 1, 128), (1, 80, 0, 80)]
+)
+def test_shares_of_merges(heads, channels, split_size, share, monkeypatch):
+    """32 channels to a program up to two programs a multiprocessor; all of them beyond, in the invariant mode, and of 80."""
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 132)
+    assert merging.merge_channels(channels, heads, torch.device("cpu"), split_size) == share
+
+
+@pytest.mark.parametrize("layout", [PageLayout(128, 128, 4, 2), PageLayout(64, 64, 4, 2)])
+@pytest.mark.parametrize("heads", [(32, 8), (64, 4), (3, 3), (128, 128)])
+def test_warmup_has_all_merges(layout, heads, monkeypatch):
+    """Every merge that a call of some batch and tables needs is one that a warm-up launches."""
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 132)
+    device, num_tiles = torch.device("cpu"), configs.head_tiles(*heads)[1]
+    programs = configs.decode_config(layout, torch.float16, device, None, configs.head_tiles(*heads)[0]).programs_per_sm * 132
+
+    def merge_of(batch: int, columns: int, raw_columns: int) -> tuple[bool, int, int]:
+        units = batch * (columns + raw_columns * layout.page_size // configs.RAW_BLOCK)
+        block = merging.merge_block(min(programs, num_tiles * max(units, 0)), batch * num_tiles, layout.v_head_dim)
+        return raw_columns > 0, block, merging.merge_channels(layout.v_head_dim, batch * heads[0], device)
+
+    warm = {merge_of(*size) for size in merge_sizes(layout, torch.float16, device, heads, False, None)}
+    sizes = itertools.product((1, 2, 3, 4, 5, 8, 17, 33, 64, 200), (0, 1, 2, 3, 7, 17, 40, 300, 4000), (0, 1, 2, 5))
+    assert {merge_of(*size) for size in sizes} <= warm
 
 
 @pytest.mark.parametrize("block", merging.MERGE_BLOCKS)

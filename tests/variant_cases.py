@@ -19,7 +19,7 @@ QUICK = kvarn.Encoder(iterations=0, clip=False, fits=0, norm="balance")
 """The encoder that takes the least time to compile."""
 WARMUP = {
     "dtype": DTYPE, "encoder": QUICK, "prefill": True, "scratch": SCRATCH, "dequantize": torch.float32, "steps": True,
-    "sink_columns": True, "tree_mask": True, "span_ends": True,
+    "sink_columns": True, "tree_mask": True, "span_ends": True, "schedules": True,
 }  # fmt: skip
 
 
@@ -118,8 +118,16 @@ def warmed_calls(variants: Variants) -> dict[str, Callable[[], object]]:
     results = v.floats(count, 64, HEADS, LAYOUT.head_dim, dtype=torch.float32)
     read = {"dtype": torch.float32, "rotated": bool(v.pick(0, 1)), "out": (results, v.place(results.cpu()))}
     state, lse = v.floats(count, heads, 64).contiguous(), torch.zeros(count, heads, device=v.device)
+    planned = {name: tables[name] for name in ("seq_lens", "layout", "block_table", "raw_table", "num_quantized", "sink_len")}
+    planned |= {"num_q_heads": heads, "num_kv_heads": HEADS, "split_size": split["split_size"]}
+    scheduled = bool(v.pick(0, 1))
+
+    def decode() -> None:
+        schedule = kvarn.schedule_decode(**planned) if scheduled else None
+        kvarn.decode_attention(v.floats(batch, heads, LAYOUT.head_dim), **tables, **out, **split, schedule=schedule)
+
     return {
-        "decode_attention": lambda: kvarn.decode_attention(v.floats(batch, heads, LAYOUT.head_dim), **tables, **out, **split),
+        "decode_attention": decode,
         "prefill_attention": lambda: kvarn.prefill_attention(**tables | chunk, **split),
         "commit_pages": lambda: kvarn.commit_pages(**committed, layout=LAYOUT, encoder=QUICK),
         "cut_back": lambda: kvarn.cut_back(**cut, layout=LAYOUT),
@@ -162,14 +170,19 @@ def step_calls(variants: Variants) -> dict[str, Callable[[], object]]:
     starts = {"starts": v.ints(batch, below=3)} if v.pick(0, 1) else {}
     ids = v.place(torch.tensor([-1, 0]).int())
     planned: list[kvarn.Step] = []
+    scheduled = ends is None and bool(v.pick(0, 1))
 
     def plan() -> None:
         planned.append(kvarn.plan_step(LAYOUT, lens, ends, block_table, raw_table, **options))
 
+    def attend() -> None:
+        schedule = kvarn.schedule_step(planned[0], heads, HEADS, split_size=given["split_size"]) if scheduled else None
+        kvarn.attend(q, *pools, planned[0], **given, schedule=schedule)
+
     return {
         "plan_step": plan,
         "write_tokens": lambda: kvarn.write_tokens(k, values, *pools, planned[0], encoder=QUICK),
-        "attend": lambda: kvarn.attend(q, *pools, planned[0], **given),
+        "attend": attend,
         "read_tokens": lambda: kvarn.read_tokens(*pools, planned[0], *read, **starts),
         "cut_tokens": lambda: kvarn.cut_tokens(*pools, planned[0], v.place(lens.cpu() // 2)),
         "copy_raw_pages": lambda: kvarn.copy_raw_pages(pools[1], ids, ids),

@@ -103,7 +103,7 @@ def main() -> None:
             call_many_heads()
         variant_cases.run(SEEDS, torch.device("cpu"), guard)
         check_grids(kernels)
-    assert len({name for name, _ in seen}) == 38, seen
+    assert len({name for name, _ in seen}) == 39, seen
     print("\n".join(new))
 
 
