@@ -48,7 +48,7 @@ class Oracle:
             positions = torch.arange(length)
             q = query[begin:end].float()
             want, _ = reference.attention.attend(q, k, v, positions[computed:], positions, layer.scale)
-            self.error = max(self.error, float((out[begin:end].float() - want).norm() / want.norm()))
+            self.error = max(self.error, worst((out[begin:end].float() - want).norm() / want.norm()))
             self.rows += 1
         if ids:
             self.compare(layer.layout, pages, dense, torch.tensor(sorted(ids)))
@@ -62,7 +62,7 @@ class Oracle:
         tokens = dense[:, ids[:, None] * layout.page_size + torch.arange(layout.page_size)]
         for mine, other in zip(dequantize_pages(pages, ids.int(), layout, dtype=torch.float32), tokens, strict=True):
             errors = (mine - other).flatten(1).norm(dim=1) / other.flatten(1).norm(dim=1)
-            self.page_error = max(self.page_error, float(errors.max()))
+            self.page_error = max(self.page_error, worst(errors))
         self.pages += len(ids)
 
     def __str__(self) -> str:
@@ -71,6 +71,11 @@ class Oracle:
             f"{self.page_error:.1e}; attention of {self.rows} rows within {self.error:.1e}, {self.hits} of them chunks that "
             "begin behind other tokens, hit or their own"
         )
+
+
+def worst(errors: torch.Tensor) -> float:
+    """Return the largest error; a NaN, which Python's max leaves out, is one without bound."""
+    return float(errors.nan_to_num(nan=float("inf")).max())
 
 
 def watch() -> Oracle:

@@ -110,7 +110,7 @@ KERNELS = {
     "decode": ("decode_attention", "merge_splits"),
     "prefill": ("merge_queries", "prefill_attention"),
     "decode other": ("decode_attention", "merge_splits"),
-    "prefill other": ("merge_queries", "prefill_attention"),
+    "prefill other": ("prefill_attention",),
     "scratch": ("expand_pages", "prefill_attention"),
     "encode": ("advance_quantized", "append_new", "commit_pages", "store_pages", "write_tokens"),
     "mla": (

@@ -179,8 +179,9 @@ def test_plans_stay_where_they_are():
         while len(server.waiting) < 3:
             server.arrive()
         server.step()
-        for (batch, _), step in server.planner.steps.items():
+        for (batch, width), step in server.planner.steps.items():
             tensors = [getattr(step, field.name) for field in dataclasses.fields(step)]
+            tensors += [schedule.records for schedule in server.planner.schedules[batch, width].values()]
             seen.setdefault(batch, set()).add(tuple(each.data_ptr() for each in tensors if isinstance(each, torch.Tensor)))
     assert len(seen) > 1 and all(len(each) == 1 for each in seen.values())
 
@@ -197,6 +198,28 @@ def test_server_kernels(case: dict, device: torch.device, monkeypatch: pytest.Mo
         server.step()
         assert server.worst < 0.02, (server.worst, server.seen)
     assert server.worst > 1e-4, "no page was read"
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["made", "lost"])
+def test_schedules(whole: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    """Decodes begin with what the planner wrote down for them, and with nothing else: without it they are wrong."""
+    monkeypatch.setattr(gpu, "on_device", lambda tensor: True)
+    server = Server(BASE, 5, device, fixed=True)
+    plan = server.planner.plan
+
+    def plan_and_lose(*args: Any) -> Any:
+        plans = plan(*args)
+        for schedule in plans.schedules.values():
+            assert schedule.records.any()
+            schedule.records.mul_(int(whole))
+        return plans
+
+    monkeypatch.setattr(server.planner, "plan", plan_and_lose)
+    while not server.seen["decodes"]:
+        while len(server.waiting) < 3:
+            server.arrive()
+        server.step()
+    assert (server.worst < 0.02) == whole
 
 
 class Captured(Server):

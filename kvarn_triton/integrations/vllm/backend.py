@@ -31,7 +31,7 @@ from ...serving.attention import attend  # noqa: E402
 from ...serving.write import write_tokens  # noqa: E402
 from .capacity import advice  # noqa: E402
 from .choice import PREFIX, Choice, asked, choice_of  # noqa: E402
-from .plans import Planner, Plans  # noqa: E402
+from .plans import Heads, Planner, Plans  # noqa: E402
 
 logger = init_logger("vllm.kvarn_triton")  # vLLM shows its own loggers only
 
@@ -139,7 +139,10 @@ class KVarNBuilder(AttentionMetadataBuilder[Plans]):
             0,
         )
         layout = self.choice.layout(kv_cache_spec.head_size, kv_cache_spec.head_size_v)
-        self.planner = Planner(self.choice, layout, device, fixed=device.type != "cpu")
+        layers = vllm_config.compilation_config.static_forward_context
+        counts = frozenset(layers[name].impl.num_heads for name in layer_names)
+        heads = Heads(counts, kv_cache_spec.num_kv_heads, vllm_config.model_config.dtype)
+        self.planner = Planner(self.choice, layout, device, fixed=device.type != "cpu", heads=heads)
         self.reported = False
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Plans:
@@ -239,6 +242,7 @@ class KVarNImpl(AttentionImpl[Plans]):
             attend(
                 query[span], pages, self.raw_pages, step, k=key[span], v=value[span], sm_scale=self.scale,
                 soft_cap=self.soft_cap, sinks=self.sinks, out=output[span],
+                schedule=attn_metadata.schedule(step, self.num_heads),
             )  # fmt: skip
         return output
 

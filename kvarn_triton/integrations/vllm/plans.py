@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ...attention.decode_schedule import schedule_step
+from ...attention.parts import DecodeSchedule
 from ...layout import PageLayout
 from ...serving import plan
 from ...step import TASK_FIELDS, Step, StepInputs, inputs_of
@@ -26,11 +28,28 @@ class Plans:
     num_decodes: int
     num_tokens: int
     """Tokens of all rows, padding included."""
+    schedules: dict[int, DecodeSchedule] = field(default_factory=dict)
+    """What attention of the first rows begins with, by query heads of a layer."""
 
     def parts(self) -> list[tuple[Step, slice]]:
         """Return the steps, each with its tokens."""
         ends = slice(0, self.num_decodes), slice(self.num_decodes, self.num_tokens)
         return [(step, span) for step, span in zip((self.decodes, self.prefills), ends, strict=True) if step is not None]
+
+    def schedule(self, step: Step, num_q_heads: int) -> DecodeSchedule | None:
+        """Return the schedule of one of the steps, for a layer with so many query heads, if there is one."""
+        return self.schedules.get(num_q_heads) if step is self.decodes else None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What schedules depend on beside a step: the heads of the layers that share it."""
+
+    num_q_heads: frozenset[int]
+    """All that a layer has: one number, if layers are alike."""
+    num_kv_heads: int
+    dtype: torch.dtype
+    """Of queries."""
 
 
 def rows_of(common: Any) -> Rows:
@@ -57,14 +76,16 @@ class Planner:
         layout: the page format of the layers.
         device: of the cache.
         fixed: whether plans of decodes stay at the same addresses.
+        heads: of the layers.
     """
 
-    def __init__(self, choice: Choice, layout: PageLayout, device: torch.device, fixed: bool) -> None:
-        self.choice, self.layout, self.device, self.fixed = choice, layout, device, fixed
+    def __init__(self, choice: Choice, layout: PageLayout, device: torch.device, fixed: bool, heads: Heads) -> None:
+        self.choice, self.layout, self.device, self.fixed, self.heads = choice, layout, device, fixed, heads
         self.by_row = SlotsByRow(choice, device) if choice.known_rows else None
         self.by_block = None if choice.known_rows else SlotsByBlock(choice, device)
         self.memory: dict[str, torch.Tensor] = {}
         self.steps: dict[tuple[int, int], Step] = {}
+        self.schedules: dict[tuple[int, int], dict[int, DecodeSchedule]] = {}
 
     def plan(self, common: Any, num_decodes: int, num_decode_tokens: int) -> Plans:
         """Plan a step.
@@ -77,18 +98,28 @@ class Planner:
         rows = rows_of(common)
         raw_table = self._raw_table(common, rows)
         decodes = prefills = None
+        schedules: dict[int, DecodeSchedule] = {}
         if num_decodes:
             span = slice(0, num_decodes)
             inputs = self._inputs(rows.seq_lens[span], None, rows.block_table[span], raw_table[span])
             fixed = self.fixed and num_decodes == common.num_reqs
             decodes = self._fixed(inputs) if fixed else plan.plan_from(inputs, None)
+            key = num_decodes, inputs.ids.shape[1]
+            schedules = self._schedules(decodes, self.schedules.setdefault(key, {}) if fixed else {})
         if num_decodes < common.num_reqs:
             span = slice(num_decodes, common.num_reqs)
             ends = (common.query_start_loc[num_decodes : common.num_reqs + 1] - num_decode_tokens).to(torch.int32)
             sizes = common.num_actual_tokens - num_decode_tokens, common.max_query_len
             tables = rows.block_table[span], raw_table[span]
             prefills = plan.plan_from(self._inputs(rows.seq_lens[span], ends, *tables, *sizes), None)
-        return Plans(decodes, prefills, num_decode_tokens, common.num_actual_tokens)
+        return Plans(decodes, prefills, num_decode_tokens, common.num_actual_tokens, schedules)
+
+    def _schedules(self, decodes: Step, memory: dict[int, DecodeSchedule]) -> dict[int, DecodeSchedule]:
+        """Return the schedules of a step, in the memory of those of the last step of its size, if there was one."""
+        heads = self.heads
+        for count in heads.num_q_heads:
+            memory[count] = schedule_step(decodes, count, heads.num_kv_heads, dtype=heads.dtype, out=memory.get(count))
+        return memory
 
     def _raw_table(self, common: Any, rows: Rows) -> torch.Tensor:
         """Return the ids of the raw pages of all rows."""

@@ -86,12 +86,13 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "VllmConfig",
         (
             "additional_config", "attention_config", "cache_config", "compilation_config", "kv_transfer_config",
-            "parallel_config", "scheduler_config", "speculative_config", "use_v2_model_runner",
+            "model_config", "parallel_config", "scheduler_config", "speculative_config", "use_v2_model_runner",
         ),
     ),
     ("vllm.config", "AttentionConfig", ("backend", "backend_per_kind")),
     ("vllm.config", "CacheConfig", ("block_size", "cache_dtype", "enable_prefix_caching", "num_gpu_blocks")),
     ("vllm.config", "CompilationConfig", ("static_forward_context",)),
+    ("vllm.config", "ModelConfig", ("dtype",)),
     (
         "vllm.config",
         "ParallelConfig",
