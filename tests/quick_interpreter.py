@@ -1,18 +1,22 @@
 """Triton's interpreter without work that changes nothing, which is most of its time: what it computes stays the same.
 
-Every call of a function inside a kernel replaces the operations of `triton.language` again, which the launch has done already.
-Every sum of integers is computed a second time, for a check that is off (`InterpreterOptions.debug`). Every result makes the
-type of its shape, and a table of numpy's dtypes, anew.
+Every call of a function inside a kernel replaces the operations of `triton.language` again, which the launch has done already,
+and calls each of them through two others. Every sum of integers is computed a second time, for a check that is off
+(`InterpreterOptions.debug`). Every result makes the type of its shape, its name, its number of elements and a table of numpy's
+dtypes anew. Operands that have one shape and dtype are brought to it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -71,10 +75,123 @@ def _keep_types() -> None:
     interpreter._get_np_dtype = kept_np_dtype
 
 
+def _keep_shapes() -> None:
+    """Make what a tensor and a type of blocks have of their shape once."""
+    make_tensor, make_block = tl.tensor.__init__, tl.block_type.__init__
+    of_tensors: dict[tuple[int, ...], tuple[Any, Any]] = {}
+    of_blocks: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        sizes = tuple(type.shape.values) if isinstance(type, tl.block_type) else ()
+        kept = of_tensors.get(sizes)
+        if kept is None:
+            make_tensor(self, handle, type)
+            of_tensors[sizes] = self.shape, self.numel
+            return
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = kept
+
+    def init_block(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple([x.value if type(x) is tl.constexpr else x for x in shape])
+        key = element_ty.name, sizes
+        if key not in of_blocks:
+            make_block(self, element_ty, shape)
+            of_blocks[key] = {name: value for name, value in vars(self).items() if name != "element_ty"}
+        else:
+            vars(self).update(of_blocks[key], element_ty=element_ty)
+
+    tl.tensor.__init__ = init_tensor
+    tl.block_type.__init__ = init_block
+
+
+def _leave_shapes() -> None:
+    """Return operands that have one shape as they are."""
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def leave_or_broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
+        one, other = lhs.type, rhs.type
+        if isinstance(one, tl.block_type):
+            if isinstance(other, tl.block_type) and one.shape.values == other.shape.values:
+                return lhs, rhs
+        elif not isinstance(other, tl.block_type):
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    TritonSemantic.broadcast_impl_value = leave_or_broadcast
+
+
+RANGES = {name: range(-(2 ** (bits - 1)), 2 ** (bits - 1)) for name, bits in (("int8", 8), ("int32", 32), ("int64", 64))}
+"""Integers that become one of a tensor's dtype."""
+PLAIN = {"fp32", "int1", "uint32", *RANGES}
+"""Dtypes of which two operands give a result of the same one, whatever the operation."""
+
+
+def _leave_dtypes() -> None:
+    """Return operands that have one of these dtypes as they are, and make a number one of its tensors at once."""
+    check = TritonSemantic.binary_op_type_checking_impl
+
+    def leave_or_check(
+        self: Any, lhs: Any, rhs: Any, lhs_ptr: bool = False, rhs_ptr: bool = False, arithmetic: bool = True, *others: bool,
+        **named: bool,
+    ) -> Any:  # fmt: skip
+        kinds = type(lhs), type(rhs)
+        if kinds == (tl.tensor, tl.tensor):
+            name, other = lhs.dtype.name, rhs.dtype.name
+            # Pointers are left alone where offsets are added to them.
+            if (name == other and name in PLAIN) or (lhs_ptr and other in RANGES and type(lhs.dtype) is tl.pointer_type):
+                return self.broadcast_impl_value(lhs, rhs)
+        elif arithmetic and not named:
+            if kinds[0] is tl.tensor and (rhs in RANGES.get(lhs.dtype.name, ()) if kinds[1] is int else kinds[1] is float):
+                if kinds[1] is int or lhs.dtype.name == "fp32":
+                    return self.broadcast_impl_value(lhs, self.scalar_constant(rhs, lhs.dtype))
+            elif kinds == (int, tl.tensor) and lhs in RANGES.get(rhs.dtype.name, ()):
+                return self.broadcast_impl_value(self.scalar_constant(lhs, rhs.dtype), rhs)
+        return check(self, lhs, rhs, lhs_ptr, rhs_ptr, arithmetic, *others, **named)
+
+    TritonSemantic.binary_op_type_checking_impl = leave_or_check
+
+
+def _leave_values() -> None:
+    """Return what is no constant of the compiler as it is, with one look at its type."""
+    unwrap, to_tensor = tl.core._unwrap_if_constexpr, TritonSemantic.to_tensor
+    plain = {tl.tensor, tl.dtype, int, float, bool, type(None)}
+
+    def leave_or_unwrap(value: Any) -> Any:
+        return value if type(value) in plain else unwrap(value)
+
+    def leave_or_make(self: Any, value: Any, *options: Any, **named: Any) -> Any:
+        return value if type(value) is tl.tensor else to_tensor(self, value, *options, **named)
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "_unwrap_if_constexpr", None) is unwrap:
+            module._unwrap_if_constexpr = leave_or_unwrap  # type: ignore[attr-defined]
+    TritonSemantic.to_tensor = leave_or_make
+
+
+def _call_at_once() -> None:
+    """Call the operations of `triton.language` without the two functions around each."""
+
+    def set_quick(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        semantic, function = TritonSemantic(builder), inspect.unwrap(member)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(obj, name, call)
+
+    interpreter._patch_attr = set_quick
+
+
 def quicken() -> None:
     """Leave that work out from here on. A Triton whose interpreter is made otherwise raises AttributeError."""
     _replace_operations_once()
     _keep_types()
+    _keep_shapes()
+    _leave_shapes()
+    _leave_dtypes()
+    _leave_values()
+    _call_at_once()
     builder = interpreter.interpreter_builder
     if not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
