@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 import triton
-from mla_cases import mla_cases, mla_encode_cases
+from mla_cases import mla_cases, mla_encode_cases, mla_encode_other_cases
 
 import kvarn_triton as kvarn
 from kvarn_triton import DEFAULT, PageLayout, configs
@@ -357,6 +357,7 @@ PARTS = {
     "encode": encode_cases,
     "mla": mla_cases,
     "mla encode": mla_encode_cases,
+    "mla encode other": mla_encode_other_cases,
     "encode other": encode_other_cases,
     "encode largest": encode_largest_cases,
 }

@@ -83,18 +83,18 @@ PROCESSES = [
     *((target, (part,)) for target in SPLIT_TARGETS for part in USUAL_PARTS),
     ("sm80", ("main", "decode", "prefill", "scratch", "mla")),
     ("sm100", ("main", "decode", "prefill", "scratch", "encode", "mla")),
-    ("sm86", ("main", "prefill", "scratch")),
+    ("sm86", ("prefill", "scratch")),
 ]
 """What one process compiles."""
-OTHER_PROCESSES = [(target, (part,)) for target in SPLIT_TARGETS for part in ("decode other", "prefill other")]
-"""Layouts and masks beside the usual ones: of the oldest Triton; the newest compiles those of one target before a release."""
+OTHER_PROCESSES = [("sm90", (part,)) for part in ("decode other", "prefill other")]
+"""Layouts and masks beside the usual ones: of the oldest Triton; the newest compiles them before a release."""
 PROCESSES += OTHER_PROCESSES if OLDEST else []
 RARE_PROCESSES = [
-    *([] if OLDEST else OTHER_PROCESSES[:2]),
-    *(("sm90", (part,)) for part in ("encode other", "encode largest")),
-    ("gfx942", ("mla encode",)),
+    *([] if OLDEST else OTHER_PROCESSES),
+    *(("sm90", (part,)) for part in ("encode other", "encode largest", "mla encode other")),
+    *(("gfx942", (part,)) for part in ("decode other", "prefill other", "mla encode")),
     ("sm80", ("encode", "mla encode")),
-    ("sm86", ("decode", "encode", "mla", "mla encode")),
+    ("sm86", ("main", "decode", "encode", "mla", "mla encode")),
     ("sm100", ("mla encode",)),
     *((target, USUAL_PARTS) for target in ("sm89", "sm120", "gfx950")),
 ]
@@ -118,6 +118,7 @@ KERNELS = {
         "mla_sparse",
     ),
     "mla encode": ("mla_advance", "mla_commit_pages", "mla_store_pages", "mla_write_pages", "plan_step"),
+    "mla encode other": ("mla_advance", "mla_commit_pages", "mla_store_pages", "mla_write_pages", "plan_step"),
     "encode other": ("advance_quantized", "append_tokens", "commit_pages", "store_pages", "write_tokens"),
     "encode largest": ("advance_quantized", "commit_pages", "store_pages", "write_tokens"),
 }
