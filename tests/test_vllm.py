@@ -382,6 +382,7 @@ def test_blocks_beside_windows(order: str, expected: int, monkeypatch: pytest.Mo
     specs = {f"{i}": interface.SlidingWindowSpec(sliding_window=4096, **heads) if i % 2 else full for i in range(42)}
     config = config_of()
     config.scheduler_config.disable_hybrid_kv_cache_manager = False
+    config.attention_config.hisparse_config = None
     config.cache_config.get_resolved_kv_cache_layout = lambda: layout
     groups = importlib.import_module("vllm.v1.core.kv_cache_utils").get_kv_cache_groups(config, specs)
     (group,) = (each for each in groups if "0" in each.layer_names)
