@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from helpers import bits_of, layout_id
 from test_dispatch import run_python
 
 import kvarn_triton as kvarn
-from kvarn_triton import DecodeConfig, DecodeTable, PageLayout, PrefillConfig, ops
+from kvarn_triton import DecodeConfig, DecodeTable, MLAConfig, PageLayout, PrefillConfig, ops
 from kvarn_triton.mla import operators  # noqa: F401
 from kvarn_triton.tables import Entry
 from kvarn_triton.testing import cache_case
@@ -156,6 +157,28 @@ def test_rows_of_tables(config):
     for layout, wanted in ((LAYOUT, config), (PageLayout(64, 64, 4, 6), DecodeConfig(8))):
         table = ops._table(tuple(ops._row(known, layout, *memory)))
         assert table.find(64) == table.find(64, 6) == wanted
+
+
+OTHERS = {
+    int: lambda value: 2 * value,
+    bool: lambda value: not value,
+    type(None): lambda value: 64,
+    str: lambda value: "folded",
+}
+"""Another legal value of a launch parameter, by its type."""
+
+
+@pytest.mark.parametrize(
+    "config",
+    [DecodeConfig(programs_per_sm=4), PrefillConfig(64, 4, 32, 16), MLAConfig(16, 32, 4)],
+    ids=lambda x: type(x).__name__,
+)
+def test_every_launch_parameter_has_a_number(config):
+    """No field is lost on the way through a schema, whichever differs from what it is by default."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        other = dataclasses.replace(config, **{field.name: OTHERS[type(value)](value)})
+        assert other != config and type(config).of_numbers(tuple(other.numbers())) == other
 
 
 @pytest.mark.parametrize("config", [PrefillConfig(64, 4, 32, 16), PrefillConfig(16, 2, 64, 32, 3, 5, 128, "registers")])

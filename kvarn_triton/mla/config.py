@@ -67,6 +67,16 @@ class MLAConfig:
         """Return the launch options that only some GPUs have."""
         return {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
 
+    def numbers(self) -> list[int]:
+        """Return the fields as numbers, as an operator takes them."""
+        sizes = [self.block_m, self.block_t, self.num_warps, self.num_stages, self.programs_per_sm]
+        return [*sizes, self.maxnreg or 0, int(self.warp_groups)]
+
+    @classmethod
+    def of_numbers(cls, n: tuple[int, ...]) -> MLAConfig:
+        """Return the launch parameters of which `n` are the numbers; graphs of older versions have the first 5 or 6."""
+        return cls(*n[:5], maxnreg=n[5] or None if len(n) > 5 else None, warp_groups=bool(n[6]) if len(n) > 6 else False)
+
 
 @dataclass(frozen=True)
 class MLAPlan:

@@ -20,6 +20,7 @@ from .config import MLAConfig
 _LIBRARY = torch.library.Library("kvarn_triton", "FRAGMENT")
 _OPS = torch.ops.kvarn_triton
 _layout = functools.lru_cache(MLALayout)
+_config = functools.lru_cache(MLAConfig.of_numbers)
 
 _LIBRARY.define(
     "mla_decode_attention(Tensor q, Tensor pages, Tensor block_table, Tensor seq_lens, int bits, int page_size, "
@@ -50,7 +51,7 @@ _LIBRARY.define(
 def _decode(q, pages, block_table, seq_lens, bits, page_size, sm_scale, *cache):
     names = ("raw_pages", "raw_table", "num_quantized", "sink_len", "num_splits", "config", "indices")
     options = dict(zip(names, cache, strict=False))
-    options["config"] = MLAConfig(*options["config"]) if options["config"] else None
+    options["config"] = _config(tuple(options["config"])) if options["config"] else None
     layout = _layout(bits, page_size)
     return decode.mla_decode_attention(
         q, pages, block_table, seq_lens, layout, sm_scale=sm_scale, return_lse=True, **options
@@ -131,10 +132,7 @@ def mla_decode_attention(
     config: MLAConfig | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Call `kvarn_triton.mla_decode_attention`, which says what it does, as an operator."""
-    numbers = None
-    if config is not None:  # not dataclasses.astuple, which some versions of torch can't trace
-        numbers = [config.block_m, config.block_t, config.num_warps, config.num_stages, config.programs_per_sm]
-        numbers += [] if config.maxnreg is None else [config.maxnreg]
+    numbers = None if config is None else config.numbers()
     out, lse = _OPS.mla_decode_attention(
         q, pages, block_table, seq_lens, layout.bits, layout.page_size, sm_scale, raw_pages, raw_table, num_quantized, sink_len,
         num_splits, numbers, indices,
