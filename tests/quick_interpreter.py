@@ -168,6 +168,42 @@ def _leave_values() -> None:
     TritonSemantic.to_tensor = leave_or_make
 
 
+ARITHMETIC = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+COMPARISONS = {
+    "less_than": np.less, "less_equal": np.less_equal, "greater_than": np.greater, "greater_equal": np.greater_equal,
+    "equal": np.equal, "not_equal": np.not_equal,
+}  # fmt: skip
+NUMBERS = {"int8": np.int8, "int32": np.int32, "int64": np.int64, "uint32": np.uint32, "fp32": np.float32}
+"""Dtypes whose numbers numpy computes with as the interpreter does."""
+
+
+def _compute_at_once(name: str, operation: np.ufunc) -> None:
+    """Have numpy compute an operation of two operands of one dtype, which it broadcasts."""
+    check_and_compute, compares = getattr(TritonSemantic, name), name in COMPARISONS
+
+    def compute(self: Any, lhs: Any, rhs: Any, *options: Any, **named: Any) -> Any:
+        kind, other = lhs.dtype.name if type(lhs) is tl.tensor else "", type(rhs)
+        if kind not in NUMBERS:
+            return check_and_compute(self, lhs, rhs, *options, **named)
+        result = lhs.type
+        if other is tl.tensor and rhs.dtype.name == kind:
+            data = operation(lhs.handle.data, rhs.handle.data)
+            if type(rhs.type) is tl.block_type:
+                if type(result) is not tl.block_type:
+                    result = rhs.type
+                elif result.shape.values != rhs.type.shape.values:
+                    result = tl.block_type(lhs.dtype, list(data.shape))
+        elif (other is int and rhs in RANGES.get(kind, ())) or (other is float and kind == "fp32"):
+            data = operation(lhs.handle.data, NUMBERS[kind](rhs))
+        else:
+            return check_and_compute(self, lhs, rhs, *options, **named)
+        if compares:
+            result = result.with_element_ty(tl.int1) if type(result) is tl.block_type else tl.int1
+        return tl.tensor(interpreter.TensorHandle(data, lhs.dtype), result)
+
+    setattr(TritonSemantic, name, compute)
+
+
 def _call_at_once() -> None:
     """Call the operations of `triton.language` without the two functions around each."""
 
@@ -192,6 +228,8 @@ def quicken() -> None:
     _leave_dtypes()
     _leave_values()
     _call_at_once()
+    for name, operation in (ARITHMETIC | COMPARISONS).items():
+        _compute_at_once(name, operation)
     builder = interpreter.interpreter_builder
     if not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)

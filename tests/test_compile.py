@@ -81,7 +81,7 @@ SPLIT_TARGETS = "sm90", "gfx942"
 """Targets that compile so many layouts that each part is a test."""
 PROCESSES = [
     *((target, (part,)) for target in SPLIT_TARGETS for part in USUAL_PARTS),
-    ("sm80", ("main", "decode", "prefill", "scratch", "mla")),
+    ("sm80", ("main", "decode", "prefill", "scratch")),
     ("sm100", ("main", "decode", "prefill", "scratch", "encode", "mla")),
     ("sm86", ("prefill", "scratch")),
 ]
@@ -91,9 +91,9 @@ OTHER_PROCESSES = [("sm90", (part,)) for part in ("decode other", "prefill other
 PROCESSES += OTHER_PROCESSES if OLDEST else []
 RARE_PROCESSES = [
     *([] if OLDEST else OTHER_PROCESSES),
-    *(("sm90", (part,)) for part in ("encode other", "encode largest", "mla encode other")),
+    *(("sm90", (part,)) for part in ("decode rare", "prefill rare", "encode other", "encode largest", "mla encode other")),
     *(("gfx942", (part,)) for part in ("decode other", "prefill other", "mla encode")),
-    ("sm80", ("encode", "mla encode")),
+    ("sm80", ("encode", "mla", "mla encode")),
     ("sm86", ("main", "decode", "encode", "mla", "mla encode")),
     ("sm100", ("mla encode",)),
     *((target, USUAL_PARTS) for target in ("sm89", "sm120", "gfx950")),
@@ -111,6 +111,8 @@ KERNELS = {
     "prefill": ("merge_queries", "prefill_attention"),
     "decode other": ("decode_attention", "merge_splits"),
     "prefill other": ("prefill_attention",),
+    "decode rare": ("decode_attention", "merge_splits"),
+    "prefill rare": ("prefill_attention",),
     "scratch": ("expand_pages", "prefill_attention"),
     "encode": ("advance_quantized", "append_new", "commit_pages", "store_pages", "write_tokens"),
     "mla": (
