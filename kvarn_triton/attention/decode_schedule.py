@@ -41,7 +41,8 @@ def schedule_decode(
 
     Calls that get the result as `schedule` need not look at lengths and tables before they read: a chain of two loads less,
     which takes a tenth of a short call. All layers of a step can share it that have the same heads and options. It is of the
-    lengths and ids that the tensors have when it is made: make it in each step, after those are written.
+    lengths and ids that the tensors have when it is made: make it in each step, after those are written. With that of another
+    step results are wrong, and no call says so.
 
     Args:
         layout: the page format.
