@@ -65,7 +65,8 @@ def poison() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*deterministic")
         # The interpreter's numpy: log2 of 0 is meant to be -inf, and masked-out lanes compute anything.
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module="numpy|triton")
+        computing = "numpy|triton|quick_interpreter|kvarn_triton.tile.interpreted"
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=computing)
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="triton")
         # Triton 3.9 announces another default of enable_fp_fusion; kernels that need it off say so.
         warnings.filterwarnings("ignore", message=".*FP_FUSION")
