@@ -75,7 +75,8 @@ class MLAConfig:
     @classmethod
     def of_numbers(cls, n: tuple[int, ...]) -> MLAConfig:
         """Return the launch parameters of which `n` are the numbers; graphs of older versions have the first 5 or 6."""
-        return cls(*n[:5], maxnreg=n[5] or None if len(n) > 5 else None, warp_groups=bool(n[6]) if len(n) > 6 else False)
+        n = (*n, 0, 0)
+        return cls(n[0], n[1], n[2], n[3], n[4], n[5] or None, bool(n[6]))
 
 
 @dataclass(frozen=True)
