@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ class Planner:
         self.by_block = None if choice.known_rows else SlotsByBlock(choice, device)
         self.memory: dict[str, torch.Tensor] = {}
         self.steps: dict[tuple[int, int], Step] = {}
-        self.schedules: dict[tuple[int, int], dict[int, DecodeSchedule]] = {}
+        self.schedules: dict[tuple[int, int, int], DecodeSchedule] = {}
 
     def plan(self, common: Any, num_decodes: int, num_decode_tokens: int) -> Plans:
         """Plan a step.
@@ -104,8 +104,7 @@ class Planner:
             inputs = self._inputs(rows.seq_lens[span], None, rows.block_table[span], raw_table[span])
             fixed = self.fixed and num_decodes == common.num_reqs
             decodes = self._fixed(inputs) if fixed else plan.plan_from(inputs, None)
-            key = num_decodes, inputs.ids.shape[1]
-            schedules = self._schedules(decodes, self.schedules.setdefault(key, {}) if fixed else {})
+            schedules = self._schedules(decodes, (num_decodes, inputs.ids.shape[1]) if fixed else None)
         if num_decodes < common.num_reqs:
             span = slice(num_decodes, common.num_reqs)
             ends = (common.query_start_loc[num_decodes : common.num_reqs + 1] - num_decode_tokens).to(torch.int32)
@@ -114,12 +113,17 @@ class Planner:
             prefills = plan.plan_from(self._inputs(rows.seq_lens[span], ends, *tables, *sizes), None)
         return Plans(decodes, prefills, num_decode_tokens, common.num_actual_tokens, schedules)
 
-    def _schedules(self, decodes: Step, memory: dict[int, DecodeSchedule]) -> dict[int, DecodeSchedule]:
-        """Return the schedules of a step, in the memory of those of the last step of its size, if there was one."""
-        heads = self.heads
+    def _schedules(self, decodes: Step, key: tuple[int, int] | None) -> dict[int, DecodeSchedule]:
+        """Return the schedules of a step, in the memory that all of them share if it is at fixed addresses: if it has a key."""
+        heads, made = self.heads, {}
         for count in heads.num_q_heads:
-            memory[count] = schedule_step(decodes, count, heads.num_kv_heads, dtype=heads.dtype, out=memory.get(count))
-        return memory
+            known = None if key is None else self.schedules.get((*key, count))
+            made[count] = schedule_step(decodes, count, heads.num_kv_heads, dtype=heads.dtype, out=known)
+            if key is not None and known is None:
+                own = made[count].records
+                shared = self._part(f"schedule, {count} heads", own.shape, own.dtype, key)
+                self.schedules[(*key, count)] = made[count] = replace(made[count], records=shared.copy_(own))
+        return made
 
     def _raw_table(self, common: Any, rows: Rows) -> torch.Tensor:
         """Return the ids of the raw pages of all rows."""
@@ -159,5 +163,5 @@ class Planner:
         count = math.prod(shape)
         if name not in self.memory or self.memory[name].numel() < count:
             most = max(self.choice.max_requests, key[0]) * max(key[1], self.choice.columns, TASK_FIELDS)
-            self.memory[name] = torch.zeros(most, dtype=dtype, device=self.device)
+            self.memory[name] = torch.zeros(max(most, count), dtype=dtype, device=self.device)
         return self.memory[name][:count].view(shape)
