@@ -70,3 +70,15 @@ def lists_of(call: dict, topk: int, seed: int = 0) -> torch.Tensor:
             if seen > 4 and topk > 8:
                 entries[:5] = torch.tensor([seen - 1, seen - 1, 0, seen, 2**31 - 1])  # twice; behind the query token
     return lists
+
+
+def call_of_magnitude(magnitude: float) -> dict:
+    """Return a call over three pages, of which the second has latents so many times as large."""
+    layout, (latents, rope) = MLALayout(4, 64), tokens_of(192, torch.float32)
+    latents = latents.clone()
+    latents[64:128] *= magnitude
+    pages, ids = torch.zeros(3, layout.page_bytes, dtype=torch.uint8), torch.arange(3, dtype=torch.int32)
+    reference.mla_store_pages(latents, rope / 8, pages, ids, layout)
+    q = draw(1, 16, 576).half() / max(magnitude, 1)
+    call = {"q": q, "pages": pages, "block_table": ids[None], "seq_lens": torch.tensor([180], dtype=torch.int32)}
+    return call | {"layout": layout, "sm_scale": 0.02}

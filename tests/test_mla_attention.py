@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from helpers import assert_same_bits, draw
-from mla_helpers import CASES, LAYOUTS, check_decode, layout_id, moved, tokens_of
+from helpers import assert_same_bits
+from mla_helpers import CASES, LAYOUTS, call_of_magnitude, check_decode, layout_id, moved
 
 import kvarn_triton as kvarn
 from kvarn_triton import MLAConfig, MLALayout, gpu, reference
@@ -139,14 +139,7 @@ def test_decode_views(device):
 @pytest.mark.parametrize("magnitude", [2.0**-12, 2.0**10])
 def test_magnitudes(magnitude, device):
     """Latents far from 1, in every other page: neither scores nor weights leave the range of float16."""
-    layout, (latents, rope) = MLALayout(4, 64), tokens_of(192, torch.float32)
-    latents = latents.clone()
-    latents[64:128] *= magnitude
-    pages, ids = torch.zeros(3, layout.page_bytes, dtype=torch.uint8), torch.arange(3, dtype=torch.int32)
-    reference.mla_store_pages(latents, rope / 8, pages, ids, layout)
-    q = draw(1, 16, 576).half() / max(magnitude, 1)
-    call = {"q": q, "pages": pages, "block_table": ids[None], "seq_lens": torch.tensor([180], dtype=torch.int32)}
-    check_decode(call | {"layout": layout, "sm_scale": 0.02}, device)
+    check_decode(call_of_magnitude(magnitude), device)
 
 
 def test_zero_and_bad_tokens(device):

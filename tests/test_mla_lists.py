@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_same_bits, draw
-from mla_helpers import CASES, LAYOUTS, check_decode, layout_id, lists_of, moved, tokens_of
+from helpers import assert_same_bits
+from mla_helpers import CASES, LAYOUTS, call_of_magnitude, check_decode, layout_id, lists_of, moved
 
 import kvarn_triton as kvarn
-from kvarn_triton import MLAConfig, MLALayout, reference
+from kvarn_triton import MLAConfig
 from kvarn_triton.testing import relative_error
 from kvarn_triton.testing.latents import latent_case
 
@@ -112,12 +112,6 @@ def test_views_of_lists(device):
 @pytest.mark.parametrize("magnitude", [2.0**-12, 2.0**10])
 def test_magnitudes_of_lists(magnitude, device):
     """A block of tokens from pages of very different gains."""
-    layout, (latents, rope) = MLALayout(4, 64), tokens_of(192, torch.float32)
-    latents = latents.clone()
-    latents[64:128] *= magnitude
-    pages, ids = torch.zeros(3, layout.page_bytes, dtype=torch.uint8), torch.arange(3, dtype=torch.int32)
-    reference.mla_store_pages(latents, rope / 8, pages, ids, layout)
-    q = draw(1, 16, 576).half() / max(magnitude, 1)
-    call = {"q": q, "pages": pages, "block_table": ids[None], "seq_lens": torch.tensor([180], dtype=torch.int32)}
+    call = call_of_magnitude(magnitude)
     call["indices"] = torch.randperm(180, generator=torch.Generator().manual_seed(2))[None, :170].int()
-    check_decode(call | {"layout": layout, "sm_scale": 0.02}, device)
+    check_decode(call, device)
