@@ -105,6 +105,8 @@ def check_prefill_config(config: object, layout: PageLayout, dtype: torch.dtype,
     form = "dequantized" if scratch else "folded" if _only_folded(layout, dtype) else config.form
     why = " with scratch" if scratch else f" for {str(dtype).removeprefix('torch.')} and {layout.raw_head_dim} channels"
     require(config.form == form, "config.form", form + why, config.form)
+    fits = form != "warp_groups" or _fits_drafts(layout, dtype)
+    require(fits, "config.form", f"another one for {layout.name} of {layout.raw_head_dim} channels", config.form)
 
 
 SCRATCH_TOKENS, SCRATCH_BYTES = 256, 2**28
@@ -138,6 +140,17 @@ def prefill_config(
     return config_of_form(prefill_form(device, rows), layout, dtype, device, rows)
 
 
+def _fits_drafts(layout: PageLayout, dtype: torch.dtype) -> bool:
+    dims, bits = {layout.head_dim, layout.v_head_dim, layout.page_size}, {layout.k_bits, layout.v_bits}
+    return dtype != torch.float32 and dims == {128} and bits <= {2, 4}
+
+
+def has_draft_kernel(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether a kernel of its own attends to whole pages with few query rows (`attention.drafts`)."""
+    known = gpu.gpu_of(device)
+    return _fits_drafts(layout, dtype) and (known is None or known.warp_groups)
+
+
 def _only_folded(layout: PageLayout, dtype: torch.dtype) -> bool:
     """Return whether there is but one form of the loop over pages."""
     return dtype == torch.float32 or padded(layout.raw_head_dim) > 256
@@ -159,8 +172,13 @@ def config_of_form(
         if rows is None or rows <= TILE_ROWS[-1]:
             return PrefillConfig(64, 4, layout.page_size, 64)
         return PrefillConfig(128, 8, layout.page_size, 64, num_stages=3, programs_per_sm=1)
+    block_m = 16 if rows is not None and rows <= TILE_ROWS[0] else 32
     if form == "registers":
-        return _register_config(layout, dtype, device, 16 if rows is not None and rows <= TILE_ROWS[0] else 32)
+        return _register_config(layout, dtype, device, block_m)
+    if form == "warp_groups":
+        # Of 16 rows four programs fit into the registers of a multiprocessor, of 32 three, which leave memory for a third page.
+        num_stages, programs = (2, 4) if block_m == 16 else (3, 3)
+        return PrefillConfig(block_m, 4, layout.page_size, layout.page_size, num_stages, programs, form=form)
     few = decode_config(layout, dtype, device)
     num_stages, block_t, block_d = few.num_stages, few.block_t, few.block_d
     if num_stages == 1 or (channels > 256 and _holds_little(device)):

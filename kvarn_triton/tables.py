@@ -72,7 +72,7 @@ def _check_power(name: str, value: object, low: int, high: int) -> None:
     require(fits, name, f"a power of two from {low} to {high}", value)
 
 
-FORMS = "dequantized", "registers", "folded"
+FORMS = "dequantized", "registers", "folded", "warp_groups"
 """Of the loop over pages of prefill attention: `PrefillConfig.form`."""
 MOST_WARPS = 64
 """Of all programs of a multiprocessor."""
@@ -83,8 +83,8 @@ class PrefillConfig:
     """Launch parameters of `prefill_attention`. That they fit a GPU is for the compiler to say.
 
     Args:
-        block_m: query rows of a tile: 16 to 256; 16 or 32 in the form "registers".
-        num_warps: warps of a program.
+        block_m: query rows of a tile: 16 to 256; 16 or 32 in the forms "registers" and "warp_groups".
+        num_warps: warps of a program; 4 in the form "warp_groups".
         block_t: tokens of pages of one product with keys: 16 to the size of a page.
         block_r: raw or new tokens of one step: 16 to the size of a page.
         num_stages: stages of the software pipeline.
@@ -92,7 +92,9 @@ class PrefillConfig:
         block_d: most channels of one product with values, from 16 on, unless pages are dequantized to shared memory.
         form: of the loop over pages. They are "dequantized" to shared memory (`attention.dequantized`), in "registers"
             (`attention.registers`), or left as they are, with scales "folded" into queries and weights (`attention.halves`),
-            which is the form of float32 queries and of more than 256 channels. With `scratch` memory "dequantized".
+            which is the form of float32 queries and of more than 256 channels. With `scratch` memory "dequantized". In the form
+            "warp_groups" (`attention.drafts`) a kernel of its own attends to whole pages: on GPUs of compute capability 9.0, of
+            2 and 4 bits, pages of 128 tokens and 128 channels, queries of 16 bits, without `window`, `soft_cap`, `split_size`.
 
     Raises:
         ValueError: for numbers that are no powers of two, or out of range, and for another form.
@@ -109,8 +111,10 @@ class PrefillConfig:
 
     def __post_init__(self) -> None:
         check_choice("form", self.form, FORMS)
-        most = 32 if self.form == "registers" else 256
-        for name, low, high in (("block_m", 16, most), ("num_warps", 1, 16), ("block_t", 16, 128), ("block_r", 16, 128)):
+        groups = self.form == "warp_groups"
+        most = 32 if groups or self.form == "registers" else 256
+        warps = (4, 4) if groups else (1, 16)
+        for name, low, high in (("block_m", 16, most), ("num_warps", *warps), ("block_t", 16, 128), ("block_r", 16, 128)):
             _check_power(name, getattr(self, name), low, high)
         _check_power("block_d", self.block_d, 16, 512)
         for name in ("num_stages", "programs_per_sm"):

@@ -183,7 +183,7 @@ def test_encoder(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"form": "halves"}, "form: expected one of dequantized, registers, folded, got 'halves'"),
+        ({"form": "halves"}, "form: expected one of dequantized, registers, folded, warp_groups, got 'halves'"),
         ({"block_m": 48}, "block_m: expected a power of two from 16 to 256, got 48"),
         ({"block_m": 64, "form": "registers"}, "block_m: expected a power of two from 16 to 32, got 64"),
         ({"num_warps": 0}, "num_warps: expected a power of two from 1 to 16, got 0"),

@@ -9,6 +9,7 @@ attend to numbers in 16 bits, on one architecture by a kernel of its own (`plain
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,10 +33,11 @@ from ..masking import Mask
 from ..pages.expand import launch_expand_pages
 from ..pages.plain_raw import launch_plain_raw
 from ..paging import ALL_PAGES
+from .drafts import launch_draft_tiles
 from .merge import launch_merge_queries
 from .plain import launch_plain_tiles, tokens_of_round
 from .prefill_kernel import launch_prefill_tiles
-from .prefill_plan import attends_plainly
+from .prefill_plan import attends_plainly, config_of_call, splits_of_drafts
 from .schedule import Tiles
 from .workspace import own_scratch, tokens_per_round
 
@@ -183,13 +185,7 @@ def plan_prefill(
     """Return how a call is computed, and check its launch parameters and the memory for partial results and pages."""
     own = scratch is None and config is None and split_size is None
     scratch, ring = own_scratch(q, cache, mask) if own else (scratch, ALL_PAGES.value)
-    if config is not None:
-        configs.check_prefill_config(config, cache.layout, q.dtype, scratch is not None)
-    else:
-        group = q.shape[1] // max(cache.num_kv_heads, 1)
-        config = configs.prefill_config(
-            cache.layout, q.dtype, q.device, q.shape[0], cache.batch, group, split_size, scratch is not None
-        )
+    config = config_of_call(q, cache, mask, split_size, scratch is not None, config)
     if scratch is not None and not own:
         check_scratch(scratch, q.dtype, cache)
         scratch = check_pool("scratch", scratch)
@@ -240,7 +236,10 @@ def launch_prefill(
         else:
             launch_prefill_tiles(out, lse, q, new, scratch, mask, part)
 
-    _attend(launch, (memory, lse), mask, rotation, tiles, workspace[:num_bytes])
+    if tiles.rest_splits:
+        _attend_with_drafts((memory, lse), q, new, mask, tiles, workspace[:num_bytes])
+    else:
+        _attend(launch, (memory, lse), mask, rotation, tiles, workspace[:num_bytes])
     copy_back(memory, out)
     return out if lse is None else (out, lse)
 
@@ -257,7 +256,7 @@ def _plan_tiles(
     """Return how the work of a call is cut: the tiles of its first round, which has as many tokens as the others at least."""
     total_tokens, num_q_heads = q.shape[:2]
     num_kv_heads, layout = cache.num_kv_heads, cache.layout
-    group = num_q_heads // max(num_kv_heads, 1)
+    group, rest_splits = num_q_heads // max(num_kv_heads, 1), 0
     if split_size is not None:
         splits = max(-(-cache.max_pages // split_size), 1)
     else:
@@ -265,17 +264,43 @@ def _plan_tiles(
         count = cache.batch * -(-rows // config.block_m) * num_kv_heads
         programs = gpu.num_programs(q.device, config.programs_per_sm)
         splits = max(min(programs // max(count, 1), cache.max_pages), 1)
+    if config.form == "warp_groups":
+        splits, rest_splits = splits_of_drafts(programs, count, cache.max_pages)
+        splits += rest_splits
     most = MAX_PROGRAMS // max((-(-total_tokens * group // config.block_m) + cache.batch) * num_kv_heads, 1)
     require(splits <= most, "split_size", f"one that cuts pages into at most {most} runs", split_size)
     round_tokens = total_tokens
     if split_size is not None and splits > 1:
         round_tokens = tokens_per_round(total_tokens, _token_bytes(splits, num_q_heads, layout), config.block_m)
-    return Tiles(cache, cu_seqlens_q, range(round_tokens), splits, split_size or 0, fill, config, ring)
+    return Tiles(cache, cu_seqlens_q, range(round_tokens), splits, split_size or 0, fill, config, ring, rest_splits)
 
 
 def _token_bytes(num_splits: int, num_q_heads: int, layout: PageLayout) -> int:
     """Return how many bytes the partial results of a token take."""
     return 4 * num_splits * num_q_heads * (layout.v_head_dim + 1)
+
+
+def _attend_with_drafts(
+    results: tuple[torch.Tensor, torch.Tensor | None],
+    q: torch.Tensor,
+    new: tuple[Rows, Rows] | None,
+    mask: Mask,
+    tiles: Tiles,
+    workspace: torch.Tensor,
+) -> None:
+    """Attend in two launches side by side (`drafts`), and merge what they leave."""
+    out, lse = results
+    partial, partial_lse = _partials(out, tiles, workspace)
+    launch_draft_tiles(partial, partial_lse, q, new, mask, tiles)
+    launch_merge_queries(out, lse, partial, partial_lse, mask.sinks, tiles, tiles.cache.layout.v_block_size)
+
+
+def _partials(out: torch.Tensor, tiles: Tiles, workspace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return memory for the partial results of a launch, and for their log-sum-exps."""
+    shape, v_head_dim = (tiles.num_splits, len(tiles.tokens), out.shape[1]), out.shape[2]
+    memory, rows = workspace.view(torch.float32), math.prod(shape)
+    partial = memory[: rows * v_head_dim].view(*shape, v_head_dim)
+    return partial, memory[rows * v_head_dim : rows * (v_head_dim + 1)].view(shape)
 
 
 def _attend(
@@ -291,17 +316,12 @@ def _attend(
     Partial results are rotated back in blocks of `rotation` channels.
     """
     out, lse = results
-    num_splits, num_q_heads, v_head_dim = tiles.num_splits, out.shape[1], out.shape[2]
-    memory = workspace.view(torch.float32)
     for first in range(0, out.shape[0], len(tiles.tokens)):
         tokens = range(first, min(first + len(tiles.tokens), out.shape[0]))
         part = dataclasses.replace(tiles, tokens=tokens)
-        if num_splits == 1:
+        if tiles.num_splits == 1:
             launch(as_rows(out), lse, part)
             continue
-        shape = num_splits, len(tokens), num_q_heads
-        rows = num_splits * len(tokens) * num_q_heads
-        partial = memory[: rows * v_head_dim].view(*shape, v_head_dim)
-        partial_lse = memory[rows * v_head_dim : rows * (v_head_dim + 1)].view(shape)
+        partial, partial_lse = _partials(out, part, workspace)
         launch(as_rows(partial[0]), partial_lse, part)
         launch_merge_queries(out, lse, partial, partial_lse, mask.sinks, part, rotation)

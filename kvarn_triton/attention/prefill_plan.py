@@ -1,4 +1,4 @@
-"""What the kernels of prefill attention are compiled for, and which calls attend to plain tokens."""
+"""What the kernels of prefill attention are compiled for, and which of them a call takes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ import triton.language as tl
 
 from .. import configs
 from ..cache import Cache
+from ..checks import require
 from ..layout import PageLayout, fields_per_byte
 from ..masking import Mask
+
+REST_SPLITS = 4
+"""Most programs that share what `drafts` leaves of a tile: raw tokens of a sink and of a tail are about 24 units."""
+FREE_PROGRAMS = 32
+"""One of so many programs of a GPU is left to the rest, which so runs beside whole pages."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class PrefillPlan:
     num_stages: int
     token_stages: int  # of loops over tokens that are not quantized
     early_merge: bool
+    rest: bool  # whether whole pages are left to `drafts`, which merges partial results that are rotated
 
 
 @functools.lru_cache
@@ -50,6 +57,7 @@ def plan_of(
     flags: tuple[bool, bool, bool],
     ptx: bool,
     config: configs.PrefillConfig,
+    rest: bool = False,
 ) -> PrefillPlan:
     """Return what the kernel is compiled for.
 
@@ -81,6 +89,7 @@ def plan_of(
         # More than 256 channels: 99 KB of shared memory hold one step only.
         token_stages=1 if max(k_channels, v_channels) > 256 else config.num_stages,
         early_merge=early,
+        rest=rest,
     )
 
 
@@ -89,3 +98,33 @@ def attends_plainly(q: torch.Tensor, cache: Cache, mask: Mask, block_m: int, scr
     raw = q.dtype if cache.raw_pages is None else cache.raw_pages.dtype
     same = q.dtype == scratch == raw
     return same and mask.shows_runs and configs.has_plain_kernel(cache.layout, q.dtype, q.device, block_m)
+
+
+def _attends_to_all(mask: Mask) -> bool:
+    """Return whether whole pages need no mask, and scores are products."""
+    return mask.window is None and mask.soft_cap is None
+
+
+def splits_of_drafts(programs: int, count: int, max_pages: int) -> tuple[int, int]:
+    """Return among how many programs to divide the pages and the rest of each of `count` tiles, if a GPU runs `programs`."""
+    pages = max(min((programs - programs // FREE_PROGRAMS) // max(count, 1), max_pages), 1)
+    return pages, max(min(programs // (2 * max(count, 1)), REST_SPLITS), 1)
+
+
+def config_of_call(
+    q: torch.Tensor,
+    cache: Cache,
+    mask: Mask,
+    split_size: int | None,
+    scratch: bool,
+    config: configs.PrefillConfig | None,
+) -> configs.PrefillConfig:
+    """Return the launch parameters of a call: those that it got, checked, or those for its sizes."""
+    layout, device, group = cache.layout, q.device, q.shape[1] // max(cache.num_kv_heads, 1)
+    if config is not None:
+        configs.check_prefill_config(config, layout, q.dtype, scratch)
+        fits = _attends_to_all(mask) and split_size is None and configs.has_draft_kernel(layout, q.dtype, device)
+        what = "another one on this GPU, and with window, soft_cap or split_size"
+        require(config.form != "warp_groups" or fits, "config.form", what, config.form)
+        return config
+    return configs.prefill_config(layout, q.dtype, device, q.shape[0], cache.batch, group, split_size, scratch)

@@ -60,7 +60,7 @@ def _padded(plane):
 
 
 @triton.constexpr_function
-def _headroom(bits):
+def headroom(bits):
     """Return what dequantized numbers are multiplied by: `scale * (2**bits - 1)` is at most 2, and 2**16 too large."""
     return 2.0 ** (bits - 10)
 
@@ -102,8 +102,8 @@ def _plane_params(params, FIELD: tl.constexpr, BITS: tl.constexpr, PTX: tl.const
         )
     else:
         scale, zero = split_halves(params)
-        scale = (scale.to(tl.float32) * (_headroom(BITS) * 2.0 ** (24 - place_in_word(FIELD, BITS)))).to(tl.float16)
-        zero = (zero.to(tl.float32) * _headroom(BITS)).to(tl.float16)
+        scale = (scale.to(tl.float32) * (headroom(BITS) * 2.0 ** (24 - place_in_word(FIELD, BITS)))).to(tl.float16)
+        zero = (zero.to(tl.float32) * headroom(BITS)).to(tl.float16)
     return scale, zero
 
 
@@ -157,7 +157,7 @@ def register_scores(record_ptr, planes, q_factor, LAYOUT: tl.constexpr, PLAN: tl
     codes_ptr = record_ptr + LAYOUT.k_codes_offset
     params_ptr = record_ptr + LAYOUT.k_params_offset
     gain = tl.load((record_ptr + LAYOUT.gains_offset).to(tl.pointer_type(tl.float32)))
-    factor = q_factor * gain * (1.0 / _headroom(BITS))
+    factor = q_factor * gain * (1.0 / headroom(BITS))
     word = tl.arange(0, BLOCK_K)
     params = ()
     for f in tl.static_range(FIELDS):
@@ -215,5 +215,5 @@ def add_register_values(state, scores, record_ptr, LAYOUT: tl.constexpr, PLAN: t
         products = products + (product,)
     channel = tl.arange(0, CHANNELS)
     norm = tl.load((record_ptr + LAYOUT.v_norm_offset).to(tl.pointer_type(tl.float16)) + channel, channel < D, other=0.0)
-    norm = norm.to(tl.float32) * (gain * (1.0 / _headroom(BITS)))
+    norm = norm.to(tl.float32) * (gain * (1.0 / headroom(BITS)))
     return State(acc + join_planes(products) * norm[None, :], m, l_sum)
