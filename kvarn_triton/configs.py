@@ -137,7 +137,12 @@ def prefill_config(
     if scratch:
         return _scratch_config(layout, dtype, device)
     rows = -(-total_tokens // max(batch, 1)) * group if split_size is None else None
-    return config_of_form(prefill_form(device, rows), layout, dtype, device, rows)
+    form = prefill_form(device, rows)
+    # Of 16 rows, and of values of 4 bits, that kernel is not faster everywhere (`perf/results/drafts_h200.json`).
+    many = rows is not None and rows > TILE_ROWS[0] and layout.v_bits == 2
+    if form == "registers" and many and has_draft_kernel(layout, dtype, device):
+        form = "warp_groups"
+    return config_of_form(form, layout, dtype, device, rows)
 
 
 def _fits_drafts(layout: PageLayout, dtype: torch.dtype) -> bool:
@@ -146,7 +151,7 @@ def _fits_drafts(layout: PageLayout, dtype: torch.dtype) -> bool:
 
 
 def has_draft_kernel(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether a kernel of its own attends to whole pages with few query rows (`attention.drafts`)."""
+    """Return whether a kernel of its own attends with few query rows (`attention.drafts`)."""
     known = gpu.gpu_of(device)
     return _fits_drafts(layout, dtype) and (known is None or known.warp_groups)
 
@@ -176,8 +181,9 @@ def config_of_form(
     if form == "registers":
         return _register_config(layout, dtype, device, block_m)
     if form == "warp_groups":
-        # Of 16 rows four programs fit into the registers of a multiprocessor, of 32 three, which leave memory for a third page.
-        num_stages, programs = (2, 4) if block_m == 16 else (3, 3)
+        # Of 16 rows four programs fit into the registers of a multiprocessor, of 32 three, with memory for a third page.
+        programs, small = (4 if block_m == 16 else 3), layout.page_bytes <= 2**14
+        num_stages = 3 if block_m == 32 and small else 2
         return PrefillConfig(block_m, 4, layout.page_size, layout.page_size, num_stages, programs, form=form)
     few = decode_config(layout, dtype, device)
     num_stages, block_t, block_d = few.num_stages, few.block_t, few.block_d

@@ -95,15 +95,6 @@ def seen_by(queries, row, seq_len, num_quantized_ptr, sink_len, window, PAGE_SIZ
 
 
 @triton.jit
-def whole_pages(quantized, seq_len, num_tokens, sink_len, PAGE_SIZE: tl.constexpr, APART: tl.constexpr):
-    """Return how many quantized pages of a row are seen as a whole by the first of its last `num_tokens` tokens, so by all."""
-    visible = seq_len - num_tokens - sink_len
-    if not APART:
-        visible += 1
-    return tl.minimum(quantized, tl.maximum(visible, 0) // PAGE_SIZE)
-
-
-@triton.jit
 def load_page_id(table_ptr, column, last, PTX: tl.constexpr):
     """Load the page id of a column, or of the last column before `last`; 0 if there is none, and nothing is read.
 

@@ -92,9 +92,10 @@ class PrefillConfig:
         block_d: most channels of one product with values, from 16 on, unless pages are dequantized to shared memory.
         form: of the loop over pages. They are "dequantized" to shared memory (`attention.dequantized`), in "registers"
             (`attention.registers`), or left as they are, with scales "folded" into queries and weights (`attention.halves`),
-            which is the form of float32 queries and of more than 256 channels. With `scratch` memory "dequantized". In the form
-            "warp_groups" (`attention.drafts`) a kernel of its own attends to whole pages: on GPUs of compute capability 9.0, of
-            2 and 4 bits, pages of 128 tokens and 128 channels, queries of 16 bits, without `window`, `soft_cap`, `split_size`.
+            which is the form of float32 queries and of more than 256 channels. With `scratch` memory "dequantized". The form
+            "warp_groups" (`attention.drafts`) is a kernel of its own for GPUs of compute capability 9.0: for 2 and 4 bits,
+            pages of 128 tokens and 128 channels, queries and raw pages of one 16-bit dtype, without `window`, `soft_cap`,
+            `tree_mask`, `span_ends` and `split_size`.
 
     Raises:
         ValueError: for numbers that are no powers of two, or out of range, and for another form.

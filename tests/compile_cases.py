@@ -87,6 +87,11 @@ def prefill(
     kvarn.prefill_attention(q, pages, cu_seqlens_q=ends, layout=layout, return_lse=True, **tables, **options)
 
 
+def rows_of(layout: PageLayout, form: str, rows: int) -> configs.PrefillConfig:
+    """Return launch parameters for a few rows in one form of the loop over pages."""
+    return configs.config_of_form(form, layout, torch.float16, torch.device("cpu"), rows)
+
+
 def encode(
     layout: PageLayout,
     dtype: torch.dtype = torch.float16,
@@ -213,9 +218,19 @@ def prefill_cases(target: str) -> dict[str, Call]:
     cases: dict[str, Call] = {
         "prefill few": lambda: prefill(MAIN, 8, new=False, split_size=1),
         "prefill 16 rows": lambda: prefill(MAIN, 8, new=False),
-        "prefill 32 rows": lambda: prefill(MAIN, 16, new=False),
+        "prefill 32 rows": lambda: prefill(MAIN, 16, new=False, config=rows_of(MAIN, "registers", 32)),
         "prefill many": lambda: prefill(MAIN, 512),
     }
+    if target == "sm90":
+        fours, mixed = PageLayout(128, 128, 4, 4), PageLayout(128, 128, 2, 4)
+        cases |= {
+            "drafts 16 rows": lambda: prefill(MAIN, 8, new=False, config=rows_of(MAIN, "warp_groups", 16)),
+            "drafts 32 rows": lambda: prefill(MAIN, 16),
+            "drafts 32 rows, 4 bits": lambda: prefill(fours, 16, config=rows_of(fours, "warp_groups", 32)),
+            "drafts 16 rows, bfloat16": lambda: prefill(
+                mixed, 8, dtype=torch.bfloat16, config=rows_of(mixed, "warp_groups", 16)
+            ),
+        }
     if target in NARROW_TARGETS:
         cases |= {
             "prefill head_dim 512, 4 bits": lambda: prefill(PageLayout(512, 128, 4, 2), 8),

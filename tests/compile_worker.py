@@ -25,6 +25,7 @@ def describe(compiled: Compiled, case: str) -> dict:
         "registers": used.registers,
         "num_warps": used.num_warps,
         "page_loop": used.product_loop.total(),
+        "page_barriers": used.product_loop["BAR"],
         "unset": used.unset,
         "overwritten": used.overwritten,
         "negated": used.negated,

@@ -43,6 +43,11 @@ SPILLS_OF_SHARING = 85 if OLDEST else 8
 """Loads and stores of spilled registers among them."""
 INSTRUCTIONS_PER_PAGE_OF_ROWS = {"prefill 16 rows": 4000, "prefill 32 rows": 5700}
 """The same of prefill attention for as many query rows with a sink and a tail, masks included, which most pages skip."""
+INSTRUCTIONS_OF_DRAFTS = {"drafts 16 rows": 800, "drafts 32 rows": 1080}
+"""Most instructions of one of the four warps of `attention/hopper_drafts.py` for a page, masks included, which most skip."""
+SPILLS_OF_DRAFTS = {"drafts 16 rows": 20, "drafts 32 rows": 45}
+"""Loads and stores of spilled registers among them."""
+BARRIERS_OF_DRAFTS = 4
 INSTRUCTIONS_PER_STEP = 5900
 """Most warp instructions of a step of the balancing of a 128 x 128 tile, all warps of a program together. There are three of
 them, nine as published: the floor is three multiply-adds per number and direction, 3,072 of them."""
@@ -125,7 +130,11 @@ KERNELS = {
     "encode largest": ("advance_quantized", "commit_pages", "store_pages", "write_tokens"),
 }
 """Kernels that a part launches, all of the package together, but for those of one target."""
-KERNELS_OF_TARGET = {("sm90", "scratch"): ("attend_hopper", "list_tiles", "plain_raw"), ("sm90", "mla"): ("mla_hopper",)}
+KERNELS_OF_TARGET = {
+    ("sm90", "prefill"): ("attend_drafts",),
+    ("sm90", "scratch"): ("attend_hopper", "list_tiles", "plain_raw"),
+    ("sm90", "mla"): ("mla_hopper",),
+}
 
 
 def processes() -> list:
@@ -181,6 +190,10 @@ def test_compiles(target, parts, tmp_path):
         assert 0 < lists["page_loop"] * lists["num_warps"] <= INSTRUCTIONS_PER_32_LISTED, lists
         assert lists["loop_spills"] == 0, lists
     for kernel in kernels:
+        if kernel["kernel"] == "_kvarn_attend_drafts_kernel" and kernel["case"] in INSTRUCTIONS_OF_DRAFTS:
+            assert 0 < kernel["page_loop"] <= INSTRUCTIONS_OF_DRAFTS[kernel["case"]], kernel
+            assert kernel["loop_spills"] <= SPILLS_OF_DRAFTS[kernel["case"]], kernel
+            assert kernel["page_barriers"] <= BARRIERS_OF_DRAFTS, kernel
         if kernel["kernel"] == "_kvarn_attend_hopper_kernel":  # loops of both groups: steps with a mask, and the others
             assert kernel["product_waits"] <= 4 and kernel["loops"][2] <= INSTRUCTIONS_PER_STEP_OF_PROMPTS, kernel
         if kernel["kernel"] != "_kvarn_mla_hopper_kernel":

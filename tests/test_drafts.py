@@ -1,7 +1,7 @@
-"""Few query rows on GPUs with products of warp groups: whole pages in a kernel of their own, the rest beside it.
+"""Few query rows on GPUs with products of warp groups, which have a kernel of their own.
 
-In the interpreter a twin in plain Triton stands for that kernel; what is around it, and what each of both attends to, is the
-same. On a GPU of compute capability 9.0 the kernel itself runs.
+On a GPU of compute capability 9.0 that kernel runs. In the interpreter the kernel of other calls stands for it: what is around
+it is tested, and which calls take it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from prefill_cases import SMALL, prefill_case
 from test_masks import random_masks
 
 from kvarn_triton import PageLayout, PrefillConfig, configs, prefill_attention, prefill_workspace_size, reference
-from kvarn_triton.attention.prefill_plan import REST_SPLITS, splits_of_drafts
 from kvarn_triton.testing import attention_in, relative_error
 
 LAYOUT = PageLayout(128, 128, 4, 2)
@@ -80,13 +79,21 @@ def test_lengths_inside_quantized_pages(device):
     check(arguments, **drafts(16, device))
 
 
-@pytest.mark.parametrize("names", [("tree_mask",), ("span_ends",), ("tree_mask", "span_ends")], ids="-".join)
-def test_masks_among_new_tokens(names, device):
-    """Trees and spans concern new tokens alone: whole pages are seen by all."""
-    queries = [7, 8, 1]
-    arguments = prefill_case(LAYOUT, [300, 140, 100], queries, new=True, group=4, sink_len=16, device=device)
-    masks = random_masks(queries, device)
-    check(arguments, {name: masks[name] for name in names}, **drafts(32, device))
+@pytest.mark.parametrize("queries", [[70, 64, 3], [1, 200, 65]])
+def test_many_new_tokens(queries, device):
+    """More new tokens than a block has, and sequences that lie wholly in them."""
+    lengths = [count + before for count, before in zip(queries, (300, 0, 130), strict=True)]
+    arguments = prefill_case(LAYOUT, lengths, queries, new=True, group=2, sink_len=20, num_tail_slots=2, device=device)
+    check(arguments, **drafts(32, device))
+
+
+@pytest.mark.parametrize("sink_len", [0, 1, 63, 64, 65, 128, 200])
+def test_sinks_of_any_length(sink_len, device):
+    """Blocks of raw tokens end with the sink, and with the tail, wherever that is; short sequences end inside of the sink."""
+    lengths = [sink_len + 128 * 2 + 64 + 5, sink_len + 130, max(sink_len - 3, 4)]
+    options = {"group": 4, "sink_len": sink_len, "num_tail_slots": 2, "new": sink_len % 2 == 0}
+    arguments = prefill_case(LAYOUT, lengths, [4, 3, 2], device=device, **options)
+    check(arguments, **drafts(16, device))
 
 
 def test_sinks_csr_strides_padding(device):
@@ -104,7 +111,7 @@ def test_sinks_csr_strides_padding(device):
         arguments[name] = wide[:, 1:, :-16]
     arguments["cu_seqlens_q"] = arguments["cu_seqlens_q"] + 2
     out = prefill_attention(**arguments, **drafts(16, device))
-    assert torch.equal(out[2:-3], expected) and (out[:2] == 0).all() and (out[-3:] == 0).all()
+    assert relative_error(out[2:-3], expected) < 1e-3 and (out[:2] == 0).all() and (out[-3:] == 0).all()
 
 
 @pytest.mark.parametrize("number", [-torch.inf, torch.nan])
@@ -138,44 +145,60 @@ def test_what_others_own_is_not_read(device):
     assert torch.equal(prefill_attention(**arguments, **drafts(16, device)), expected)
 
 
+def test_a_call_takes_it_where_it_fits(device):
+    """17 to 32 rows, values of 2 bits, 128 channels and tokens, queries of 16 bits, and no `split_size`."""
+
+    def form(layout=LAYOUT, dtype=torch.float16, tokens=4, split_size=None):
+        return configs.prefill_config(layout, dtype, device, tokens, 1, 4, split_size).form
+
+    assert [form(tokens=n) for n in (4, 5, 8)] == ["registers", "warp_groups", "warp_groups"]
+    assert form(tokens=9) == configs.prefill_form(device, 36)
+    assert form(dtype=torch.float32, tokens=8) == "folded" and form(split_size=2, tokens=8) != "warp_groups"
+    assert form(PageLayout(128, 128, 2, 2), tokens=8) == "warp_groups"
+    others = (PageLayout(64, 128, 4, 2), PageLayout(128, 64, 4, 2), PageLayout(128, 128, 8, 2), PageLayout(128, 128, 4, 4))
+    assert all(form(layout, tokens=8) == "registers" for layout in others)
+
+
 def test_refusals(device):
     """The form is refused where the kernel has no answer, and names what the argument is."""
-    arguments = prefill_case(LAYOUT, [300], [4], num_tail_slots=1, device=device)
-    config = drafts(16, device)["config"]
-    small = prefill_case(SMALL, [300], [4], num_tail_slots=1, device=device) | {"split_size": None}
-    cases = [{"window": 9}, {"soft_cap": 9.0}, {"split_size": 1}, small]
+    arguments = prefill_case(LAYOUT, [300], [4], new=True, num_tail_slots=1, device=device)
+    config = dataclasses.replace(drafts(16, device)["config"], block_t=64, block_r=64)
+    masks = random_masks([4], device)
+    cases = [{"window": 9}, {"soft_cap": 9.0}, {"split_size": 1}, *({name: x} for name, x in masks.items())]
+    cases.append({"raw_pages": arguments["raw_pages"].float()})
+    cases.append(prefill_case(SMALL, [300], [4], new=True, num_tail_slots=1, device=device))
     for options in cases:
-        smaller = dataclasses.replace(config, block_t=64, block_r=64)
         with pytest.raises(ValueError, match=r"^config.form: expected another one .*got 'warp_groups'"):
-            prefill_attention(**arguments | options, config=smaller)
+            prefill_attention(**arguments | options, config=config)
     with pytest.raises(ValueError, match="num_warps"):
         PrefillConfig(16, 2, 128, 128, form="warp_groups")
     with pytest.raises(ValueError, match="block_m"):
         dataclasses.replace(config, block_m=64)
 
 
-def test_shares():
-    """Each tile has as many programs as there are; the rest has half as many at most, and both have one."""
-    assert splits_of_drafts(528, 64, 256) == (8, 4) and splits_of_drafts(528, 8, 256) == (64, REST_SPLITS)
-    assert splits_of_drafts(528, 200, 256) == (2, 1) and splits_of_drafts(528, 528, 256) == (1, 1)
-    assert splits_of_drafts(528, 8, 3) == (3, REST_SPLITS) and splits_of_drafts(8, 0, 0) == (1, REST_SPLITS)
+@pytest.mark.parametrize("name", ["window", "soft_cap", "split_size", "tree_mask", "span_ends", "raw_pages"])
+def test_calls_that_go_another_way(name, device):
+    """What that kernel has no answer to is computed as before."""
+    arguments = prefill_case(LAYOUT, [300, 200], [8, 8], new=True, group=4, sink_len=16, num_tail_slots=1, device=device)
+    masks = random_masks([8, 8], device)
+    some = {"window": 200, "soft_cap": 3.0, "split_size": 1, **masks, "raw_pages": arguments["raw_pages"].float()}[name]
+    seen = {} if name in ("split_size", "raw_pages") else {name: some}
+    check(arguments | ({name: some} if name == "raw_pages" else {}), seen, **({name: some} if name == "split_size" else {}))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 8])
 def test_workspace_suffices(tokens, device):
     """What is asked for before suffices, for fewer tokens, sequences and pages too, and never depends on lengths."""
-    queries = [tokens] * 2
-    arguments = prefill_case(LAYOUT, [300, 200], queries, new=True, group=4, num_tail_slots=1, device=device)
-    config = drafts(4 * tokens, device)
-    size = prefill_workspace_size(16, 4, 4, 1, LAYOUT, 8, device, **config)
+    arguments = prefill_case(LAYOUT, [300, 200], [tokens] * 2, new=True, group=4, num_tail_slots=1, device=device)
+    size = prefill_workspace_size(16, 4, 4, 1, LAYOUT, 8, device)
     workspace = torch.full((size,), 255, dtype=torch.uint8, device=device)
-    out = prefill_attention(**arguments, workspace=workspace, **config)
+    out = prefill_attention(**arguments, workspace=workspace)
     assert relative_error(out, reference.prefill_attention(**arguments | {"q": arguments["q"].double()})) < 2e-3
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
 def test_captured(device):
-    """A graph whose launches run side by side gives the same bits, over and over, with other numbers in the same memory."""
+    """A graph gives the same bits, over and over, with other numbers in the same memory."""
     arguments = prefill_case(
         LAYOUT, [5000, 3000, 900], [4, 4, 3], new=True, group=4, num_kv_heads=4, sink_len=128, device=device
     )

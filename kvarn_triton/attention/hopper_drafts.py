@@ -1,12 +1,13 @@
-"""The kernel of `drafts` for compute capability 9.0: tiles of 16 or 32 query rows over whole quantized pages.
+"""The kernel of `drafts` for compute capability 9.0: tiles of 16 or 32 query rows.
 
-One warp group attends with a tile to a share of the pages that all its rows see. Tokens are the rows of the products with
-queries, channels those of the products with weights, and query rows are columns, of which 16 are enough: products of warps
-(`registers`) take four times as many instructions. Their left operands, numbers of keys and values, are made in registers
-(`hopper_numbers`). The accelerator copies a page ahead, four programs of a multiprocessor hide what one waits for.
+One warp group attends with a tile to a share of what its rows see: new and raw tokens (`hopper_tokens`), then quantized pages.
+Tokens are the rows of the products with queries, channels those of the products with weights, and query rows are columns, of
+which 16 are enough: products of warps (`registers`) take four times as many instructions. Numbers of pages are made in
+registers (`hopper_numbers`). The accelerator copies a page ahead; three or four programs of a multiprocessor hide what one
+waits for.
 
 It is written in Gluon, because Triton does not keep such operands in registers, nor weights in an order of planes. Grid:
-(program,), those of a tile next to each other. Bytes moved: each page once for each tile; partial results.
+(program,), those of a tile next to each other. Bytes moved: each page and token once for each tile; partial results.
 """
 
 from __future__ import annotations
@@ -15,168 +16,67 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..launch import Rows, as_rows, on
 from ..layout import PageLayout
+from ..masking import Mask
 from .hopper import barriers
-from .hopper_numbers import (
-    LINE,
-    load_gain,
-    load_items,
-    load_words,
-    multiply,
-    products_layout,
-    store_norms,
-    store_params,
-)
-from .hopper_planes import find_tile, store_planes
-from .hopper_weights import in_threads, weigh
+from .hopper_numbers import LINE, products_layout
+from .hopper_pages import attend_pages, copy_first
+from .hopper_planes import find_tile, reinterpret, store_queries
+from .hopper_tokens import UNIT, attend_tokens, barrier, num_blocks
+from .hopper_weights import in_threads
 from .prefill_plan import PrefillPlan
 from .registers import headroom
 from .schedule import Tiles
 
-_copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.6
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # likewise
-EARLY_ROWS = gl.constexpr(16)
-"""Rows of tiles that copy a page before the products with keys; larger ones after them, which takes fewer registers."""
-
 
 @gluon.jit
-def _share(lengths, row, split, num_splits, sink_len, APART: gl.constexpr):
-    """Return the first and last page of a share of the pages that all query tokens of a sequence see (`paging.whole_pages`)."""
-    seq_lens_ptr, cu_seqlens_ptr, num_quantized_ptr = lengths
+def _lengths(lengths, row, tile, sink_len, APART: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr):
+    """Return what a tile sees: (new tokens, sink, tokens of it, position of the first query in the body, where the tail begins
+    there, where the cache ends), and numbers of quantized pages: all, and those that need no mask."""
+    seq_lens_ptr, num_quantized_ptr = lengths
+    _, first_row, num_rows, num_tokens = tile
     if sink_len.dtype.is_ptr():
         sink_len = gl.load(sink_len + row)
-    num_tokens = gl.load(cu_seqlens_ptr + row + 1) - gl.load(cu_seqlens_ptr + row)
-    visible = gl.load(seq_lens_ptr + row) - num_tokens - sink_len
-    if not APART:
-        visible += 1
-    pages = gl.maximum(visible, 0) // 128
+    seq_len = gl.load(seq_lens_ptr + row)
+    shift = seq_len - num_tokens - sink_len
+    cached = seq_len
+    if APART:
+        cached = gl.maximum(seq_len - num_tokens, 0)
+    last_query = (first_row + gl.minimum(num_rows, ROWS) - 1) // GROUP
+    end = gl.minimum(cached - sink_len, shift + last_query + 1)
+    pages = (gl.maximum(end, 0) + 127) // 128
     if num_quantized_ptr is not None:
         pages = gl.minimum(pages, gl.maximum(gl.load(num_quantized_ptr + row), 0))
-    size = (pages + num_splits - 1) // num_splits
-    first = gl.minimum(split * size, pages)
-    return first, gl.minimum(first + size, pages)
+    whole = gl.minimum(gl.maximum(gl.minimum(end, shift + first_row // GROUP + 1), 0) // 128, pages)
+    return (num_tokens, sink_len, gl.minimum(end + sink_len, sink_len), shift, pages * 128, end), (pages, whole), last_query
 
 
 @gluon.jit
-def _load_id(ids_ptr, i, span):
-    """Load the id of page i of a share, or of its last one. An id below 0 becomes 0: that of a page which exists."""
-    return gl.maximum(gl.load(ids_ptr + gl.minimum(span[0] + i, span[1] - 1)), 0)
+def _share(units, pages, split, num_splits):
+    """Return the share of program `split` of a tile: (first, last) unit of tokens, and (first, last) page.
 
-
-@gluon.jit
-def _expect(i, count, descs, full):
-    """Say that page i of a share will come."""
-    BYTES: gl.constexpr = descs[0].block_type.nbytes + (0 if descs[1] is None else descs[1].block_type.nbytes)
-    mbarrier.expect(full.index(i % full.shape[0]), BYTES, pred=i < count)
-
-
-@gluon.jit
-def _copy(i, count, page, head, descs, memory, full):
-    """Begin to copy page i of a share into its slot."""
-    slot = i % full.shape[0]
-    _copy_tile(descs[0], [page, head, 0, 0], full.index(slot), memory[0].index(slot), pred=i < count)
-    if descs[1] is not None:
-        _copy_tile(descs[1], [page, head, 0, 0], full.index(slot), memory[1].index(slot), pred=i < count)
-
-
-@gluon.jit
-def _lines(memory, i):
-    """Return a page as lines of 64 words, and what its parameters are in, which may be the same."""
-    slot = i % memory[0].shape[0]
-    lines = memory[0].index(slot).reshape((memory[0].shape[3], 64))
-    items = lines
-    if len(memory) > 1:
-        items = memory[1].index(slot).reshape((16, 64))
-    return lines, items
-
-
-@gluon.jit
-def _prepare_keys(items, q_factor, params, norms, LAYOUT: gl.constexpr, FIRST: gl.constexpr):
-    """Put the parameters of a page's keys, and their norms times all that is a factor of scores, into shared memory."""
-    keys, _, found = load_items(items, FIRST)
-    store_params(keys, params, 8 // LAYOUT.k_bits, LAYOUT.k_bits)
-    store_norms(found, load_gain(items, 0, FIRST) * q_factor, norms)
-
-
-@gluon.jit
-def _attend(share, pages, queries, q_factor, vectors, LAYOUT: gl.constexpr, ROWS: gl.constexpr):
-    """Return the sums [2 * 64 channels, rows] of a share of pages, m, and the sums of weights of each thread."""
-    ids_ptr, span, head = share
-    descs, memory, full = pages
-    KF: gl.constexpr = 8 // LAYOUT.k_bits
-    VF: gl.constexpr = 8 // LAYOUT.v_bits
-    VALUES: gl.constexpr = LAYOUT.v_codes_offset // 128
-    FIRST: gl.constexpr = 0 if len(memory) > 1 else LAYOUT.k_params_offset // 128
-    PRODUCTS: gl.constexpr = products_layout(ROWS)
-    TOKENS: gl.constexpr = gl.SliceLayout(1, PRODUCTS)
-    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * ROWS, element_bitwidth=16, rank=2)
-    AHEAD: gl.constexpr = memory[0].shape[0] - 1
-    k_params, v_params, k_norms, v_norms, maxima = vectors
-    weights = gl.allocate_shared_memory(gl.float16, [128, ROWS], WEIGHTS)
-    none = gl.zeros((64, ROWS), gl.float32, PRODUCTS)
-    acc = (none, none)
-    m = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(0, PRODUCTS))
-    state = gl.sum(in_threads(none), 1)
-    count = span[1] - span[0]
-    next_id = _load_id(ids_ptr, AHEAD, span)
-    mbarrier.wait(full.index(0), 0)
-    _prepare_keys(_lines(memory, 0)[1], q_factor, k_params, k_norms, LAYOUT, FIRST)
-    if ROWS == EARLY_ROWS:
-        _expect(AHEAD, count, descs, full)
-    for i in range(count):
-        lines, items = _lines(memory, i)
-        words = load_words(lines, 0, 64 // KF, ROWS)
-        if ROWS == EARLY_ROWS:
-            _barrier()  # all are past the page before
-            _copy(i + AHEAD, count, next_id, head, descs, memory, full)
-        products = multiply(words, k_params, queries, none, True, LAYOUT.k_bits, 1)
-        norms = (k_norms.slice(0, 64).load(TOKENS), k_norms.slice(64, 64).load(TOKENS))
-        products = warpgroup_mma_wait(0, products)
-        if ROWS > EARLY_ROWS:
-            _, v_items, v_norm = load_items(items, FIRST)
-            v_gain = load_gain(items, 1, FIRST) * (1.0 / headroom(LAYOUT.v_bits))
-            _expect(i + AHEAD, count, descs, full)
-        scores = (products[0] * norms[0][:, None], products[1] * norms[1][:, None])
-        alpha, m, state = weigh(scores, m, state, maxima, weights, VF)
-        if ROWS > EARLY_ROWS:
-            _copy(i + AHEAD, count, next_id, head, descs, memory, full)
-        else:
-            _, v_items, v_norm = load_items(items, FIRST)
-            v_gain = load_gain(items, 1, FIRST) * (1.0 / headroom(LAYOUT.v_bits))
-        store_params(v_items, v_params, VF, LAYOUT.v_bits)
-        store_norms(v_norm, v_gain, v_norms)
-        fence_async_shared()
-        words = load_words(lines, VALUES, 64 // VF, ROWS)
-        sums = multiply(words, v_params, weights, none, False, LAYOUT.v_bits, 2)
-        acc = (acc[0] * alpha[None, :], acc[1] * alpha[None, :])
-        norms = (v_norms.slice(128, 64).load(TOKENS), v_norms.slice(192, 64).load(TOKENS))
-        next_id = _load_id(ids_ptr, i + 1 + AHEAD, span)
-        if i + 1 < count:
-            mbarrier.wait(full.index((i + 1) % (AHEAD + 1)), (i + 1) // (AHEAD + 1) & 1)
-        _prepare_keys(_lines(memory, i + 1)[1], q_factor, k_params, k_norms, LAYOUT, FIRST)
-        if ROWS == EARLY_ROWS:
-            _expect(i + 1 + AHEAD, count, descs, full)
-        sums = warpgroup_mma_wait(0, sums)
-        acc = (
-            gl.fma(sums[0], norms[0][:, None] + gl.zeros_like(none), acc[0]),
-            gl.fma(sums[1], norms[1][:, None] + gl.zeros_like(none), acc[1]),
-        )
-    return acc, m, state
+    A unit of tokens, which come first, counts as UNIT pages. It belongs to the program that its beginning falls to.
+    """
+    size = (units * UNIT + pages + num_splits - 1) // num_splits
+    first, last = split * size, split * size + size
+    tokens = (gl.minimum((first + UNIT - 1) // UNIT, units), gl.minimum((last + UNIT - 1) // UNIT, units))
+    first, last = gl.maximum(first - units * UNIT, 0), gl.maximum(last - units * UNIT, 0)
+    return tokens, (gl.minimum(first, pages), gl.minimum(last, pages))
 
 
 @gluon.jit
 def _store(out, lse_ptr, tile, head, num_q_heads, place, found, GROUP: gl.constexpr):
-    """Store the partial results of a tile, rotated as they are, or of no page. `place`: of the first query token."""
-    acc, m, state = found
-    first_token, first_row, num_rows = tile
+    """Store the partial results of a tile, rotated as they are. `place`: of the first query token."""
+    acc, m, totals = found
+    first_token, first_row, num_rows, _ = tile
     ROWS: gl.constexpr = m.shape[0]
     COLUMNS: gl.constexpr = m.type.layout
-    l_sum = gl.convert_layout(gl.sum(gl.sum(state, 1), 0), COLUMNS)
+    l_sum = gl.convert_layout(gl.sum(gl.sum(totals, 1), 0), COLUMNS)
     row = gl.arange(0, ROWS, COLUMNS)
     token = place + first_token + (first_row + row) // GROUP
     q_head = head * GROUP + (first_row + row) % GROUP
@@ -189,83 +89,142 @@ def _store(out, lse_ptr, tile, head, num_q_heads, place, found, GROUP: gl.conste
         gl.store(ptr, acc[half] * inverse[None, :], (row < num_rows)[None, :])
 
 
+@gluon.jit
+def _store_nothing(lse_ptr, tile, head, num_q_heads, place, GROUP: gl.constexpr, ROWS: gl.constexpr):
+    """Store that a program has attended to nothing."""
+    first_token, first_row, num_rows, _ = tile
+    NUMBERS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    row = gl.arange(0, ROWS, NUMBERS)
+    token = place + first_token + (first_row + row) // GROUP
+    nothing = gl.full((ROWS,), float("-inf"), gl.float32, NUMBERS)
+    gl.store(lse_ptr + token * num_q_heads + head * GROUP + (first_row + row) % GROUP, nothing, row < num_rows)
+
+
+@gluon.jit
+def _attend(shares, sources, q, tile, head, sizes, LAYOUT: gl.constexpr, PLAN: gl.constexpr):
+    """Return the state of a tile after a share of tokens, then of pages, each of which may be none."""
+    tokens, span = shares
+    blocks, new, raw, ids_ptr, descs = sources
+    lengths, whole, scale = sizes
+    ROWS: gl.constexpr = PLAN.block_m
+    KF: gl.constexpr = PLAN.k_fields
+    SLOTS: gl.constexpr = PLAN.num_stages
+    PRODUCTS: gl.constexpr = products_layout(ROWS)
+    PLANES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128 // KF, element_bitwidth=16, rank=2)
+    RAW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * ROWS, element_bitwidth=16, rank=2)
+    memory = (gl.allocate_shared_memory(gl.int16, [SLOTS] + descs[0].block_type.shape, descs[0].layout),)
+    if descs[1] is not None:
+        memory = memory + (gl.allocate_shared_memory(gl.int16, [SLOTS] + descs[1].block_type.shape, descs[1].layout),)
+    planes = gl.allocate_shared_memory(gl.float16, [2 * KF * ROWS, 64 // KF], PLANES)
+    weights = gl.allocate_shared_memory(gl.float16, [128, ROWS], WEIGHTS)
+    maxima = gl.allocate_shared_memory(gl.float32, [4 * ROWS], LINE)
+    k_params, v_params = gl.allocate_shared_memory(gl.float16, [256], LINE), gl.allocate_shared_memory(gl.float16, [256], LINE)
+    k_norms, v_norms = gl.allocate_shared_memory(gl.float32, [256], LINE), gl.allocate_shared_memory(gl.float32, [256], LINE)
+    full = barriers(SLOTS, 1)
+    fence_async_shared()
+    count = span[1] - span[0]
+    some = tokens[0] < tokens[1]
+    if not some:
+        copy_first(ids_ptr, span, head, descs, memory, full)
+    raw_queries = ()
+    if len(new) + len(raw) > 0:
+        if SLOTS > 2:
+            raw_queries = (reinterpret(memory[0].index(1), q[0].dtype.element_ty, [ROWS, 128], RAW),)
+        else:
+            raw_queries = (gl.allocate_shared_memory(q[0].dtype.element_ty, [ROWS, 128], RAW),)
+    # The last slot is free until the loop; the others, too, if tokens come first.
+    slot = memory[0].index(SLOTS - 1)
+    factor = store_queries(q, (tile[0], tile[1], tile[2]), head, slot, (planes, raw_queries, some), KF, PLAN.group) * scale
+    fence_async_shared()
+    query = (tile[1] + gl.arange(0, ROWS, gl.SliceLayout(0, PRODUCTS))) // PLAN.group
+    none = gl.zeros((64, ROWS), gl.float32, PRODUCTS)
+    m = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(0, PRODUCTS))
+    found = ((none, none), m, gl.sum(in_threads(none), 1))
+    if len(new) + len(raw) > 0:  # noqa: SIM102 - known to the compiler
+        if some:
+            own = (memory[0].index(0), slot, maxima, weights) + raw_queries
+            found = attend_tokens((tokens, blocks), (new, raw), (query, lengths), found, own, factor)
+            fence_async_shared()
+            barrier()
+            copy_first(ids_ptr, span, head, descs, memory, full)
+    if count > 0:
+        ends = gl.minimum(query + 1 + lengths[3], lengths[5])
+        share, pages = (ids_ptr, span, head, whole, ends), (descs, memory, full)
+        vectors = (k_params, v_params, k_norms, v_norms, maxima, weights)
+        queries = (planes, factor * (1.0 / headroom(LAYOUT.k_bits)))
+        found = attend_pages(share, pages, queries, found, vectors, LAYOUT, ROWS)
+    return found
+
+
 @gluon.jit(
-    do_not_specialize=["batch", "num_kv_heads", "num_splits", "sink_len", "num_tokens", "stride_table"],
-    do_not_specialize_on_alignment=["cu_seqlens_ptr", "table_ptr", "indptr_ptr", "seq_lens_ptr", "num_quantized_ptr"],
-)
+    do_not_specialize=[
+        "batch", "num_kv_heads", "num_splits", "sink_len", "num_tail_slots", "num_tokens", "stride_table", "stride_raw_table",
+    ],
+    do_not_specialize_on_alignment=[
+        "cu_seqlens_ptr", "table_ptr", "indptr_ptr", "seq_lens_ptr", "raw_table_ptr", "num_quantized_ptr",
+    ],
+)  # fmt: skip
 def _kvarn_attend_drafts_kernel(
     out,  # Rows of partial results [num_splits * num_tokens, num_q_heads, 128], float32
     lse_ptr,  # float32 [num_splits * num_tokens, num_q_heads], base 2
     q,  # Rows [num_tokens, num_q_heads, 128]
+    new,  # Rows of the new keys and values [num_tokens, num_kv_heads, 128], or None
     lines_desc,  # of pages as lines of 128 bytes; of those with parameters, or None if they are among the first ones
     params_desc,
+    raw,  # Tokens, or None
     cu_seqlens_ptr,  # int32 [batch + 1]
     table_ptr,  # int32 [batch, max_pages], or with CSR [ids]
     indptr_ptr,  # int32 [batch + 1], None if not CSR
     seq_lens_ptr,  # int32 [batch]
+    raw_table_ptr,  # int32 [batch, num_sink_pages + num_tail_slots], None without raw pages
     num_quantized_ptr,  # int32 [batch], None without raw pages
     scale,  # of scores, base 2
     batch,
     num_kv_heads,
     num_splits,
     sink_len,
+    num_tail_slots,
     num_tokens,
     stride_table,
+    stride_raw_table,
     LAYOUT: gl.constexpr,
     PLAN: gl.constexpr,
 ):
-    gdc_launch_dependents()  # what attends to the rest
+    gdc_launch_dependents()
     ROWS: gl.constexpr = PLAN.block_m
     GROUP: gl.constexpr = PLAN.group
-    KF: gl.constexpr = PLAN.k_fields
-    LINES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128 // KF, element_bitwidth=16, rank=2)
     split = gl.program_id(0) % num_splits
     head = gl.program_id(0) // num_splits % num_kv_heads
     row, number, some = find_tile(cu_seqlens_ptr, gl.program_id(0) // num_splits // num_kv_heads, batch, GROUP, ROWS)
     if some:
-        span = _share((seq_lens_ptr, cu_seqlens_ptr, num_quantized_ptr), row, split, num_splits, sink_len, PLAN.apart)
         first_token = gl.load(cu_seqlens_ptr + row)
-        num_rows = (gl.load(cu_seqlens_ptr + row + 1) - first_token) * GROUP - number * ROWS
-        tile = (first_token, number * ROWS, num_rows)
-        place = split.to(gl.int64) * num_tokens
-        count = span[1] - span[0]
-        if count > 0:
+        own_tokens = gl.load(cu_seqlens_ptr + row + 1) - first_token
+        tile = (first_token, number * ROWS, own_tokens * GROUP - number * ROWS, own_tokens)
+        lengths, pages, last_query = _lengths((seq_lens_ptr, num_quantized_ptr), row, tile, sink_len, PLAN.apart, GROUP, ROWS)
+        blocks = num_blocks((last_query, lengths[2], lengths[5] - lengths[4]), new is not None, raw is not None)
+        tokens, span = _share(blocks[0] + blocks[1] + blocks[2], pages[0], split, num_splits)
+        place, num_q_heads = split.to(gl.int64) * num_tokens, num_kv_heads * GROUP
+        if (tokens[0] < tokens[1]) | (span[0] < span[1]):
             ids_ptr = table_ptr + row.to(gl.int64) * stride_table
             if indptr_ptr is not None:
                 ids_ptr = table_ptr + gl.load(indptr_ptr + row)
-            SLOTS: gl.constexpr = PLAN.num_stages
-            memory = (gl.allocate_shared_memory(gl.int16, [SLOTS] + lines_desc.block_type.shape, lines_desc.layout),)
-            if params_desc is not None:
-                params = gl.allocate_shared_memory(gl.int16, [SLOTS] + params_desc.block_type.shape, params_desc.layout)
-                memory = memory + (params,)
-            queries = gl.allocate_shared_memory(gl.float16, [2 * KF * ROWS, 64 // KF], LINES)
-            k_params = gl.allocate_shared_memory(gl.float16, [256], LINE)
-            v_params = gl.allocate_shared_memory(gl.float16, [256], LINE)
-            k_norms = gl.allocate_shared_memory(gl.float32, [256], LINE)
-            v_norms = gl.allocate_shared_memory(gl.float32, [256], LINE)
-            maxima = gl.allocate_shared_memory(gl.float32, [4 * ROWS], LINE)
-            full = barriers(SLOTS, 1)
-            fence_async_shared()
-            descs = (lines_desc, params_desc)
-            for i in gl.static_range(SLOTS - 1):
-                _expect(i, count, descs, full)
-                _copy(i, count, _load_id(ids_ptr, i, span), head, descs, memory, full)
-            # The last slot is free until the loop.
-            ON_THE_WAY: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
-            rows = memory[0].index(SLOTS - 1)._reinterpret(gl.float32, [ROWS, 128], ON_THE_WAY)
-            q_factor = store_planes(q, tile, head, rows, queries, KF, GROUP) * (scale / headroom(LAYOUT.k_bits))
-            fence_async_shared()
-            share, pages = (ids_ptr, span, head), (descs, memory, full)
-            vectors = (k_params, v_params, k_norms, v_norms, maxima)
-            found = _attend(share, pages, queries, q_factor, vectors, LAYOUT, ROWS)
-            _store(out, lse_ptr, tile, head, num_kv_heads * GROUP, place, found, GROUP)
+            ours = ()
+            if new is not None:
+                k_ptr = new[0][0] + first_token.to(gl.int64) * new[0][1] + head.to(gl.int64) * new[0][2]
+                v_ptr = new[1][0] + first_token.to(gl.int64) * new[1][1] + head.to(gl.int64) * new[1][2]
+                ours = (k_ptr, v_ptr, new[0][1], new[1][1])
+            others = ()
+            if raw is not None:
+                sinks_ptr = raw_table_ptr + row.to(gl.int64) * stride_raw_table
+                keys_ptr = raw[0] + head.to(gl.int64) * raw[3]
+                tail_ptr = sinks_ptr + (lengths[1] + 127) // 128
+                others = (keys_ptr, raw[1], raw[2], raw[4], sinks_ptr, tail_ptr, num_tail_slots)
+            sources = (blocks, ours, others, ids_ptr, (lines_desc, params_desc))
+            found = _attend((tokens, span), sources, q, tile, head, (lengths, pages[1], scale), LAYOUT, PLAN)
+            _store(out, lse_ptr, tile, head, num_q_heads, place, found, GROUP)
         else:
-            NUMBERS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-            each = gl.arange(0, ROWS, NUMBERS)
-            token = place + first_token + (number * ROWS + each) // GROUP
-            q_head = head * GROUP + (number * ROWS + each) % GROUP
-            nothing = gl.full((ROWS,), float("-inf"), gl.float32, NUMBERS)
-            gl.store(lse_ptr + token * (num_kv_heads * GROUP) + q_head, nothing, each < num_rows)
+            _store_nothing(lse_ptr, tile, head, num_q_heads, place, GROUP, ROWS)
 
 
 def _described(pages: torch.Tensor, layout: PageLayout) -> tuple[TensorDescriptor, TensorDescriptor | None]:
@@ -275,7 +234,8 @@ def _described(pages: torch.Tensor, layout: PageLayout) -> tuple[TensorDescripto
     for i, least in ((1, 64 * lines), (0, 64 * lines * pages.shape[1])):
         strides[i] = strides[i] or least  # 0 where there is one
     shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    halves, block = pages.view(torch.int16), triton.next_power_of_2(first)
+    # At least as many as 64 raw tokens take in the same memory.
+    halves, block = pages.view(torch.int16), max(triton.next_power_of_2(first), 128)
     codes = TensorDescriptor(halves, shape, [*strides, 64, 1], [1, 1, block, 64], shared)
     if lines <= block:
         return codes, None
@@ -284,20 +244,30 @@ def _described(pages: torch.Tensor, layout: PageLayout) -> tuple[TensorDescripto
 
 
 def launch_hopper_drafts(
-    out: Rows, lse: torch.Tensor, q: torch.Tensor, scale: float, tiles: Tiles, plan: PrefillPlan, count: int
+    out: Rows,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    new: tuple[Rows, Rows] | None,
+    mask: Mask,
+    tiles: Tiles,
+    plan: PrefillPlan,
 ) -> None:
-    """Attend with `count` tiles, or fewer, to whole pages, `tiles.num_splits` shares of each; nothing is checked."""
+    """Attend with all tiles, `tiles.num_splits` programs each; nothing is checked."""
     cache = tiles.cache
+    # Each sequence may have a tile that is not full.
+    count = -(-len(tiles.tokens) * plan.group // plan.block_m) + min(cache.batch, len(tiles.tokens))
     # No memory has no descriptor; nothing is read of a pool of no pages.
     pages = cache.pages if len(cache.pages) else cache.pages.new_empty(1, *cache.pages.shape[1:])
     on(q, _kvarn_attend_drafts_kernel)[(count * cache.num_kv_heads * tiles.num_splits,)](
         out,
         lse,
         as_rows(q),
+        new,
         *_described(pages, cache.layout),
-        tiles.cu_seqlens_q,
+        cu_seqlens_ptr=tiles.cu_seqlens_q,
         **cache.tables(),
-        scale=scale,
+        **cache.raw_tables(),
+        scale=mask.masking(cache.layout.head_dim).scores.scale,
         batch=cache.batch,
         num_kv_heads=cache.num_kv_heads,
         num_splits=tiles.num_splits,

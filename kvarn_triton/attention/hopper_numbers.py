@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from ..tile.codes import codes_of_words_ptx
+from .hopper_planes import reinterpret
 from .registers import headroom
 
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -75,7 +76,7 @@ def _split(words):
 def load_items(memory, FIRST: gl.constexpr):
     """Load what follows the codes of a page, from line FIRST on: parameters of keys, of values, and norms, int32 [4, 32]."""
     LINES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    words = memory._reinterpret(gl.int32, [memory.shape[0], 32], LINES).slice(FIRST, 16).load(_ITEMS)
+    words = reinterpret(memory, gl.int32, [memory.shape[0], 32], LINES).slice(FIRST, 16).load(_ITEMS)
     low, high = gl.split(gl.permute(gl.reshape(words, (2, 2, 4, 32)), (2, 3, 1, 0)))
     keys, values = gl.split(low)
     norms, _ = gl.split(high)
@@ -86,7 +87,7 @@ def load_items(memory, FIRST: gl.constexpr):
 def load_gain(memory, WHICH: gl.constexpr, FIRST: gl.constexpr):
     """Load the gain of keys (0) or of values (1) of a page."""
     GAINS: gl.constexpr = FIRST + 12
-    words = memory._reinterpret(gl.float32, [memory.shape[0] * 32], LINE)
+    words = reinterpret(memory, gl.float32, [memory.shape[0] * 32], LINE)
     # The accelerator puts the 16 bytes of number i of a line to number i ^ (line % 8).
     return gl.max(words.slice(GAINS * 32 + GAINS % 8 * 4 + WHICH, 1).load(_NUMBER), 0)
 

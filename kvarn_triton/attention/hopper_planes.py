@@ -7,6 +7,8 @@ from triton.experimental.gluon import language as gl
 
 from . import query
 
+_MEMORY = gl.shared_memory_descriptor
+reinterpret = getattr(_MEMORY, "reinterpret", None) or _MEMORY._reinterpret  # the name until Triton 3.6
 CHANNELS = gl.constexpr(128)
 """Of keys and of values: one block of the rotation."""
 SEQUENCES = gl.constexpr(128)
@@ -14,6 +16,7 @@ SEQUENCES = gl.constexpr(128)
 _THREADS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 _QUERY_MAX = gl.constexpr(query.QUERY_MAX.value)
 _LEAST_QUERY = gl.constexpr(query.LEAST_QUERY.value)
+_ON_THE_WAY = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
 
 
 @gluon.jit
@@ -41,8 +44,8 @@ def find_tile(cu_seqlens_ptr, index, batch, GROUP: gl.constexpr, ROWS: gl.conste
 
 
 @gluon.constexpr_function
-def _layout(rows, low):
-    """Return a layout of [rows, CHANNELS] float32 in which a thread has 16 channels: their low bits, or their high ones."""
+def rows_layout(rows, low):
+    """Return a layout of [rows, CHANNELS] in which a thread has 16 channels: those of their low bits, or of their high ones."""
     more = [[16, 0]] if rows == 32 else []
     if low:
         registers, lanes = [[0, 1], [0, 2], [0, 4], [0, 8]], [[0, 16], [0, 32], [0, 64]]
@@ -62,31 +65,44 @@ def _butterfly(x, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def store_planes(q, tile, head, memory, planes, FIELDS: gl.constexpr, GROUP: gl.constexpr):
-    """Put the rotated queries of a tile into shared memory, float16 [planes * rows, words]; return a factor of their scores.
-
-    `tile` is (first token of its sequence, first row, number of rows); rows that are not there are 0. The largest finite number
-    is QUERY_MAX. `memory` is shared memory for [rows, CHANNELS] float32 on the way.
-    """
-    ROWS: gl.constexpr = memory.shape[0]
-    LOW: gl.constexpr = _layout(ROWS, True)
-    HIGH: gl.constexpr = _layout(ROWS, False)
-    WORDS: gl.constexpr = CHANNELS // FIELDS // 2
-    first_token, first_row, num_rows = tile
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, LOW))
-    token = (first_token + (first_row + row) // GROUP).to(gl.int64)
-    q_head = (head * GROUP + (first_row + row) % GROUP).to(gl.int64)
-    place = (token * q[1] + q_head * q[2])[:, None] + gl.arange(0, CHANNELS, gl.SliceLayout(0, LOW))[None, :]
-    x = gl.load(q[0] + place, (row < num_rows)[:, None], other=0.0).to(gl.float32)
+def rotate(x, slot):
+    """Multiply rows [rows, CHANNELS] float32 by the Hadamard matrix of ones. They go through a slot of shared memory."""
+    ROWS: gl.constexpr = x.shape[0]
+    memory = reinterpret(slot, gl.float32, [ROWS, CHANNELS], _ON_THE_WAY)
     for i in gl.static_range(4):
         x = _butterfly(x, 1 << i)
     memory.store(x)
-    x = memory.load(HIGH)
+    x = memory.load(rows_layout(ROWS, False))
     for i in gl.static_range(4, 7):
         x = _butterfly(x, 1 << i)
+    return x
+
+
+@gluon.jit
+def store_queries(q, tile, head, slot, memory, FIELDS: gl.constexpr, GROUP: gl.constexpr):
+    """Put the rotated queries of a tile into shared memory; return a factor of their scores.
+
+    `memory`: planes, float16 [planes * rows, words]; rows [rows, CHANNELS], a tuple of one or none, and whether these are
+    needed. `tile` is (first token of its sequence, first row, number of rows); rows that are not there are 0. The largest
+    finite number is QUERY_MAX.
+    """
+    planes, raw_queries, some = memory
+    WORDS: gl.constexpr = CHANNELS // FIELDS // 2
+    ROWS: gl.constexpr = planes.shape[0] // (2 * FIELDS)
+    LAYOUT: gl.constexpr = rows_layout(ROWS, True)
+    first_token, first_row, num_rows = tile
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    token = (first_token + (first_row + row) // GROUP).to(gl.int64)
+    q_head = (head * GROUP + (first_row + row) % GROUP).to(gl.int64)
+    place = (token * q[1] + q_head * q[2])[:, None] + gl.arange(0, CHANNELS, gl.SliceLayout(0, LAYOUT))[None, :]
+    x = rotate(gl.load(q[0] + place, (row < num_rows)[:, None], other=0.0).to(gl.float32), slot)
     size = gl.abs(x)
     largest = gl.max(gl.max(gl.where(size < float("inf"), size, 0.0), 1), 0)
     factor = _QUERY_MAX / gl.maximum(largest, _LEAST_QUERY * CHANNELS**0.5)
-    x = gl.permute(gl.reshape((x * factor).to(gl.float16), (ROWS, FIELDS, WORDS, 2)), (1, 3, 0, 2))
+    x *= factor
+    if len(raw_queries) > 0:  # noqa: SIM102 - known to the compiler
+        if some:
+            raw_queries[0].store(x.to(raw_queries[0].dtype))
+    x = gl.permute(gl.reshape(x.to(gl.float16), (ROWS, FIELDS, WORDS, 2)), (1, 3, 0, 2))
     planes.store(gl.reshape(x, (2 * FIELDS * ROWS, WORDS)))
     return CHANNELS**-0.5 / factor

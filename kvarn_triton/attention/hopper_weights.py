@@ -1,4 +1,4 @@
-"""Weights of `hopper_drafts`: from products of 128 tokens, in two tiles of 64 rows, to the operand that meets values.
+"""Weights of `hopper_drafts`: from products, tiles of 64 tokens, to the operand that values are multiplied by.
 
 The largest score of a row, a column of products, is that of all lanes and warps; sums of weights stay in threads until the end.
 """
@@ -25,30 +25,44 @@ def in_threads(x):
 
 
 @gluon.jit
-def _largest(scores, memory):
-    """Return the largest score of each row [rows], in the layout of a column of products."""
-    ROWS: gl.constexpr = scores[0].shape[1]
-    top = gl.max(gl.max(in_threads(gl.maximum(scores[0], scores[1])), 1), 1)
-    memory.store(gl.reshape(top, (4 * ROWS,)))
-    found = gl.max(gl.reshape(memory.load(_maxima_layout(ROWS)), (4, ROWS)), 0)
-    return gl.convert_layout(found, gl.SliceLayout(0, products_layout(ROWS)))
+def _advance(largest, m, totals, maxima):
+    """Return what scores are relative to, the factor of what was summed before, the new m, and totals times that factor.
+
+    `largest` [64, rows] are the largest scores of each thread's tokens. `maxima` is shared memory.
+    """
+    ROWS: gl.constexpr = largest.shape[1]
+    top = gl.max(gl.max(in_threads(largest), 1), 1)
+    maxima.store(gl.reshape(top, (4 * ROWS,)))
+    found = gl.max(gl.reshape(maxima.load(_maxima_layout(ROWS)), (4, ROWS)), 0)
+    m_new = gl.maximum(m, gl.convert_layout(found, gl.SliceLayout(0, products_layout(ROWS))))
+    origin = gl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = gl.exp2(m - origin)
+    WIDE: gl.constexpr = totals.type.layout
+    kept = gl.convert_layout(alpha, gl.SliceLayout(0, gl.SliceLayout(1, WIDE)))[None, None, :]
+    return origin, alpha, m_new, totals * kept
 
 
 @gluon.jit
-def weigh(scores, m, state, maxima, weights, VF: gl.constexpr):
+def weigh_page(scores, m, totals, maxima, weights, VF: gl.constexpr):
     """Put the weights of a page into shared memory, in the order of planes of values: `registers.token_in_order`.
 
-    Returns the factor of what was summed before, and the new m and sums of weights [4, 8, rows] of each thread.
+    Returns the factor of what was summed before, the new m, and totals of weights [4, 8, rows] of each thread.
     """
     ROWS: gl.constexpr = scores[0].shape[1]
-    m_new = gl.maximum(m, _largest(scores, maxima))
-    origin = gl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = gl.exp2(m - origin)
+    origin, alpha, m, totals = _advance(gl.maximum(scores[0], scores[1]), m, totals, maxima)
     low, high = gl.exp2(scores[0] - origin[None, :]), gl.exp2(scores[1] - origin[None, :])
-    WIDE: gl.constexpr = state.type.layout
-    kept = gl.convert_layout(alpha, gl.SliceLayout(0, gl.SliceLayout(1, WIDE)))[None, None, :]
-    state = state * kept + gl.sum(in_threads(low + high), 1)
+    totals += gl.sum(in_threads(low + high), 1)
     both = gl.permute(gl.join(low.to(gl.float16), high.to(gl.float16)), (2, 0, 1))
     both = gl.permute(gl.reshape(both, (VF, 64 // VF, 2, ROWS)), (0, 2, 1, 3))
     weights.store(gl.reshape(both, (128, ROWS)))
-    return alpha, m_new, state
+    return alpha, m, totals
+
+
+@gluon.jit
+def weigh_tokens(scores, m, totals, maxima, weights):
+    """Do the same of 64 tokens in order, in the dtype of `weights`."""
+    origin, alpha, m, totals = _advance(scores, m, totals, maxima)
+    found = gl.exp2(scores - origin[None, :])
+    totals += gl.sum(in_threads(found), 1)
+    weights.store(found.to(weights.dtype))
+    return alpha, m, totals

@@ -33,11 +33,11 @@ from ..masking import Mask
 from ..pages.expand import launch_expand_pages
 from ..pages.plain_raw import launch_plain_raw
 from ..paging import ALL_PAGES
-from .drafts import launch_draft_tiles
+from .drafts import attend_drafts
 from .merge import launch_merge_queries
 from .plain import launch_plain_tiles, tokens_of_round
 from .prefill_kernel import launch_prefill_tiles
-from .prefill_plan import attends_plainly, config_of_call, splits_of_drafts
+from .prefill_plan import attends_plainly, config_of_call
 from .schedule import Tiles
 from .workspace import own_scratch, tokens_per_round
 
@@ -191,7 +191,7 @@ def plan_prefill(
         scratch = check_pool("scratch", scratch)
     tiles = _plan_tiles(q, cu_seqlens_q, cache, split_size, config, ring, fill=results.out is None)
     num_bytes = 0
-    if tiles.num_splits > 1:
+    if tiles.num_splits > 1 or config.form == "warp_groups":
         num_bytes = len(tiles.tokens) * _token_bytes(tiles.num_splits, q.shape[1], cache.layout)
     if results.workspace is not None:
         check_workspace(results.workspace, num_bytes, q.device)
@@ -236,8 +236,8 @@ def launch_prefill(
         else:
             launch_prefill_tiles(out, lse, q, new, scratch, mask, part)
 
-    if tiles.rest_splits:
-        _attend_with_drafts((memory, lse), q, new, mask, tiles, workspace[:num_bytes])
+    if tiles.config.form == "warp_groups":
+        attend_drafts((memory, lse), q, new, mask, tiles, _partials(memory, tiles, workspace[:num_bytes]))
     else:
         _attend(launch, (memory, lse), mask, rotation, tiles, workspace[:num_bytes])
     copy_back(memory, out)
@@ -256,7 +256,7 @@ def _plan_tiles(
     """Return how the work of a call is cut: the tiles of its first round, which has as many tokens as the others at least."""
     total_tokens, num_q_heads = q.shape[:2]
     num_kv_heads, layout = cache.num_kv_heads, cache.layout
-    group, rest_splits = num_q_heads // max(num_kv_heads, 1), 0
+    group = num_q_heads // max(num_kv_heads, 1)
     if split_size is not None:
         splits = max(-(-cache.max_pages // split_size), 1)
     else:
@@ -264,35 +264,17 @@ def _plan_tiles(
         count = cache.batch * -(-rows // config.block_m) * num_kv_heads
         programs = gpu.num_programs(q.device, config.programs_per_sm)
         splits = max(min(programs // max(count, 1), cache.max_pages), 1)
-    if config.form == "warp_groups":
-        splits, rest_splits = splits_of_drafts(programs, count, cache.max_pages)
-        splits += rest_splits
     most = MAX_PROGRAMS // max((-(-total_tokens * group // config.block_m) + cache.batch) * num_kv_heads, 1)
     require(splits <= most, "split_size", f"one that cuts pages into at most {most} runs", split_size)
     round_tokens = total_tokens
     if split_size is not None and splits > 1:
         round_tokens = tokens_per_round(total_tokens, _token_bytes(splits, num_q_heads, layout), config.block_m)
-    return Tiles(cache, cu_seqlens_q, range(round_tokens), splits, split_size or 0, fill, config, ring, rest_splits)
+    return Tiles(cache, cu_seqlens_q, range(round_tokens), splits, split_size or 0, fill, config, ring)
 
 
 def _token_bytes(num_splits: int, num_q_heads: int, layout: PageLayout) -> int:
     """Return how many bytes the partial results of a token take."""
     return 4 * num_splits * num_q_heads * (layout.v_head_dim + 1)
-
-
-def _attend_with_drafts(
-    results: tuple[torch.Tensor, torch.Tensor | None],
-    q: torch.Tensor,
-    new: tuple[Rows, Rows] | None,
-    mask: Mask,
-    tiles: Tiles,
-    workspace: torch.Tensor,
-) -> None:
-    """Attend in two launches side by side (`drafts`), and merge what they leave."""
-    out, lse = results
-    partial, partial_lse = _partials(out, tiles, workspace)
-    launch_draft_tiles(partial, partial_lse, q, new, mask, tiles)
-    launch_merge_queries(out, lse, partial, partial_lse, mask.sinks, tiles, tiles.cache.layout.v_block_size)
 
 
 def _partials(out: torch.Tensor, tiles: Tiles, workspace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

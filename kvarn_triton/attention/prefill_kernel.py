@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .. import gpu
 from ..launch import Rows, as_rows, as_tokens, on
 from ..masking import MOST_DRAFTS, Mask, Masking, Windows, clamped, first_of_new, reach_of
-from ..paging import ALL_PAGES, Seen, first_slot, seen_by, sink_of, whole_pages
+from ..paging import ALL_PAGES, first_slot, seen_by, sink_of
 from ..tile.arithmetic import hadamard, load_rows
 from .pages import attend_pages, records_of
 from .prefill_plan import plan_of
@@ -33,18 +33,6 @@ def _of_sequence(rows, row_start, head):
     """Return the rows of one sequence and kv head."""
     ptr = rows.ptr + row_start.to(tl.int64) * rows.stride_token + head.to(tl.int64) * rows.stride_head
     return Rows(ptr, rows.stride_token, rows.stride_head)
-
-
-@triton.jit
-def _seen_by(tile, row, seq_len, num_quantized_ptr, sink_len, window, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
-    """Return what a tile sees of the cached body of its row: of pages, with PLAN.rest, those that not all query tokens see."""
-    G: tl.constexpr = LAYOUT.page_size
-    queries = tile.first_query, tile.last_query, tile.num_tokens
-    seen = seen_by(queries, row, seq_len, num_quantized_ptr, sink_len, window, G, PLAN.apart)
-    if PLAN.rest:
-        first = whole_pages(seen.quantized, seq_len, tile.num_tokens, sink_len, G, PLAN.apart)
-        seen = Seen(first, seen.quantized, seen.num_valid, seen.oldest)
-    return seen
 
 
 @triton.jit
@@ -177,7 +165,10 @@ def _kvarn_prefill_attention_kernel(
         if masking.windows.body is not None:  # made here, because no function returns a tuple with None in it
             window = clamped(masking.windows.body, seq_len)
             masking = Masking(masking.scores, Windows(None if masking.windows.sink is None else window, window), masking.among)
-        seen = _seen_by(tile, row, seq_len, num_quantized_ptr, sink, masking.windows.body, LAYOUT, PLAN)
+        seen = seen_by(
+            (tile.first_query, tile.last_query, tile.num_tokens), row, seq_len, num_quantized_ptr, sink, masking.windows.body,
+            LAYOUT.page_size, PLAN.apart,
+        )  # fmt: skip
         spans, raw_share, span = shares(split, num_splits, split_size, seen, sink, masking.windows, raw is not None, LAYOUT)
         q_place = tile.token * q.stride_token + tile.q_head.to(tl.int64) * q.stride_head
         some = seen.num_valid > -sink  # otherwise nothing is cached
@@ -198,19 +189,16 @@ def _kvarn_prefill_attention_kernel(
         if new is not None and (scratch is None or some):
             state = State(hadamard(state.acc, LAYOUT.v_block_size), state.m, state.l)
         if new is not None and split == 0:
-            plain = rows
             if scratch is not None or PLAN.form == "registers":
                 # Kept for now, they would take registers or shared memory from the loop over pages.
                 plain = load_rows(q.ptr, q_place, tile.mask, LAYOUT.head_dim, PLAN.k_channels)
+            else:
+                plain = rows
             state = _attend_new(state, plain.to(PLAN.query_operand), new, tile, head, masking, -shift, LAYOUT, PLAN)
-        if new is not None and PLAN.rest:
-            state = State(hadamard(state.acc, LAYOUT.v_block_size), state.m, state.l)
         ROTATION: tl.constexpr = LAYOUT.v_block_size if new is None else 1
         store_results(out, lse_ptr, sinks_ptr, state, tile, tokens, split, num_q_heads, ROTATION, PLAN)
     elif PLAN.single:
         store_free_rows(out, lse_ptr, cu_seqlens_ptr, batch, -1 - number, head, tokens, num_q_heads, fill, PLAN)
-    if PLAN.rest and PLAN.early_merge and tl.program_id(0) == 0:
-        gdc_wait()  # so that this kernel ends after the one of whole pages, whose results the merge waits for, too
 
 
 def launch_prefill_tiles(
@@ -221,22 +209,22 @@ def launch_prefill_tiles(
     scratch: torch.Tensor | None,
     mask: Mask,
     tiles: Tiles,
-    rest: bool = False,
+    partial: bool = False,
 ) -> None:
     """Attend with all tiles that have one of some tokens; nothing is checked.
 
-    Where several programs share a tile, `out` and `lse` are partial results; with `rest` too, those of what `drafts` leaves.
+    Where several programs share a tile, or if that is said, `out` and `lse` are partial results.
     """
     cache, config, tokens = tiles.cache, tiles.config, tiles.tokens
     layout, num_kv_heads = cache.layout, cache.num_kv_heads
-    group, single = q.shape[1] // num_kv_heads, tiles.num_splits == 1 and not rest
+    group, single = q.shape[1] // num_kv_heads, tiles.num_splits == 1 and not partial
     apart = new is not None or mask.past_only
     raw_dtype = q.dtype if cache.raw_pages is None else cache.raw_pages.dtype
     early = not single and gpu.launches_early(q.device)
     dtypes = q.dtype, raw_dtype, None if scratch is None else scratch.dtype
     # Each sequence with a token of the launch may have a tile that is not full, and one may begin before them.
     count = -(-len(tokens) * group // config.block_m) + min(cache.batch, len(tokens)) + (tokens.start > 0)
-    plan = plan_of(layout, dtypes, group, (apart, single, early), gpu.uses_ptx(), config, rest)
+    plan = plan_of(layout, dtypes, group, (apart, single, early), gpu.uses_ptx(), config)
     programs = count * num_kv_heads * tiles.num_splits
     on(q, _kvarn_prefill_attention_kernel)[(programs,)](
         out,
@@ -262,6 +250,5 @@ def launch_prefill_tiles(
         PLAN=plan,
         num_warps=config.num_warps,
         enable_fp_fusion=True,
-        **({"launch_pdl": True} if plan.rest and early else {}),
         **config.options(),
     )

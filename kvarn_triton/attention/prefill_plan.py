@@ -9,16 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import configs
+from .. import configs, gpu
 from ..cache import Cache
 from ..checks import require
 from ..layout import PageLayout, fields_per_byte
 from ..masking import Mask
-
-REST_SPLITS = 4
-"""Most programs that share what `drafts` leaves of a tile: raw tokens of a sink and of a tail are about 24 units."""
-FREE_PROGRAMS = 32
-"""One of so many programs of a GPU is left to the rest, which so runs beside whole pages."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,6 @@ class PrefillPlan:
     num_stages: int
     token_stages: int  # of loops over tokens that are not quantized
     early_merge: bool
-    rest: bool  # whether whole pages are left to `drafts`, which merges partial results that are rotated
 
 
 @functools.lru_cache
@@ -57,7 +51,6 @@ def plan_of(
     flags: tuple[bool, bool, bool],
     ptx: bool,
     config: configs.PrefillConfig,
-    rest: bool = False,
 ) -> PrefillPlan:
     """Return what the kernel is compiled for.
 
@@ -89,7 +82,6 @@ def plan_of(
         # More than 256 channels: 99 KB of shared memory hold one step only.
         token_stages=1 if max(k_channels, v_channels) > 256 else config.num_stages,
         early_merge=early,
-        rest=rest,
     )
 
 
@@ -100,15 +92,11 @@ def attends_plainly(q: torch.Tensor, cache: Cache, mask: Mask, block_m: int, scr
     return same and mask.shows_runs and configs.has_plain_kernel(cache.layout, q.dtype, q.device, block_m)
 
 
-def _attends_to_all(mask: Mask) -> bool:
-    """Return whether whole pages need no mask, and scores are products."""
-    return mask.window is None and mask.soft_cap is None
-
-
-def splits_of_drafts(programs: int, count: int, max_pages: int) -> tuple[int, int]:
-    """Return among how many programs to divide the pages and the rest of each of `count` tiles, if a GPU runs `programs`."""
-    pages = max(min((programs - programs // FREE_PROGRAMS) // max(count, 1), max_pages), 1)
-    return pages, max(min(programs // (2 * max(count, 1)), REST_SPLITS), 1)
+def _takes_drafts(q: torch.Tensor, cache: Cache, mask: Mask) -> bool:
+    """Return whether `drafts` has an answer to a call: causal, scores as they are, one dtype of 16 bits, and a GPU for it."""
+    plain = mask.window is None and mask.soft_cap is None and mask.tree_mask is None and mask.span_ends is None
+    same = cache.raw_pages is None or cache.raw_pages.dtype == q.dtype
+    return plain and same and configs.has_draft_kernel(cache.layout, q.dtype, q.device)
 
 
 def config_of_call(
@@ -123,8 +111,13 @@ def config_of_call(
     layout, device, group = cache.layout, q.device, q.shape[1] // max(cache.num_kv_heads, 1)
     if config is not None:
         configs.check_prefill_config(config, layout, q.dtype, scratch)
-        fits = _attends_to_all(mask) and split_size is None and configs.has_draft_kernel(layout, q.dtype, device)
-        what = "another one on this GPU, and with window, soft_cap or split_size"
+        fits = split_size is None and _takes_drafts(q, cache, mask)
+        what = "another one for this GPU, window, soft_cap, tree_mask, span_ends, split_size, or raw_pages of another dtype"
         require(config.form != "warp_groups" or fits, "config.form", what, config.form)
         return config
-    return configs.prefill_config(layout, q.dtype, device, q.shape[0], cache.batch, group, split_size, scratch)
+    config = configs.prefill_config(layout, q.dtype, device, q.shape[0], cache.batch, group, split_size, scratch)
+    if config.form == "warp_groups":
+        tiles = cache.batch * -(-q.shape[0] // max(cache.batch, 1) * group // config.block_m) * cache.num_kv_heads
+        if not _takes_drafts(q, cache, mask) or tiles > gpu.num_programs(device, config.programs_per_sm):
+            config = configs.config_of_form("registers", layout, q.dtype, device, config.block_m)
+    return config

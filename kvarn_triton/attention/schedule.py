@@ -77,7 +77,6 @@ class Tiles:
     fill: bool  # whether rows of no sequence are zeroed; their log-sum-exp always is -inf
     config: PrefillConfig
     ring: int  # pages of a sequence that scratch memory holds at once
-    rest_splits: int = 0  # of num_splits, those that don't attend to whole pages (`drafts`)
 
 
 @triton.jit

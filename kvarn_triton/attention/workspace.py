@@ -13,7 +13,7 @@ from ..cache import Cache
 from ..layout import PageLayout
 from ..masking import Mask
 from ..paging import ALL_PAGES
-from .prefill_plan import REST_SPLITS, attends_plainly
+from .prefill_plan import attends_plainly
 
 ROUND_BYTES = 2**28
 """Most memory for partial results of a call with `split_size`; what needs more is computed in rounds that use it again.
@@ -195,11 +195,10 @@ def prefill_workspace_size(
     tiles = [
         config or configs.prefill_config(layout, dtype, device, least, 1, 1, None, form) for form in forms for least in sizes
     ]
-    # Those that share tiles with whole pages (`drafts`) are followed by as many, at most, that share the rest.
-    drafts = any(config.form == "warp_groups" for config in tiles)
-    runs = [config.block_m * (2 if config.form == "warp_groups" else 1) for config in tiles]
-    programs = [gpu.num_programs(device, config.programs_per_sm) * run for config, run in zip(tiles, runs, strict=True)]
-    return row_bytes * min(max(programs, default=0), (max(max_pages, 1) + REST_SPLITS if drafts else max_pages) * rows)
+    programs = [gpu.num_programs(device, config.programs_per_sm) * config.block_m for config in tiles]
+    drafts = any(config.form == "warp_groups" for config in tiles)  # partial results, whatever there is
+    most = min(max(programs, default=0), max(max_pages, int(drafts)) * rows)
+    return row_bytes * (max(most, rows) if drafts and config is not None else most)
 
 
 def own_scratch(q: torch.Tensor, cache: Cache, mask: Mask) -> tuple[torch.Tensor | None, int]:
