@@ -16,6 +16,7 @@ from . import configs, gpu
 from .attention.decode import decode_attention
 from .attention.decode_schedule import schedule_decode, schedule_step
 from .attention.prefill import prefill_attention
+from .attention.prefill_plan import other_configs
 from .attention.states import merge_states
 from .attention.workspace import merge_sizes
 from .checks import FLOATS, check_choice, require
@@ -299,16 +300,17 @@ def _warm_prefill(
             step = _step(layout, lens, ends, {"block_table": block_table, **indices}, raw_table, shifted)
             step = dataclasses.replace(step, slots=torch.full((count,), -1, device=pages.device))
             raw: dict[str, Any] = {"raw_pages": raw_pages, "raw_table": raw_table, "num_quantized": lens}
-            memory = {}
-            if scratch is not None:  # one slot for all columns: nothing is written
-                one = torch.empty(1, *raw_pages.shape[1:], dtype=scratch, device=pages.device)
-                memory["scratch"] = one.expand(columns, *raw_pages.shape[1:])
+            memory = {}  # one slot for all columns: nothing is written
+            if scratch is not None:
+                memory["scratch"] = raw_pages.new_empty(1, *raw_pages.shape[1:], dtype=scratch).expand(columns, -1, -1, -1, -1)
             given: list[dict[str, Any]] = [{}, {"k": k[:count], "v": v[:count]}]
             if masks:
                 given.append(given[1] | {name: torch.zeros(count, dtype=kind, device=q.device) for name, kind in masks.items()})
             given += [{"past_only": True}] * among[0]
-            for keys, return_lse in itertools.product(given, (False, True)):
-                some = {"return_lse": return_lse, "split_size": split_size, **keys, **memory, **options}
+            others = other_configs(layout, dtype, q.device, count, group) if split_size is None and not memory else []
+            ways = [options, *(options | {"config": other} for other in others if options.get("config") is None)]
+            for keys, return_lse, way in itertools.product(given, (False, True), ways):
+                some = {"return_lse": return_lse, "split_size": split_size, **keys, **memory, **way}
                 if shifted:
                     attend(q, pages, raw_pages, step, **some)
                 else:

@@ -256,8 +256,10 @@ def launch_hopper_drafts(
     cache = tiles.cache
     # Each sequence may have a tile that is not full.
     count = -(-len(tiles.tokens) * plan.group // plan.block_m) + min(cache.batch, len(tiles.tokens))
-    # No memory has no descriptor; nothing is read of a pool of no pages.
+    # No memory has no descriptor; nothing is read of a pool of no pages. Nor has memory that repeats.
     pages = cache.pages if len(cache.pages) else cache.pages.new_empty(1, *cache.pages.shape[1:])
+    if any(size > 1 and not stride for size, stride in zip(pages.shape, pages.stride(), strict=True)):
+        pages = pages.contiguous()
     on(q, _kvarn_attend_drafts_kernel)[(count * cache.num_kv_heads * tiles.num_splits,)](
         out,
         lse,

@@ -99,6 +99,12 @@ def _takes_drafts(q: torch.Tensor, cache: Cache, mask: Mask) -> bool:
     return plain and same and configs.has_draft_kernel(cache.layout, q.dtype, q.device)
 
 
+def other_configs(layout: PageLayout, dtype: torch.dtype, device: torch.device, tokens: int, group: int) -> list:
+    """Return what calls of `tokens` of each sequence get beside the usual launch parameters: with more sequences, or masks."""
+    form = configs.prefill_config(layout, dtype, device, tokens, 1, group, None).form
+    return [configs.config_of_form("registers", layout, dtype, device, tokens * group)] if form == "warp_groups" else []
+
+
 def config_of_call(
     q: torch.Tensor,
     cache: Cache,
