@@ -126,6 +126,20 @@ def test_bad_queries(number, device):
     assert relative_error(out[finite], expected[finite]) < 1e-3
 
 
+@pytest.mark.parametrize("number", [torch.inf, torch.nan] if ON_GPU else [torch.nan])
+def test_bad_tokens(number, device):
+    """A key that is not finite, raw or new, touches the rows that see it, and none of another sequence."""
+    options = {"new": True, "group": 4, "sink_len": 16, "num_tail_slots": 1}
+    for name, first in (("k", 1), ("raw_pages", 0)):
+        arguments = prefill_case(LAYOUT, [300, 160], [8, 8], **options, device=device)
+        if name == "k":
+            arguments["k"][1, :, 5] = number
+        else:
+            arguments["raw_pages"][int(arguments["raw_table"][0, 0]), 0, :, 3] = number
+        finite = prefill_attention(**arguments, **drafts(32, device)).isfinite().all(-1)
+        assert finite[:first].all() and not finite[first:8].any() and finite[8:].all()
+
+
 def test_large_and_unlike_queries(device):
     """Queries of very different sizes in one tile, and scores that outgrow those of pages before."""
     arguments = prefill_case(LAYOUT, [900], [4], group=4, num_tail_slots=1, device=device)

@@ -36,8 +36,11 @@ from .schedule import Tiles
 
 @gluon.jit
 def _lengths(lengths, row, tile, sink_len, APART: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr):
-    """Return what a tile sees: (new tokens, sink, tokens of it, position of the first query in the body, where the tail begins
-    there, where the cache ends), and numbers of quantized pages: all, and those that need no mask."""
+    """Return what a tile sees, how many quantized pages it sees and how many without a mask, and its last query.
+
+    The first: new tokens, the length of the sink, tokens of it, the position of the first query in the body, where the tail
+    begins there, and where the cache ends.
+    """
     seq_lens_ptr, num_quantized_ptr = lengths
     _, first_row, num_rows, num_tokens = tile
     if sink_len.dtype.is_ptr():

@@ -1,7 +1,7 @@
 """Quantized pages of `hopper_drafts`: a ring of slots in shared memory that the accelerator fills, and the loop over them.
 
-Between two pages there are three barriers of the four warps. Parameters of the next page's keys are prepared while products
-with the values of this one run.
+The four warps meet three or four times for each page. Parameters of the next page's keys are prepared while products with the
+values of this one run.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def _load(x_ptr, stride_token, count, ROWS: gl.constexpr):
 
 @gluon.jit
 def _store(loaded, count, tile, slot, ROTATED: gl.constexpr):
-    """Put `count` tokens and zeros into a tile of shared memory; if not ROTATED, they are, by the way of another slot."""
+    """Put `count` tokens, and zeros, into a tile of shared memory; those not ROTATED are rotated through another slot."""
     ROWS: gl.constexpr = loaded[0].shape[0]
     for i in gl.static_range(BLOCK // ROWS):
         x = loaded[i]
@@ -86,7 +86,7 @@ def _attend_block(source, count, end, found, memory, factor, ROTATED: gl.constex
 
 @gluon.jit
 def num_blocks(lengths, NEW: gl.constexpr, RAW: gl.constexpr):
-    """Return how many units new tokens are, those of the sink, and those of the tail: `lengths` are (last query, ...)."""
+    """Return how many units new tokens, sink and tail are. `lengths`: the last query, tokens of the sink, of the tail."""
     last_query, sink_end, tail = lengths
     new = last_query * 0
     sink = last_query * 0
@@ -103,8 +103,8 @@ def num_blocks(lengths, NEW: gl.constexpr, RAW: gl.constexpr):
 def attend_tokens(units, sources, seen, found, memory, factor):
     """Advance the state of a tile by a share of units of new tokens, of the sink, and of the tail, in that order.
 
-    `units`: the first and the last one, and how many there are of each kind. `sources`: new and raw tokens, each () if there
-    are none.
+    `units`: the first and the last one, and how many there are of each kind. `sources`: `new` and `raw` tokens, each () if
+    there are none. `seen`: `query` and `lengths`. `memory` as in `_attend_block`.
 
     `new`: pointers to the first new key and value of a sequence and kv head, and their strides. `raw`: a pointer to the keys of
     a kv head, strides of pages, halves and tokens, pointers to the row of the raw table of sinks and of the tail, and how many
