@@ -6,6 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -80,3 +81,18 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvarn_triton import gpu
 
     monkeypatch.setattr(gpu, "on_device", lambda tensor: tensor.is_cuda)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    """Tiny models of transformers by family, made once for a file."""
+    from transformers_models import make_models
+
+    return make_models()
+
+
+@pytest.fixture
+def llama(models: dict[str, Any]) -> Any:
+    """Return a Llama whose attention reads pages."""
+    models["llama"].set_attn_implementation("kvarn")
+    return models["llama"]
