@@ -13,13 +13,13 @@ It is written in Gluon, because Triton does not keep such operands in registers,
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from ..configs import padded
 from ..launch import Rows, as_rows, on
 from ..layout import PageLayout
 from ..masking import Mask
@@ -230,20 +230,24 @@ def _kvarn_attend_drafts_kernel(
             _store_nothing(lse_ptr, tile, head, num_q_heads, place, GROUP, ROWS)
 
 
+_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+"""Layout of lines of pages in shared memory."""
+
+
 def _described(pages: torch.Tensor, layout: PageLayout) -> tuple[TensorDescriptor, TensorDescriptor | None]:
     """Describe pages as lines of 128 bytes: a power of two that has all codes, and those after it with anything, or None."""
     first, lines = layout.k_params_offset // 128, layout.page_bytes // 128
-    shape, strides = [*pages.shape[:2], lines, 64], [stride // 2 for stride in pages.stride()[:2]]
-    for i, least in ((1, 64 * lines), (0, 64 * lines * pages.shape[1])):
-        strides[i] = strides[i] or least  # 0 where there is one
-    shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    num_pages, num_heads = pages.shape[:2]
+    # Of a dimension with one item PyTorch says anything.
+    stride_page = pages.stride(0) // 2 if num_pages > 1 else 64 * lines * num_heads
+    strides = [stride_page, pages.stride(1) // 2 if num_heads > 1 else 64 * lines, 64, 1]
     # At least as many as 64 raw tokens take in the same memory.
-    halves, block = pages.view(torch.int16), max(triton.next_power_of_2(first), 128)
-    codes = TensorDescriptor(halves, shape, [*strides, 64, 1], [1, 1, block, 64], shared)
+    halves, block = pages.view(torch.int16), max(padded(first), 128)
+    codes = TensorDescriptor(halves, [num_pages, num_heads, lines, 64], strides, [1, 1, block, 64], _SHARED)
     if lines <= block:
         return codes, None
-    params = halves[..., first * 64 :]
-    return codes, TensorDescriptor(params, [*shape[:2], lines - first, 64], [*strides, 64, 1], [1, 1, 16, 64], shared)
+    shape = [num_pages, num_heads, lines - first, 64]
+    return codes, TensorDescriptor(halves[..., first * 64 :], shape, strides, [1, 1, 16, 64], _SHARED)
 
 
 def launch_hopper_drafts(
@@ -261,7 +265,7 @@ def launch_hopper_drafts(
     count = -(-len(tiles.tokens) * plan.group // plan.block_m) + min(cache.batch, len(tiles.tokens))
     # No memory has no descriptor; nothing is read of a pool of no pages. Nor has memory that repeats.
     pages = cache.pages if len(cache.pages) else cache.pages.new_empty(1, *cache.pages.shape[1:])
-    if any(size > 1 and not stride for size, stride in zip(pages.shape, pages.stride(), strict=True)):
+    if 0 in pages.stride() and any(size > 1 and not stride for size, stride in zip(pages.shape, pages.stride(), strict=True)):
         pages = pages.contiguous()
     on(q, _kvarn_attend_drafts_kernel)[(count * cache.num_kv_heads * tiles.num_splits,)](
         out,
