@@ -181,7 +181,7 @@ def config_of_form(
     if form == "registers":
         return _register_config(layout, dtype, device, block_m)
     if form == "warp_groups":
-        # Of 16 rows four programs fit into the registers of a multiprocessor, of 32 three, with memory for a third page.
+        # Registers of a multiprocessor hold four programs of 16 rows, or three of 32 with memory for a small third page.
         programs, small = (4 if block_m == 16 else 3), layout.page_bytes <= 2**14
         num_stages = 3 if block_m == 32 and small else 2
         return PrefillConfig(block_m, 4, layout.page_size, layout.page_size, num_stages, programs, form=form)

@@ -95,7 +95,7 @@ class PrefillConfig:
             which is the form of float32 queries and of more than 256 channels. With `scratch` memory "dequantized". The form
             "warp_groups" (`attention.drafts`) is a kernel of its own for GPUs of compute capability 9.0: for 2 and 4 bits,
             pages of 128 tokens and 128 channels, queries and raw pages of one 16-bit dtype, without `window`, `soft_cap`,
-            `tree_mask`, `span_ends` and `split_size`.
+            `tree_mask`, `span_ends` and `split_size`; `block_t`, `block_r` and `block_d` say nothing to it.
 
     Raises:
         ValueError: for numbers that are no powers of two, or out of range, and for another form.

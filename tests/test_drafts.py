@@ -14,7 +14,7 @@ from helpers import ON_GPU, check, draw, layout_id
 from prefill_cases import SMALL, prefill_case
 from test_masks import random_masks
 
-from kvarn_triton import PageLayout, PrefillConfig, configs, prefill_attention, prefill_workspace_size, reference
+from kvarn_triton import PageLayout, PrefillConfig, configs, gpu, prefill_attention, prefill_workspace_size, reference
 from kvarn_triton.testing import attention_in, relative_error
 
 LAYOUT = PageLayout(128, 128, 4, 2)
@@ -207,6 +207,18 @@ def test_workspace_suffices(tokens, device):
     size = prefill_workspace_size(16, 4, 4, 1, LAYOUT, 8, device)
     workspace = torch.full((size,), 255, dtype=torch.uint8, device=device)
     out = prefill_attention(**arguments, workspace=workspace)
+    assert relative_error(out, reference.prefill_attention(**arguments | {"q": arguments["q"].double()})) < 2e-3
+
+
+def test_more_tiles_than_programs(device):
+    """Parameters that were given are kept where tiles are more than programs run at once, and memory for them suffices."""
+    config = drafts(32, device)
+    batch = gpu.num_programs(device, config["config"].programs_per_sm) + 5
+    arguments = prefill_case(LAYOUT, [130] * batch, [8] * batch, new=True, group=4, num_tail_slots=1, device=device)
+    size = prefill_workspace_size(8 * batch, batch, 4, 1, LAYOUT, arguments["block_table"].shape[1], device, **config)
+    assert size >= 8 * batch * 4 * (LAYOUT.v_head_dim + 1) * 4
+    workspace = torch.full((size,), 255, dtype=torch.uint8, device=device)
+    out = prefill_attention(**arguments, **config, workspace=workspace)
     assert relative_error(out, reference.prefill_attention(**arguments | {"q": arguments["q"].double()})) < 2e-3
 
 

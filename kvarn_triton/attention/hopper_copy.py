@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from . import records
 
-_copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.6
+copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.6
 SEGMENTS = gl.constexpr(records.SEGMENTS.value)
 HEADER = gl.constexpr(records.HEADER.value)
 ROOM = gl.constexpr(records.ROOM.value)
@@ -54,11 +54,11 @@ def _copy_step(descs, smem, full, segment, place, half: gl.constexpr):
     page, head, token, row = place
     mbarrier.expect(full, descs[1].block_type.nbytes)
     if (segment == 0) | (segment == SEGMENTS - 1):
-        _copy_tile(descs[0], [0, 0, head, row, 0], full, smem.reshape(descs[0].block_type.shape))
+        copy_tile(descs[0], [0, 0, head, row, 0], full, smem.reshape(descs[0].block_type.shape))
     elif segment == 1:
-        _copy_tile(descs[1], [page, half, head, token, 0], full, smem)
+        copy_tile(descs[1], [page, half, head, token, 0], full, smem)
     else:
-        _copy_tile(descs[2], [page, half, head, token, 0], full, smem)
+        copy_tile(descs[2], [page, half, head, token, 0], full, smem)
 
 
 @gluon.jit

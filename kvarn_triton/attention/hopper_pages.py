@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
+from .hopper_copy import copy_tile
 from .hopper_numbers import (
     load_gain,
     load_items,
@@ -23,7 +24,6 @@ from .hopper_tokens import barrier
 from .hopper_weights import weigh_page
 from .registers import headroom
 
-_copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.6
 EARLY_ROWS = gl.constexpr(16)
 """Rows of tiles that copy a page before the products with keys; larger ones after them, which takes fewer registers."""
 
@@ -45,9 +45,9 @@ def _expect(i, count, descs, full):
 def _copy(i, count, page, head, descs, memory, full):
     """Begin to copy page i of a share into its slot."""
     slot = i % full.shape[0]
-    _copy_tile(descs[0], [page, head, 0, 0], full.index(slot), memory[0].index(slot), pred=i < count)
+    copy_tile(descs[0], [page, head, 0, 0], full.index(slot), memory[0].index(slot), pred=i < count)
     if descs[1] is not None:
-        _copy_tile(descs[1], [page, head, 0, 0], full.index(slot), memory[1].index(slot), pred=i < count)
+        copy_tile(descs[1], [page, head, 0, 0], full.index(slot), memory[1].index(slot), pred=i < count)
 
 
 @gluon.jit

@@ -4,6 +4,7 @@ The first kernel attends with tiles of query rows (`prefill_kernel`); each page 
 there are fewer tiles than the GPU holds programs, the pages of a tile are split among several programs, and the second kernel
 merges their results (`merge`). With scratch memory a launch before decodes each page once (`pages.expand`), and tiles
 attend to numbers in 16 bits, on one architecture by a kernel of its own (`plain`); long chunks take such memory by themselves.
+Few rows, as of drafts, have a kernel of their own on that architecture, too (`drafts`).
 """
 
 from __future__ import annotations
