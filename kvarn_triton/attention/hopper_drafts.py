@@ -63,10 +63,11 @@ def _lengths(lengths, row, tile, sink_len, APART: gl.constexpr, GROUP: gl.conste
 def _share(units, pages, split, num_splits):
     """Return the share of program `split` of a tile: (first, last) unit of tokens, and (first, last) page.
 
-    A unit of tokens, which come first, counts as UNIT pages. It belongs to the program that its beginning falls to.
+    A unit of tokens, which come first, counts as UNIT pages. It belongs to the program that its beginning falls to. Shares
+    differ by one page at most.
     """
-    size = (units * UNIT + pages + num_splits - 1) // num_splits
-    first, last = split * size, split * size + size
+    size = units * UNIT + pages
+    first, last = split * size // num_splits, (split + 1) * size // num_splits
     tokens = (gl.minimum((first + UNIT - 1) // UNIT, units), gl.minimum((last + UNIT - 1) // UNIT, units))
     first, last = gl.maximum(first - units * UNIT, 0), gl.maximum(last - units * UNIT, 0)
     return tokens, (gl.minimum(first, pages), gl.minimum(last, pages))
@@ -121,7 +122,7 @@ def _attend(shares, sources, q, tile, head, sizes, LAYOUT: gl.constexpr, PLAN: g
         memory = memory + (gl.allocate_shared_memory(gl.int16, [SLOTS] + descs[1].block_type.shape, descs[1].layout),)
     planes = gl.allocate_shared_memory(gl.float16, [2 * KF * ROWS, 64 // KF], PLANES)
     weights = gl.allocate_shared_memory(gl.float16, [128, ROWS], WEIGHTS)
-    maxima = gl.allocate_shared_memory(gl.float32, [4 * ROWS], LINE)
+    maxima, flags = gl.allocate_shared_memory(gl.float32, [4 * ROWS], LINE), gl.allocate_shared_memory(gl.int32, [4], LINE)
     k_params, v_params = gl.allocate_shared_memory(gl.float16, [256], LINE), gl.allocate_shared_memory(gl.float16, [256], LINE)
     k_norms, v_norms = gl.allocate_shared_memory(gl.float32, [256], LINE), gl.allocate_shared_memory(gl.float32, [256], LINE)
     full = barriers(SLOTS, 1)
@@ -154,7 +155,7 @@ def _attend(shares, sources, q, tile, head, sizes, LAYOUT: gl.constexpr, PLAN: g
     if count > 0:
         ends = gl.minimum(query + 1 + lengths[3], lengths[5])
         share, pages = (ids_ptr, span, head, whole, ends), (descs, memory, full)
-        vectors = (k_params, v_params, k_norms, v_norms, maxima, weights)
+        vectors = (k_params, v_params, k_norms, v_norms, maxima, flags, weights)
         queries = (planes, factor * (1.0 / headroom(LAYOUT.k_bits)))
         found = attend_pages(share, pages, queries, found, vectors, LAYOUT, ROWS)
     return found

@@ -99,7 +99,7 @@ def attend_pages(share, pages, queries, found, vectors, LAYOUT: gl.constexpr, RO
     PRODUCTS: gl.constexpr = products_layout(ROWS)
     TOKENS: gl.constexpr = gl.SliceLayout(1, PRODUCTS)
     AHEAD: gl.constexpr = memory[0].shape[0] - 1
-    k_params, v_params, k_norms, v_norms, maxima, weights = vectors
+    k_params, v_params, k_norms, v_norms, maxima, flags, weights = vectors
     none = gl.zeros((64, ROWS), gl.float32, PRODUCTS)
     count = span[1] - span[0]
     next_id = _load_id(ids_ptr, AHEAD, span)
@@ -123,7 +123,7 @@ def attend_pages(share, pages, queries, found, vectors, LAYOUT: gl.constexpr, RO
         scores = (products[0] * norms[0][:, None], products[1] * norms[1][:, None])
         if span[0] + i >= whole:
             scores = _masked(scores, ends - (span[0] + i) * 128)
-        alpha, m, totals = weigh_page(scores, m, totals, maxima, weights, VF)
+        acc, m, totals = weigh_page(scores, (acc, m, totals), (maxima, flags, weights), VF)
         if ROWS > EARLY_ROWS:
             _copy(i + AHEAD, count, next_id, head, descs, memory, full)
         else:
@@ -134,7 +134,6 @@ def attend_pages(share, pages, queries, found, vectors, LAYOUT: gl.constexpr, RO
         fence_async_shared()
         words = load_words(lines, VALUES, 64 // VF, ROWS)
         sums = multiply(words, v_params, weights, none, False, LAYOUT.v_bits, 2)
-        acc = (acc[0] * alpha[None, :], acc[1] * alpha[None, :])
         norms = (v_norms.slice(128, 64).load(TOKENS), v_norms.slice(192, 64).load(TOKENS))
         next_id = _load_id(ids_ptr, i + 1 + AHEAD, span)
         if i + 1 < count:

@@ -13,7 +13,7 @@ CHANNELS = gl.constexpr(128)
 """Of keys and of values: one block of the rotation."""
 SEQUENCES = gl.constexpr(128)
 """Sequences whose tiles are counted together."""
-_THREADS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+_THREADS = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
 _QUERY_MAX = gl.constexpr(query.QUERY_MAX.value)
 _LEAST_QUERY = gl.constexpr(query.LEAST_QUERY.value)
 _ON_THE_WAY = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))

@@ -10,6 +10,10 @@ from triton.experimental.gluon import language as gl
 
 from .hopper_numbers import products_layout
 
+ROOM = gl.constexpr(8)
+"""Exponent of two by which weights may exceed 1: they are float16, and sums of 128 of them times values are float32."""
+_FLAGS = gl.constexpr(gl.DistributedLinearLayout([[1], [2]], [[0]] * 5, [[0], [0]], [], [4]))
+"""Layout in which a thread has what each warp found."""
 
 @gluon.constexpr_function
 def _maxima_layout(rows):
@@ -43,19 +47,35 @@ def _advance(largest, m, totals, maxima):
 
 
 @gluon.jit
-def weigh_page(scores, m, totals, maxima, weights, VF: gl.constexpr):
+def _exceeds(largest, m, flags):
+    """Return whether a score exceeds what scores are relative to by more than ROOM. `flags` is shared memory."""
+    top = gl.max(in_threads(largest), 1)
+    limit = gl.convert_layout(m, gl.SliceLayout(0, gl.SliceLayout(1, top.type.layout)))[None, None, :] + ROOM
+    flags.store(gl.max(gl.reshape((top > limit).to(gl.int32), (4, top.shape[1] * top.shape[2])), 1))
+    return gl.max(flags.load(_FLAGS), 0) > 0
+
+
+@gluon.jit
+def weigh_page(scores, found, memory, VF: gl.constexpr):
     """Put the weights of a page into shared memory, in the order of planes of values: `registers.token_in_order`.
 
-    Returns the factor of what was summed before, the new m, and totals of weights [4, 8, rows] of each thread.
+    Returns the state of a tile (sums, m, totals of weights [4, 8, rows] of each thread), where m is a score that others exceed
+    by ROOM at most: what was summed before is multiplied only if a page has larger ones. `memory`: maxima, flags, weights.
     """
+    acc, m, totals = found
+    maxima, flags, weights = memory
     ROWS: gl.constexpr = scores[0].shape[1]
-    origin, alpha, m, totals = _advance(gl.maximum(scores[0], scores[1]), m, totals, maxima)
+    largest = gl.maximum(scores[0], scores[1])
+    if _exceeds(largest, m, flags):
+        _, alpha, m, totals = _advance(largest, m, totals, maxima)
+        acc = (acc[0] * alpha[None, :], acc[1] * alpha[None, :])
+    origin = gl.where(m == float("-inf"), 0.0, m)
     low, high = gl.exp2(scores[0] - origin[None, :]), gl.exp2(scores[1] - origin[None, :])
     totals += gl.sum(in_threads(low + high), 1)
     both = gl.permute(gl.join(low.to(gl.float16), high.to(gl.float16)), (2, 0, 1))
     both = gl.permute(gl.reshape(both, (VF, 64 // VF, 2, ROWS)), (0, 2, 1, 3))
     weights.store(gl.reshape(both, (128, ROWS)))
-    return alpha, m, totals
+    return acc, m, totals
 
 
 @gluon.jit
