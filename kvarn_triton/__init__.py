@@ -8,6 +8,7 @@ from .attention.prefill import prefill_attention
 from .attention.states import merge_states
 from .attention.tree import build_tree_mask
 from .attention.workspace import decode_workspace_size, prefill_workspace_size
+from .compilation import CompilationError, no_compilation
 from .debugging import check_cache, check_step
 from .encoder import DEFAULT, PUBLISHED, Encoder
 from .header import PageHeader, page_header, read_page_header
@@ -36,7 +37,7 @@ from .serving.read import read_tokens
 from .serving.write import write_tokens
 from .step import Step
 from .tables import DecodeConfig, DecodeTable, PrefillConfig, load_table, save_table
-from .warmup import CompilationError, no_compilation, warmup
+from .warmup import warmup
 
 __version__ = "0.2.0"
 

@@ -115,6 +115,8 @@ most bytes that it takes. Chunks of 512 tokens over 4,096 take 0.4 of the time w
 `chunks_h200.json`)."""
 ROUND_TOKENS = 512
 """Tokens of a sequence that such memory has to hold if it can't hold all: with fewer, states would be moved too often."""
+LEAST_TILES = 8
+"""Tiles of query heads from which on decode attention takes the kernel of `drafts` (`perf/results/drafts_h200.json`)."""
 TILE_ROWS = 16, 32, 64
 """Rows of a sequence and kv head up to which smaller tiles are taken. The first two are dequantized in registers."""
 
@@ -138,8 +140,8 @@ def prefill_config(
         return _scratch_config(layout, dtype, device)
     rows = -(-total_tokens // max(batch, 1)) * group if split_size is None else None
     form = prefill_form(device, rows)
-    # Of 16 rows, and of values of 4 bits, that kernel is not faster everywhere (`perf/results/drafts_h200.json`).
-    many = rows is not None and rows > TILE_ROWS[0] and layout.v_bits == 2
+    # Of 16 rows and values of 4 bits that kernel is slower (`perf/results/drafts_h200.json`).
+    many = rows is not None and (rows > TILE_ROWS[0] or layout.v_bits == 2)
     if form == "registers" and many and has_draft_kernel(layout, dtype, device):
         form = "warp_groups"
     return config_of_form(form, layout, dtype, device, rows)

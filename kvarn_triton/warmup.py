@@ -1,22 +1,18 @@
-"""Compile everything ahead of serving, and a guard that refuses to compile during it."""
+"""Compile everything ahead of serving."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
-from triton.runtime.jit import JITFunction
 
 from . import configs, gpu
 from .attention.decode import decode_attention
 from .attention.decode_schedule import schedule_decode, schedule_step
 from .attention.prefill import prefill_attention
-from .attention.prefill_plan import other_configs
+from .attention.prefill_plan import other_configs, sizes_of_heads
 from .attention.states import merge_states
 from .attention.workspace import merge_sizes
 from .checks import FLOATS, check_choice, require
@@ -33,32 +29,7 @@ from .serving.plan import plan_every_way
 from .serving.read import read_tokens
 from .serving.write import write_tokens
 from .step import TASK_FIELDS, Step
-from .tables import DecodeTable, PrefillConfig
-
-
-class CompilationError(RuntimeError):
-    """A kernel would have been compiled inside `no_compilation`."""
-
-
-@contextlib.contextmanager
-def no_compilation() -> Iterator[None]:
-    """Raise `CompilationError` instead of compiling a kernel of this package, or loading it from Triton's cache on disk.
-
-    It holds for all threads of the process while it is active. A server enters it after `warmup`: a shape that was forgotten
-    is then an error that names the kernel, not a step of several seconds.
-    """
-    compile_kernel = JITFunction._do_compile
-
-    def refuse(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        if self.__name__.startswith("_kvarn_"):
-            warm = "mla_warmup" if self.__name__.startswith("_kvarn_mla_") else "warmup"
-            raise CompilationError(
-                f"{self.__name__} is not compiled for these arguments: call kvarn_triton.{warm} with their layout"
-            )
-        return compile_kernel(self, *args, **kwargs)
-
-    with mock.patch.object(JITFunction, "_do_compile", refuse):
-        yield
+from .tables import DecodeTable, PrefillConfig, builtin_table
 
 
 def warmup(
@@ -246,9 +217,14 @@ def _warm_decode(
     """Compile decode attention, without schedules and with them, and its merge for every number of partial results."""
     layout, num_q_heads, dtype, csr = model
     device, num_kv_heads = pages.device, pages.shape[1]
-    shared: dict[str, Any] = {name: options[name] for name in ("window", "keep_sink", "table") if name in options}
-    sizes = merge_sizes(layout, dtype, device, (num_q_heads, num_kv_heads), csr, options["table"])
-    for batch, width, has_raw in sizes:
+    table, size_heads = options["table"], (num_q_heads, num_kv_heads)
+    shared: dict[str, Any] = {name: options[name] for name in ("window", "keep_sink") if name in options}
+    few = [] if table is not None else sizes_of_heads(layout, dtype, device, size_heads)
+    ways: list[tuple[DecodeTable | None, tuple[int, int, bool]]] = [(None, size) for size in few]
+    # Calls that get a table take the usual kernel, whatever their sizes are.
+    table = table or (builtin_table(gpu.arch_of(device)) if few else None)
+    ways += [(table, size) for size in merge_sizes(layout, dtype, device, size_heads, csr, table)]
+    for table, (batch, width, has_raw) in ways:
         if shifted and not has_raw:
             continue
         q = torch.zeros(batch, num_q_heads, layout.head_dim, dtype=dtype, device=device)
@@ -258,9 +234,9 @@ def _warm_decode(
         step = _step(layout, lens, None, {"block_table": block_table, **indices}, raw_table, shifted)
         raw: dict[str, Any] = {"raw_table": raw_table, "num_quantized": lens} if has_raw else {}
         for return_lse, split_size, planned in itertools.product((False, True), (None, 1), schedules):
-            given: dict[str, Any] = {"return_lse": return_lse, "split_size": split_size, **options}
+            given: dict[str, Any] = {**options, "return_lse": return_lse, "split_size": split_size, "table": table}
             heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads}
-            some: dict[str, Any] = {"split_size": split_size, "dtype": dtype, **heads, **shared}
+            some: dict[str, Any] = {"split_size": split_size, "dtype": dtype, "table": table, **heads, **shared}
             if shifted:
                 given["schedule"] = schedule_step(step, **some) if planned else None
                 attend(q, pages, raw_pages, step, **given)

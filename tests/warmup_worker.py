@@ -16,7 +16,6 @@ import triton
 
 import kvarn_triton as kvarn
 from kvarn_triton.testing.compiler import compile_for
-from kvarn_triton.warmup import CompilationError
 
 LAYOUT = kvarn.PageLayout(head_dim=64, page_size=64, k_bits=4, v_bits=2)
 OTHER_VALUES = kvarn.PageLayout(head_dim=64, page_size=64, k_bits=4, v_bits=2, v_head_dim=128)
@@ -95,7 +94,7 @@ def main() -> None:
             for other in ({"group": 1}, {"window": 1}):
                 try:
                     step(2, 2, 0, **other)
-                except CompilationError as error:
+                except kvarn.CompilationError as error:
                     print(f"refused: {error}")
                 else:
                     raise AssertionError(f"{other} was not warmed up, but compiled")
@@ -128,6 +127,12 @@ def main() -> None:
                 for batch, tokens, max_pages in ((1, 5, 9), (1, 8, 300), (2, 8, 1), (4, 8, 3), (9, 5, 40), (3, 4, 7)):
                     for new in (False, True):
                         chunk(batch, tokens, max_pages, new, False, layout=DRAFTS)
+            # As have more than 8 query heads, from some sequences on, up to some.
+            kvarn.warmup(DRAFTS, 12 * HEADS, HEADS, torch.device("cpu"), **quick)
+            with kvarn.no_compilation():
+                for batch, max_pages, sink_len in ((1, 1, 0), (3, 9, 1), (4, 1, 0), (5, 300, 128), (8, 4, 1), (200, 48, 16)):
+                    step(batch, max_pages, sink_len, group=12, layout=DRAFTS)
+                    step(batch, max_pages, sink_len, group=12, layout=DRAFTS, split_size=batch)
         options = {"window": True, "soft_cap": True, "sinks": True, "csr": True}
         kvarn.warmup(LAYOUT, 4 * HEADS, HEADS, torch.device("cpu"), **quick, **options)
         with kvarn.no_compilation():

@@ -18,11 +18,14 @@ from ..checks import check_tensor, require
 from ..launch import aligned, copy_back
 from ..layout import PageLayout
 from ..masking import Mask
+from ..paging import ALL_PAGES
 from .decode_kernel import launch_decode_pieces
+from .drafts import attend_drafts
 from .merge import launch_merge_splits
 from .parts import RECORD, DecodeSchedule
-from .schedule import Units, Work
-from .workspace import MostWork, most_units, num_partials, rows_per_round
+from .prefill_plan import config_of_heads
+from .schedule import Tiles, Units, Work
+from .workspace import MostWork, most_units, num_partials, partials_of, rows_per_round
 
 
 def decode_attention(
@@ -119,6 +122,7 @@ class DecodePlanned(NamedTuple):
     num_bytes: int  # of its partial results
     config: configs.DecodeConfig
     schedule: DecodeSchedule | None
+    tiles: Tiles | None  # of query heads, where `drafts` attends to them
 
     def records_of(self, first: int) -> torch.Tensor | None:
         """Return the records of the round that begins with sequence `first`, if there is a schedule."""
@@ -150,7 +154,7 @@ def launch_decode(
     q: torch.Tensor, mask: Mask, results: Results, plan: DecodePlanned
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend as planned, in rounds; nothing is checked."""
-    work, round_rows, num_bytes, config, _ = plan
+    work, round_rows, num_bytes, config, _, tiles = plan
     layout, (batch, num_q_heads) = work.cache.layout, q.shape[:2]
     out, workspace = results.out, results.workspace
     if out is None:
@@ -160,11 +164,15 @@ def launch_decode(
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
     if batch == 0 or num_q_heads == 0:
         return out if lse is None else (out, lse)
+    q, memory = aligned(q), aligned(out)
+    if tiles is not None:
+        attend_drafts((memory, lse), q, None, mask, tiles, partials_of(memory, tiles, workspace[:num_bytes]))
+        copy_back(memory, out)
+        return out if lse is None else (out, lse)
     tile = configs.head_tiles(num_q_heads, work.cache.num_kv_heads)[0]
     partials = num_bytes // (4 * tile * (layout.v_head_dim + 1))
     sums, ends = workspace[:num_bytes].view(torch.float32).split([partials * tile * layout.v_head_dim, partials * tile])
     partial, partial_lse = sums.view(partials, tile, layout.v_head_dim), ends.view(partials, tile)
-    q, memory = aligned(q), aligned(out)
     for first in range(0, batch, round_rows):
         part, part_q, part_out, part_lse = work, q, memory, lse
         if round_rows < batch:
@@ -190,9 +198,12 @@ def plan_decode(
     tile = configs.head_tiles(q.shape[1], cache.num_kv_heads)[0]
     config = configs.decode_config(cache.layout, q.dtype, q.device, table, tile)
     work, round_rows, num_bytes = _plan_work(q, cache, mask, split_size or 0, config)
+    tiles = _plan_tiles(q, cache, mask) if split_size is None and table is None else None
+    if tiles is not None:
+        num_bytes = 4 * cache.batch * tiles.num_splits * q.shape[1] * (cache.layout.v_head_dim + 1)
     if results.workspace is not None:
         check_workspace(results.workspace, num_bytes, q.device)
-    planned = DecodePlanned(work, round_rows, num_bytes, config, schedule)
+    planned = DecodePlanned(work, round_rows, num_bytes, config, schedule, tiles)
     if schedule is not None:
         require(isinstance(schedule, DecodeSchedule), "schedule", "a DecodeSchedule", type(schedule).__name__)
         want = planned.made_for(q.shape[1], mask)
@@ -202,6 +213,16 @@ def plan_decode(
             "schedule.records", schedule.records, [rounds, work.num_programs, RECORD.value], torch.int32, device=q.device
         )
     return planned
+
+
+def _plan_tiles(q: torch.Tensor, cache: Cache, mask: Mask) -> Tiles | None:
+    """Return tiles of query heads, with programs that share the pages of each, where `drafts` attends to them."""
+    config = config_of_heads(q, cache, mask)
+    if config is None:
+        return None
+    count = cache.batch * cache.num_kv_heads * -(-q.shape[1] // cache.num_kv_heads // config.block_m)
+    splits = max(min(gpu.num_programs(q.device, config.programs_per_sm) // count, cache.max_pages), 1)
+    return Tiles(cache, None, range(cache.batch), splits, 0, False, config, ALL_PAGES.value)
 
 
 def _plan_work(

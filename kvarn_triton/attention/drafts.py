@@ -1,4 +1,6 @@
-"""Attention of a few query rows of each sequence, as of drafts that are verified, on GPUs with products of warp groups.
+"""Attention of 9 to 32 query rows of each sequence and kv head, on GPUs with products of warp groups.
+
+They are a few query tokens, as of drafts that are verified, or more than 8 query heads of one token.
 
 A kernel for one architecture attends to all that a tile sees, and leaves partial results (`hopper_drafts`), which a merge
 joins. In Triton's interpreter the kernel of other calls stands for it.
@@ -32,7 +34,10 @@ def attend_drafts(
     rotation = layout.v_block_size
     if gpu.INTERPRETED:
         own = configs.config_of_form("registers", layout, q.dtype, q.device, config.block_m)
-        part = dataclasses.replace(tiles, config=own)
+        ends = tiles.cu_seqlens_q
+        if ends is None:
+            ends = torch.arange(tiles.cache.batch + 1, dtype=torch.int32, device=q.device)
+        part = dataclasses.replace(tiles, config=own, cu_seqlens_q=ends)
         launch_prefill_tiles(as_rows(partial[0]), partial_lse, q, new, None, mask, part, partial=True)
         rotation = 1 if new is not None else rotation
     else:

@@ -177,7 +177,7 @@ def _kvarn_attend_drafts_kernel(
     lines_desc,  # of pages as lines of 128 bytes; of those with parameters, or None if they are among the first ones
     params_desc,
     raw,  # Tokens, or None
-    cu_seqlens_ptr,  # int32 [batch + 1]
+    cu_seqlens_ptr,  # int32 [batch + 1], None if each sequence has one token
     table_ptr,  # int32 [batch, max_pages], or with CSR [ids]
     indptr_ptr,  # int32 [batch + 1], None if not CSR
     seq_lens_ptr,  # int32 [batch]
@@ -200,10 +200,14 @@ def _kvarn_attend_drafts_kernel(
     GROUP: gl.constexpr = PLAN.group
     split = gl.program_id(0) % num_splits
     head = gl.program_id(0) // num_splits % num_kv_heads
-    row, number, some = find_tile(cu_seqlens_ptr, gl.program_id(0) // num_splits // num_kv_heads, batch, GROUP, ROWS)
+    index = gl.program_id(0) // num_splits // num_kv_heads
+    row, number, some = find_tile(cu_seqlens_ptr, index, batch, GROUP, ROWS)
     if some:
-        first_token = gl.load(cu_seqlens_ptr + row)
-        own_tokens = gl.load(cu_seqlens_ptr + row + 1) - first_token
+        first_token = row
+        own_tokens = row * 0 + 1
+        if cu_seqlens_ptr is not None:
+            first_token = gl.load(cu_seqlens_ptr + row)
+            own_tokens = gl.load(cu_seqlens_ptr + row + 1) - first_token
         tile = (first_token, number * ROWS, own_tokens * GROUP - number * ROWS, own_tokens)
         lengths, pages, last_query = _lengths((seq_lens_ptr, num_quantized_ptr), row, tile, sink_len, PLAN.apart, GROUP, ROWS)
         blocks = num_blocks((last_query, lengths[2], lengths[5] - lengths[4]), new is not None, raw is not None)
@@ -262,8 +266,9 @@ def launch_hopper_drafts(
 ) -> None:
     """Attend with all tiles, `tiles.num_splits` programs each; nothing is checked."""
     cache = tiles.cache
-    # Each sequence may have a tile that is not full.
-    count = -(-len(tiles.tokens) * plan.group // plan.block_m) + min(cache.batch, len(tiles.tokens))
+    count = cache.batch * -(-plan.group // plan.block_m)
+    if tiles.cu_seqlens_q is not None:  # each sequence may have a tile that is not full
+        count = -(-len(tiles.tokens) * plan.group // plan.block_m) + min(cache.batch, len(tiles.tokens))
     # No memory has no descriptor; nothing is read of a pool of no pages. Nor has memory that repeats.
     pages = cache.pages if len(cache.pages) else cache.pages.new_empty(1, *cache.pages.shape[1:])
     if 0 in pages.stride() and any(size > 1 and not stride for size, stride in zip(pages.shape, pages.stride(), strict=True)):

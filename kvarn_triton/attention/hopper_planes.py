@@ -27,19 +27,22 @@ def _add(a, b):
 @gluon.jit
 def find_tile(cu_seqlens_ptr, index, batch, GROUP: gl.constexpr, ROWS: gl.constexpr):
     """Return the sequence of a tile, its number within it, and whether there is such a tile."""
-    row = index * 0
-    start = index * 0
-    before = index * 0
-    for first in range(0, batch, SEQUENCES):
-        each = first + gl.arange(0, SEQUENCES, _THREADS)
-        begin = gl.load(cu_seqlens_ptr + each, each < batch, other=0)
-        end = gl.load(cu_seqlens_ptr + each + 1, each < batch, other=0)
-        tiles = gl.maximum(((end - begin) * GROUP + (ROWS - 1)) // ROWS, 0)
-        ends = before + gl.associative_scan(tiles, 0, _add)
-        passed = (ends <= index) & (each < batch)
-        row += gl.sum(passed.to(gl.int32), 0)
-        start = gl.maximum(start, gl.max(gl.where(passed, ends, 0), 0))
-        before += gl.sum(tiles, 0)
+    TILES: gl.constexpr = (GROUP + ROWS - 1) // ROWS
+    row = index // TILES
+    start = row * TILES
+    before = batch * TILES
+    if cu_seqlens_ptr is not None:
+        row, start, before = index * 0, index * 0, index * 0
+        for first in range(0, batch, SEQUENCES):
+            each = first + gl.arange(0, SEQUENCES, _THREADS)
+            begin = gl.load(cu_seqlens_ptr + each, each < batch, other=0)
+            end = gl.load(cu_seqlens_ptr + each + 1, each < batch, other=0)
+            tiles = gl.maximum(((end - begin) * GROUP + (ROWS - 1)) // ROWS, 0)
+            ends = before + gl.associative_scan(tiles, 0, _add)
+            passed = (ends <= index) & (each < batch)
+            row += gl.sum(passed.to(gl.int32), 0)
+            start = gl.maximum(start, gl.max(gl.where(passed, ends, 0), 0))
+            before += gl.sum(tiles, 0)
     return row, index - start, index < before
 
 

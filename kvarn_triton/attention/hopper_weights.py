@@ -15,6 +15,7 @@ ROOM = gl.constexpr(8)
 _FLAGS = gl.constexpr(gl.DistributedLinearLayout([[1], [2]], [[0]] * 5, [[0], [0]], [], [4]))
 """Layout in which a thread has what each warp found."""
 
+
 @gluon.constexpr_function
 def _maxima_layout(rows):
     """Return the layout of four warps' maxima [4 * rows] in which a thread has all of its columns."""

@@ -209,7 +209,7 @@ def _kvarn_merge_queries_kernel(
     lse_ptr,  # float32 [total_tokens, num_q_heads], natural logarithm, or None
     partial_ptr,  # float32 [num_splits, total_tokens, num_q_heads, v_head_dim]
     partial_lse_ptr,  # float32 [num_splits, total_tokens, num_q_heads], base 2
-    cu_seqlens_ptr,  # int32 [batch + 1]
+    cu_seqlens_ptr,  # int32 [batch + 1], None if each sequence has one token
     sinks_ptr,  # float32 [num_q_heads], natural logarithm, or None
     batch,
     num_splits,
@@ -225,7 +225,9 @@ def _kvarn_merge_queries_kernel(
     if lse_ptr is not None:
         lse_row_ptr = lse_ptr + token * tl.num_programs(1) + q_head
     out_row_ptr = out.ptr + token * out.stride_token + q_head * out.stride_head
-    owned = (token >= tl.load(cu_seqlens_ptr)) & (token < tl.load(cu_seqlens_ptr + batch))
+    owned = token >= 0
+    if cu_seqlens_ptr is not None:
+        owned = (token >= tl.load(cu_seqlens_ptr)) & (token < tl.load(cu_seqlens_ptr + batch))
     if PLAN.early:
         gdc_wait()
     if owned:

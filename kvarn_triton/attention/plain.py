@@ -96,11 +96,12 @@ def launch_plain_tiles(
         mask.sinks,
         mask.masking(layout.head_dim),
     )
-    step_tokens = configs.plain_steps(layout)[0]
+    step_tokens, ends = configs.plain_steps(layout)[0], tiles.cu_seqlens_q
+    assert ends is not None
     for first_page in rounds:
         first, last = first_page == rounds[0], first_page == rounds[-1]
         if tiles.ring < cache.max_pages:
-            launch_expand_pages(scratch, tiles.cu_seqlens_q, cache, mask.windows, plan.apart, False, first_page, tiles.ring)
+            launch_expand_pages(scratch, ends, cache, mask.windows, plan.apart, False, first_page, tiles.ring)
         launch_records(
             work.records, (out, lse), work.masking, tiles, plan, new is not None, (first_page, last), step_tokens
         )  # fmt: skip

@@ -10,7 +10,6 @@ Few rows, as of drafts, have a kernel of their own on that architecture, too (`d
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,7 +39,7 @@ from .plain import launch_plain_tiles, tokens_of_round
 from .prefill_kernel import launch_prefill_tiles
 from .prefill_plan import attends_plainly, config_of_call
 from .schedule import Tiles
-from .workspace import own_scratch, tokens_per_round
+from .workspace import own_scratch, partials_of, tokens_per_round
 
 MAX_PROGRAMS = 2**31 - 1
 """Most programs of a grid."""
@@ -222,6 +221,7 @@ def launch_prefill(
         return out if lse is None else (out, lse.fill_(-torch.inf))
     q, memory = aligned(q), aligned(out)
     new = None if k is None or v is None else (as_rows(aligned(k)), as_rows(aligned(v)))
+    assert tiles.cu_seqlens_q is not None
     seen = tiles.cu_seqlens_q, cache, mask.windows, k is not None or mask.past_only
     if scratch is not None and tiles.ring >= cache.max_pages:
         launch_expand_pages(scratch, *seen, rotated=not plain)
@@ -238,7 +238,7 @@ def launch_prefill(
             launch_prefill_tiles(out, lse, q, new, scratch, mask, part)
 
     if tiles.config.form == "warp_groups":
-        attend_drafts((memory, lse), q, new, mask, tiles, _partials(memory, tiles, workspace[:num_bytes]))
+        attend_drafts((memory, lse), q, new, mask, tiles, partials_of(memory, tiles, workspace[:num_bytes]))
     else:
         _attend(launch, (memory, lse), mask, rotation, tiles, workspace[:num_bytes])
     copy_back(memory, out)
@@ -278,14 +278,6 @@ def _token_bytes(num_splits: int, num_q_heads: int, layout: PageLayout) -> int:
     return 4 * num_splits * num_q_heads * (layout.v_head_dim + 1)
 
 
-def _partials(out: torch.Tensor, tiles: Tiles, workspace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return memory for the partial results of a launch, and for their log-sum-exps."""
-    shape, v_head_dim = (tiles.num_splits, len(tiles.tokens), out.shape[1]), out.shape[2]
-    memory, rows = workspace.view(torch.float32), math.prod(shape)
-    partial = memory[: rows * v_head_dim].view(*shape, v_head_dim)
-    return partial, memory[rows * v_head_dim : rows * (v_head_dim + 1)].view(shape)
-
-
 def _attend(
     launch: Callable[[Rows, torch.Tensor | None, Tiles], None],
     results: tuple[torch.Tensor, torch.Tensor | None],
@@ -305,6 +297,6 @@ def _attend(
         if tiles.num_splits == 1:
             launch(as_rows(out), lse, part)
             continue
-        partial, partial_lse = _partials(out, part, workspace)
+        partial, partial_lse = partials_of(out, part, workspace)
         launch(as_rows(partial[0]), partial_lse, part)
         launch_merge_queries(out, lse, partial, partial_lse, mask.sinks, part, rotation)

@@ -99,6 +99,34 @@ def _takes_drafts(q: torch.Tensor, cache: Cache, mask: Mask) -> bool:
     return plain and same and configs.has_draft_kernel(cache.layout, q.dtype, q.device)
 
 
+def config_of_heads(q: torch.Tensor, cache: Cache, mask: Mask) -> configs.PrefillConfig | None:
+    """Return the launch parameters of `drafts` for one query token of each sequence, None where `decode_kernel` is faster.
+
+    The query heads of a kv head are the rows of a tile, of which `decode_kernel` has 8. It can share out any number of tiles.
+    """
+    group = q.shape[1] // max(cache.num_kv_heads, 1)
+    if group <= configs.HEAD_TILE or not _takes_drafts(q, cache, mask):
+        return None
+    config = configs.config_of_form("warp_groups", cache.layout, q.dtype, q.device, group)
+    tiles = cache.batch * cache.num_kv_heads * -(-group // config.block_m)
+    return config if configs.LEAST_TILES <= tiles <= gpu.num_programs(q.device, config.programs_per_sm) else None
+
+
+def sizes_of_heads(
+    layout: PageLayout, dtype: torch.dtype, device: torch.device, heads: tuple[int, int]
+) -> list[tuple[int, int, bool]]:
+    """Return batches, columns of tables, and whether there are raw pages, of decode calls that `config_of_heads` speaks of.
+
+    They differ when compiled: programs share the pages of a tile, or don't. `heads` are those of queries and kv heads.
+    """
+    group = heads[0] // heads[1]
+    if group <= configs.HEAD_TILE or not configs.has_draft_kernel(layout, dtype, device):
+        return []
+    block_m = configs.config_of_form("warp_groups", layout, dtype, device, group).block_m
+    batch = -(-configs.LEAST_TILES // (heads[1] * -(-group // block_m)))
+    return [(batch, columns, raw) for columns in (1, 4096) for raw in (False, True)]
+
+
 def other_configs(layout: PageLayout, dtype: torch.dtype, device: torch.device, tokens: int, group: int) -> list:
     """Return what calls of `tokens` of each sequence get beside the usual launch parameters: with more sequences, or masks."""
     form = configs.prefill_config(layout, dtype, device, tokens, 1, group, None).form

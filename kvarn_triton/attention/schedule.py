@@ -70,7 +70,7 @@ class Tiles:
     """Which query rows a launch is for, and among how many programs the work of each tile is shared."""
 
     cache: Cache
-    cu_seqlens_q: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None  # None: each sequence has one token
     tokens: range
     num_splits: int
     split_size: int  # 0: equal shares

@@ -14,6 +14,7 @@ from ..layout import PageLayout
 from ..masking import Mask
 from ..paging import ALL_PAGES
 from .prefill_plan import attends_plainly
+from .schedule import Tiles
 
 ROUND_BYTES = 2**28
 """Most memory for partial results of a call with `split_size`; what needs more is computed in rounds that use it again.
@@ -142,7 +143,22 @@ def decode_workspace_size(
     # Heads are padded to whole tiles: fewer may take more.
     heads = [(h, group) for h in range(1, num_kv_heads + 1) for group in range(1, num_q_heads // h + 1)]
     whole, least = (max((size(rows, *each) for each in heads), default=0) for rows in (batch, min(batch, 1)))
-    return whole if split_size is None else min(whole, max(ROUND_BYTES, least))
+    if split_size is not None:
+        return min(whole, max(ROUND_BYTES, least))
+    if table is None and num_q_heads > configs.HEAD_TILE and configs.has_draft_kernel(layout, dtype, device):
+        rows = batch * num_q_heads
+        forms = (configs.config_of_form("warp_groups", layout, dtype, device, block_m) for block_m in configs.TILE_ROWS[:2])
+        most_rows = max(gpu.num_programs(device, config.programs_per_sm) * config.block_m for config in forms)
+        whole = max(whole, 4 * (layout.v_head_dim + 1) * max(min(most_rows, max_pages * rows), rows))
+    return whole
+
+
+def partials_of(out: torch.Tensor, tiles: Tiles, workspace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return memory for the partial results of a launch's tiles, and for their log-sum-exps."""
+    shape, v_head_dim = (tiles.num_splits, len(tiles.tokens), out.shape[1]), out.shape[2]
+    memory, rows = workspace.view(torch.float32), math.prod(shape)
+    partial = memory[: rows * v_head_dim].view(*shape, v_head_dim)
+    return partial, memory[rows * v_head_dim : rows * (v_head_dim + 1)].view(shape)
 
 
 def prefill_workspace_size(
