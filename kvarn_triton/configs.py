@@ -115,8 +115,6 @@ most bytes that it takes. Chunks of 512 tokens over 4,096 take 0.4 of the time w
 `chunks_h200.json`)."""
 ROUND_TOKENS = 512
 """Tokens of a sequence that such memory has to hold if it can't hold all: with fewer, states would be moved too often."""
-LEAST_TILES = 8
-"""Tiles of query heads from which on decode attention takes the kernel of `drafts` (`perf/results/drafts_h200.json`)."""
 TILE_ROWS = 16, 32, 64
 """Rows of a sequence and kv head up to which smaller tiles are taken. The first two are dequantized in registers."""
 

@@ -101,7 +101,7 @@ def test_public_names_are_documented():
 
 
 FLOORS = (
-    ("checks", "encoder", "header", "layout", "mla_layout", "step"),
+    ("checks", "compilation", "encoder", "header", "layout", "mla_layout", "step"),
     ("reference",),
     ("cache", "debugging", "gpu", "launch", "masking", "paging", "tables"),
     ("tile",),

@@ -170,16 +170,18 @@ def test_what_others_own_is_not_read(device):
 
 
 def test_a_call_takes_it_where_it_fits(device):
-    """17 to 32 rows, values of 2 bits, 128 channels and tokens, queries of 16 bits, and no `split_size`."""
+    """Up to 32 rows, of values of 4 bits 17 and more, 128 channels and tokens, queries of 16 bits, and no `split_size`."""
 
     def form(layout=LAYOUT, dtype=torch.float16, tokens=4, split_size=None):
         return configs.prefill_config(layout, dtype, device, tokens, 1, 4, split_size).form
 
-    assert [form(tokens=n) for n in (4, 5, 8)] == ["registers", "warp_groups", "warp_groups"]
+    fours = [PageLayout(128, 128, k_bits, 4) for k_bits in (2, 4)]
+    assert [form(tokens=n) for n in (1, 4, 5, 8)] == ["warp_groups"] * 4
+    assert [form(layout, tokens=n) for n in (4, 5, 8) for layout in fours] == ["registers"] * 2 + ["warp_groups"] * 4
     assert form(tokens=9) == configs.prefill_form(device, 36)
     assert form(dtype=torch.float32, tokens=8) == "folded" and form(split_size=2, tokens=8) != "warp_groups"
     assert form(PageLayout(128, 128, 2, 2), tokens=8) == "warp_groups"
-    others = (PageLayout(64, 128, 4, 2), PageLayout(128, 64, 4, 2), PageLayout(128, 128, 8, 2), PageLayout(128, 128, 4, 4))
+    others = (PageLayout(64, 128, 4, 2), PageLayout(128, 64, 4, 2), PageLayout(128, 128, 8, 2))
     assert all(form(layout, tokens=8) == "registers" for layout in others)
 
 

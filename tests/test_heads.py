@@ -21,7 +21,9 @@ from kvarn_triton import (
     reference,
     schedule_decode,
 )
+from kvarn_triton.attention import prefill_plan
 from kvarn_triton.attention.decode import launch_decode, plan_decode
+from kvarn_triton.attention.prefill_plan import fills, share_tiles
 from kvarn_triton.cache import Cache, Results
 from kvarn_triton.masking import Mask
 from kvarn_triton.testing import cache_case, relative_error
@@ -34,9 +36,12 @@ LENGTHS = [20 + 3 * 128 + 9, 20 + 128 + 1]
 @pytest.fixture(autouse=True)
 def few(device, monkeypatch):
     """Let few tiles suffice; skip where decode attention always takes its own kernel."""
-    monkeypatch.setattr(configs, "LEAST_TILES", 2 * HEADS)
     if not configs.has_draft_kernel(LAYOUT, torch.float16, device):
         pytest.skip("this GPU has no products of warp groups")
+    monkeypatch.setattr(prefill_plan, "LEAST_TILES", 2 * HEADS)
+    prefill_plan._config_of_heads.cache_clear()
+    yield
+    prefill_plan._config_of_heads.cache_clear()
 
 
 def taken(arguments: dict, q: torch.Tensor, split_size: int | None = None, table: DecodeTable | None = None, **seen) -> bool:
@@ -177,7 +182,7 @@ def test_which_calls(device):
     others = ({"window": 9}, {"soft_cap": 9.0}, {"split_size": 1}, {"table": DecodeTable("given", ())})
     assert not any(taken(case.kwargs, case.q, **other) for other in others)
     assert not taken(case.kwargs, case.q.float()) and not taken(case.kwargs, case.q[:, : 8 * HEADS])
-    for batch in (1, gpu.num_programs(device, 4) // HEADS + 1):
+    for batch in (1, 2 * gpu.num_programs(device, 4) // HEADS + 1):
         assert not taken(case.kwargs | repeated(case.kwargs, batch), case.q[:1].expand(batch, -1, -1))
     other = cache_case(PageLayout(64, 128, 4, 2), LENGTHS, group=16, num_kv_heads=HEADS, device=device)
     assert not taken(other.kwargs, other.q)
@@ -197,3 +202,12 @@ def test_graph(device):
         lens -= less
         graph.replay()
         assert_same_bits(out, decode_attention(case.q, **case.kwargs))
+
+
+def test_programs_of_tiles():
+    """As many as fit, more where many would stay empty, never more than there are pages; full enough, or it isn't taken."""
+    assert [share_tiles(tiles, 528, 256)[0] for tiles in (4, 64, 140, 256, 320, 528)] == [132, 8, 7, 2, 3, 1]
+    assert share_tiles(64, 528, 3)[0] == 3 and share_tiles(64, 528, 0)[0] == 1 and share_tiles(2000, 528, 256)[0] == 1
+    some = [tiles for tiles in range(1, 1200) if fills(tiles, 528, 256)]
+    assert some[0] == 1 and {528, 1056} <= set(some) and not {270, 400, 600, 1057} & set(some)
+    assert fills(400, 528, 1)

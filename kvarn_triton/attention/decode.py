@@ -217,12 +217,8 @@ def plan_decode(
 
 def _plan_tiles(q: torch.Tensor, cache: Cache, mask: Mask) -> Tiles | None:
     """Return tiles of query heads, with programs that share the pages of each, where `drafts` attends to them."""
-    config = config_of_heads(q, cache, mask)
-    if config is None:
-        return None
-    count = cache.batch * cache.num_kv_heads * -(-q.shape[1] // cache.num_kv_heads // config.block_m)
-    splits = max(min(gpu.num_programs(q.device, config.programs_per_sm) // count, cache.max_pages), 1)
-    return Tiles(cache, None, range(cache.batch), splits, 0, False, config, ALL_PAGES.value)
+    taken = config_of_heads(q, cache, mask)
+    return taken and Tiles(cache, None, range(cache.batch), taken[1], 0, False, taken[0], ALL_PAGES.value)
 
 
 def _plan_work(

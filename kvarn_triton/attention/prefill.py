@@ -37,7 +37,7 @@ from .drafts import attend_drafts
 from .merge import launch_merge_queries
 from .plain import launch_plain_tiles, tokens_of_round
 from .prefill_kernel import launch_prefill_tiles
-from .prefill_plan import attends_plainly, config_of_call
+from .prefill_plan import attends_plainly, config_of_call, share_tiles
 from .schedule import Tiles
 from .workspace import own_scratch, partials_of, tokens_per_round
 
@@ -265,6 +265,8 @@ def _plan_tiles(
         count = cache.batch * -(-rows // config.block_m) * num_kv_heads
         programs = gpu.num_programs(q.device, config.programs_per_sm)
         splits = max(min(programs // max(count, 1), cache.max_pages), 1)
+        if config.form == "warp_groups":
+            splits = share_tiles(count, programs, cache.max_pages)[0]
     most = MAX_PROGRAMS // max((-(-total_tokens * group // config.block_m) + cache.batch) * num_kv_heads, 1)
     require(splits <= most, "split_size", f"one that cuts pages into at most {most} runs", split_size)
     round_tokens = total_tokens

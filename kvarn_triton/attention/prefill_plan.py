@@ -15,6 +15,15 @@ from ..checks import require
 from ..layout import PageLayout, fields_per_byte
 from ..masking import Mask
 
+LEAST_TILES = 8
+"""Tiles of query heads from which on decode attention takes the kernel of `drafts` (`perf/results/heads_h200.json`)."""
+WAVES = 2
+"""Most programs of a launch of `drafts`, as a multiple of those that a GPU runs at once."""
+LEAST_FILL = 0.8
+"""Share of a GPU's time from which on that kernel is taken: it is about as much faster than others."""
+PROGRAM_START = 1 / 64
+"""What a program takes before and after its pages, as a share of what a tile takes: about two pages of 16K tokens."""
+
 
 @dataclass(frozen=True)
 class PrefillPlan:
@@ -99,17 +108,45 @@ def _takes_drafts(q: torch.Tensor, cache: Cache, mask: Mask) -> bool:
     return plain and same and configs.has_draft_kernel(cache.layout, q.dtype, q.device)
 
 
-def config_of_heads(q: torch.Tensor, cache: Cache, mask: Mask) -> configs.PrefillConfig | None:
-    """Return the launch parameters of `drafts` for one query token of each sequence, None where `decode_kernel` is faster.
+def share_tiles(tiles: int, programs: int, max_pages: int) -> tuple[int, float]:
+    """Return among how many programs `drafts` divides each tile, if a GPU runs `programs` at once, and how full that keeps it.
 
-    The query heads of a kv head are the rows of a tile, of which `decode_kernel` has 8. It can share out any number of tiles.
+    More than fit at once, up to WAVES times as many, where otherwise many would stay empty. The second is a share of 1.
+    """
+    most = max(min(WAVES * programs // max(tiles, 1), max_pages), 1)
+    rounds = {splits: -(-tiles * splits // programs) for splits in range(1, most + 1)}
+    splits = min(rounds, key=lambda splits: rounds[splits] * (1 / splits + PROGRAM_START))
+    return splits, tiles * splits / programs / max(rounds[splits], 1)
+
+
+def fills(tiles: int, programs: int, max_pages: int) -> bool:
+    """Return whether tiles are as many as `drafts` has memory for, and keeps a GPU busy with, if pages are enough for that."""
+    few = tiles * max_pages <= programs
+    return tiles <= WAVES * programs and (few or share_tiles(tiles, programs, max_pages)[1] >= LEAST_FILL)
+
+
+def config_of_heads(q: torch.Tensor, cache: Cache, mask: Mask) -> tuple[configs.PrefillConfig, int] | None:
+    """Return the launch parameters of `drafts` for one query token of each sequence, and how many programs share a tile.
+
+    The query heads of a kv head are the rows of a tile, of which `decode_kernel` has 8. None where that is faster: with few
+    tiles, and with numbers of them that leave programs idle.
     """
     group = q.shape[1] // max(cache.num_kv_heads, 1)
     if group <= configs.HEAD_TILE or not _takes_drafts(q, cache, mask):
         return None
-    config = configs.config_of_form("warp_groups", cache.layout, q.dtype, q.device, group)
-    tiles = cache.batch * cache.num_kv_heads * -(-group // config.block_m)
-    return config if configs.LEAST_TILES <= tiles <= gpu.num_programs(q.device, config.programs_per_sm) else None
+    return _config_of_heads(cache.layout, q.dtype, q.device, (group, cache.num_kv_heads, cache.batch), cache.max_pages)
+
+
+@functools.lru_cache(maxsize=1024)
+def _config_of_heads(
+    layout: PageLayout, dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int], max_pages: int
+) -> tuple[configs.PrefillConfig, int] | None:
+    group, num_kv_heads, batch = sizes
+    config = configs.config_of_form("warp_groups", layout, dtype, device, group)
+    tiles, programs = batch * num_kv_heads * -(-group // config.block_m), gpu.num_programs(device, config.programs_per_sm)
+    if tiles < LEAST_TILES or not fills(tiles, programs, max_pages):
+        return None
+    return config, share_tiles(tiles, programs, max_pages)[0]
 
 
 def sizes_of_heads(
@@ -123,7 +160,7 @@ def sizes_of_heads(
     if group <= configs.HEAD_TILE or not configs.has_draft_kernel(layout, dtype, device):
         return []
     block_m = configs.config_of_form("warp_groups", layout, dtype, device, group).block_m
-    batch = -(-configs.LEAST_TILES // (heads[1] * -(-group // block_m)))
+    batch = -(-LEAST_TILES // (heads[1] * -(-group // block_m)))
     return [(batch, columns, raw) for columns in (1, 4096) for raw in (False, True)]
 
 
@@ -152,6 +189,7 @@ def config_of_call(
     config = configs.prefill_config(layout, q.dtype, device, q.shape[0], cache.batch, group, split_size, scratch)
     if config.form == "warp_groups":
         tiles = cache.batch * -(-q.shape[0] // max(cache.batch, 1) * group // config.block_m) * cache.num_kv_heads
-        if not _takes_drafts(q, cache, mask) or tiles > gpu.num_programs(device, config.programs_per_sm):
+        programs = gpu.num_programs(device, config.programs_per_sm)
+        if not (_takes_drafts(q, cache, mask) and fills(tiles, programs, cache.max_pages)):
             config = configs.config_of_form("registers", layout, q.dtype, device, config.block_m)
     return config

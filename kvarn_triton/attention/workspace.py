@@ -13,7 +13,7 @@ from ..cache import Cache
 from ..layout import PageLayout
 from ..masking import Mask
 from ..paging import ALL_PAGES
-from .prefill_plan import attends_plainly
+from .prefill_plan import WAVES, attends_plainly
 from .schedule import Tiles
 
 ROUND_BYTES = 2**28
@@ -148,8 +148,8 @@ def decode_workspace_size(
     if table is None and num_q_heads > configs.HEAD_TILE and configs.has_draft_kernel(layout, dtype, device):
         rows = batch * num_q_heads
         forms = (configs.config_of_form("warp_groups", layout, dtype, device, block_m) for block_m in configs.TILE_ROWS[:2])
-        most_rows = max(gpu.num_programs(device, config.programs_per_sm) * config.block_m for config in forms)
-        whole = max(whole, 4 * (layout.v_head_dim + 1) * max(min(most_rows, max_pages * rows), rows))
+        most_rows = max(WAVES * gpu.num_programs(device, config.programs_per_sm) * config.block_m for config in forms)
+        whole = max(whole, 4 * (layout.v_head_dim + 1) * min(most_rows, max(max_pages, 1) * rows))
     return whole
 
 
@@ -213,7 +213,7 @@ def prefill_workspace_size(
     ]
     programs = [gpu.num_programs(device, config.programs_per_sm) * config.block_m for config in tiles]
     drafts = any(config.form == "warp_groups" for config in tiles)  # partial results, whatever there is
-    most = min(max(programs, default=0), max(max_pages, int(drafts)) * rows)
+    most = min(max(programs, default=0) * (WAVES if drafts else 1), max(max_pages, int(drafts)) * rows)
     return row_bytes * (max(most, rows) if drafts and config is not None else most)
 
 
