@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
 import triton
+from compile_calls import (
+    PLAIN,
+    attend_steps,
+    decode,
+    dequantize,
+    encode,
+    plans_and_reads,
+    prefill,
+    rows_of,
+    small_functions,
+    write,
+)
 from mla_cases import mla_cases, mla_encode_cases, mla_encode_other_cases
 
-import kvarn_triton as kvarn
-from kvarn_triton import DEFAULT, PageLayout, configs
+from kvarn_triton import DEFAULT, PageLayout
 
 MAIN = PageLayout(head_dim=128, page_size=128, k_bits=4, v_bits=2)
 OTHER_VALUES = PageLayout(head_dim=192, page_size=128, k_bits=4, v_bits=2, v_head_dim=128)
@@ -18,8 +28,6 @@ SHARING = PageLayout(head_dim=128, page_size=128, k_bits=6, v_bits=5)
 """Codes whose high bits distant rows share."""
 SHARING_TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 """Targets that compile it."""
-PLAIN = kvarn.Encoder(iterations=8, clip=False, fits=0, norm="balance")
-"""An encoder without the steps that take the compiler longest."""
 NARROW_TARGETS = ("sm86",)
 """Targets with 99 KB of shared memory, of which one compiles what needs most of it."""
 OLDEST = triton.__version__.startswith("3.6.")
@@ -31,148 +39,6 @@ WIDE_TARGETS = ("sm90", "gfx942") if OLDEST else ("sm90",)
 """Targets that compile other layouts than MAIN of scratch memory too."""
 
 Call = Callable[[], None]
-
-
-def decode(
-    layout: PageLayout,
-    *,
-    group: int = 8,
-    dtype: torch.dtype = torch.float16,
-    raw: bool = True,
-    scheduled: bool = False,
-    **options: float,
-) -> None:
-    """Call decode_attention for two kv heads, after its schedule or without."""
-    batch, heads = 2, 2
-    tables = {"block_table": torch.zeros(batch, 2, dtype=torch.int32), "seq_lens": torch.zeros(batch, dtype=torch.int32)}
-    if raw:
-        tables |= {
-            "raw_pages": torch.zeros(4, 2, heads, layout.page_size, layout.raw_head_dim, dtype=dtype),
-            "raw_table": torch.zeros(batch, 2, dtype=torch.int32),
-            "num_quantized": torch.zeros(batch, dtype=torch.int32),
-            "sink_len": layout.page_size,
-        }
-    q = torch.zeros(batch, heads * group, layout.head_dim, dtype=dtype)
-    pages = torch.zeros(layout.pages_shape(4, heads), dtype=torch.uint8)
-    if scheduled:
-        given = {name: x for name, x in tables.items() if name != "raw_pages"}
-        given |= {name: x for name, x in options.items() if name == "window"}
-        options["schedule"] = kvarn.schedule_decode(layout, num_q_heads=q.shape[1], num_kv_heads=heads, **given)
-    kvarn.decode_attention(q, pages, layout=layout, return_lse=True, **tables, **options)
-
-
-def prefill(
-    layout: PageLayout,
-    tokens: int,
-    *,
-    group: int = 4,
-    dtype: torch.dtype = torch.float16,
-    new: bool = True,
-    scratch: bool = False,
-    masks: tuple[str, ...] = (),
-    **options: object,
-) -> None:
-    """Call prefill_attention for two sequences and kv heads, split among programs or not."""
-    lens, table = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
-    raw_pages = torch.zeros(4, 2, 2, layout.page_size, layout.raw_head_dim, dtype=dtype)
-    tables = {"block_table": table, "seq_lens": lens, "raw_pages": raw_pages, "raw_table": table, "num_quantized": lens}
-    q, k = (torch.zeros(tokens, 2 * heads, layout.head_dim, dtype=dtype) for heads in (group, 1))
-    tables |= {"k": k, "v": torch.zeros(tokens, 2, layout.v_head_dim, dtype=dtype)} if new else {}
-    tables |= {"scratch": torch.zeros_like(raw_pages)} if scratch else {}
-    if tokens >= 2 * configs.SCRATCH_TOKENS and not scratch:  # else the call takes such memory by itself
-        options["config"] = configs.prefill_config(layout, dtype, q.device, tokens, 2, group, None)
-    kinds = {"tree_mask": torch.int64, "span_ends": torch.int32}
-    tables |= {name: torch.zeros(tokens, dtype=kinds[name]) for name in masks}
-    pages, ends = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(3, dtype=torch.int32)
-    kvarn.prefill_attention(q, pages, cu_seqlens_q=ends, layout=layout, return_lse=True, **tables, **options)
-
-
-def rows_of(layout: PageLayout, form: str, rows: int) -> configs.PrefillConfig:
-    """Return launch parameters for a few rows in one form of the loop over pages."""
-    return configs.config_of_form(form, layout, torch.float16, torch.device("cpu"), rows)
-
-
-def encode(
-    layout: PageLayout,
-    dtype: torch.dtype = torch.float16,
-    *,
-    encoder: kvarn.Encoder = PLAIN,
-    commit: kvarn.Encoder | None = PLAIN,
-) -> None:
-    """Call store_pages and commit_pages with their encoders; with keys and values of different head_dim append_tokens too."""
-    pages, ids = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(2, dtype=torch.int32)
-    k, v = (torch.zeros(2 * layout.page_size, 2, d, dtype=dtype) for d in (layout.head_dim, layout.v_head_dim))
-    kvarn.store_pages(k, v, pages, ids, layout, encoder=encoder)
-    raw_pages = torch.zeros(4, 2, 2, layout.page_size, layout.raw_head_dim, dtype=dtype)
-    if layout.head_dim != layout.v_head_dim:
-        kvarn.append_tokens(k[:5], v[:5], raw_pages, torch.zeros(5, dtype=torch.int32))
-    if commit is not None:
-        kvarn.commit_pages(raw_pages, pages, ids[:, None].repeat(1, 2), ids[:, None], ids, ids, layout, encoder=commit)
-
-
-def dequantize(layout: PageLayout, dtype: torch.dtype) -> None:
-    """Call dequantize_pages."""
-    kvarn.dequantize_pages(torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(2).int(), layout, dtype=dtype)
-
-
-def small_functions(layout: PageLayout) -> None:
-    """Call everything else."""
-    pages, ids = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8), torch.zeros(2, dtype=torch.int32)
-    tokens = torch.zeros(5, 2, layout.head_dim, dtype=torch.float16)
-    tile = torch.zeros(layout.page_size, layout.head_dim)
-    kvarn.hadamard(tokens)
-    kvarn.append_tokens(tokens, tokens, torch.zeros(4, 2, 2, layout.page_size, layout.head_dim).half(), torch.zeros(5).int())
-    kvarn.dequantize_pages(pages, ids, layout)
-    raw_pages = torch.zeros(4, 2, 2, layout.page_size, layout.head_dim).half()
-    kvarn.cut_back(raw_pages, pages, ids[:, None], ids[:, None], ids, ids, layout)
-    kvarn.merge_states(tokens, tokens[..., 0].float(), tokens, tokens[..., 0].float())
-    kvarn.variance_normalize(tile, per="channel")
-    codes, scale, zero = kvarn.quantize(tile, 3, per="channel")
-    kvarn.dequantize(codes, scale, zero, per="channel")
-    kvarn.unpack(kvarn.pack(codes, 3, per="token"), 3, layout.page_size, layout.head_dim, per="token")
-
-
-def step_of(layout: PageLayout, ends: torch.Tensor | None, **options: object) -> tuple:
-    """Plan a step of two sequences whose sinks may be in pages; return pages, raw pages and the plan."""
-    ints = {"dtype": torch.int32}
-    sizes = {} if ends is None else {"num_tokens": 5, "max_query_len": 3}
-    step = kvarn.plan_step(
-        layout, torch.zeros(2, **ints), ends, torch.zeros(2, 4, **ints), torch.zeros(2, 3, **ints), sink_len=layout.page_size,
-        sink_columns=True, **sizes, **options,
-    )  # fmt: skip
-    pages = torch.zeros(layout.pages_shape(4, 2), dtype=torch.uint8)
-    return pages, torch.zeros(4, 2, 2, layout.page_size, layout.raw_head_dim, dtype=torch.float16), step
-
-
-def plans_and_reads(layout: PageLayout) -> None:
-    """Call plan_step with and without its arguments, read_tokens and copy_raw_pages."""
-    ids = torch.zeros(2, dtype=torch.int32)
-    step_of(layout, None)
-    pages, raw_pages, step = step_of(layout, torch.zeros(3, dtype=torch.int32), rows=ids, prefix_lens=ids)
-    step_of(layout, None, early_pages=True, max_drafts=1)
-    kvarn.plan_step(layout, ids, None, None, ids[:, None], kv_indptr=torch.zeros(3).int(), kv_indices=ids)
-    k, v = (torch.zeros(2, 2, 9, d, dtype=torch.float16) for d in (layout.head_dim, layout.v_head_dim))
-    kvarn.read_tokens(pages, raw_pages, step, k, v)
-    kvarn.copy_raw_pages(raw_pages, ids, ids)
-
-
-def attend_steps(layout: PageLayout, dtype: torch.dtype = torch.float16) -> None:
-    """Call attend for decodes and for a chunk with and without scratch memory, where a sink may be in pages."""
-    pages, raw_pages, step = step_of(layout, None)
-    q, k = (torch.zeros(5, heads, layout.head_dim, dtype=dtype) for heads in (16, 2))
-    kvarn.attend(q[:2], pages, raw_pages, step)
-    pages, raw_pages, step = step_of(layout, torch.zeros(3, dtype=torch.int32))
-    v = torch.zeros(5, 2, layout.v_head_dim, dtype=dtype)
-    for scratch in (None, torch.zeros(8, *raw_pages.shape[1:], dtype=torch.float16)):
-        kvarn.attend(q, pages, raw_pages, step, k=k, v=v, scratch=scratch)
-
-
-def write(layout: PageLayout, dtype: torch.dtype = torch.float16, *, encoder: kvarn.Encoder = PLAIN) -> None:
-    """Call write_tokens."""
-    pages, raw_pages, step = step_of(layout, torch.zeros(3, dtype=torch.int32))
-    k, v = (torch.zeros(5, 2, d, dtype=dtype) for d in (layout.head_dim, layout.v_head_dim))
-    for at_once in (True, False):
-        kvarn.write_tokens(k, v, pages, raw_pages, dataclasses.replace(step, at_once=at_once), encoder=encoder)
 
 
 def main_cases(target: str) -> dict[str, Call]:
@@ -215,18 +81,20 @@ def decode_other_cases(target: str) -> dict[str, Call]:
 
 def prefill_cases(target: str) -> dict[str, Call]:
     """Return calls of prefill_attention."""
+    usual = rows_of(MAIN, "registers", 16) if target == "sm90" else None
     cases: dict[str, Call] = {
         "prefill few": lambda: prefill(MAIN, 8, new=False, split_size=1),
-        "prefill 16 rows": lambda: prefill(MAIN, 8, new=False),
+        "prefill 16 rows": lambda: prefill(MAIN, 8, new=False, config=usual),
         "prefill 32 rows": lambda: prefill(MAIN, 16, new=False, config=rows_of(MAIN, "registers", 32)),
         "prefill many": lambda: prefill(MAIN, 512),
     }
     if target == "sm90":
         fours, mixed = PageLayout(128, 128, 4, 4), PageLayout(128, 128, 2, 4)
         cases |= {
-            "drafts 16 rows": lambda: prefill(MAIN, 8, new=False, config=rows_of(MAIN, "warp_groups", 16)),
+            "drafts 16 rows": lambda: prefill(MAIN, 8, new=False),
             "drafts 32 rows": lambda: prefill(MAIN, 16),
-            "drafts 32 rows, 4 bits": lambda: prefill(fours, 16, config=rows_of(fours, "warp_groups", 32)),
+            "drafts 32 rows, 4 bits": lambda: prefill(fours, 16),
+            "12 query heads": lambda: decode(MAIN, group=12, batch=4),
             "drafts 16 rows, bfloat16": lambda: prefill(
                 mixed, 8, dtype=torch.bfloat16, config=rows_of(mixed, "warp_groups", 16)
             ),

@@ -210,4 +210,4 @@ def test_programs_of_tiles():
     assert share_tiles(64, 528, 3)[0] == 3 and share_tiles(64, 528, 0)[0] == 1 and share_tiles(2000, 528, 256)[0] == 1
     some = [tiles for tiles in range(1, 1200) if fills(tiles, 528, 256)]
     assert some[0] == 1 and {528, 1056} <= set(some) and not {270, 400, 600, 1057} & set(some)
-    assert fills(400, 528, 1)
+    assert fills(400, 528, 1)  # nothing to share

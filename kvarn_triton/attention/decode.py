@@ -1,7 +1,7 @@
 """Paged split-K decode attention over sink, quantized and tail pages in one call.
 
 The first kernel attends to pieces of the work (`decode_kernel`), the second merges the partial results and undoes the rotation
-(`merge`). Both follow one plan (`schedule`).
+(`merge`). Both follow one plan (`schedule`). More than 8 query heads of a kv head are, on some GPUs, rows of tiles (`drafts`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def decode_attention(
 
     Args:
         q: float16, bfloat16 or float32 [batch, num_q_heads, head_dim], after the position encoding, not rotated. Query head i
-            reads kv head i // group; group = num_q_heads / num_kv_heads may be any integer. Pages are read once for 8 of them.
+            reads kv head i // group; group = num_q_heads / num_kv_heads may be any integer. Pages are read once for 8 of them;
+            for 16 or 32 where `attention.drafts` attends to them.
         pages: uint8 [num_pages, num_kv_heads, page_bytes].
         block_table: int32 [batch, max_pages]; column j is the page id of body page j. None with `kv_indptr` and `kv_indices`.
         seq_lens: int32 [batch], tokens to attend to. 0 is legal.
@@ -84,7 +85,8 @@ def decode_attention(
         workspace: uint8 [at least decode_workspace_size(...)], contiguous; allocated if not given.
         table: launch parameters by layout (`load_table`); by default the package's own for the device.
         keep_sink: with a window, whether the first `sink_len` tokens stay visible beside it (StreamingLLM, arXiv 2309.17453).
-        schedule: what `schedule_decode` made of the same tables, lengths and options; the result is the same, and comes sooner.
+        schedule: what `schedule_decode` made of the same tables, lengths and options; the result is the same, and comes sooner,
+            but where `attention.drafts` attends, which needs none.
 
     Returns:
         `out` [batch, num_q_heads, v_head_dim], or `out` and `lse` float32 [batch, num_q_heads] (natural logarithm, of capped

@@ -16,11 +16,12 @@ from ..layout import PageLayout, fields_per_byte
 from ..masking import Mask
 
 LEAST_TILES = 8
-"""Tiles of query heads from which on decode attention takes the kernel of `drafts` (`perf/results/heads_h200.json`)."""
+"""Tiles of query heads from which on decode attention takes the kernel of `drafts`; 4 take 5 % longer at 1 x 32K
+(`perf/results/heads_h200.json`)."""
 WAVES = 2
 """Most programs of a launch of `drafts`, as a multiple of those that a GPU runs at once."""
 LEAST_FILL = 0.8
-"""Share of a GPU's time from which on that kernel is taken: it is about as much faster than others."""
+"""Share of a GPU's time from which on prefill attention takes that kernel: it is about as much faster than the usual one."""
 PROGRAM_START = 1 / 64
 """What a program takes before and after its pages, as a share of what a tile takes: about two pages of 16K tokens."""
 
@@ -128,8 +129,8 @@ def fills(tiles: int, programs: int, max_pages: int) -> bool:
 def config_of_heads(q: torch.Tensor, cache: Cache, mask: Mask) -> tuple[configs.PrefillConfig, int] | None:
     """Return the launch parameters of `drafts` for one query token of each sequence, and how many programs share a tile.
 
-    The query heads of a kv head are the rows of a tile, of which `decode_kernel` has 8. None where that is faster: with few
-    tiles, and with numbers of them that leave programs idle.
+    The query heads of a kv head are the rows of a tile, of which `decode_kernel` has 8. None where that is faster, with few
+    tiles, and for more of them than there is memory for.
     """
     group = q.shape[1] // max(cache.num_kv_heads, 1)
     if group <= configs.HEAD_TILE or not _takes_drafts(q, cache, mask):
@@ -144,9 +145,7 @@ def _config_of_heads(
     group, num_kv_heads, batch = sizes
     config = configs.config_of_form("warp_groups", layout, dtype, device, group)
     tiles, programs = batch * num_kv_heads * -(-group // config.block_m), gpu.num_programs(device, config.programs_per_sm)
-    if tiles < LEAST_TILES or not fills(tiles, programs, max_pages):
-        return None
-    return config, share_tiles(tiles, programs, max_pages)[0]
+    return (config, share_tiles(tiles, programs, max_pages)[0]) if LEAST_TILES <= tiles <= WAVES * programs else None
 
 
 def sizes_of_heads(
