@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from ..tile.gluon import copy_tile
 from . import records
 
-copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.6
 SEGMENTS = gl.constexpr(records.SEGMENTS.value)
 HEADER = gl.constexpr(records.HEADER.value)
 ROOM = gl.constexpr(records.ROOM.value)

@@ -23,11 +23,12 @@ from ..configs import padded
 from ..launch import Rows, as_rows, on
 from ..layout import PageLayout
 from ..masking import Mask
+from ..tile.gluon import barrier, reinterpret
 from .hopper import barriers
 from .hopper_numbers import LINE, products_layout
 from .hopper_pages import attend_pages, copy_first
-from .hopper_planes import find_tile, reinterpret, store_queries
-from .hopper_tokens import UNIT, attend_tokens, barrier, num_blocks
+from .hopper_planes import find_tile, store_queries
+from .hopper_tokens import UNIT, attend_tokens, num_blocks
 from .hopper_weights import in_threads
 from .prefill_plan import PrefillPlan
 from .registers import headroom

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from ..tile.codes import codes_of_words_ptx
-from .hopper_planes import reinterpret
+from ..tile.gluon import reinterpret, split_pairs
 from .registers import headroom
 
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -26,7 +26,6 @@ _ITEMS = gl.constexpr(
 """Lines of parameters and norms, as 32-bit words: a thread has one of the key parameters, of the value parameters, of the
 norms, and of what follows them."""
 _NUMBER = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-_SPLIT = gl.constexpr("prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;")
 
 
 @gluon.constexpr_function
@@ -67,12 +66,6 @@ def _numbers_ptx(field, upper, bits):
 
 
 @gluon.jit
-def _split(words):
-    """Return the lower and the upper halves of 32-bit words, float16."""
-    return gl.inline_asm_elementwise(_SPLIT, "=&r,=&r,r,r", [words], (gl.float16, gl.float16), is_pure=True, pack=2)
-
-
-@gluon.jit
 def load_items(memory, FIRST: gl.constexpr):
     """Load what follows the codes of a page, from line FIRST on: parameters of keys, of values, and norms, int32 [4, 32]."""
     LINES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
@@ -99,7 +92,7 @@ def store_params(pairs, memory, FIELDS: gl.constexpr, BITS: gl.constexpr):
     They are of codes where these lie in their words, and times `registers.headroom`.
     """
     LAYOUT: gl.constexpr = pairs.type.layout
-    scale, zero = _split(pairs)
+    scale, zero = split_pairs(pairs)
     item = gl.arange(0, 4, gl.SliceLayout(1, LAYOUT))[:, None] * 32 + gl.arange(0, 32, gl.SliceLayout(0, LAYOUT))[None, :]
     exponent = 127 + 24 - item // (128 // FIELDS) * BITS
     factor = (exponent << 23).to(gl.float32, bitcast=True) * headroom(BITS)
@@ -113,7 +106,7 @@ def store_params(pairs, memory, FIELDS: gl.constexpr, BITS: gl.constexpr):
 @gluon.jit
 def store_norms(norms, factor, memory):
     """Put the norms of keys, then of values, times a factor, into shared memory."""
-    low, high = _split(norms)
+    low, high = split_pairs(norms)
     memory.store(gl.reshape(gl.join(low, high).to(gl.float32) * factor, (256,)))
 
 

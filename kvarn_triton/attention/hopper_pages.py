@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
-from .hopper_copy import copy_tile
+from ..tile.gluon import barrier, copy_tile
 from .hopper_numbers import (
     load_gain,
     load_items,
@@ -20,7 +20,6 @@ from .hopper_numbers import (
     store_norms,
     store_params,
 )
-from .hopper_tokens import barrier
 from .hopper_weights import weigh_page
 from .registers import headroom
 

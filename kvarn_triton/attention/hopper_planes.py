@@ -5,10 +5,9 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ..tile.gluon import reinterpret
 from . import query
 
-_MEMORY = gl.shared_memory_descriptor
-reinterpret = getattr(_MEMORY, "reinterpret", None) or _MEMORY._reinterpret  # the name until Triton 3.6
 CHANNELS = gl.constexpr(128)
 """Of keys and of values: one block of the rotation."""
 SEQUENCES = gl.constexpr(128)

@@ -10,8 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from ..tile.gluon import barrier, reinterpret
 from .hopper_numbers import products_layout
-from .hopper_planes import CHANNELS, reinterpret, rotate, rows_layout
+from .hopper_planes import CHANNELS, rotate, rows_layout
 from .hopper_weights import weigh_tokens
 
 BLOCK = gl.constexpr(64)
@@ -19,7 +20,6 @@ BLOCK = gl.constexpr(64)
 UNIT = gl.constexpr(2)
 """Pages that take as long as such a unit."""
 _TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the name until Triton 3.6
 
 
 @gluon.jit

@@ -5,14 +5,10 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..mla_layout import LATENT_DIM, ROPE_DIM, MLALayout
-from .latents import SPLIT_PTX
 
-copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.6
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # likewise
 STEP = gl.constexpr(64)
 """Tokens of a block, which are on one page; pairs of bytes of a slab, and rows of a product of a warp group."""
 LATENTS = gl.constexpr(LATENT_DIM)
@@ -90,11 +86,3 @@ def store_sizes(vectors, slot, norm, gain, weighed):
     sizes.index(slot).store(norm * gain)
     norms.index(slot).store(weighed)
     exponents.index(slot).store(gl.zeros_like(norm) + exponent)
-
-
-@gluon.jit
-def split_pairs(words):
-    """Return the lower and the upper halves of words int32, float16."""
-    return gl.inline_asm_elementwise(
-        SPLIT_PTX, "=&r,=&r,r,r", [words], (gl.float16, gl.float16), is_pure=True, pack=2
-    )  # fmt: skip

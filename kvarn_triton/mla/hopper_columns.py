@@ -13,7 +13,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ..attention.hopper import barriers
-from .hopper_blocks import ROPE, STEP, barrier
+from ..tile.gluon import barrier
+from .hopper_blocks import ROPE, STEP
 from .hopper_copy import copy_blocks, copy_sizes
 from .hopper_queries import TILES, prepare, weigh
 from .hopper_rows import score, sums

@@ -10,7 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .hopper_blocks import STEP, copy_tile, load_id, part_of, store_sizes
+from ..tile.gluon import copy_tile
+from .hopper_blocks import STEP, load_id, part_of, store_sizes
 
 
 @gluon.jit

@@ -10,7 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .hopper_blocks import LATENTS, NUMBERS, ROPE, STEP, copy_tile, find_raw, load_id, part_of, split_pairs, store_sizes
+from ..tile.gluon import copy_tile, split_pairs
+from .hopper_blocks import LATENTS, NUMBERS, ROPE, STEP, find_raw, load_id, part_of, store_sizes
 from .latents import field_ptx
 
 PAIRS = gl.constexpr(LATENTS.value // 4)

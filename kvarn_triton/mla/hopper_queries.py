@@ -10,7 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .hopper_blocks import LATENTS, NUMBERS, ROPE, STEP, barrier, find_raw, split_pairs, store_sizes
+from ..tile.gluon import barrier, split_pairs
+from .hopper_blocks import LATENTS, NUMBERS, ROPE, STEP, find_raw, store_sizes
 
 TILES = gl.constexpr(8)
 

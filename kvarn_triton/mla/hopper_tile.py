@@ -12,8 +12,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ..attention.hopper import barriers
+from ..tile.gluon import barrier
 from .hopper_attend import attend_first, attend_second
-from .hopper_blocks import ROPE, STEP, barrier
+from .hopper_blocks import ROPE, STEP
 from .hopper_fill import PAIRS, copy_params, fill
 
 

@@ -6,11 +6,9 @@ import triton
 import triton.language as tl
 
 from ..mla_layout import LATENT_DIM
-from ..tile.arithmetic import split_halves
+from ..tile.arithmetic import SPLIT_PTX, split_halves
 
 LATENTS = tl.constexpr(LATENT_DIM)
-SPLIT_PTX = tl.constexpr("prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;")
-"""PTX for two words: their lower and their upper halves, as two words."""
 
 
 @triton.constexpr_function

@@ -18,6 +18,8 @@ STD_MIN = tl.constexpr(codec.STD_MIN)
 STD_MAX = tl.constexpr(codec.STD_MAX)
 SCALE_MIN = tl.constexpr(codec.SCALE_MIN)
 SCALE_MAX = tl.constexpr(codec.SCALE_MAX)
+SPLIT_PTX = tl.constexpr("prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;")
+"""PTX for two words: their lower and their upper halves, as two words."""
 IMBALANCE_EPS = tl.constexpr(codec.IMBALANCE_EPS)
 RANGE_EPS = tl.constexpr(codec.RANGE_EPS)
 TILE_SCALE_MAX = tl.constexpr(codec.TILE_SCALE_MAX)
