@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from helpers import ON_GPU, assert_same_bits, draw
@@ -176,6 +178,17 @@ def test_byte_offsets_above_2_to_31(device):
         kvarn.mla_dequantize_pages(pages, ids, layout), kvarn.mla_dequantize_pages(small, ids * 0, layout), strict=True
     ):
         assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize(
+    "name", ["append_tokens", "attend", "commit_pages", "decode_attention", "dequantize_pages", "store_pages", "write_tokens"]
+)
+def test_parameters_of_operators(name):
+    """Functions of operators have the parameters of the functions of their names, less memory of results and encoders."""
+    from kvarn_triton.mla import operators
+
+    own, function = (inspect.signature(getattr(module, f"mla_{name}")).parameters for module in (operators, kvarn))
+    assert list(own.values()) == [p for p in function.values() if p.name not in ("out", "encoder")]
 
 
 def test_operators(device):
