@@ -1,19 +1,37 @@
-"""Valid arguments of every function that takes tensors, and ways to spoil each, with the messages that name them."""
+"""Valid arguments of every function that takes tensors, and ways to spoil each, with the messages that name them.
+
+Functions of a step have theirs in `step_errors.py`; latent attention is apart, in `mla_errors.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from error_helpers import (
+    AMONG,
+    BITS,
+    BLOCK_TABLE,
+    CODES,
+    GAPPED,
+    LAYOUT,
+    MASKS,
+    NOT_A_TENSOR,
+    PAGES,
+    PER,
+    RAW,
+    RAW_TABLE,
+    SCALE,
+    TILES,
+    TOKENS,
+    gapped,
+    set_to,
+    to,
+)
+from step_errors import WRONG_STEPS, arguments_of_steps
 
-from kvarn_triton import PageLayout, PrefillConfig, plan_step
+from kvarn_triton import PrefillConfig
 from kvarn_triton.testing import cache_case
-
-LAYOUT = PageLayout(64, 64, 4, 2)
-
-
-AMONG = {"tree_mask": torch.int64, "span_ends": torch.int32}
-"""What new tokens see of each other."""
 
 
 def valid_arguments(device: torch.device) -> dict[str, dict]:
@@ -88,128 +106,6 @@ def valid_arguments(device: torch.device) -> dict[str, dict]:
     }
 
 
-def arguments_of_steps(device: torch.device) -> dict[str, dict]:
-    """Return valid keyword arguments of the functions of a step, which has 5 tokens of one sequence and 4 of another."""
-    case = cache_case(LAYOUT, [150, 70], group=3, sink_len=16, device=device)
-    plan = {
-        "layout": LAYOUT,
-        "seq_lens": case.seq_lens,
-        "cu_seqlens_q": torch.tensor([0, 5, 9], dtype=torch.int32, device=device),
-        "block_table": case.block_table,
-        "raw_table": case.raw_table,
-        "num_tokens": 9,
-        "sink_len": 16,
-        "prefix_lens": torch.zeros(2, dtype=torch.int32, device=device),
-    }
-    q = torch.randn(9, 6, 64, device=device).half()
-    new = {name: torch.randn(9, 2, 64, device=device).half() for name in ("k", "v")}
-    pools = {"pages": case.pages, "raw_pages": case.raw_pages, "step": plan_step(**plan)}
-    scratch = torch.zeros(case.block_table.numel(), 2, 2, 64, 64, device=device).half()
-    attention = {"window": 100, "soft_cap": 30.0, "sinks": torch.zeros(6, device=device), "scratch": scratch}
-    attention |= {name: torch.zeros(9, dtype=kind, device=device) for name, kind in AMONG.items()}
-    ids = torch.tensor([0, 1], dtype=torch.int32, device=device)
-    read = {name: torch.randn(2, 2, 200, 64, device=device) for name in ("k", "v")}
-    return {
-        "plan_step": plan,
-        "write_tokens": {**new, **pools},
-        "attend": {"q": q, **new, **pools, **attention, "out": torch.zeros_like(q)},
-        "read_tokens": {**read, **pools, "starts": ids},
-        "cut_tokens": {**pools, "new_lens": case.seq_lens - 30},
-        "copy_raw_pages": {"raw_pages": case.raw_pages, "sources": ids, "targets": ids + 2},
-    }
-
-
-def to(dtype: torch.dtype) -> Callable:
-    """Return a change of dtype."""
-    return lambda x: x.to(dtype)
-
-
-def gapped(x: torch.Tensor) -> torch.Tensor:
-    """Return the values of a tensor in every other element of memory."""
-    return torch.stack((x, x), dim=-1)[..., 0]
-
-
-def unaligned(pages: torch.Tensor) -> torch.Tensor:
-    """Return pages that start 8 bytes past a multiple of 16."""
-    memory = torch.zeros(pages.numel() + 8, dtype=torch.uint8, device=pages.device)
-    return memory[8:].view(pages.shape)
-
-
-def set_to(value: object) -> Callable:
-    """Return a replacement by a value."""
-    return lambda _: value
-
-
-PAGE_BYTES = LAYOUT.page_bytes
-NOT_A_TENSOR = (set_to([1, 2]), "expected a tensor, got list")
-GAPPED = (gapped, "expected the last dimension contiguous, got strides")
-PAGES = [
-    ("pages", *NOT_A_TENSOR),
-    ("pages", to(torch.int8), "expected dtype uint8, got int8"),
-    ("pages", lambda x: x[..., :-16], rf"expected shape \[\*, \*, {PAGE_BYTES}\], got \[\d+, 2, {PAGE_BYTES - 16}\]"),
-    ("pages", lambda x: x[0], r"expected shape \[\*, \*, "),
-    ("pages", gapped, "expected the last dimension contiguous"),
-    ("pages", unaligned, "expected address and outer strides in multiples of 16 bytes"),
-]
-TILES = [
-    ("tiles", *NOT_A_TENSOR),
-    ("tiles", to(torch.float64), "expected dtype float16 or bfloat16 or float32, got float64"),
-    ("tiles", lambda x: x[0, 0], r"expected shape \[..., page_size, head_dim\], got \[64\]"),
-    ("tiles", lambda x: x[:, :32].contiguous(), r"tiles.shape\[-2\]: expected one of 64, 128, got 32"),
-    ("tiles", lambda x: x[..., :48].contiguous(), r"tiles.shape\[-1\]: expected one of 64, .*, got 48"),
-    ("tiles", lambda x: x.transpose(1, 2), "expected the last 3 dimensions contiguous, got strides"),
-]
-CODES = [
-    ("codes", to(torch.int32), "expected dtype uint8, got int32"),
-    ("codes", lambda x: x[:, :63].contiguous(), r"codes.shape\[-2\]: expected one of 64, 128, got 63"),
-    ("codes", gapped, "expected the last 3 dimensions contiguous"),
-]
-BITS = [("bits", set_to(bits), f"bits: expected one of 2, 3, 4, 5, 6, 8, got {bits}") for bits in (1, 7, 16)]
-PER = [("per", set_to("row"), "per: expected one of channel, token, got 'row'")]
-TOKENS = [
-    ("k", to(torch.int32), "expected dtype float16 or bfloat16 or float32, got int32"),
-    ("k", lambda x: x[:, :1], r"expected shape \[\*, 2, 64\], got \[128, 1, 64\]"),
-    ("k", lambda x: x[..., :32], r"expected shape \[\*, 2, 64\]"),
-    ("k", *GAPPED),
-    ("v", to(torch.float32), "expected dtype float16, got float32"),
-    ("v", lambda x: x[:-1], r"expected shape \[128, 2, 64\], got \[127, 2, 64\]"),
-    ("v", *GAPPED),
-]
-RAW = [
-    ("raw_pages", to(torch.float64), "expected dtype float16 or bfloat16 or float32, got float64"),
-    ("raw_pages", lambda x: x[:, :1], r"expected shape \[\*, 2, .*, got \["),
-    ("raw_pages", *GAPPED),
-]
-RAW_TABLE = [
-    ("raw_table", to(torch.int64), "expected dtype int32, got int64"),
-    ("raw_table", lambda x: x[:1], r"expected shape \[2, \*\], got \[1, 3\]"),
-    ("raw_table", lambda x: x[:, :1], "expected at least 2 columns .sink pages and one tail slot., got 1"),
-    ("sink_len", set_to(-1), "sink_len: expected an integer of at least 0, got -1"),
-    ("sink_len", set_to(16.0), "sink_len: expected an integer of at least 0, got 16.0"),
-]
-BLOCK_TABLE = [
-    ("block_table", to(torch.int64), "expected dtype int32, got int64"),
-    ("block_table", lambda x: x[0], r"expected shape \[.*\], got \[\d+\]"),
-    ("num_quantized", to(torch.int64), "expected dtype int32, got int64"),
-    ("num_quantized", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
-    ("block_table", set_to(None), "expected a tensor, or kv_indptr and kv_indices, got None"),
-    ("kv_indptr", set_to(torch.zeros(3, dtype=torch.int32)), "expected None beside block_table, got 'Tensor'"),
-    ("kv_indices", set_to([1, 2]), "expected None beside block_table, got 'list'"),
-]
-SCALE = [
-    ("sm_scale", set_to(value), "sm_scale: expected None or a finite number .up to 1e30., got ")
-    for value in (torch.tensor(0.125), float("nan"), float("inf"), "0.125", True)
-]
-MASKS = [
-    ("tree_mask", *NOT_A_TENSOR),
-    ("tree_mask", to(torch.int32), "expected dtype int64, got int32"),
-    ("tree_mask", lambda x: x[:8], r"expected shape \[9\], got \[8\]"),
-    ("tree_mask", *GAPPED),
-    ("span_ends", to(torch.int64), "expected dtype int32, got int64"),
-    ("span_ends", lambda x: x[None], r"expected shape \[9\], got \[1, 9\]"),
-    ("span_ends", *GAPPED),
-]
-STEP = [("step", set_to(value), "step: expected a Step, got ") for value in (None, 3)]
 WRONG: dict[str, list[tuple[str, Callable, str]]] = {
     "hadamard": [
         ("x", *NOT_A_TENSOR),
@@ -392,85 +288,5 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("lse_b", lambda x: x[:1], r"expected shape \[2, 6\], got \[1, 6\]"),
         ("lse_b", set_to(None), "expected a tensor beside out_b, and None without it, got None"),
     ],
-    "plan_step": [
-        *RAW_TABLE,
-        *BLOCK_TABLE[:2],
-        *BLOCK_TABLE[4:],
-        ("seq_lens", *NOT_A_TENSOR),
-        ("seq_lens", to(torch.int64), "expected dtype int32, got int64"),
-        ("cu_seqlens_q", lambda x: x[:2], r"expected shape \[3\], got \[2\]"),
-        ("num_tokens", set_to(None), "num_tokens: expected an integer of at least 0, got None"),
-        ("num_tokens", set_to(9.0), "num_tokens: expected an integer of at least 0, got 9.0"),
-        ("max_query_len", set_to(-1), "max_query_len: expected an integer of at least 0, got -1"),
-        ("rows", set_to(torch.zeros(2)), "expected dtype int32, got float32"),
-        ("rows", set_to(torch.zeros(1, dtype=torch.int32)), r"expected shape \[2\], got \[1\]"),
-        ("prefix_lens", to(torch.int64), "expected dtype int32, got int64"),
-        ("prefix_lens", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
-        ("sink_columns", set_to(1), "sink_columns: expected a bool, got 1"),
-        ("sink_columns", set_to(True), "sink_columns: expected False where sink_len is no multiple of 64, got True"),
-        ("pages_per_block", set_to(0), "pages_per_block: expected an integer of at least 1, got 0"),
-        ("max_drafts", set_to(-1), "max_drafts: expected an integer of at least 0, got -1"),
-        (
-            "max_drafts",
-            set_to(100),
-            "expected a number for which the 2 tail slots of raw_table suffice .5 are needed., got 100",
-        ),
-        ("early_pages", set_to(1), "early_pages: expected a bool, got 1"),
-        ("out", set_to(3), "out: expected a Step, got 'int'"),
-    ],
-    "write_tokens": [
-        *PAGES,
-        *STEP,
-        ("raw_pages", lambda x: x[:, :1], r"expected shape \[\*, 2, 2, 64, 64\], got "),
-        ("raw_pages", *GAPPED),
-        ("k", to(torch.int32), "expected dtype float16 or bfloat16 or float32, got int32"),
-        ("k", lambda x: x[:8], r"expected shape \[9, 2, 64\], got \[8, 2, 64\]"),
-        ("k", lambda x: x[None].expand(2, -1, -1, -1), "k: expected 9 tokens in all, got '2 sequences'"),
-        ("k", lambda x: x[None], r"expected shape \[1, 2, 9, 64\], got \[1, 9, 2, 64\]"),
-        ("k", *GAPPED),
-        ("v", to(torch.float32), "expected dtype float16, got float32"),
-        ("v", *GAPPED),
-    ],
-    "attend": [
-        *PAGES,
-        *STEP,
-        *SCALE,
-        ("q", lambda x: x[:8], r"expected shape \[9, \*, 64\], got \[8, 6, 64\]"),
-        ("q", *NOT_A_TENSOR),
-        ("q", lambda x: x[:, :5], "expected a multiple of the 2 kv heads of pages as query heads, got 5"),
-        ("v", set_to(None), "expected a tensor beside k, and None without it, got None"),
-        ("k", lambda x: x[:8], r"expected shape \[9, 2, 64\], got \[8, 2, 64\]"),
-        ("out", lambda x: x[:1], r"expected shape \[9, 6, 64\], got \[1, 6, 64\]"),
-        ("window", set_to(0), "window: expected None or an integer from 1 to 2147483647, got 0"),
-        ("split_size", set_to(0), "split_size: expected an integer of at least 1, got 0"),
-        ("workspace", set_to(torch.zeros(8)), "expected dtype uint8, got float32"),
-        ("scratch", lambda x: x[1:], r"expected a slot for each of the (\d+) entries of block_table, got \d+"),
-        *MASKS,
-        ("past_only", set_to(True), "past_only: expected False beside k, got True"),
-    ],
-    "read_tokens": [
-        *PAGES,
-        *STEP,
-        ("k", to(torch.int32), "expected dtype float16 or bfloat16 or float32, got int32"),
-        ("k", lambda x: x[:1], r"expected shape \[2, 2, \*, 64\], got \[1, 2, 200, 64\]"),
-        ("v", lambda x: x[:, :, :199], r"expected shape \[2, 2, 200, 64\], got \[2, 2, 199, 64\]"),
-        ("v", to(torch.float16), "expected dtype float32, got float16"),
-        ("v", *GAPPED),
-        ("starts", to(torch.int64), "expected dtype int32, got int64"),
-        ("starts", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
-    ],
-    "cut_tokens": [
-        *PAGES,
-        *STEP,
-        ("raw_pages", *GAPPED),
-        ("new_lens", to(torch.int64), "expected dtype int32, got int64"),
-        ("new_lens", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
-    ],
-    "copy_raw_pages": [
-        *RAW[:1],
-        *RAW[2:],
-        ("sources", to(torch.int64), "expected dtype int32, got int64"),
-        ("targets", lambda x: x[:1], r"expected shape \[2\], got \[1\]"),
-        ("targets", to(torch.int64), "expected dtype int32, got int64"),
-    ],
+    **WRONG_STEPS,
 }

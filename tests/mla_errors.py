@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from error_cases import GAPPED, NOT_A_TENSOR, STEP, gapped, set_to, to, unaligned
+from error_helpers import GAPPED, NOT_A_TENSOR, STEP, gapped, set_to, to, unaligned
 
 from kvarn_triton import MLALayout, PageLayout, plan_step
 from kvarn_triton.testing.latents import latent_case

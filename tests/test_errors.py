@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy
 import pytest
 import torch
-from error_cases import WRONG, gapped, set_to, to, valid_arguments
+from error_cases import WRONG, valid_arguments
+from error_helpers import gapped, set_to, to
 from helpers import ON_GPU, bits_of
 from mla_errors import WRONG_MLA, valid_mla_arguments
 
