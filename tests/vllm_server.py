@@ -1,4 +1,4 @@
-"""A small server that hands over steps as vLLM's model runners do: what `test_vllm.py` drives the plug-in's planner with.
+"""A small server that hands over steps as vLLM's model runners do: what `test_vllm_steps.py` drives the plug-in's planner with.
 
 Requests have prompts from few documents, so that some hit the prefix cache, in the same step too. They are preempted, take
 drafts back, end, and give rows and blocks away in the step in which they end. Attention is compared with the formula.
