@@ -9,7 +9,7 @@ import torch
 
 from kvarn_triton import DEFAULT, Encoder, decode_attention, prefill_attention, reference
 from kvarn_triton.layout import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES, PageLayout
-from kvarn_triton.testing import CacheCase, attention_in, relative_error
+from kvarn_triton.testing import CacheCase, attention_in, cache_case, relative_error
 
 ON_GPU = torch.cuda.is_available()
 SLOW = pytest.mark.slow("the interpreter")
@@ -160,6 +160,12 @@ def check(
         assert torch.equal(attended.all(dim=1), arguments["seq_lens"] > 0)
     assert ((lse - exact_lse).abs()[attended] <= LSE_ERROR[working]).all()
     return out
+
+
+def quantized_case(device: torch.device, **options) -> dict:
+    """Return the arguments of a call of decode_attention over quantized pages only."""
+    case = cache_case(PageLayout(64, 64, 4, 4), [256, 192], num_tail_slots=1, group=2, device=device, **options)
+    return {"q": case.q, "pages": case.pages, "block_table": case.block_table, "seq_lens": case.seq_lens, "layout": case.layout}
 
 
 def encoder_id(encoder: Encoder) -> str:
