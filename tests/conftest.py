@@ -83,6 +83,26 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "on_device", lambda tensor: tensor.is_cuda)
 
 
+@pytest.fixture
+def listed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Return a list to which each launch of attention over plain tokens adds its records [programs, numbers].
+
+    There are two multiprocessors, so that one program has all that a tile sees.
+    """
+    from kvarn_triton import gpu
+    from kvarn_triton.attention import plain
+
+    found, launch = [], plain.launch_records
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 2)
+
+    def spy(records: torch.Tensor, *args: object) -> None:
+        launch(records, *args)
+        found.append(records.clone())
+
+    monkeypatch.setattr(plain, "launch_records", spy)
+    return found
+
+
 @pytest.fixture(scope="module")
 def models() -> dict[str, Any]:
     """Tiny models of transformers by family, made once for a file."""
