@@ -20,6 +20,9 @@ if not torch.cuda.is_available():
         quicken()
 
 
+pytest.register_assert_rewrite("server_machine")  # its assertions say what they compare, as those in files of tests do
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of this test suite."""
     parser.addoption("--all", action="store_true", help="run tests that take minutes, too")

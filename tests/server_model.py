@@ -1,4 +1,4 @@
-"""What `test_server.py` drives: a small paged server, and an oracle that keeps every token."""
+"""What `server_machine.py` drives: a small paged server, and an oracle that keeps every token."""
 
 from __future__ import annotations
 
