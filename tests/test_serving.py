@@ -8,7 +8,8 @@ from random import Random
 
 import pytest
 import torch
-from engine import ENCODER, Case, Engine
+from engine import ENCODER, Engine
+from engine_scheduler import Case
 from helpers import ON_GPU, SLOW, bits_of
 
 import kvarn_triton
