@@ -6,9 +6,13 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import kvarn_triton
 
 PACKAGE = Path(kvarn_triton.__file__).parent
+ROOT = Path(__file__).parent.parent
+FOLDERS = PACKAGE, ROOT / "tests", ROOT / "perf", ROOT / "docs" / "examples"
 FILE_LINES = 350
 FUNCTION_LINES = 80
 """Without the docstring."""
@@ -51,10 +55,16 @@ def test_fusion_is_said():
     assert count >= 30, count
 
 
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_sizes_of_files(folder):
+    """No file is longer than a reader can keep in mind: of the package, its tests, its measurements and its examples."""
+    lines = {path: len(path.read_text().splitlines()) for path in folder.rglob("*.py")}
+    assert lines
+    assert not {str(path): count for path, count in lines.items() if count > FILE_LINES}
+
+
 def test_sizes():
-    """No file, function or parameter list is longer than a reader can keep in mind."""
-    for path in PACKAGE.rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= FILE_LINES, path
+    """No function or parameter list is longer than a reader can keep in mind."""
     for path, function in functions():
         lines = function.end_lineno - function.lineno + 1
         if ast.get_docstring(function) is not None:
