@@ -1,4 +1,4 @@
-"""Attention of 9 to 32 query rows of each sequence and kv head, on GPUs with products of warp groups.
+"""Attention of up to 32 query rows of each sequence and kv head, on GPUs with products of warp groups.
 
 They are a few query tokens, as of drafts that are verified, or more than 8 query heads of one token.
 

@@ -109,6 +109,7 @@ def _takes_drafts(q: torch.Tensor, cache: Cache, mask: Mask) -> bool:
     return plain and same and configs.has_draft_kernel(cache.layout, q.dtype, q.device)
 
 
+@functools.lru_cache(maxsize=4096)
 def share_tiles(tiles: int, programs: int, max_pages: int) -> tuple[int, float]:
     """Return among how many programs `drafts` divides each tile, if a GPU runs `programs` at once, and how full that keeps it.
 
