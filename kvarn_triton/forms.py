@@ -5,16 +5,7 @@ Names in what a function makes of a parameter, and an operator of fields, are th
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Form(NamedTuple):
-    """How a parameter gets through an operator, as text."""
-
-    fields: str  # what a schema has for it
-    apart: str  # what a function makes of it
-    joined: str  # what an operator makes of the fields
-
+from .registry import Form
 
 FORMS = {
     "layout": Form(

@@ -101,7 +101,7 @@ def test_public_names_are_documented():
 
 
 FLOORS = (
-    ("checks", "compilation", "encoder", "header", "layout", "mla_layout", "step"),
+    ("checks", "compilation", "encoder", "forms", "header", "layout", "mla_layout", "registry", "step"),
     ("reference",),
     ("cache", "debugging", "gpu", "launch", "masking", "paging", "tables"),
     ("tile",),
@@ -109,7 +109,7 @@ FLOORS = (
     ("pages",),
     ("attention",),
     ("mla", "serving"),
-    ("exchange", "forms", "ops", "parallel", "testing", "warmup"),
+    ("exchange", "ops", "parallel", "testing", "warmup"),
     ("integrations",),
 )
 """Which parts of the package stand on which: each imports from floors below it, and from its own."""
