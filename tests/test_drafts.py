@@ -114,11 +114,13 @@ def test_sinks_csr_strides_padding(device):
     assert relative_error(out[2:-3], expected) < 1e-3 and (out[:2] == 0).all() and (out[-3:] == 0).all()
 
 
+@pytest.mark.parametrize("new", [False, True])
 @pytest.mark.parametrize("rows", [16, 32])
 @pytest.mark.parametrize("factor", [0.05, 1, 3])
-def test_scores_that_differ(factor, rows, device):
-    """Later pages have scores that are as large as those before, a little larger, and far larger: who scales sums must know."""
-    arguments = prefill_case(LAYOUT, [1300, 700], [rows // 4, 3], group=4, num_kv_heads=2, device=device)
+def test_scores_that_differ(factor, rows, new, device, monkeypatch):
+    """One program has all pages, whose scores are like those before, a little larger, and far larger: then it scales sums."""
+    monkeypatch.setattr(gpu, "num_programs", lambda *_: 1)
+    arguments = prefill_case(LAYOUT, [1300, 700], [rows // 4, 3], new=new, group=4, num_kv_heads=2, device=device)
     arguments["q"] *= factor
     arguments["q"][:2] *= 2
     check(arguments, **drafts(rows, device))
