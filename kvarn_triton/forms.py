@@ -1,6 +1,7 @@
-"""How parameters of launchers get through operators (`ops`), as text: their types have no place in a schema.
+"""How parameters of launchers get through operators (`registry`), as text: their types have no place in a schema.
 
-Names in what a function makes of a parameter, and an operator of fields, are those of `ops`.
+Names in what a function makes of a parameter, and an operator of fields, are those of `ops`; of "config" also those of
+`mla.operators`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ FORMS = {
     "config": Form("int[]? config", "config and config.numbers()", "config and _config(tuple(config))"),
 }
 """Parameters of types that no schema can have."""
+
+OF_STEP = {"table": FORMS["table"]._replace(apart="table if table is None else _row(table, step.layout, q, pages)")}
+"""The same of calls that get their layout in a step."""
 
 LAST = ("token_starts", "kv_indptr", "kv_indices")
 """Parameters that stand last in a schema, wherever the launcher has them: the order of a schema is kept. Behind them are those

@@ -23,7 +23,7 @@ from .attention.parts import DecodeSchedule  # noqa: F401, a text below names it
 from .checks import require
 from .configs import head_tiles
 from .encoder import Encoder
-from .forms import FORMS, LAST, RESULTS
+from .forms import FORMS, LAST, OF_STEP, RESULTS
 from .layout import PageLayout, split_bits
 from .pages import append, commit, cut, dequantize, rotation, store
 from .registry import Registry, call, call_pair, fake_nothing, names_of  # noqa: F401, texts name some
@@ -95,7 +95,11 @@ prefill_attention = _operator(
 )
 write_tokens = _operator(write.write_tokens, writes=("pages", "raw_pages"))
 attend = _operator(
-    attention.attend, "Tensor", _fake_attention, into="Tensor(a!) out, Tensor(b!)? workspace, Tensor(c!)? scratch"
+    attention.attend,
+    "Tensor",
+    _fake_attention,
+    into="Tensor(a!) out, Tensor(b!)? workspace, Tensor(c!)? scratch",
+    own=OF_STEP,
 )
 read_tokens = _operator(read.read_tokens, writes=("k", "v"))
 copy_raw_pages = _operator(move.copy_raw_pages, writes=("raw_pages",))

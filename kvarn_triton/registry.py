@@ -7,7 +7,7 @@ compilers trace them. Names in those texts are those of that module (`Registry.s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -145,6 +145,7 @@ class Registry(NamedTuple):
         *,
         writes: tuple[str, ...] = (),
         into: str = "",
+        own: Mapping[str, Form] | None = None,
     ) -> Callable[_P, _R]:
         """Register the overloads of a launcher, and return the function that calls them.
 
@@ -164,6 +165,7 @@ class Registry(NamedTuple):
                 the launcher is made of operators of PyTorch.
             writes: parameters that are written in place.
             into: what a schema has for memory of results, if it takes any.
+            own: parameters that get through in another way than in `forms`.
         """
         name, parameters = launcher.__name__, inspect.signature(launcher).parameters
         has_lse, names = "return_lse" in parameters, list(parameters)
@@ -171,7 +173,8 @@ class Registry(NamedTuple):
         taken = [p for p in parameters.values() if p.name not in self.results + self.without]
         taken.sort(key=lambda p: last.index(p.name) if p.name in last else len(last) if p.name in behind else -1)
         # Only schemas of attention that take memory have defaults.
-        forms = [self.form(p, writes, has_default=has_lse and bool(into)) for p in taken]
+        among = self._replace(forms=self.forms | dict(own or {}))
+        forms = [among.form(p, writes, has_default=has_lse and bool(into)) for p in taken]
         fields, memory = ", ".join(form.fields for form in forms).split(", "), into.split(", ") if into else []
         is_pair = bool(into) and "out" not in names_of(memory)
         given = f"out=({', '.join(names_of(memory))})" if is_pair else keywords(names_of(memory))
@@ -192,8 +195,6 @@ class Registry(NamedTuple):
             self.define(name + overload, written + fields, returned, run, traced)
 
         apart = ", ".join(form.apart for form in forms)
-        if "step" in parameters:
-            apart = apart.replace("_row(table, layout,", "_row(table, step.layout,")
         value = f"_OPS.{name}.default({apart})"
         if into:
             options = keywords([x for x in self.results if x in parameters])

@@ -264,9 +264,10 @@ def _plan_tiles(
         rows = -(-total_tokens // max(cache.batch, 1)) * group
         count = cache.batch * -(-rows // config.block_m) * num_kv_heads
         programs = gpu.num_programs(q.device, config.programs_per_sm)
-        splits = max(min(programs // max(count, 1), cache.max_pages), 1)
         if config.form == "warp_groups":
             splits = share_tiles(count, programs, cache.max_pages)[0]
+        else:
+            splits = max(min(programs // max(count, 1), cache.max_pages), 1)
     most = MAX_PROGRAMS // max((-(-total_tokens * group // config.block_m) + cache.batch) * num_kv_heads, 1)
     require(splits <= most, "split_size", f"one that cuts pages into at most {most} runs", split_size)
     round_tokens = total_tokens

@@ -1,4 +1,4 @@
-"""What kernels in Gluon have in common: names that Triton 3.7 changed, and pairs of numbers in words."""
+"""What kernels in Gluon have in common: names that Triton changed after 3.6, and pairs of numbers in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from .arithmetic import SPLIT_PTX
 
 _MEMORY = gl.shared_memory_descriptor
-# Each line: the name, or what it was until Triton 3.6.
+# Each line: the name, or what it was until then.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 reinterpret = getattr(_MEMORY, "reinterpret", None) or _MEMORY._reinterpret
