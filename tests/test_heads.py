@@ -85,7 +85,7 @@ def test_lengths(device):
 
 
 def test_ids_in_one_list(device):
-    """`kv_indptr` and `kv_indices` instead of a block table: the same bits."""
+    """`kv_indptr` and `kv_indices` instead of a block table: as many ids may be shared among other programs."""
     case = cache_case(LAYOUT, LENGTHS, group=16, num_kv_heads=HEADS, sink_len=20, num_tail_slots=1, device=device)
     expected = decode_attention(case.q, **case.kwargs)
     table = case.kwargs["block_table"]

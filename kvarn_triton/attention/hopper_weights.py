@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from .hopper_numbers import products_layout
 
-ROOM = gl.constexpr(8)
+EXCESS = gl.constexpr(8)
 """Exponent of two by which weights may exceed 1: they are float16, and sums of 128 of them times values are float32."""
 _FLAGS = gl.constexpr(gl.DistributedLinearLayout([[1], [2]], [[0]] * 5, [[0], [0]], [], [4]))
 """Layout in which a thread has what each warp found."""
@@ -49,9 +49,9 @@ def _advance(largest, m, totals, maxima):
 
 @gluon.jit
 def _exceeds(largest, m, flags):
-    """Return whether a score exceeds what scores are relative to by more than ROOM. `flags` is shared memory."""
+    """Return whether a score exceeds what scores are relative to by more than EXCESS. `flags` is shared memory."""
     top = gl.max(in_threads(largest), 1)
-    limit = gl.convert_layout(m, gl.SliceLayout(0, gl.SliceLayout(1, top.type.layout)))[None, None, :] + ROOM
+    limit = gl.convert_layout(m, gl.SliceLayout(0, gl.SliceLayout(1, top.type.layout)))[None, None, :] + EXCESS
     flags.store(gl.max(gl.reshape((top > limit).to(gl.int32), (4, top.shape[1] * top.shape[2])), 1))
     return gl.max(flags.load(_FLAGS), 0) > 0
 
@@ -61,7 +61,7 @@ def weigh_page(scores, found, memory, VF: gl.constexpr):
     """Put the weights of a page into shared memory, in the order of planes of values: `registers.token_in_order`.
 
     Returns the state of a tile (sums, m, totals of weights [4, 8, rows] of each thread), where m is a score that others exceed
-    by ROOM at most: what was summed before is multiplied only if a page has larger ones. `memory`: maxima, flags, weights.
+    by EXCESS at most: what was summed before is multiplied only if a page has larger ones. `memory`: maxima, flags, weights.
     """
     acc, m, totals = found
     maxima, flags, weights = memory

@@ -116,9 +116,9 @@ def share_tiles(tiles: int, programs: int, max_pages: int) -> tuple[int, float]:
     More than fit at once, up to WAVES times as many, where otherwise many would stay empty. The second is a share of 1.
     """
     most = max(min(WAVES * programs // max(tiles, 1), max_pages), 1)
-    rounds = {splits: -(-tiles * splits // programs) for splits in range(1, most + 1)}
-    splits = min(rounds, key=lambda splits: rounds[splits] * (1 / splits + PROGRAM_START))
-    return splits, tiles * splits / programs / max(rounds[splits], 1)
+    waves = {splits: -(-tiles * splits // programs) for splits in range(1, most + 1)}
+    splits = min(waves, key=lambda splits: waves[splits] * (1 / splits + PROGRAM_START))
+    return splits, tiles * splits / programs / max(waves[splits], 1)
 
 
 def fills(tiles: int, programs: int, max_pages: int) -> bool:
